@@ -1,0 +1,54 @@
+# `make help` lists the targets. Each does the set-up it needs: a virtual environment in .venv, from pinned versions.
+PROFILE ?= mini
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3 2>/dev/null))
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+READY := $(VENV)/.ready
+export PATH := $(BIN):$(PATH)
+# A notebook on two cores gains nothing from more threads, and results stay the same on machines with more
+export OMP_NUM_THREADS ?= 1
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup repro smoke test params export readme clean distclean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@echo "  PROFILE=mini (default) | smoke | paper   chooses the profile of make repro"
+
+setup: $(READY) ## Install everything into .venv (about three minutes, once)
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11 or newer, or run make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: run make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing pinned versions into $(VENV) (about three minutes)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,dev]'
+	@touch $(READY)
+
+repro: $(READY) ## Regenerate results, tables and figures of a profile with DVC
+	@mednextv2 params $(PROFILE)
+	@dvc repro
+	@echo "scores, tables and figures: results/$(PROFILE)"
+
+smoke: $(READY) ## Run the whole pipeline at toy size in a scratch copy
+	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && git clone --quiet . "$$copy/mednext_v2" && cd "$$copy/mednext_v2" \
+	  && python -m mednext_v2.cli params smoke && dvc repro
+
+test: $(READY) ## Run every test and every chapter
+	@python -m pytest -n 2 $(PYTEST)
+
+params: $(READY) ## Compose params.yaml anew from conf/ (profile mini)
+	@mednextv2 params mini
+
+export: $(READY) ## Write mednext_v2/*.py from the notebooks, and clean them
+	@nbdev_export && nbdev_clean
+
+readme: $(READY) ## Write README.md from nbs/index.ipynb
+	@mednextv2 readme > README.md
+
+clean: ## Remove unfinished trainings
+	rm -rf scratch
+
+distclean: clean ## Remove the environment and everything that DVC can make again
+	rm -rf $(VENV) data/raw data/prepared models runs

@@ -1,0 +1,312 @@
+"Presets, counts and estimates: against numbers written down, formulas by hand, and what autograd really keeps"
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from mednext_v2.model import Arch, MedNeXt
+from mednext_v2.scaling import (
+    PRESETS,
+    count_flops,
+    count_parameters,
+    create_model,
+    estimate,
+    overview,
+    scale,
+    walk,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MINI = Arch(width=4, depths=(1, 2, 1, 2, 1), ratios=(2, 3, 4, 2, 3))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def parameters_by_hand(arch, in_channels=1, num_classes=3, heads=1):
+    "Sums written from the description of the network alone"
+    L, k3, grn = len(arch.depths) // 2, arch.kernel**3, 2 if arch.grn else 0
+
+    def block(c, out, ratio, resampling):
+        e = ratio * c
+        total = c * (k3 + 1) + 2 * c + e * (c + 1) + grn * e + out * (e + 1)
+        return total + (out * (c + 1) if resampling else 0)
+
+    width = lambda level: arch.width * 2**level
+    total = arch.width * (in_channels + 1)
+    for place, (depth, ratio) in enumerate(zip(arch.depths, arch.ratios)):
+        level = min(place, 2 * L - place)
+        total += depth * block(width(level), width(level), ratio, False)
+        if place:
+            origin = level - 1 if place <= L else level + 1
+            total += block(width(origin), width(level), ratio, True)
+    return total + sum(num_classes * (width(i) + 1) for i in range(heads))
+
+
+def flops_by_hand(arch, patch, in_channels=1, num_classes=3, heads=1):
+    L, k3 = len(arch.depths) // 2, arch.kernel**3
+    voxels = lambda level: (patch[0] * patch[1] * patch[2]) // 8**level
+    width = lambda level: arch.width * 2**level
+    macs = voxels(0) * in_channels * arch.width
+    for place, (depth, ratio) in enumerate(zip(arch.depths, arch.ratios)):
+        level = min(place, 2 * L - place)
+        c, n = width(level), voxels(level)
+        macs += depth * n * (c * k3 + 2 * ratio * c * c)
+        if 0 < place <= L:
+            h = c // 2
+            macs += n * (h * k3 + ratio * h * h + ratio * h * c + h * c)
+        if place > L:
+            h, below = 2 * c, voxels(level + 1)
+            grown = 1
+            for side in patch:
+                grown *= side // 2**level - 1
+            macs += below * (h * k3 + h * c) + grown * (ratio * h * h + ratio * h * c)
+    return 2 * (macs + sum(voxels(i) * width(i) * num_classes for i in range(heads)))
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("base", 61_969_507), ("wide", 246_536_387), ("v1_large", 61_779_299)],
+)
+def test_counts_of_the_paper(name, expected):
+    with torch.device("meta"):
+        assert count_parameters(create_model(name, 1, 3)) == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("deep_supervision", [False, True])
+def test_parameters_equal_the_sum_by_hand(name, deep_supervision):
+    with torch.device("meta"):
+        model = create_model(name, 2, 5, deep_supervision)
+    heads = 5 if deep_supervision else 1
+    assert count_parameters(model) == parameters_by_hand(PRESETS[name], 2, 5, heads)
+
+
+def test_v1_presets_are_the_v1_code_s_layouts():
+    # Blocks and expansion ratios as the authors' create_mednext_v1 lists them
+    layouts = {
+        "v1_small": ([2] * 9, [2] * 9),
+        "v1_base": ([2] * 9, [2, 3, 4, 4, 4, 4, 4, 3, 2]),
+        "v1_medium": ([3, 4, 4, 4, 4, 4, 4, 4, 3], [2, 3, 4, 4, 4, 4, 4, 3, 2]),
+        "v1_large": ([3, 4, 8, 8, 8, 8, 8, 4, 3], [3, 4, 8, 8, 8, 8, 8, 4, 3]),
+    }
+    for name, (depths, ratios) in layouts.items():
+        assert PRESETS[name] == Arch(32, depths, ratios, kernel=3, grn=None)
+
+
+def test_v2_presets_add_grn_to_v1_layouts():
+    assert replace(PRESETS["base"], grn=None) == PRESETS["v1_large"]
+    assert replace(PRESETS["small"], grn=None) == PRESETS["v1_small"]
+    assert replace(PRESETS["wide"], width=32) == PRESETS["base"]
+    assert all((arch.grn is None) == name.startswith("v1_") for name, arch in PRESETS.items())
+
+
+def test_tiny_trains_on_a_laptop():
+    arch = PRESETS["tiny"]
+    assert arch.levels == 4 and 8 <= arch.width <= 16
+    assert estimate(arch, (32, 32, 32), batch=2).total_bytes < 5e8
+    model = create_model("tiny", 1, 3, deep_supervision=True)
+    sum(o.square().mean() for o in model(torch.randn(1, 1, 32, 32, 32))).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_create_model_passes_everything_on():
+    model = create_model("tiny", 2, 4, True, "block", width=8, grn="sum", kernel=5)
+    assert model.arch == Arch(8, (1,) * 9, (2,) * 9, kernel=5, grn="sum")
+    assert (model.in_channels, model.num_classes) == (2, 4)
+    assert model.deep_supervision and model.checkpointing == "block"
+    assert {module.grn for module in model.modules() if hasattr(module, "grn")} == {"sum"}
+    assert PRESETS["tiny"].width == 16  # The preset itself is untouched
+
+
+def test_create_model_without_grn_has_no_grn_parameters():
+    assert not [n for n in create_model("tiny", 1, 2, grn=None).state_dict() if "grn" in n]
+    assert [n for n in create_model("v1_small", 1, 2, width=2, grn="mean").state_dict() if "grn" in n]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: create_model("giant", 1, 2), "no network is called 'giant'; known: tiny, small,.*v1_large"),
+        (lambda: create_model("tiny", 1, 2, deep=3), "no 'deep'; it has: width, depths, ratios, kernel, grn"),
+        (lambda: create_model("tiny", 1, 2, width=-1), "width must be a positive whole number"),
+        (lambda: create_model("tiny", 1, 2, depths=(1, 1, 1)), "equally many entries, got 3 and 9"),
+        (lambda: scale(Arch(), depth=0), "must be positive, got 0 and 1"),
+        (lambda: scale(Arch(), width=-2), "must be positive, got 1 and -2"),
+        (lambda: estimate(MINI, (16, 16, 16), precision="tf32"), "fp32, bf16, fp16, got 'tf32'"),
+        (lambda: estimate(MINI, (16, 16, 15)), r"multiples of 4, got \(16, 16, 15\)"),
+        (lambda: estimate(MINI, (16, 16, 16), checkpointing="all"), "none, expansion, block, got 'all'"),
+        (lambda: count_flops(MINI, (16, 16, 15)), r"multiples of 4, got \(16, 16, 15\)"),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_scaling_changes_its_axis_alone():
+    arch = Arch()
+    deep = scale(arch, depth=1.5)
+    assert deep.depths == (4, 6, 12, 12, 12, 12, 12, 6, 4) and replace(deep, depths=arch.depths) == arch
+    assert scale(arch, width=1.5) == replace(arch, width=48)
+    assert scale(arch) == arch
+    smallest = scale(arch, depth=1e-3, width=1e-3)
+    assert smallest.depths == (1,) * 9 and smallest.width == 1
+
+
+@pytest.mark.parametrize("name", ["tiny", "v1_small"])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("patch", [(32, 32, 32), (64, 32, 16)])
+def test_flops_equal_the_sum_by_hand(name, kernel, patch):
+    arch = replace(PRESETS[name], kernel=kernel)
+    assert count_flops(arch, patch) == flops_by_hand(arch, patch)
+    with torch.device("meta"):
+        model = MedNeXt(arch, 2, 7, deep_supervision=True)
+    assert count_flops(model, patch) == flops_by_hand(arch, patch, 2, 7, heads=5)
+
+
+def test_counting_flops_leaves_the_model_alone():
+    model = create_model("tiny", 1, 2, width=4, checkpointing="block")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    count_flops(model, (32, 16, 16))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert model.training and all(p.device.type == "cpu" for p in model.parameters())
+
+
+def test_flops_of_a_plain_convolution():
+    layer = torch.nn.Conv3d(2, 6, 3, padding=1, groups=2)
+    assert count_flops(layer, (4, 5, 6), in_channels=2) == 2 * 27 * 6 * 4 * 5 * 6
+
+
+def test_walk_describes_the_blocks_that_are_there():
+    model, seen = MedNeXt(MINI, 1, 2), []
+
+    def note(block, inputs, _):
+        (x,) = inputs
+        inner = block.conv1(x)
+        ratio = block.conv2.out_channels // block.conv2.in_channels
+        seen.append((x.shape[1], ratio, x[0, 0].numel(), inner[0, 0].numel()))
+
+    for module in model.modules():
+        if hasattr(module, "conv3"):
+            module.register_forward_hook(note)
+    model(torch.zeros(1, 1, 16, 8, 12))
+    assert seen == walk(MINI, (16, 8, 12))
+
+
+def kept_for_backward(model, volume):
+    own, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = model(volume)
+    del outputs
+    return sum(size for key, size in seen.items() if key not in own)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "expansion", "block"])
+@pytest.mark.parametrize("grn", ["mean", None])
+@pytest.mark.parametrize("batch, patch", [(1, (32, 32, 32)), (2, (32, 16, 32))])
+def test_activations_are_what_autograd_keeps(checkpointing, grn, batch, patch):
+    arch = replace(PRESETS["tiny"], width=4, grn=grn)
+    options = dict(checkpointing=checkpointing, deep_supervision=True, in_channels=2)
+    kept = kept_for_backward(
+        MedNeXt(arch, num_classes=3, **options), torch.randn(batch, 2, *patch)
+    )
+    promised = estimate(arch, patch, batch, **options).activation_bytes
+    assert promised == pytest.approx(kept, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "expansion"])
+def test_activations_in_mixed_precision(checkpointing):
+    # On a CPU autocast leaves the norm's input narrow; on a GPU, which we estimate, it widens it
+    arch = replace(PRESETS["tiny"], width=4, ratios=(4,) * 9)
+    model = MedNeXt(arch, 1, 3, checkpointing=checkpointing)
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = kept_for_backward(model, torch.randn(1, 1, 32, 32, 32))
+    cost = estimate(arch, (32, 32, 32), precision="bf16", checkpointing=checkpointing)
+    copies = cost.weight_bytes - 4 * cost.parameters  # Autograd keeps the 16-bit weights as well
+    assert cost.activation_bytes + copies == pytest.approx(kept, rel=0.1)
+
+
+class Peak(TorchDispatchMode):
+    "Bytes of all tensors alive at once that operators made"
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.sizes = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def add(self, storage):
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.drop, storage._cdata)
+
+    def drop(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "expansion", "block"])
+def test_the_peak_of_a_real_step_is_as_promised(checkpointing):
+    arch = replace(PRESETS["tiny"], width=8)
+    model, volume = MedNeXt(arch, 1, 3, checkpointing=checkpointing), torch.randn(1, 1, 32, 32, 32)
+    with Peak() as memory:
+        output = model(volume)
+        output.backward(torch.ones_like(output))
+    cost = estimate(arch, (32, 32, 32), checkpointing=checkpointing)
+    assert cost.activation_bytes + cost.working_bytes == pytest.approx(memory.peak, rel=0.1)
+
+
+def test_estimate_of_weights_and_optimizer_is_what_adamw_holds():
+    model = MedNeXt(MINI, 1, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(1, 1, 8, 8, 8)).sum().backward()
+    optimizer.step()
+    states = [t for s in optimizer.state.values() for k, t in s.items() if k != "step"]
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+    cost = estimate(MINI, (8, 8, 8))
+    assert cost.weight_bytes == size(model.parameters())
+    assert cost.gradient_bytes == size(p.grad for p in model.parameters())
+    assert cost.optimizer_bytes == size(states)
+    parts = ("weight", "gradient", "optimizer", "activation", "working")
+    assert cost.total_bytes == sum(getattr(cost, f"{part}_bytes") for part in parts)
+
+
+def test_estimates_scale_as_they_should():
+    one, two = estimate(MINI, (16, 16, 16)), estimate(MINI, (16, 16, 16), batch=2)
+    assert two.activation_bytes == 2 * one.activation_bytes and two.flops == 2 * one.flops
+    assert two.weight_bytes == one.weight_bytes
+    policies = ("none", "expansion", "block")
+    kept = [estimate(MINI, (16, 16, 16), checkpointing=p).activation_bytes for p in policies]
+    assert kept[0] > 2 * kept[1] and kept[1] > kept[2]
+    base = [estimate(Arch(), (128,) * 3, checkpointing=p).total_bytes for p in policies]
+    assert base[0] > base[1] > base[2]
+    half = estimate(MINI, (16, 16, 16), precision="bf16")
+    assert 0.5 < half.activation_bytes / one.activation_bytes < 0.62
+    assert half.weight_bytes == 1.5 * one.weight_bytes
+
+
+def test_overview_agrees_with_the_estimates():
+    table = overview({"mini": MINI, "deep": scale(MINI, depth=2)}, (16, 16, 16), batch=2)
+    cost = estimate(MINI, (16, 16, 16), batch=2)
+    assert list(table.index) == ["mini", "deep"]
+    assert table.loc["mini", "parameters (M)"] == cost.parameters / 1e6
+    assert table.loc["mini", "training step (GB)"] == cost.total_bytes / 1e9
+    assert table.loc["mini", "blocks"] == 7 + 4 and table.loc["deep", "blocks"] == 14 + 4
