@@ -65,7 +65,7 @@ class ArrayCases:
 BOTH = ("image", "label")
 MIRROR = tuple((RandFlipd, dict(keys=BOTH, prob=0.5, spatial_axis=axis)) for axis in range(3))
 AFFINE = dict(keys=BOTH, mode=("bilinear", "nearest"), padding_mode="border")
-ZOOM = dict(keys=BOTH, mode=("trilinear", "nearest"), padding_mode="edge", keep_size=True)
+ZOOM = dict(keys=BOTH, mode=("trilinear", "nearest-exact"), padding_mode="edge", keep_size=True)
 GAMMA = dict(keys="image", gamma=(0.7, 1.5), retain_stats=True)
 
 AUGMENTATIONS = {

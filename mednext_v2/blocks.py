@@ -17,7 +17,7 @@ CHECKPOINTING = ("none", "expansion", "block")
 
 
 class MedNeXtBlock(nn.Module):
-    "Depthwise conv, norm, expand, GELU, GRN, compress, plus the input: `(N, C, X, Y, Z)` to `(N, out_channels, X, Y, Z)`"
+    "Depthwise, norm, expand, GELU, GRN, compress, plus input; keeps `(X, Y, Z)`; ValueError for an unknown choice"
 
     convolution, stride = nn.Conv3d, 1
 
@@ -47,11 +47,9 @@ class MedNeXtBlock(nn.Module):
             self.grn_gamma = nn.Parameter(torch.zeros(1, expanded, 1, 1, 1))
             self.grn_beta = nn.Parameter(torch.zeros(1, expanded, 1, 1, 1))
         self.conv3 = nn.Conv3d(expanded, out_channels, 1)
-        keeps_shape = self.stride == 1 and out_channels == channels
-        self.res_conv = nn.Identity() if keeps_shape else self._shortcut(channels, out_channels)
-
-    def _shortcut(self, channels: int, out_channels: int) -> nn.Module:
-        return self.convolution(channels, out_channels, 1, stride=self.stride)
+        self.res_conv = nn.Identity()
+        if self.stride > 1 or out_channels != channels:
+            self.res_conv = self.convolution(channels, out_channels, 1, stride=self.stride)
 
     def _expansion(self, x: Tensor) -> Tensor:
         x = F.gelu(self.conv2(self.norm(x)))

@@ -9,7 +9,7 @@ __all__ = ['Arch', 'check_input', 'MedNeXt']
 from dataclasses import dataclass
 from numbers import Integral
 
-from .blocks import CHECKPOINTING, DownBlock, MedNeXtBlock, OutBlock, UpBlock
+from .blocks import DownBlock, MedNeXtBlock, OutBlock, UpBlock
 from .grn import STATS
 from torch import Tensor, nn
 
@@ -98,7 +98,7 @@ def check_input(
 
 # %% ../nbs/03_model.ipynb #mednext
 class MedNeXt(nn.Module):
-    "A MedNeXt: `(N, in_channels, X, Y, Z)` to scores `(N, num_classes, X, Y, Z)`, or with deep supervision a list of them, finest first"
+    "`(N, in_channels, X, Y, Z)` to scores `(N, num_classes, X, Y, Z)`; with deep supervision a list, finest first"
 
     def __init__(
         self,
@@ -112,12 +112,9 @@ class MedNeXt(nn.Module):
         for name, value in (("in_channels", in_channels), ("num_classes", num_classes)):
             if not _positive(value):
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-        if checkpointing not in CHECKPOINTING:
-            raise ValueError(
-                f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}"
-            )
         self.arch, self.in_channels, self.num_classes = arch, in_channels, num_classes
-        self.deep_supervision, self.checkpointing, self.stride = deep_supervision, checkpointing, arch.stride
+        self.deep_supervision, self.checkpointing = deep_supervision, checkpointing
+        self.stride = arch.stride  # Every side of a volume is a multiple of it
         levels, channels = arch.levels, arch.channels
 
         def block(cls, place, *channels):

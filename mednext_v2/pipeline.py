@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINING_MODULES', 'SCORE_COLUMNS', 'Plan', 'read_plan', 'notebook_parameters', 'run_notebook', 'Run', 'run_key',
-           'fit_patch', 'prepare_all', 'pretrained_folder', 'train_one', 'train_runs', 'evaluate_one', 'write_csv',
-           'evaluate_runs', 'collect', 'run_stage', 'profiles', 'compose_params', 'readme']
+           'fit_patch', 'prepare_all', 'pretrained_folder', 'train_one', 'train_runs', 'learning_curves',
+           'evaluate_one', 'write_csv', 'evaluate_runs', 'collect', 'run_stage', 'profiles', 'compose_params', 'readme']
 
 # %% ../nbs/16_pipeline.ipynb #imports
 import json
@@ -87,6 +87,7 @@ def run_notebook(
 ) -> Path:  # The executed notebook
     "Run a stage notebook at the project's root; ValueError names a parameter that it does not have"
     import papermill
+    from traitlets.config import Config
 
     known = notebook_parameters(notebook)
     if unknown := sorted(set(parameters) - known):
@@ -101,6 +102,7 @@ def run_notebook(
         progress_bar=False,
         stdout_file=sys.stdout,
         stderr_file=sys.stderr,
+        config=Config(KernelManager={"transport": "ipc"}),  # TCP ports can be read by others on the machine
     )
     return executed
 
@@ -183,10 +185,9 @@ def train_one(
 
     import torch
 
-    from mednext_v2.augment import PatchSampler
     from mednext_v2.backbones import BACKBONES, create
     from mednext_v2.prepare import Prepared
-    from mednext_v2.trainer import fit
+    from mednext_v2.trainer import fit, patch_validation, training_sampler
     from mednext_v2.weights import Card, read_card, read_state, save_model, transfer
 
     torch.set_num_threads(threads)
@@ -202,8 +203,16 @@ def train_one(
     recipe = replace(recipe, patch=patch)
     key = run_key(run, recipe, overrides, prepared.digest, source and source.sha256)
     folder = root() / "scratch" / key
-    sampler = PatchSampler(prepared, "train", patch, recipe.batch, recipe.foreground, recipe.augment, run.seed)
-    history = fit(recipe, model, sampler, folder, seed=run.seed, device=device, description=run.label)
+    history = fit(
+        recipe,
+        model,
+        training_sampler(recipe, prepared, run.seed),
+        folder,
+        seed=run.seed,
+        validate=patch_validation(recipe, prepared),
+        device=device,
+        description=run.label,
+    )
     card = Card(
         backbone=run.backbone,
         overrides=overrides,
@@ -253,6 +262,26 @@ def train_runs(
     return pd.concat(
         [history.assign(run=run.name) for run, history in zip(runs, histories, strict=True)], ignore_index=True
     )
+
+# %% ../nbs/16_pipeline.ipynb #learning-curves
+def learning_curves(
+    history: pd.DataFrame,  # As `train_runs` gives it
+):  # A matplotlib figure
+    "Loss of every run, and Dice on its validation patches, over training steps"
+    import seaborn
+    from matplotlib import pyplot as plt
+
+    from mednext_v2.report import house_style
+
+    house_style()
+    figure, axes = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    seaborn.lineplot(history, x="step", y="loss", hue="run", ax=axes[0], legend=False)
+    validated = history.dropna(subset="val_dice")
+    seaborn.lineplot(validated, x="step", y="val_dice", hue="run", marker="o", ax=axes[1])
+    axes[0].set(xlabel="training step", ylabel="loss (Dice + CE)")
+    axes[1].set(xlabel="training step", ylabel="Dice on validation patches", ylim=(0, 1))
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=7, title=None)
+    return figure
 
 # %% ../nbs/16_pipeline.ipynb #evaluate-one
 def evaluate_one(
@@ -332,18 +361,18 @@ def collect(
     out: Path,  # Gets `scores.csv` and `metrics.json`
 ) -> pd.DataFrame:  # All scores
     "Gather the scores of all models, sorted; `metrics.json` holds the means that `dvc metrics show` prints"
+    from mednext_v2.report import summary
+
     files = sorted(Path(evaluated).glob("*/scores.csv"))
     if not files:
         raise FileNotFoundError(f"no */scores.csv in {evaluated}: the stage `evaluate` has not run")
     order = ["task", "backbone", "init", "seed", "case"]
     scores = pd.concat(map(pd.read_csv, files), ignore_index=True).sort_values(order, kind="stable")
     write_csv(scores, Path(out) / "scores.csv")
-    by_case = scores.groupby(["backbone", "init", "task", "case"])[["dsc", "nsd"]].mean()
-    means = by_case.groupby(["backbone", "init", "task"]).mean().groupby(["backbone", "init"]).mean()
-    metrics = {
-        backbone: {init: means.loc[backbone, init].round(4).to_dict() for init in table.index.get_level_values("init")}
-        for backbone, table in means.groupby("backbone")
-    }
+    means = summary(scores, ["backbone", "init"])
+    metrics: dict = {}
+    for row in means.itertuples():
+        metrics.setdefault(row.backbone, {})[row.init] = {"dsc": round(row.dsc, 4), "nsd": round(row.nsd, 4)}
     write_json(Path(out) / "metrics.json", metrics)
     return scores.reset_index(drop=True)
 

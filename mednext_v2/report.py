@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_COLUMNS', 'METRICS', 'PROFILES', 'MISSING', 'COLUMN', 'PAGE', 'LOOKS', 'SPARE', 'TABLE_STYLE', 'WARM',
-           'COOL', 'published', 'declared_mean', 'bootstrap_interval', 'case_tables', 'summary', 'counts', 'gains',
-           'caption', 'score_text', 'backbone_colour', 'backbone_title', 'house_style', 'save_figure', 'table_html',
-           'save_table', 'main_table', 'main_table_shown', 'label_colours', 'best_slice', 'show_slice']
+           'COOL', 'published', 'declared_mean', 'bootstrap_interval', 'read_scores', 'case_tables', 'summary',
+           'counts', 'gains', 'caption', 'score_text', 'backbone_colour', 'backbone_title', 'house_style',
+           'save_figure', 'table_html', 'save_table', 'main_table', 'main_table_shown', 'label_colours', 'best_slice',
+           'show_slice']
 
 # %% ../nbs/15_report.ipynb #imports
 from collections.abc import Sequence
@@ -81,10 +82,20 @@ def bootstrap_interval(
     ends = np.nanquantile(declared_mean(tables, weights), [(1 - level) / 2, (1 + level) / 2])
     return float(ends[0]), float(ends[1])
 
-# %% ../nbs/15_report.ipynb #summary
+# %% ../nbs/15_report.ipynb #read-scores
 METRICS = ("dsc", "nsd")
 
 
+def read_scores(
+    profile: str,  # Which profile's results
+) -> pd.DataFrame:  # Rows of `results/<profile>/scores.csv`
+    "The scores of a profile; FileNotFoundError says how to make them"
+    path = root() / "results" / profile / "scores.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run `make repro PROFILE={profile}`")
+    return pd.read_csv(path, dtype={"case": str})  # A case named 001 keeps its name
+
+# %% ../nbs/15_report.ipynb #summary
 def case_tables(
     scores: pd.DataFrame,  # Rows of `scores.csv`
     metric: str,  # "dsc" or "nsd"
@@ -102,13 +113,16 @@ def summary(
     by: Sequence[str],  # Columns to keep, e.g. ["task", "backbone", "init"]; all else is averaged over
     level: float = 0.95,  # Of the interval
 ) -> pd.DataFrame:  # `by`, then dsc, dsc_low, dsc_high, nsd, nsd_low, nsd_high, tasks, cases, classes, seeds
-    "The declared mean of every group with its interval; ValueError for a missing column or repeated rows"
+    "The declared mean of every group with its interval; ValueError for missing columns, repeated or mixed rows"
     by = [by] if isinstance(by, str) else list(by)
     key = ["task", "case", "label", "backbone", "init", "seed"]
     if missing := [column for column in (*by, *key, *METRICS) if column not in scores]:
         raise ValueError(f"scores need the column(s) {', '.join(missing)}; they have: {', '.join(scores)}")
     if twice := scores.duplicated(list(dict.fromkeys([*by, *key]))).sum():
         raise ValueError(f"scores hold {twice} row(s) twice for the same {', '.join(key)}: collect them once")
+    mixed = [c for c in ("backbone", "init") if c not in by and scores.groupby(by)[c].nunique().max() > 1]
+    if mixed:
+        raise ValueError(f"a mean over different networks says nothing: keep the column(s) {', '.join(mixed)}")
     rows = []
     for values, part in scores.groupby(by, sort=False):
         row = dict(zip(by, values))
@@ -229,7 +243,7 @@ def house_style() -> None:
             "axes.titlelocation": "left",
             "legend.frameon": False,
             "figure.dpi": 110,
-            "savefig.dpi": 200,
+            "savefig.dpi": 150,
             "svg.hashsalt": "mednext_v2",
             "svg.fonttype": "path",
         }
@@ -267,7 +281,7 @@ def table_html(
     "A table for a browser or a notebook; NaN reads \"not available\""
     body = table.to_html(
         index=False, na_rep=MISSING, border=0, float_format="{:.2f}".format, escape=escape_cells
-    )
+    ).replace(' halign="left"', "")
     head, rest = body.split(">", 1)
     return f"<style>{TABLE_STYLE}</style>\n{head}>\n  <caption>{escape(caption)}</caption>{rest}\n"
 

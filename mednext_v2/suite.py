@@ -56,8 +56,10 @@ def load_seeds(
     path = seeds_folder(folder) / "manifest.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: git checkout -- data/seeds/manifest.yaml")
-    entries = read_yaml(path)["seeds"].items()
-    return {name: build(Seed, {"name": name, **values}, f"{path.name}, seed {name!r}") for name, values in entries}
+    return {
+        name: build(Seed, {"name": name, **values}, f"{path.name}, seed {name!r}")
+        for name, values in read_yaml(path)["seeds"].items()
+    }
 
 
 def verify_seeds(
@@ -67,11 +69,14 @@ def verify_seeds(
     seeds = load_seeds(folder)
     for seed in seeds.values():
         for name, expected in seed.files.items():
-            path, remedy = seeds_folder(folder) / name, f"restore it by: git checkout -- data/seeds/{name}"
+            path = seeds_folder(folder) / name
+            remedy = f"restore it by: git checkout -- data/seeds/{name}"
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing, expected SHA-256 {expected}: {remedy}")
             if (actual := sha256(path)) != expected:
-                raise ValueError(f"{path} was altered, expected SHA-256 {expected}, found {actual}: {remedy}")
+                raise ValueError(
+                    f"{path} was altered, expected SHA-256 {expected}, found {actual}: {remedy}"
+                )
     return seeds
 
 # %% ../nbs/08_suite.ipynb #seed-scan
@@ -205,8 +210,9 @@ def deform(
 # %% ../nbs/08_suite.ipynb #intensity
 # HU that a portal-venous contrast phase adds, roughly
 CONTRAST = {
-    "spleen": 60, "kidney": 150, "liver": 60, "stomach": 20, "pancreas": 60, "bowel": 28, "colon": 15, "aorta": 160, "ivc": 80,
-    "portal_vein": 100, "iliac_artery": 160, "iliac_vein": 70, "back_muscle": 12, "iliopsoas": 12,
+    "spleen": 60, "kidney": 150, "liver": 60, "stomach": 20, "pancreas": 60, "bowel": 28, "colon": 15,
+    "aorta": 160, "ivc": 80, "portal_vein": 100, "iliac_artery": 160, "iliac_vein": 70,
+    "back_muscle": 12, "iliopsoas": 12,
 }  # fmt: skip
 
 
@@ -248,10 +254,11 @@ def finish_mr(
 # %% ../nbs/08_suite.ipynb #synthesise-mr
 # T1 in ms at 1.5 T: de Bazelaire et al. 2004 and Stanisz et al. 2005; the contents of hollow organs are guesses
 T1 = {
-    "spleen": 1057, "kidney": 1100, "gallbladder": 2000, "liver": 586, "stomach": 1000, "pancreas": 584, "bowel": 1000, "colon": 800,
-    "bladder": 2500, "sacrum": 549, "vertebrae": 549, "aorta": 1441, "ivc": 1441, "portal_vein": 1441, "iliac_artery": 1441,
-    "iliac_vein": 1441, "femur": 549, "hip": 549, "spinal_cord": 745, "gluteus": 856, "back_muscle": 856, "iliopsoas": 856,
-    "rib": 856, "fat": 343, "soft": 856,
+    "spleen": 1057, "kidney": 1100, "gallbladder": 2000, "liver": 586, "stomach": 1000, "pancreas": 584,
+    "bowel": 1000, "colon": 800, "bladder": 2500, "sacrum": 549, "vertebrae": 549, "aorta": 1441,
+    "ivc": 1441, "portal_vein": 1441, "iliac_artery": 1441, "iliac_vein": 1441, "femur": 549, "hip": 549,
+    "spinal_cord": 745, "gluteus": 856, "back_muscle": 856, "iliopsoas": 856, "rib": 856, "fat": 343,
+    "soft": 856,
 }  # fmt: skip
 TISSUES = ("fat", "soft", "bone")  # What the labels leave open, told apart by HU
 
@@ -284,7 +291,8 @@ def synthesise_mr(
 ) -> np.ndarray:  # float32, fat about 1
     "An MR-like image from the labels of a CT"
     tissue, names = tissue_map(scan)
-    mean, spread = np.zeros(len(names) + 1), np.zeros(len(names) + 1)
+    # Air has no signal, but noise in both channels of the receiver: a magnitude image is not 0 there
+    mean, spread = np.zeros(len(names) + 1), np.full(len(names) + 1, 0.02)
     # The power stands for T2 decay, saturation and coils, which steepen contrast by different amounts
     repetition, power = rng.uniform(100, 250), rng.uniform(1, 3)
     for value, name in enumerate(names, start=1):
@@ -298,8 +306,8 @@ def synthesise_mr(
         spread[value] = 0.02 + 0.15 * mean[value] if realistic else rng.uniform(0.01, 0.06)
     image = mean[tissue] + spread[tissue] * rng.standard_normal(tissue.shape)
     texture = scan.image - ndimage.gaussian_filter(scan.image.astype(np.float32), 3)
-    image = image + rng.uniform(-0.15, 0.15) * np.clip(texture / 100, -1, 1) * (tissue > 0)
-    return np.clip(ndimage.gaussian_filter(image, rng.uniform(0.3, 0.6)), 0, None).astype(np.float32)
+    image = np.abs(image + rng.uniform(-0.15, 0.15) * np.clip(texture / 100, -1, 1) * (tissue > 0))
+    return ndimage.gaussian_filter(image, rng.uniform(0.3, 0.6)).astype(np.float32)
 
 # %% ../nbs/08_suite.ipynb #lesion
 def lumpy_distance(
@@ -312,7 +320,8 @@ def lumpy_distance(
     "Distance from a randomly turned ellipsoid with a bumpy surface"
     turn = np.linalg.qr(rng.standard_normal((3, 3)))[0]
     axes = radius * rng.uniform(0.75, 1.3, 3)
-    grid = np.stack(np.meshgrid(*[(np.arange(n) - c) * s for n, c, s in zip(shape, centre, spacing)], indexing="ij"))
+    offsets = [(np.arange(n) - c) * s for n, c, s in zip(shape, centre, spacing)]
+    grid = np.stack(np.meshgrid(*offsets, indexing="ij"))
     scaled = np.einsum("ij,jxyz->ixyz", turn, grid) / axes[:, None, None, None]
     bumps = smooth_field(rng, shape, 10 / np.mean(spacing))
     return (np.sqrt((scaled**2).sum(axis=0)) + 0.18 * bumps).astype(np.float32)
@@ -518,7 +527,8 @@ SOURCES = {
         make_liver_lesion_ct,
         f"upper 120 mm; {DEFORMED}; simulated contrast; simulated lesions; noise",
         "another patient; simulated lesions; noise",
-        "trains on deformations of ctA, which the corpus also uses; the test patient is in neither; lesions of one simulator",
+        "trains on deformations of ctA, which the corpus also uses; the test patient is in neither; "
+        "lesions of one simulator",
     ),
     "head_bleed_ct": Source(
         ("ctH",),
@@ -526,7 +536,8 @@ SOURCES = {
         make_head_bleed_ct,
         f"{DEFORMED}; half of the cases without skull; simulated bleeds; noise",
         "average template without skull; simulated bleeds; noise",
-        "trains on deformations of ctH, which the corpus also uses; the test template is in neither; bleeds of one simulator",
+        "trains on deformations of ctH, which the corpus also uses; the test template is in neither; "
+        "bleeds of one simulator",
     ),
     "brain_mr": Source(
         ("mrP",),
@@ -534,15 +545,18 @@ SOURCES = {
         make_brain_mr,
         f"{DEFORMED}; gamma, bias field, noise",
         "average template; gamma, bias field, noise",
-        "training brain and test template share MNI space, and the test labels are those of the training brain moved there",
+        "training brain and test template share MNI space, and the test labels are those of the training brain "
+        "moved there",
     ),
     "abdomen_mr": Source(
         ("ctA",),
         "mrM",
         make_abdomen_mr,
-        f"MR synthesised from the labels of a CT; upper 120 mm; {DEFORMED}; gamma, bias field, noise",
+        "MR synthesised from the labels of a CT; upper 120 mm; "
+        f"{DEFORMED}; gamma, bias field, noise",
         "real MR of another patient; gamma, bias field, noise",
-        "trains on the anatomy of ctA, which the corpus also uses; the synthesis imitates the test scan's kind of sequence (fat-bright T1), not its values",
+        "trains on the anatomy of ctA, which the corpus also uses; the synthesis imitates the test scan's kind of "
+        "sequence (fat-bright T1), and the range of its contrast was chosen with the test scan's means in view",
     ),
     "brain_lesion_mr": Source(
         ("mrP",),
@@ -643,10 +657,12 @@ def build_task(
     task, plans, entries = get_task(name), plan_cases(name, cases), verify_seeds(seeds)
     if min(cases[:2]) < 1:
         raise ValueError(f"{name} needs at least one train and one val case, got cases={tuple(cases)}")
-    scans = {scan: read_seed(seeds_folder(seeds), entries[scan]) for scan in {plan.scan for plan in plans}}
+    used = {plan.scan for plan in plans}
+    scans = {scan: read_seed(seeds_folder(seeds), entries[scan]) for scan in used}
     with atomic_folder(Path(out) / task.folder) as folder:
         rows = Parallel(n_jobs=workers)(
-            delayed(build_case)(plan, scans[plan.scan], task, folder, spacing or task.spacing, seed) for plan in plans
+            delayed(build_case)(plan, scans[plan.scan], task, folder, spacing or task.spacing, seed)
+            for plan in plans
         )
         provenance = pd.DataFrame(rows)
         write_descriptions(task, provenance, folder)

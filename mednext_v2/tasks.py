@@ -59,7 +59,7 @@ def check_task(
 # %% ../nbs/07_tasks.ipynb #task
 @dataclass(frozen=True)
 class Task:
-    "One data set; lists become tuples, and a group given as one word holds for all labels. ValueError if a rule is broken"
+    "One data set; a group given as one word holds for all labels. ValueError if a rule is broken"
 
     name: str  # Key in `datasets.yaml`, e.g. `abdomen_ct`
     dataset: int  # nnU-Net's number
@@ -192,12 +192,16 @@ def read_splits(
     folder = Path(raw) / task.folder
     path = folder / "splits_final.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: build the data set, or write [{{'train': [...], 'val': [...]}}] there")
+        raise FileNotFoundError(
+            f"{path} is missing: build the data set, or write [{{'train': [...], 'val': [...]}}] there"
+        )
     try:
         fold = json.loads(path.read_text(encoding="utf-8"))[0]
         splits = {"train": list(fold["train"]), "val": list(fold["val"])}
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is not a list of folds with 'train' and 'val' ({error!r}): write it again") from error
+        raise ValueError(
+            f"{path} is not a list of folds with 'train' and 'val' ({error!r}): write it again"
+        ) from error
     names = {file.name.removesuffix(".nii.gz") for file in folder.glob("labelsTs/*.nii.gz")}
     names |= {file.name.removesuffix(".nii.gz")[:-5] for file in folder.glob("imagesTs/*_????.nii.gz")}
     splits["test"] = sorted(names)
@@ -207,7 +211,9 @@ def read_splits(
             raise ValueError(f"{path}: the {split} split of {task.name} is empty, it needs at least one case")
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         if both := sorted(set(splits[one]) & set(splits[other])):
-            raise ValueError(f"{path}: {', '.join(both[:3])} is in {one} and in {other}: remove it from one of them")
+            raise ValueError(
+                f"{path}: {', '.join(both[:3])} is in {one} and in {other}: remove it from one of them"
+            )
     return splits
 
 
@@ -225,7 +231,9 @@ def list_cases(
             label = folder / f"labels{suffix}" / f"{id}.nii.gz"
             for path in (*images, label):
                 if not path.is_file():
-                    raise FileNotFoundError(f"{path} is missing: restore it, or take {id} out of the {split} split")
+                    raise FileNotFoundError(
+                        f"{path} is missing: restore it, or take {id} out of the {split} split"
+                    )
             cases.append(Case(id, split, tuple(images), label))
     return cases
 
@@ -250,7 +258,8 @@ def check_finite(voxels: np.ndarray, path: Path) -> None:
     if len(bad):
         where = tuple(int(index) for index in bad[0])
         raise ValueError(
-            f"{path} has {len(bad)} voxels that are NaN or infinite, the first at {where}: repair the scan or leave it out"
+            f"{path} has {len(bad)} voxels that are NaN or infinite, the first at {where}: "
+            "repair the scan or leave it out"
         )
 
 
@@ -269,7 +278,8 @@ def check_grid(volume: Volume, other: Volume, path: Path, reference: Path) -> No
     "ValueError if two volumes differ in shape, or in position by more than 0.01 mm"
     if volume.voxels.shape != other.voxels.shape:
         raise ValueError(
-            f"{path} has shape {volume.voxels.shape}, {reference.name} has {other.voxels.shape}: resample one to the other"
+            f"{path} has shape {volume.voxels.shape}, {reference.name} has {other.voxels.shape}: "
+            "resample one to the other"
         )
     difference = np.abs(volume.affine - other.affine).max()
     if difference > 0.01:

@@ -57,21 +57,29 @@ class Recipe:
     checkpoint_every: int = 250  # Steps
 
     def __post_init__(self):
-        object.__setattr__(self, "patch", tuple(self.patch))
-        whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
-        real = lambda value: isinstance(value, (int, float)) and math.isfinite(value)
-        known = lambda *names: lambda value: value in names
+        if isinstance(self.patch, list):
+            object.__setattr__(self, "patch", tuple(self.patch))
+
+        def whole(value) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool)
+
+        def real(value) -> bool:
+            return whole(value) or isinstance(value, float) and math.isfinite(value)
+
         rules = {
-            "positive whole number": (("steps", "batch", "checkpoint_every"), lambda v: whole(v) and v > 0),
-            "whole number, 0 or more": (("warmup", "validate_every"), lambda v: whole(v) and v >= 0),
-            "positive number": (("lr", "power", "eps", "clip"), lambda v: real(v) and v > 0),
-            "number, 0 or more": (("weight_decay",), lambda v: real(v) and v >= 0),
-            "share from 0 to 1": (("foreground",), lambda v: real(v) and 0 <= v <= 1),
-            "triple of positive sizes": (("patch",), lambda v: len(v) == 3 and all(whole(n) and n > 0 for n in v)),
+            "a positive whole number": (("steps", "batch", "checkpoint_every"), lambda v: whole(v) and v > 0),
+            "a whole number, 0 or more": (("warmup", "validate_every"), lambda v: whole(v) and v >= 0),
+            "a positive number": (("lr", "power", "eps", "clip"), lambda v: real(v) and v > 0),
+            "a number, 0 or more": (("weight_decay",), lambda v: real(v) and v >= 0),
+            "a share from 0 to 1": (("foreground",), lambda v: real(v) and 0 <= v <= 1),
+            "three positive whole numbers": (
+                ("patch",),
+                lambda v: isinstance(v, tuple) and len(v) == 3 and all(whole(n) and n > 0 for n in v),
+            ),
             "true or false": (("deep_supervision", "present_only"), lambda v: isinstance(v, bool)),
-            f"one of {', '.join(AUGMENTATIONS)}": (("augment",), known(*AUGMENTATIONS)),
-            "adamw or sgd": (("optimizer",), known("adamw", "sgd")),
-            "fp32 or bf16": (("precision",), known("fp32", "bf16")),
+            f"one of {', '.join(AUGMENTATIONS)}": (("augment",), lambda v: v in AUGMENTATIONS),
+            "adamw or sgd": (("optimizer",), lambda v: v in ("adamw", "sgd")),
+            "fp32 or bf16": (("precision",), lambda v: v in ("fp32", "bf16")),
             f"below steps = {self.steps}": (("warmup",), lambda v: v < self.steps),
         }
         for rule, (names, holds) in rules.items():
@@ -115,9 +123,9 @@ def train_step(
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-    for what, value in (("loss", loss), ("norm of the gradient", norm)):
+    for what, value in (("loss", loss.item()), ("norm of the gradient", norm.item())):
         if not math.isfinite(value):
-            raise FloatingPointError(f"{what} is {value.item()}")
+            raise FloatingPointError(f"{what} is {value}")
     optimizer.step()
     return loss.item()
 

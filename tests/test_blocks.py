@@ -183,7 +183,7 @@ def test_checkpointing_changes_no_number(cls, checkpointing, autocast):
             out = block(leaf)
         out.float().square().sum().backward()
         results.append([out.detach(), leaf.grad, *(p.grad.clone() for p in block.parameters())])
-    for plain, recomputed in zip(*results):
+    for plain, recomputed in zip(*results, strict=True):
         assert torch.equal(plain, recomputed)
 
 

@@ -141,7 +141,7 @@ def test_equals_monai_with_the_same_weights(grn, deep_supervision):
     if not deep_supervision:
         expected, actual = [expected], [actual]
     assert len(expected) == len(actual)
-    for a, b in zip(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -150,7 +150,8 @@ def test_deep_supervision_is_finest_first_and_the_same_in_train_and_eval():
     x = torch.randn(2, 1, 16, 8, 12)
     train, evaluation = model.train()(x), model.eval()(x)
     assert [tuple(o.shape) for o in train] == [(2, 3, 16, 8, 12), (2, 3, 8, 4, 6), (2, 3, 4, 2, 3)]
-    assert all(torch.equal(a, b) for a, b in zip(train, evaluation))
+    assert isinstance(evaluation, list) and len(evaluation) == 3
+    assert all(torch.equal(a, b) for a, b in zip(train, evaluation, strict=True))
     plain = MedNeXt(TINY, 1, 3)
     plain.load_state_dict(model.state_dict(), strict=False)
     out = plain(x)
@@ -203,9 +204,9 @@ def test_checkpointing_changes_no_number(checkpointing, autocast):
             outputs = model(x)
         sum(o.float().square().sum() for o in outputs).backward()
         results.append([*outputs, *(p.grad for p in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(plain(x), other(x)))
+        assert all(torch.equal(a, b) for a, b in zip(plain(x), other(x), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,0 +1,166 @@
+"""The seams between notebooks, `dvc.yaml`, `params.yaml`, `conf/` and the exported library."""
+
+import ast
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from mednext_v2.core import build, params, read_yaml
+from mednext_v2.pipeline import TRAINING_MODULES, Plan, compose_params, notebook_parameters, profiles, readme
+
+ROOT = Path(__file__).parents[1]
+CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+THIN = sorted([*(ROOT / "nbs/pipeline").glob("*.ipynb"), *(ROOT / "nbs/paper").glob("*.ipynb")])
+STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
+NAME = {"ids": lambda path: path.stem}
+
+
+def cells(path: Path, kind: str = "code") -> list[str]:
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == kind]
+
+
+def exports(path: Path) -> str | None:
+    match = re.search(r"#\| default_exp (\w+)", "\n".join(cells(path)))
+    return match and match[1]
+
+
+@pytest.mark.parametrize("path", [*CHAPTERS, *THIN], **NAME)
+def test_notebook_opens_with_title_subtitle_and_kernel(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert re.match(r"# .+\n+> .+", "".join(notebook["cells"][0]["source"]))
+    assert notebook["metadata"]["kernelspec"]["language"] == "python"
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert all(re.fullmatch(r"[a-z][a-z0-9-]+", name) for name in ids), f"cell ids are words: {ids}"
+
+
+@pytest.mark.parametrize("path", THIN, **NAME)
+def test_stage_notebook_is_thin(path):
+    assert notebook_parameters(path) >= {"profile"}
+    assert exports(path) is None
+    assert not re.search(r"^\s*(def|class) ", "\n".join(cells(path)), re.M), "functions belong in a chapter"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert not any(cell.get("outputs") for cell in notebook["cells"]), "outputs change what DVC sees"
+
+
+@pytest.mark.parametrize("path", [*CHAPTERS, ROOT / "nbs/index.ipynb"], **NAME)
+def test_chapter_is_small_enough_for_git(path):
+    assert path.stat().st_size < 400_000
+    assert str(Path.home()) not in path.read_text(encoding="utf-8")
+
+
+def test_library_and_readme_are_in_step_with_the_notebooks(tmp_path):
+    for name in ("nbs", "settings.ini", "setup.py", "pyproject.toml"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    (tmp_path / "mednext_v2").mkdir()
+    shutil.copy(ROOT / "mednext_v2/__init__.py", tmp_path / "mednext_v2")
+    environment = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
+    code = "from nbdev.export import nbdev_export; nbdev_export()"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment)
+    fresh = {path.name: path.read_text() for path in (tmp_path / "mednext_v2").glob("*.py")}
+    kept = {path.name: path.read_text() for path in (ROOT / "mednext_v2").glob("*.py")}
+    differing = sorted(name for name in fresh.keys() | kept.keys() if fresh.get(name) != kept.get(name))
+    assert not differing, f"{', '.join(differing)}: run `make export`, and edit notebooks only"
+    assert (ROOT / "README.md").read_text(encoding="utf-8").strip() == readme().strip(), "run `make readme`"
+
+
+def test_modules_import_only_those_before_them():
+    order = [exports(path) for path in CHAPTERS]
+    for module in order:
+        tree = ast.parse((ROOT / f"mednext_v2/{module}.py").read_text())
+        # The map of public names and the command line may look anywhere, when they are used
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or node.module is None:
+                continue
+            name = node.module if node.level else node.module.removeprefix("mednext_v2.")
+            if name in order:
+                assert order.index(name) < order.index(module), f"{module} imports {name}"
+
+
+def test_package_version_comes_from_settings():
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini")
+    import mednext_v2
+
+    assert mednext_v2.__version__ == settings["DEFAULT"]["version"]
+    assert f"version: {mednext_v2.__version__}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_params_are_the_composed_mini_profile(tmp_path):
+    assert read_yaml(compose_params("mini", tmp_path / "params.yaml")) == read_yaml(ROOT / "params.yaml"), (
+        "run `make params`"
+    )
+
+
+@pytest.mark.parametrize("profile", profiles())
+def test_every_profile_builds_its_dataclasses(profile, tmp_path):
+    from mednext_v2.backbones import create
+    from mednext_v2.trainer import Recipe
+    import torch
+
+    path = compose_params(profile, tmp_path / "params.yaml")
+    values = read_yaml(path)
+    plan = build(Plan, {"profile": profile, "seeds": values["seeds"], **values["axes"]})
+    for recipe in values["recipes"].values():
+        built = build(Recipe, recipe)
+        kinds = {field.name: field.type for field in fields(Recipe)}
+        for name, kind in kinds.items():
+            if kind in (int, float, str, "int", "float", "str"):
+                expected = {"int": int, "float": (int, float), "str": str}[getattr(kind, "__name__", kind)]
+                assert isinstance(getattr(built, name), expected), f"{name} reads as {getattr(built, name)!r}"
+    for backbone in plan.backbones:
+        with torch.device("meta"):
+            model = create(backbone, 1, 3, deep_supervision=True, **values["backbones"][backbone])
+        for recipe in values["recipes"].values():
+            assert all(side % model.stride == 0 for side in recipe["patch"]), (backbone, recipe["patch"])
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_sends_parameters_that_its_notebook_has(name):
+    cmd = STAGES[name]["cmd"]
+    paths = [word for word in cmd.split() if word.endswith(".ipynb")]
+    for path in paths:
+        items = params("papers") if "${item.item}" in path else [""]
+        for item in items:
+            sent = set(re.findall(r"(\w+)=", cmd))
+            assert sent <= notebook_parameters(ROOT / path.replace("${item.item}", item))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_depends_on_every_module_its_notebook_uses(name):
+    """Follows the imports of the notebook, and those of the modules, and compares with `deps`."""
+    stage = STAGES[name]
+    declared = {Path(dep).stem for dep in stage["deps"] if str(dep).startswith("mednext_v2/")}
+    path = next(word for word in stage["cmd"].split() if word.endswith(".ipynb"))
+    items = params("papers") if "${item.item}" in path else [""]
+    top_level = set()
+    for item in items:
+        source = "\n".join(cells(ROOT / path.replace("${item.item}", item)))
+        top_level |= set(re.findall(r"from mednext_v2\.(\w+) import", source))
+    assert top_level - declared == set(), f"{name} does not declare {sorted(top_level - declared)}"
+    assert all((ROOT / f"mednext_v2/{module}.py").exists() for module in declared)
+
+
+def test_training_stages_declare_what_the_key_of_a_run_hashes():
+    for name in ("pretrain", "scratch", "finetune"):
+        declared = {Path(dep).stem for dep in STAGES[name]["deps"] if str(dep).startswith("mednext_v2/")}
+        assert set(TRAINING_MODULES) <= declared
+
+
+def test_tracked_text_names_no_machine():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    forbidden = [str(ROOT), str(Path.home()) + "/"]
+    for name in listed:
+        path = ROOT / name
+        if path.suffix in {".gz", ".png"} or not path.exists():
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert not [word for word in forbidden if word in text and len(word) > 4], name

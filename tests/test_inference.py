@@ -1,0 +1,390 @@
+"""Windows against convolution over the whole scan, grids and orientations, and what bad scans get"""
+
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff
+from torch import nn
+
+from mednext_v2 import inference
+from mednext_v2.inference import (
+    labels_on_grid,
+    predict,
+    predict_prepared,
+    predict_scan,
+    read_scan,
+    resample_logits,
+    sliding_window,
+)
+
+torch.set_num_threads(1)
+
+
+KNOWN = {"mean": [0], "std": [1], "low": [0], "high": [0], "nonzero": False}
+
+
+class Echo(nn.Module):
+    "Background at 0 and the image itself as the second class; a coarse second output that must not be used"
+
+    def __init__(self, deep_supervision=True):
+        super().__init__()
+        self.deep_supervision = deep_supervision
+        self.modes = []
+
+    def forward(self, x):
+        self.modes.append((self.training, torch.is_inference_mode_enabled(), tuple(x.shape)))
+        logits = torch.cat([torch.zeros_like(x[:, :1]), x[:, :1]], 1)
+        return [logits, -logits[..., ::2, ::2, ::2]] if self.deep_supervision else logits
+
+
+class Itself(nn.Module):
+    "Gives back the very tensor that it got"
+
+    def forward(self, x):
+        return x
+
+
+def ball(shape=(30, 26, 22), center=(12, 15, 9), radius=7.0) -> np.ndarray:
+    "Signed distance to a ball: positive inside"
+    points = np.indices(shape).transpose(1, 2, 3, 0) - np.array(center)
+    return (radius - np.linalg.norm(points, axis=-1)).astype(np.float32)
+
+
+def card(spacing=(1.0, 1.0, 1.0), patch=(16, 16, 16), in_channels=1):
+    return SimpleNamespace(
+        in_channels=in_channels, modality="MR", spacing=spacing, patch=patch, normalisation={}, labels={"ball": 1}
+    )
+
+
+@pytest.fixture
+def raw_intensities(monkeypatch):
+    "Geometry without normalisation: the network sees the scan's own values"
+    monkeypatch.setattr(inference, "normalise", lambda image, *_: image)
+
+
+# Windows
+
+
+@pytest.mark.parametrize("shape", [(30, 26, 22), (16, 16, 16), (17, 33, 16), (40, 9, 5), (1, 1, 1), (3, 40, 1)])
+@pytest.mark.parametrize("overlap", [0, 0.3, 0.5])
+def test_windows_neither_shift_nor_blur(shape, overlap):
+    image = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
+    logits = sliding_window(Echo(), image, (16, 16, 16), overlap)
+    assert logits.shape == (2, *shape) and logits.dtype == torch.float32
+    np.testing.assert_allclose(logits[1].numpy(), image[0], atol=2e-6)
+    assert not logits[0].any()
+
+
+def test_a_local_network_gives_the_same_in_windows_as_on_the_whole_scan():
+    # Its field of view of one voxel makes tiles and whole scan comparable
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(2, 8, 1), nn.GELU(), nn.Conv3d(8, 5, 1))
+    image = torch.randn(2, 37, 20, 18)
+    with torch.no_grad():
+        whole = model(image[None])[0]
+    torch.testing.assert_close(sliding_window(model, image, (16, 8, 16)), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_overlap_is_blended_by_a_gaussian_written_out():
+    class Ramp(nn.Module):
+        "The answer depends on the position in the window"
+
+        def forward(self, x):
+            ramp = torch.arange(x.shape[-1], dtype=torch.float32).expand(x.shape[0], 1, *x.shape[2:])
+            return torch.cat([torch.zeros_like(ramp), ramp], 1)
+
+    logits = sliding_window(Ramp(), np.zeros((1, 8, 8, 12), np.float32), (8, 8, 8), 0.5)
+    weight = np.exp(-0.5 * ((np.arange(8) - 3.5) / 1.0) ** 2)  # MONAI: sigma is an eighth of the window
+    # Windows start at 0 and 4; a voxel in both is the weighted mean of its two positions
+    for z in range(12):
+        positions = [z - start for start in (0, 4) if 0 <= z - start < 8]
+        expected = np.average(positions, weights=[weight[p] for p in positions])
+        assert logits[1, 4, 4, z].item() == pytest.approx(expected, abs=0.02)
+
+
+def test_network_is_in_evaluation_and_inference_mode_and_gets_its_modes_back():
+    model = nn.Sequential(Echo(), nn.Identity())
+    model.train()
+    model[1].eval()
+    model[0].deep_supervision = False
+    sliding_window(model, np.ones((1, 20, 20, 20), np.float32), (16, 16, 16))
+    assert model.training and model[0].training and not model[1].training
+    assert {mode[:2] for mode in model[0].modes} == {(False, True)}
+    assert {mode[2] for mode in model[0].modes} == {(1, 1, 16, 16, 16)}
+
+
+def test_modes_come_back_after_an_error():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("broken")
+
+    model = Broken().train()
+    with pytest.raises(RuntimeError, match="broken"):
+        sliding_window(model, np.ones((1, 8, 8, 8)), (8, 8, 8))
+    assert model.training
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_the_image_is_left_alone(as_tensor):
+    # MONAI weights the network's output in place; a network that returns its input would have the image changed
+    image = torch.ones(1, 20, 20, 20) if as_tensor else np.ones((1, 20, 20, 20), np.float32)
+    copy = image.clone() if as_tensor else image.copy()
+    logits = sliding_window(Itself(), image, (16, 16, 16))
+    assert (image == copy).all() and torch.allclose(logits, torch.ones(1))
+
+
+def test_half_and_read_only_images(tmp_path):
+    image = ball()[None]
+    np.save(tmp_path / "image.npy", image)
+    mapped = np.load(tmp_path / "image.npy", mmap_mode="r")
+    assert torch.equal(sliding_window(Echo(), mapped, (16, 16, 16)), sliding_window(Echo(), image, (16, 16, 16)))
+    half = sliding_window(Echo(), torch.from_numpy(image).half(), (16, 16, 16))
+    assert half.dtype == torch.float32 and torch.allclose(half[1], torch.from_numpy(image[0]), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "shape, patch, overlap, message",
+    [
+        ((8, 8, 8), (8, 8, 8), 0.5, r"must be \(channels, X, Y, Z\), got shape \(8, 8, 8\)"),
+        ((1, 1, 8, 8, 8), (8, 8, 8), 0.5, "must be .channels"),
+        ((1, 8, 0, 8), (8, 8, 8), 0.5, "must be .channels"),
+        ((1, 8, 8, 8), (8, 8), 0.5, "three patch sizes"),
+        ((1, 8, 8, 8), (8, 8, 8), 1, "0 <= overlap < 1"),
+    ],
+)
+def test_windows_refuse(shape, patch, overlap, message):
+    with pytest.raises(ValueError, match=message):
+        sliding_window(Echo(), np.zeros(shape, np.float32), patch, overlap)
+
+
+def test_predict_prepared_is_the_largest_logit():
+    image = ball()
+    prepared = SimpleNamespace(image=lambda case: {"a": image[None]}[case])
+    labels = predict_prepared(Echo(), prepared, "a", (16, 16, 16))
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, image > 0)
+
+
+# Grids
+
+
+@pytest.mark.parametrize("classes, shape", [(2, (9, 9, 9)), (7, (5, 14, 6)), (300, (6, 5, 4))])
+def test_labels_class_by_class_equal_argmax_of_all(classes, shape):
+    logits = torch.randn(classes, 7, 8, 5, generator=torch.Generator().manual_seed(classes))
+    labels = labels_on_grid(logits, shape)
+    np.testing.assert_array_equal(labels, resample_logits(logits, shape).argmax(0).numpy())
+    assert labels.dtype == (np.uint16 if classes > 256 else np.uint8)
+    np.testing.assert_array_equal(labels_on_grid(logits), logits.argmax(0).numpy())
+
+
+def test_resampling_keeps_positions():
+    # A linear ramp in mm stays the same ramp at the new voxel centres, away from the border
+    ramp = torch.arange(20.0).reshape(1, 20, 1, 1).expand(1, 20, 4, 4)
+    finer = resample_logits(ramp, (50, 4, 4))[0, :, 0, 0]
+    centres = (torch.arange(50) + 0.5) * 20 / 50 - 0.5
+    inside = (centres >= 0) & (centres <= 19)
+    torch.testing.assert_close(finer[inside], centres[inside], atol=1e-4, rtol=0)
+
+
+# Scans
+
+
+def nifti(values: np.ndarray, affine: np.ndarray | None = None) -> nib.Nifti1Image:
+    return nib.Nifti1Image(values, np.diag([1.0, 1, 1, 1]) if affine is None else affine)
+
+
+def turned(image: nib.Nifti1Image, codes: str) -> nib.Nifti1Image:
+    "The same scan stored with other axes"
+    change = nib.orientations.ornt_transform(nib.io_orientation(image.affine), axcodes2ornt(codes))
+    values = apply_orientation(image.get_fdata(dtype=np.float32), change)
+    return nib.Nifti1Image(values, image.affine @ inv_ornt_aff(change, image.shape))
+
+
+OBLIQUE = np.array([[1.9, 0.1, 0.2, -30], [-0.2, 1.4, 0.3, 12], [-0.1, -0.4, 2.6, 5], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SRA", "PIL", "ALI", "IPR"])
+@pytest.mark.parametrize("affine", [np.diag([2.0, 1.5, 2.5, 1]), OBLIQUE])
+def test_however_the_scan_is_stored_the_labels_lie_on_it(codes, affine, raw_intensities):
+    scan = nifti(ball(), affine)
+    straight = predict_scan(Echo(), card((2, 2, 2)), [scan])
+    other = turned(scan, codes)
+    labels = predict_scan(Echo(), card((2, 2, 2)), [other])
+    assert labels.shape == other.shape and np.array_equal(labels.affine, other.affine)
+    back = turned(nib.Nifti1Image(np.asarray(labels.dataobj, np.float32), labels.affine), "RAS")
+    np.testing.assert_array_equal(back.get_fdata(), straight.get_fdata())
+    truth = ball() > 0
+    found = np.asarray(straight.dataobj) > 0
+    assert 2 * (truth & found).sum() / (truth.sum() + found.sum()) > 0.97
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (0.5, 0.8, 2), (3, 3, 3)])
+def test_the_label_is_where_the_ball_is_at_any_spacing_of_the_model(spacing, raw_intensities):
+    scan = nifti(ball())
+    found = predict_scan(Echo(), card(spacing), [scan]).get_fdata() > 0
+    np.testing.assert_allclose(np.argwhere(found).mean(0), (12, 15, 9), atol=0.15)
+    assert found.sum() == pytest.approx((ball() > 0).sum(), rel=0.06)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "SPL"])
+def test_a_scan_on_the_model_grid_is_not_interpolated(codes, raw_intensities):
+    noise = np.random.default_rng(0).normal(size=(20, 10, 12)).astype(np.float32)
+    scan = turned(nifti(noise, np.diag([1.0, 2, 4, 1])), codes)
+    labels = predict_scan(Echo(), card((1, 2, 4)), [scan])
+    np.testing.assert_array_equal(labels.get_fdata(), scan.get_fdata() > 0)
+
+
+@pytest.mark.parametrize("shape", [(5, 6, 4), (40, 3, 1), (1, 1, 1)])
+def test_scans_smaller_than_the_patch(shape, raw_intensities):
+    values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    labels = predict_scan(Echo(), card(), [nifti(values)])
+    np.testing.assert_array_equal(labels.get_fdata(), values > 0)
+
+
+def test_thick_slices(raw_intensities):
+    values = ball((30, 26, 6), (12, 15, 3), 5)
+    labels = predict_scan(Echo(), card((2, 2, 2)), [nifti(values, np.diag([1, 1, 5.0, 1]))])
+    found = labels.get_fdata() > 0
+    assert labels.shape == (30, 26, 6)
+    assert 2 * (found & (values > 0)).sum() / (found.sum() + (values > 0).sum()) > 0.9
+
+
+def test_the_label_map_opens_on_the_scan(tmp_path, raw_intensities):
+    scan = nifti(np.round(ball() * 100).astype(np.int16), OBLIQUE)
+    scan.header.set_slope_inter(0.01, 0)
+    scan.set_sform(OBLIQUE, 1)
+    scan.header["cal_max"] = 400
+    nib.save(scan, tmp_path / "scan.nii.gz")
+    scan = nib.load(tmp_path / "scan.nii.gz")
+    nib.save(predict_scan(Echo(), card(), [scan]), tmp_path / "labels.nii.gz")
+    labels = nib.load(tmp_path / "labels.nii.gz")
+    assert labels.get_data_dtype() == np.uint8 and set(np.unique(labels.get_fdata())) == {0, 1}
+    assert np.array_equal(labels.affine, scan.affine) and labels.header["cal_max"] == 0
+    assert labels.header["sform_code"] == 1 and labels.header.get_xyzt_units() == scan.header.get_xyzt_units()
+
+
+def test_channels_must_share_a_grid(raw_intensities):
+    scan, moved = nifti(ball()), nifti(ball(), np.array([[1, 0, 0, 3], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]))
+    assert predict_scan(Echo(), card(), [scan, scan]).shape == scan.shape
+    for other in (moved, nifti(ball((30, 26, 21)))):
+        with pytest.raises(ValueError, match="all channels must share one grid"):
+            predict_scan(Echo(), card(), [scan, other])
+
+
+def test_read_scan_refuses(tmp_path):
+    broken = ball()
+    broken[3, 4, 5] = np.nan
+    endless = ball()
+    endless[0, 0, 0] = np.inf
+    flat = np.diag([1.0, 1, 0, 1])
+    for image, message in [
+        (nifti(np.zeros((4, 4, 4, 2), np.float32)), r"must be 3D, got shape \(4, 4, 4, 2\)"),
+        (nifti(np.zeros((4, 4), np.float32)), "must be 3D"),
+        (nifti(np.zeros((4, 0, 4), np.float32)), "must be 3D"),
+        (nifti(broken), "holds NaN or infinite values in 1 of 17160 voxels"),
+        (nifti(endless), "holds NaN or infinite values in 1"),
+        (SimpleNamespace(shape=(4, 4, 4), affine=flat), "has no usable grid"),
+        (SimpleNamespace(shape=(4, 4, 4), affine=np.full((4, 4), np.nan)), "has no usable grid"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            read_scan(image)
+        assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="nowhere.nii.gz is not a file"):
+        read_scan(tmp_path / "nowhere.nii.gz")
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        read_scan(tmp_path)
+
+
+def test_read_scan_refuses_broken_files(tmp_path):
+    (tmp_path / "text.nii.gz").write_text("not an image")
+    (tmp_path / "empty.nii").write_bytes(b"")
+    nib.save(nifti(np.random.default_rng(0).normal(size=(20, 20, 20))), tmp_path / "whole.nii.gz")
+    (tmp_path / "half.nii.gz").write_bytes((tmp_path / "whole.nii.gz").read_bytes()[:20000])
+    nib.save(nifti(np.ones((20, 20, 20))), tmp_path / "plain.nii")
+    (tmp_path / "half.nii").write_bytes((tmp_path / "plain.nii").read_bytes()[:20000])
+    for name in ("text.nii.gz", "empty.nii", "half.nii.gz", "half.nii"):
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")) as error:
+            read_scan(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+# The whole way, with a model folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    from mednext_v2.backbones import create
+    from mednext_v2.weights import Card, save_model
+
+    torch.manual_seed(0)
+    overrides = dict(filters=(4, 8, 8))
+    model = create("unet", 1, 3, **overrides)
+    folder = tmp_path_factory.mktemp("models") / "toy"
+    save_model(folder, model, Card(
+        backbone="unet", overrides=overrides, in_channels=1, labels={"a": 1, "b": 2}, groups={"a": "organ", "b": "organ"},
+        task="toy", modality="MR", spacing=(2.0, 2.0, 2.0), patch=(16, 16, 16), normalisation=KNOWN, recipe={},
+    ))
+    return folder
+
+
+def test_predict_from_a_file_equals_predict_from_memory(model_folder, tmp_path):
+    scan = nifti(100 + 10 * ball(), np.diag([1.5, 1.5, 2.0, 1]))
+    nib.save(scan, tmp_path / "scan.nii.gz")
+    labels = predict(model_folder, tmp_path / "scan.nii.gz")
+    assert set(np.unique(labels.get_fdata())) <= {0, 1, 2} and labels.shape == scan.shape
+    np.testing.assert_array_equal(labels.get_fdata(), predict(str(model_folder), [scan]).get_fdata())
+    np.testing.assert_array_equal(labels.get_fdata(), predict(model_folder, scan).get_fdata())
+
+
+@pytest.mark.parametrize("codes", ["LPS", "SAR", "IPL"])
+def test_predict_flipped_gives_the_same_labels_flipped(model_folder, codes):
+    scan = nifti(100 + 10 * ball(), np.diag([1.5, 1.5, 2.0, 1]))
+    straight = predict(model_folder, scan)
+    labels = predict(model_folder, turned(scan, codes))
+    back = turned(nib.Nifti1Image(np.asarray(labels.dataobj, np.float32), labels.affine), "RAS")
+    np.testing.assert_array_equal(back.get_fdata(), straight.get_fdata())
+    assert len(np.unique(straight.get_fdata())) > 1
+
+
+def test_predict_does_not_depend_on_intensity_units_of_mr(model_folder):
+    a, b = (predict(model_folder, nifti(scale * (100 + 10 * ball()))).get_fdata() for scale in (1, 7))
+    assert (a == b).mean() > 0.999
+
+
+def test_predict_refuses_a_wrong_number_of_channels(model_folder):
+    scan = nifti(ball())
+    with pytest.raises(ValueError, match=r"expects 1 channel\(s\), got 2 image\(s\): give one 3D image per channel"):
+        predict(model_folder, [scan, scan])
+
+
+def test_predict_reads_the_scan_before_the_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="scan.nii.gz is not a file"):
+        predict(tmp_path / "no_model", tmp_path / "scan.nii.gz")
+
+
+def test_predict_on_the_file_equals_predict_on_the_prepared_case(tmp_path):
+    from mednext_v2.backbones import create
+    from mednext_v2.prepare import Prepared, prepare
+    from mednext_v2.suite import build_task
+    from mednext_v2.tasks import get_task
+    from mednext_v2.weights import Card, save_model
+
+    task = get_task("abdomen_ct")
+    build_task(task.name, None, tmp_path / "raw", (1, 1, 1))
+    prepare(task, tmp_path / "raw", tmp_path / "prepared")
+    prepared = Prepared(tmp_path / "prepared")
+    overrides = dict(filters=(4, 8, 8))
+    torch.manual_seed(0)
+    model = create("unet", 1, task.num_classes, **overrides)
+    save_model(tmp_path / "model", model, Card(
+        backbone="unet", overrides=overrides, in_channels=1, labels=task.labels, groups=task.groups, task=task.name,
+        modality="CT", spacing=task.spacing, patch=(16, 16, 16), normalisation=prepared.fingerprint.normalisation(), recipe={},
+    ))
+    case = prepared.ids("test")[0]
+    file = tmp_path / "raw" / task.folder / "imagesTs" / f"{case}_0000.nii.gz"
+    expected = predict_prepared(model, prepared, case, (16, 16, 16))
+    assert nib.load(file).shape == expected.shape and len(np.unique(expected)) > 2
+    np.testing.assert_array_equal(np.asarray(predict(tmp_path / "model", file).dataobj), expected)

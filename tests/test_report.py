@@ -1,0 +1,549 @@
+"""From scores to tables and figures: the declared mean, intervals, provenance of reported numbers, equal bytes"""
+
+import json
+import re
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+from mednext_v2 import report
+from mednext_v2.core import root
+from mednext_v2.report import (
+    bootstrap_interval,
+    caption,
+    declared_mean,
+    gains,
+    main_table,
+    main_table_shown,
+    published,
+    save_figure,
+    save_table,
+    score_text,
+    summary,
+)
+from mednext_v2.tasks import Task
+
+matplotlib.use("Agg")
+
+# Facts known of the paper: model, pretraining, patch, DSC, NSD
+FACTS = [
+    ("nnU-Net", "", None, 80.57, 78.49),
+    ("ResEnc-L", "", None, 81.65, 79.72),
+    ("MedNeXt-v2 Base", "", 128, 82.31, 80.34),
+    ("nnU-Net", "TotalSegmentator CT", None, 81.20, 78.86),
+    ("ResEnc-L", "CADS (22k CT)", None, 82.55, 80.31),
+    ("STU-Net-L", "AbdomenAtlas 1.0", None, 81.83, 79.56),
+    ("MedNeXt-v2 Base", "CADS (18k CT)", 128, 82.95, 81.06),
+    ("MedNeXt-v2 Base", "CADS (18k CT)", 192, 83.70, 81.77),
+]
+
+
+def make_scores(seed=0, cases=4, tasks=None, backbones=("mednext_v2_tiny", "unet"), seeds=(0,), share_nan=0.1):
+    "Random scores in the columns of scores.csv, some of them absent"
+    generator = np.random.default_rng(seed)
+    tasks = tasks or {"abdomen_ct": ("liver", "spleen", "rib"), "liver_lesion_ct": ("liver", "lesion")}
+    rows = [
+        dict(
+            profile="mini", task=task, case=f"{task}_{case}", label=label,
+            group="pathology" if label == "lesion" else "organ", backbone=backbone, init=init, patch="32x32x16",
+            seed=s, dsc=generator.uniform(), nsd=generator.uniform(), n_voxels=5, n_predicted=5,
+        )
+        for task, labels in tasks.items()
+        for case in range(cases)
+        for label in labels
+        for backbone in backbones
+        for init in ("scratch", "corpus_ct")
+        for s in seeds
+    ]
+    scores = pd.DataFrame(rows)
+    absent = generator.uniform(size=len(scores)) < share_nan
+    scores.loc[absent, ["dsc", "nsd"]] = np.nan
+    return scores
+
+
+def loop_mean(scores: pd.DataFrame, metric: str) -> float:
+    "The declared mean, written out: cases, then classes (and seeds), then tasks"
+    tasks = []
+    for task in scores.task.unique():
+        classes = []
+        of_task = scores[scores.task == task]
+        for label, seed in of_task[["label", "seed"]].drop_duplicates().itertuples(index=False):
+            values = of_task[(of_task.label == label) & (of_task.seed == seed)][metric].dropna().tolist()
+            if values:
+                classes.append(sum(values) / len(values))
+        if classes:
+            tasks.append(sum(classes) / len(classes))
+    return sum(tasks) / len(tasks)
+
+
+def test_published_holds_exactly_the_known_figures():
+    table = published()
+    known = table[table.value.notna()]
+    found = {
+        (row.model, row.pretraining, None if pd.isna(row.patch) else int(row.patch), row.metric): row.value
+        for row in known.itertuples()
+    }
+    expected = {(m, t, p, metric): v for m, t, p, *values in FACTS for metric, v in zip(("DSC", "NSD"), values)}
+    assert found == expected
+    assert (table.source == "arXiv:2512.17774").all()
+    assert known.known.str.contains("not checked").all()
+    assert (table[table.value.isna()].known == "not available").all()
+    assert (table.init == np.where(table.pretraining == "", "scratch", "pretrained"))[table.pretraining != ""].all()
+
+
+def test_published_names_backbones_that_exist():
+    from mednext_v2.backbones import BACKBONES
+
+    assert set(published().backbone) - {""} <= set(BACKBONES)
+
+
+def test_published_refuses_other_columns_and_values_without_a_source(tmp_path):
+    text = (root() / "data/published.csv").read_text()
+    (tmp_path / "a.csv").write_text(text.replace("model,", "network,", 1))
+    with pytest.raises(ValueError, match="needs the columns model, backbone"):
+        published(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text(text.replace(",80.57,arXiv:2512.17774,", ",80.57,,", 1))
+    with pytest.raises(ValueError, match="line 2 has a value and no source"):
+        published(tmp_path / "b.csv")
+    with pytest.raises(FileNotFoundError, match="c.csv is missing"):
+        published(tmp_path / "c.csv")
+
+
+@pytest.mark.parametrize("by", [["backbone", "init"], ["task", "backbone", "init"], ["group", "init"], ["backbone"]])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
+def test_summary_equals_the_mean_written_out(by, seeds):
+    scores = make_scores(seeds=seeds)
+    if by == ["backbone"]:
+        scores = scores[scores.init == "scratch"]
+    if by == ["group", "init"]:
+        scores = scores[scores.backbone == "unet"]
+    table = summary(scores, by)
+    assert len(table) == len(scores[by].drop_duplicates())
+    for row in table.to_dict("records"):
+        part = scores[np.logical_and.reduce([scores[column] == row[column] for column in by])]
+        for metric in ("dsc", "nsd"):
+            assert row[metric] == pytest.approx(loop_mean(part, metric), abs=1e-12)
+            assert row[f"{metric}_low"] <= row[metric] <= row[f"{metric}_high"]
+        assert row["cases"] == part[["task", "case"]].drop_duplicates().shape[0]
+        assert row["seeds"] == len(seeds)
+
+
+def test_summary_does_not_depend_on_the_order_of_rows():
+    scores = make_scores()
+    shuffled = scores.sample(frac=1, random_state=3)
+    by = ["backbone", "init"]
+    pd.testing.assert_frame_equal(
+        summary(scores, by).sort_values(by, ignore_index=True), summary(shuffled, by).sort_values(by, ignore_index=True)
+    )
+
+
+def test_a_large_task_does_not_outvote_a_small_one():
+    tasks = {"abdomen_ct": tuple("abcdefghi"), "liver_lesion_ct": ("lesion",)}
+    scores = make_scores(tasks=tasks, share_nan=0)
+    scores["dsc"] = np.where(scores.task == "abdomen_ct", 0.2, 0.8)
+    assert summary(scores, ["backbone", "init"]).dsc.tolist() == pytest.approx([0.5] * 4)
+
+
+def test_summary_averages_over_backbones_only_when_asked_to():
+    scores = make_scores(share_nan=0)
+    with pytest.raises(ValueError, match=r"keep the column\(s\) backbone, init"):
+        summary(scores, ["task"])
+
+
+def test_summary_refuses_rows_that_are_there_twice_and_missing_columns():
+    scores = make_scores()
+    with pytest.raises(ValueError, match="2 row"):
+        summary(pd.concat([scores, scores.head(2)]), ["backbone", "init"])
+    with pytest.raises(ValueError, match="need the column.* dsc; they have"):
+        summary(scores.drop(columns="dsc"), ["backbone", "init"])
+
+
+def test_a_class_that_is_never_scored_is_left_out():
+    scores = make_scores(share_nan=0)
+    base = summary(scores[scores.label != "rib"], ["backbone", "init"])
+    scores.loc[scores.label == "rib", ["dsc", "nsd"]] = np.nan
+    assert summary(scores, ["backbone", "init"]).dsc.tolist() == pytest.approx(base.dsc.tolist())
+
+
+def resampled(tables, repeats, seed):
+    "Bootstrap written out with index sampling and nanmean"
+    generator = np.random.default_rng(seed)
+    means = []
+    for _ in range(repeats):
+        tasks = []
+        for table in tables:
+            drawn = table[generator.integers(0, len(table), len(table))]
+            classes = [column[~np.isnan(column)].mean() for column in drawn.T if not np.isnan(column).all()]
+            tasks.append(np.mean(classes))
+        means.append(np.mean(tasks))
+    return np.quantile(means, [0.025, 0.975])
+
+
+def test_bootstrap_agrees_with_a_loop():
+    generator = np.random.default_rng(0)
+    tables = [generator.uniform(size=(12, 3)), generator.uniform(size=(20, 2))]
+    tables[0][2, 1] = tables[1][5, 0] = np.nan
+    low, high = bootstrap_interval(tables, repeats=20000)
+    expected = resampled(tables, 4000, 1)
+    assert [low, high] == pytest.approx(expected, abs=0.006)
+
+
+def test_bootstrap_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    hits = 0
+    for trial in range(300):
+        low, high = bootstrap_interval(generator.normal(0.5, 0.1, 40), level=0.9, seed=trial, repeats=400)
+        hits += low <= 0.5 <= high
+    assert 0.84 <= hits / 300 <= 0.94
+
+
+def test_bootstrap_properties():
+    values = np.random.default_rng(0).uniform(size=25)
+    low, high = bootstrap_interval(values)
+    assert low < values.mean() < high
+    assert bootstrap_interval(values) == bootstrap_interval(list(values)) == bootstrap_interval(values[:, None])
+    assert bootstrap_interval(values, seed=1) != (low, high)
+    inner = bootstrap_interval(values, level=0.5)
+    assert low < inner[0] < inner[1] < high
+    np.testing.assert_allclose(bootstrap_interval(values + 3), (low + 3, high + 3))
+    assert bootstrap_interval(np.full(5, 0.25)) == (0.25, 0.25)
+
+
+def test_no_interval_from_one_case():
+    assert np.isnan(bootstrap_interval([0.5])).all()
+    assert np.isnan(bootstrap_interval([0.5, np.nan])).all()
+    assert np.isnan(bootstrap_interval([np.ones((4, 2)), np.ones((1, 2))])).all()
+    assert np.isnan(bootstrap_interval([])).all()
+
+
+@pytest.mark.parametrize("arguments", [dict(level=1), dict(level=0), dict(repeats=0)])
+def test_bootstrap_refuses(arguments):
+    with pytest.raises(ValueError, match="needs 0 < level < 1"):
+        bootstrap_interval([0.1, 0.2], **arguments)
+
+
+def test_declared_mean_is_nan_without_scores_and_warns_of_nothing():
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(declared_mean([np.full((3, 2), np.nan)])).all()
+        assert declared_mean([np.full((3, 2), np.nan), np.full((3, 2), 0.5)]).tolist() == [0.5]
+
+
+def test_gains_are_paired():
+    scores = make_scores(share_nan=0)
+    key = ["task", "case", "label", "backbone", "seed"]
+    base = scores[scores.init == "scratch"].set_index(key)
+    other = base.reset_index().assign(init="corpus_ct")
+    other["dsc"] = other.dsc + np.where(other.label == "lesion", 0.3, 0.1)
+    table = gains(pd.concat([base.reset_index(), other]), ["group", "backbone"])
+    assert table.groupby("group").dsc.first().to_dict() == pytest.approx({"organ": 0.1, "pathology": 0.3})
+    assert (table.init == "corpus_ct").all() and len(table) == 4
+    np.testing.assert_allclose(table.dsc_high - table.dsc_low, 0, atol=1e-12)
+
+
+def test_gains_leave_out_what_has_no_partner():
+    scores = make_scores(share_nan=0)
+    whole = gains(scores, ["backbone"])
+    extra = make_scores(seed=9, tasks={"brain_mr": ("insula",)}, share_nan=0)
+    more = pd.concat([scores, extra[extra.init == "corpus_ct"]])
+    pd.testing.assert_frame_equal(gains(more, ["backbone"]), whole)
+    with pytest.raises(ValueError, match="no case, class and seed"):
+        gains(scores[scores.init == "scratch"], ["backbone"])
+
+
+def test_main_table_keeps_reported_and_regenerated_apart():
+    scores = make_scores()
+    table = main_table(scores, published())
+    ran = table.init.notna()
+    assert ran.sum() == 4 and ran.tolist() == sorted(ran, reverse=True)
+    mean = summary(scores, ["backbone", "init"])
+    assert table.mean_dsc[ran].tolist() == mean.dsc.tolist()
+    by_task = summary(scores, ["task", "backbone", "init"]).query("task == 'abdomen_ct'")
+    assert table.abdomen_ct_nsd[ran].tolist() == by_task.nsd.tolist()
+    assert table.mean_dsc[~ran].isna().all()
+    # Every reported row appears exactly once, and numbers stay where they belong
+    assert sorted(table.reported_dsc_percent.dropna()) == sorted(fact[3] for fact in FACTS)
+    unet = table[(table.backbone == "unet") & ran].set_index("init")
+    assert unet.reported_dsc_percent.to_dict() == {"scratch": 80.57, "corpus_ct": 81.20}
+    assert table[(table.backbone == "mednext_v2_tiny")].reported_dsc_percent.isna().all()
+
+
+def test_main_table_joins_base_at_its_own_patch():
+    scores = make_scores(backbones=("mednext_v2_base",))
+    table = main_table(scores, published()).query("backbone == 'mednext_v2_base'")
+    assert table.reported_dsc_percent.tolist() == [82.31, 82.95, 83.70]
+    assert table.init.isna().tolist() == [False, False, True]
+
+
+def test_main_table_of_two_corpora_gives_the_reported_figure_once():
+    scores = make_scores(backbones=("mednext_v2_base",))
+    second = scores[scores.init == "corpus_ct"].assign(init="corpus_mr")
+    table = main_table(pd.concat([scores, second]), published())
+    assert table[table.init == "corpus_mr"].reported_dsc_percent.isna().all()
+    assert (table.reported_dsc_percent == 82.95).sum() == 1
+
+
+def test_main_table_shown_says_what_is_missing():
+    scores = make_scores(share_nan=0)
+    scores.loc[scores.backbone == "unet", "dsc"] = 0.123
+    table = main_table(scores, published())
+    shown = main_table_shown(table, {"abdomen_ct": "Abdomen <CT>"}, "mini")
+    assert ("regenerated, profile mini: DSC over NSD, %", "Abdomen &lt;CT&gt;") in shown
+    cells = shown[("regenerated, profile mini: DSC over NSD, %", "mean of tasks")]
+    assert cells[table.init.isna()].eq("not run").all()
+    assert cells[(table.backbone == "unet") & table.init.notna()].str.startswith("12.3 (12.3–12.3)<br>").all()
+    best = table.mean_dsc.idxmax()
+    assert cells[best].startswith(f"<b>{100 * table.mean_dsc[best]:.1f}")
+    reported = shown[shown.columns[-2]]
+    assert reported[table.reported_dsc_percent.isna()].eq("not available").all()
+    assert set(reported) == {"not available", *(f"{fact[3]:.2f}" for fact in FACTS)}
+
+
+def test_captions_name_profile_and_n():
+    scores = make_scores()
+    words = caption("Scores.", "mini", scores)
+    assert words == (
+        "Scores. Profile mini: small networks on deformed real scans; not comparable with the reported column. "
+        "n = 2 tasks, 8 test cases, 5 classes, 1 seed."
+    )
+    assert "the numbers mean nothing" in caption("Scores", "smoke", scores)
+    assert "not comparable" in caption("Scores", "study", scores)
+    assert "not comparable" not in caption("Scores", "paper", scores)
+
+
+def test_score_text():
+    assert score_text(0.5) == "50.0"
+    assert score_text(0.5, 0.4, 0.65) == "50.0 (40.0–65.0)"
+    assert score_text(float("nan"), 0.1, 0.2) == "not available"
+
+
+def test_titles_are_those_of_the_registry_and_colours_differ():
+    from mednext_v2.backbones import BACKBONES
+
+    assert {name: report.backbone_title(name) for name in BACKBONES} == {n: b.title for n, b in BACKBONES.items()}
+    colours = [report.backbone_colour(name) for name in BACKBONES]
+    assert len(set(colours)) == len(colours)
+
+
+def draw():
+    import matplotlib.pyplot as plt
+
+    report.house_style()
+    figure, axes = plt.subplots(figsize=(2, 1.5))
+    axes.plot([0, 1], [1, 3], label="a")
+    axes.fill_between([0, 1], [1, 2], [2, 4], clip_path=None)
+    axes.imshow(np.arange(12).reshape(3, 4), extent=(0, 1, 0, 1))
+    axes.legend()
+    plt.close(figure)
+    return figure
+
+
+def test_figures_are_the_same_bytes_in_another_process(tmp_path):
+    import subprocess
+    import sys
+
+    paths = save_figure(draw(), tmp_path / "a", "picture")
+    assert [path.name for path in paths] == ["picture.svg", "picture.png"]
+    code = f"from test_report import draw, save_figure; save_figure(draw(), {str(tmp_path / 'b')!r}, 'picture')"
+    folder = str(root() / "tests")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)
+    for path in paths:
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    text = paths[0].read_text()
+    assert "<dc:date>" not in text and not re.search(r"20\d\d-\d\d-\d\d", text)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["picture.png", "picture.svg"]
+
+
+def test_tables_round_trip_and_escape(tmp_path):
+    table = pd.DataFrame({"model": ["a<b", "c"], "value": [1 / 3, np.nan]})
+    csv, html = save_table(table, tmp_path, "scores", "n < 5 & more")
+    back = pd.read_csv(csv)
+    assert back.value[0] == pytest.approx(1 / 3, abs=1e-6) and np.isnan(back.value[1])
+    text = html.read_text()
+    assert "a&lt;b" in text and "n &lt; 5 &amp; more" in text and "<td>not available</td>" in text and "nan" not in text.lower()
+    assert save_table(table, tmp_path / "again", "scores", "n < 5 & more")[1].read_bytes() == html.read_bytes()
+
+
+TOY = Task("toy", 999, "Toy", "CT", {"liver": 1, "lesion": 2, "rib": 3}, {"liver": "organ", "lesion": "pathology",
+           "rib": "organ"}, (1, 1, 1), (8, 8, 8), 1.0, "finetune", "none", "none")
+
+
+def test_label_colours_are_warm_for_pathology_only():
+    colours = report.label_colours(TOY)
+    assert list(colours) == list(TOY.labels) and len(set(colours.values())) == 3
+    assert colours["lesion"] in report.WARM and {colours["liver"], colours["rib"]} <= set(report.COOL)
+
+
+def test_best_slice_prefers_pathology_then_classes():
+    labels = np.zeros((6, 6, 5), int)
+    labels[:, :, 1] = 1
+    labels[:2, :, 2] = 1
+    labels[2:4, :, 2] = 3
+    assert report.best_slice(labels, TOY) == 2
+    labels[0, 0, 3] = labels[0, :2, 4] = 2
+    assert report.best_slice(labels, TOY) == 4
+    assert report.best_slice(np.zeros((6, 6, 5), int), TOY) == 0
+
+
+def test_slices_show_the_right_side_on_the_left_and_anterior_on_top():
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots()
+    image = np.zeros((8, 10))
+    image[7, 9] = 1  # RAS: the rightmost, most anterior pixel
+    labels = np.zeros((8, 10), int)
+    labels[7, 9] = 1
+    report.show_slice(axes, image, labels, {1: "#ff0000"}, (2, 3), (0, 1))
+    grey, tint = (picture.get_array() for picture in axes.images)
+    assert grey.shape == (10, 8) and grey[9, 0] == 1 and grey.sum() == 1  # origin lower: the last row is on top
+    assert tint[9, 0, 3] > 0 and np.count_nonzero(tint[..., 3]) == 1
+    assert axes.get_xlim() == (0, 16) and axes.get_ylim() == (0, 30)
+    outline = np.concatenate([path.vertices for path in axes.collections[0].get_paths()])
+    np.testing.assert_allclose([outline.min(0), outline.max(0)], [[0, 27], [2, 30]], atol=0.5)
+    plt.close(figure)
+
+
+def test_paper_notebooks_are_thin_and_committed_without_outputs():
+    for path in sorted((root() / "nbs/paper").glob("*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        source = "\n".join("".join(cell["source"]) for cell in code)
+        assert not re.search(r"^\s*(def|class) ", source, re.M), path.name
+        tagged = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
+        assert ["".join(cell["source"]) for cell in tagged] == ['profile = "smoke"\nout = ""'], path.name
+        assert "".join(cells[0]["source"]).startswith("# ") and "\n> " in "".join(cells[0]["source"])
+        assert not any(cell["outputs"] for cell in code), path.name
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "A project with invented scores, cases and predictions of two tasks; the notebooks find it by their working directory"
+    import shutil
+    from dataclasses import asdict
+
+    import nibabel
+
+    from mednext_v2.core import write_json
+    from mednext_v2.prepare import Fingerprint
+    from mednext_v2.tasks import get_task
+
+    tasks = {name: get_task(name) for name in ("abdomen_ct", "brain_lesion_mr")}
+    (tmp_path / "dvc.yaml").write_text("")
+    (tmp_path / "data").mkdir()
+    for name in ("published.csv", "datasets.yaml"):
+        shutil.copy(root() / "data" / name, tmp_path / "data" / name)
+    scores = make_scores(tasks={name: tuple(task.labels) for name, task in tasks.items()}, cases=3)
+    scores["group"] = [tasks[task].groups[label] for task, label in zip(scores.task, scores.label)]
+    (tmp_path / "results/mini").mkdir(parents=True)
+    scores.to_csv(tmp_path / "results/mini/scores.csv", index=False)
+    generator = np.random.default_rng(0)
+    for name, task in tasks.items():
+        folder = tmp_path / "data/prepared/mini" / name
+        (folder / "cases").mkdir(parents=True)
+        cases = sorted(scores[scores.task == name].case.unique())
+        for case in cases:
+            label = np.zeros((20, 18, 8), np.uint8)
+            label[4:14, 5:15, 2:6] = generator.integers(0, task.num_classes, (10, 10, 4))
+            np.save(folder / "cases" / f"{case}_image.npy", generator.normal(size=(1, *label.shape)).astype(np.float32))
+            np.save(folder / "cases" / f"{case}_label.npy", label)
+            for init in ("scratch", "corpus_ct"):
+                path = tmp_path / f"runs/mini/evaluate/{init}-mednext_v2_tiny/predictions/{name}-s0/{case}.nii.gz"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                nibabel.save(nibabel.Nifti1Image(np.roll(label, 1, 0), np.diag([*task.spacing, 1])), path)
+        pd.DataFrame({"case": cases, "split": "test"}).to_csv(folder / "manifest.csv", index=False)
+        one = Fingerprint(3, task.spacing, (20, 18, 8), *[(0.0,)] * 7, False)
+        write_json(folder / "fingerprint.json", asdict(one))
+        write_json(folder / "task.json", asdict(task))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_paper(name: str, source=None, **parameters) -> dict:
+    "Run the code of a paper notebook here, with parameters as papermill would set them; its variables"
+    import matplotlib.pyplot as plt
+
+    names = {}
+    for cell in json.loads((source or root(__file__) / "nbs/paper" / f"{name}.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{name}:{cell['id']}", "exec"), names)
+            if "parameters" in cell["metadata"].get("tags", []):
+                names.update(parameters)
+    plt.close("all")
+    return names
+
+
+def test_main_table_notebook(project):
+    names = run_paper("main_table", profile="mini", out="results/mini/main_table")
+    saved = pd.read_csv(project / "results/mini/main_table/main_table.csv")
+    mean = summary(names["scores"], ["backbone", "init"])
+    assert saved.mean_nsd.dropna().tolist() == pytest.approx(mean.nsd.tolist(), rel=1e-5)
+    html = (project / "results/mini/main_table/main_table.html").read_text()
+    assert "Profile mini: small networks on deformed real scans; not comparable with the reported column" in html
+    assert all(f"<td>{value:.2f}</td>" in html for fact in FACTS for value in fact[3:])
+    assert "Mini abdomen CT" in html and "not available" in html and "not run" in html
+
+
+def test_scratch_vs_pretrained_notebook(project):
+    names = run_paper("scratch_vs_pretrained", profile="mini", out="results/mini/scratch_vs_pretrained")
+    folder = project / "results/mini/scratch_vs_pretrained"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        f"{stem}.{suffix}"
+        for stem, suffixes in {
+            "scratch_vs_pretrained": ("svg", "png"), "scores": ("csv", "html"), "gains": ("csv", "html"),
+            "gains_by_group": ("csv", "html"), "reported": ("csv", "html"),
+        }.items()
+        for suffix in suffixes
+    )
+    gain = pd.read_csv(folder / "gains.csv")
+    assert set(zip(gain.group, gain.task)) == {("organ", "abdomen_ct"), ("pathology", "brain_lesion_mr")}
+    assert gain.dsc.tolist() == pytest.approx(gains(names["scores"], ["group", "task", "backbone"]).dsc.tolist(), abs=1e-5)
+    # One hollow and one filled marker for each task and backbone, at the values of the table
+    for axes, metric in zip(names["panels"], ("dsc", "nsd")):
+        drawn = sorted(float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() == "o")
+        assert drawn == pytest.approx(sorted(100 * names["table"][metric]))
+    reported = pd.read_csv(folder / "reported.csv").set_index(["model", "metric"])
+    assert reported.loc[("MedNeXt-v2 Base", "DSC"), "gain"] == pytest.approx(0.64)
+    assert np.isnan(reported.loc[("MedNeXt-v2 Wide", "DSC"), "gain"])
+
+
+def test_qualitative_notebook(project):
+    names = run_paper("qualitative", profile="mini", out="results/mini/qualitative")
+    scores = names["scores"]
+    for task, case in names["cases"].items():
+        part = scores[(scores.task == task) & (scores.backbone == "mednext_v2_tiny") & (scores.init == "corpus_ct")]
+        by_case = part.groupby("case").dsc.mean()
+        assert by_case[case] == by_case.median()
+    for row in names["rows"].values():
+        assert set(row["maps"]) == {"image", "truth", "scratch", "corpus_ct"}
+        assert all(isinstance(row["maps"][kind], np.ndarray) for kind in ("scratch", "corpus_ct"))
+        assert row["maps"]["scratch"].shape == row["image"].shape
+    folder = project / "results/mini/qualitative"
+    assert {path.name for path in folder.iterdir()} == {f"qualitative.{s}" for s in ("svg", "png", "csv", "html")}
+
+
+def test_qualitative_notebook_without_a_prediction_says_so(project):
+    import shutil
+
+    shutil.rmtree(project / "runs/mini/evaluate/scratch-mednext_v2_tiny")
+    names = run_paper("qualitative", profile="mini", out="results/mini/qualitative")
+    assert {row["maps"]["scratch"] for row in names["rows"].values()} == {"not available"}
+
+
+def test_architecture_notebook(project):
+    names = run_paper("architecture", profile="mini", out="results/mini/architecture")
+    assert names["parameters"] == 61_969_507 and names["grn_sites"] == 62
+    saved = pd.read_csv(project / "results/mini/architecture/architecture.csv")
+    assert saved.blocks.tolist() == [3, 4, 8, 8, 8, 8, 8, 4, 3]
+    assert saved.channels.tolist() == [32, 64, 128, 256, 512, 256, 128, 64, 32]
+
+
+def test_read_scores_says_how_to_make_them(project):
+    text = (project / "results/mini/scores.csv").read_text()
+    (project / "results/mini/scores.csv").write_text(text.replace("abdomen_ct_0", "001"))
+    assert "001" in set(report.read_scores("mini").case)
+    with pytest.raises(FileNotFoundError, match="run `make repro PROFILE=paper`"):
+        report.read_scores("paper")

@@ -1,0 +1,489 @@
+"The loop learns, stops when it must, and continues to the same bits after being killed"
+
+import dataclasses
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mednext_v2 import trainer
+from mednext_v2.backbones import create
+from mednext_v2.losses import deep_supervision_loss
+from mednext_v2.trainer import (
+    Recipe,
+    check_run,
+    curves,
+    fit,
+    learning_rate,
+    make_optimizer,
+    patch_dice,
+    patch_validation,
+    read_checkpoint,
+    save_checkpoint,
+    train_step,
+    training_sampler,
+    weights_digest,
+)
+from training_toys import toy_cases, toy_model, toy_recipe, toy_run
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------- recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(steps=0), "steps must be a positive whole number, got 0"),
+        (dict(steps=10.0), "steps must be a positive whole number, got 10.0"),
+        (dict(batch=0), "batch must be a positive whole number"),
+        (dict(lr=0), "lr must be a positive number, got 0"),
+        (dict(lr=-1e-3), "lr must be a positive number"),
+        (dict(lr=math.nan), "lr must be a positive number, got nan"),
+        (dict(lr="1e-3"), "lr must be a positive number, got '1e-3'"),
+        (dict(lr=True), "lr must be a positive number, got True"),
+        (dict(warmup=12), "warmup must be below steps = 12, got 12"),
+        (dict(warmup=-1), "warmup must be a whole number, 0 or more"),
+        (dict(patch=(8, 8)), "patch must be three positive whole numbers"),
+        (dict(patch=(8, 8, -8)), "patch must be three positive whole numbers"),
+        (dict(patch=8), "patch must be three positive whole numbers, got 8"),
+        (dict(foreground=33), "foreground must be a share from 0 to 1, got 33"),
+        (dict(augment="strong"), "augment must be one of none, light, nnunet"),
+        (dict(precision="fp16"), "precision must be fp32 or bf16"),
+        (dict(optimizer="adam"), "optimizer must be adamw or sgd"),
+        (dict(clip=0), "clip must be a positive number"),
+        (dict(eps=0), "eps must be a positive number"),
+        (dict(weight_decay=-1), "weight_decay must be a number, 0 or more"),
+        (dict(deep_supervision=1), "deep_supervision must be true or false"),
+        (dict(checkpoint_every=0), "checkpoint_every must be a positive whole number"),
+        (dict(validate_every=-5), "validate_every must be a whole number, 0 or more"),
+    ],
+)
+def test_recipes_that_cannot_work(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        toy_recipe(**changes)
+    assert str(error.value).startswith("recipe: ") and "\n" not in str(error.value)
+
+
+def test_recipe_defaults_are_v1s_and_lists_become_tuples():
+    recipe = Recipe(steps=100, patch=[32, 32, 16])
+    assert (recipe.eps, recipe.weight_decay, recipe.clip, recipe.power) == (1e-4, 3e-5, 12.0, 0.9)
+    assert recipe.patch == (32, 32, 16) and hash(recipe)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 50])
+def test_learning_rate_is_the_formula(warmup):
+    recipe = Recipe(steps=300, warmup=warmup, lr=0.02)
+    rates = [learning_rate(t, recipe) for t in range(300)]
+    for t, rate in enumerate(rates):
+        wanted = 0.02 * (t + 1) / warmup if t < warmup else 0.02 * (1 - (t - warmup) / (300 - warmup)) ** 0.9
+        assert rate == pytest.approx(wanted)
+    assert max(rates) == 0.02 and min(rates) > 0
+    decay = torch.optim.lr_scheduler.PolynomialLR  # PyTorch's own poly, without warm-up
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
+    scheduler = decay(optimizer, total_iters=300 - warmup, power=0.9)
+    for rate in rates[warmup : warmup + 20]:
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+        optimizer.step()
+        scheduler.step()
+
+
+# ------------------------------------------------------------------------------------------------ step
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_loop_equals_one_written_out(tmp_path, optimizer):
+    recipe = toy_recipe(optimizer=optimizer, clip=0.5, steps=5)
+    trained, history = toy_run(tmp_path, recipe, log_every=1)
+    model, sampler = toy_model(), training_sampler(recipe, toy_cases())
+    options = dict(momentum=0.99, nesterov=True) if optimizer == "sgd" else dict(eps=1e-4)
+    cls = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+    plain = cls(model.parameters(), lr=1.0, weight_decay=3e-5, foreach=False, **options)
+    for step in range(5):
+        plain.param_groups[0]["lr"] = learning_rate(step, recipe)
+        image, label = sampler.batch(step)
+        loss = deep_supervision_loss(model(image), label)
+        plain.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        plain.step()
+        assert history.loss[step] == pytest.approx(loss.item(), rel=1e-4)
+    for name, value in trained.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-3, atol=1e-5)
+
+
+def test_it_learns(tmp_path):
+    recipe = toy_recipe(steps=80, lr=2e-2, patch=(16, 16, 16), eps=1e-8)
+    validate = patch_validation(recipe, toy_cases(), batches=3)
+    torch.manual_seed(0)
+    model = create("unet", 1, 3, True, filters=(8, 16, 16))
+    before = patch_dice(model, validate.keywords["batches"])
+    history = fit(
+        recipe, model, training_sampler(recipe, toy_cases()), tmp_path, validate=validate, device="cpu", progress=False
+    )
+    assert history.val_dice.iloc[-1] > 0.75 > 0.5 > before
+    assert history.loss.iloc[-1] < 0.6 * history.loss.iloc[0]
+
+
+def test_gradients_are_clipped_and_present_only_reaches_the_loss():
+    recipe = toy_recipe(optimizer="sgd", weight_decay=0.0, clip=1e-3, lr=1.0)
+    image, label = training_sampler(recipe, toy_cases()).batch(0)
+    model = toy_model()
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    train_step(recipe, model, make_optimizer(recipe, model), image, label)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert (after - before).norm() < 1e-3 * 1.0 * (1 + 0.99) * 1.01  # Nesterov's first step
+    label[:] = label.clamp(max=1)
+    losses = []
+    for present_only in (True, False):
+        changed = dataclasses.replace(recipe, present_only=present_only)
+        losses.append(train_step(changed, toy_model(), make_optimizer(changed, model), image, label))
+    assert losses[0] < losses[1]
+
+
+def test_bf16_computes_in_bf16_and_keeps_float32_weights():
+    seen = []
+    model = toy_model()
+    model.bottleneck.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    for precision in ("fp32", "bf16"):
+        recipe = toy_recipe(precision=precision)
+        image, label = training_sampler(recipe, toy_cases()).batch(0)
+        train_step(recipe, model, make_optimizer(recipe, model), image, label)
+    assert seen == [torch.float32, torch.bfloat16]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("where", ["image", "weights"])
+def test_numbers_that_are_not_finite_stop_the_run(tmp_path, where):
+    recipe = toy_recipe(checkpoint_every=2)
+    model, sampler = toy_model(), training_sampler(recipe, toy_cases())
+
+    class Poisoned:
+        def __getitem__(self, step):
+            image, label = sampler[step]
+            if step == 4 and where == "image":
+                image[0, 0, 0, 0, 0] = math.inf
+            if step == 4 and where == "weights":
+                with torch.no_grad():
+                    next(model.parameters()).fill_(math.nan)
+            return image, label
+
+    with pytest.raises(FloatingPointError, match=r"step 5 of 12: loss is nan.*learning rate") as error:
+        fit(recipe, model, Poisoned(), tmp_path, device="cpu", progress=False)
+    assert "\n" not in str(error.value)
+    state = read_checkpoint(tmp_path)
+    assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["model"].values())
+    if where == "image":
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_gradients_that_are_not_finite_leave_the_weights():
+    model = toy_model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.bottleneck.conv2.conv.weight.register_hook(lambda gradient: gradient * math.inf)
+    recipe = toy_recipe()
+    image, label = training_sampler(recipe, toy_cases()).batch(0)
+    with pytest.raises(FloatingPointError, match="norm of the gradient is"):
+        train_step(recipe, model, make_optimizer(recipe, model), image, label)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------- resume
+
+
+def test_killed_runs_end_with_the_same_bits(tmp_path):
+    "kill -9 at random moments, again and again, against one run that is left alone"
+    recipe = toy_recipe(steps=40, checkpoint_every=3)
+    whole, history = toy_run(tmp_path / "whole", recipe)
+    last, draw, kills = tmp_path / "killed" / "last.pt", random.Random(0), 0
+    for _ in range(6):
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        process = multiprocessing.get_context("fork").Process(target=toy_run, args=(tmp_path / "killed", recipe))
+        process.start()
+        while process.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.06))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    assert kills >= 2
+    resumed, its_history = toy_run(tmp_path / "killed", recipe)
+    assert same(resumed, whole)
+    pd.testing.assert_frame_equal(its_history, history)
+    for name in ("loss", "lr"):
+        path = Path("live") / "plots" / "metrics" / f"{name}.tsv"
+        assert (tmp_path / "killed" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
+
+
+class Dies(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["while writing", "between the renames"])
+def test_dying_while_a_checkpoint_is_written(tmp_path, monkeypatch, moment):
+    recipe = toy_recipe()
+    whole, _ = toy_run(tmp_path / "whole", recipe)
+    saves = []
+
+    def save(state, path):
+        saves.append(state["step"])
+        if len(saves) == 2 and moment == "while writing":
+            Path(path).write_bytes(b"half")
+            raise Dies
+        torch_save(state, path)
+
+    def replace(source, target):
+        os_replace(source, target)
+        if len(saves) == 2 and str(target).endswith("previous.pt"):
+            raise Dies
+
+    torch_save, os_replace = torch.save, os.replace
+    with monkeypatch.context() as patched, pytest.raises(Dies):
+        patched.setattr(torch, "save", save)
+        if moment != "while writing":
+            patched.setattr(trainer.os, "replace", replace)
+        toy_run(tmp_path / "dies", recipe)
+    assert read_checkpoint(tmp_path / "dies")["step"] == 4
+    assert [p.name for p in (tmp_path / "dies").iterdir() if p.name.startswith(".tmp")] == []
+    resumed, _ = toy_run(tmp_path / "dies", recipe)
+    assert same(resumed, whole)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit", "empty", "text"])
+def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
+    recipe = toy_recipe()
+    whole, history = toy_run(tmp_path, recipe)
+    last = tmp_path / "last.pt"
+    data = bytearray(last.read_bytes())
+    if damage == "bit":
+        data[len(data) // 2] ^= 1
+    last.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "text": b"hello"}.get(damage, data))
+    with pytest.warns(UserWarning, match="last.pt is damaged"):
+        resumed, its_history = toy_run(tmp_path, recipe)
+    assert same(resumed, whole)
+    pd.testing.assert_frame_equal(its_history, history)
+    assert read_checkpoint(tmp_path)["step"] == 12 and (tmp_path / "previous.pt").exists()
+
+
+def test_only_damaged_checkpoints_is_an_error(tmp_path):
+    save_checkpoint(tmp_path, step=1)
+    save_checkpoint(tmp_path, step=2)
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no checkpoint that can be read: delete it"):
+        read_checkpoint(tmp_path)
+
+
+def test_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/pwned",))
+
+    torch.save({"step": Evil()}, tmp_path / "last.pt")
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="can be read"):
+        read_checkpoint(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_finished_run_is_only_read(tmp_path):
+    recipe = toy_recipe()
+    trained, history = toy_run(tmp_path, recipe)
+    stamp = (tmp_path / "last.pt").stat().st_mtime_ns
+    again, its_history = toy_run(tmp_path, recipe)
+    assert same(again, trained) and (tmp_path / "last.pt").stat().st_mtime_ns == stamp
+    pd.testing.assert_frame_equal(its_history, history)
+
+
+def test_read_ahead_changes_nothing(tmp_path):
+    recipe = toy_recipe(steps=6)
+    alone, _ = toy_run(tmp_path / "alone", recipe)
+    ahead, _ = toy_run(tmp_path / "ahead", recipe, workers=2)
+    assert same(alone, ahead)
+
+
+def test_random_layers_resume_exactly(tmp_path):
+    "Dropout draws from PyTorch's generator; a resumed run draws the same"
+
+    class Dropped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = torch.nn.Conv3d(1, 4, 3, padding=1), torch.nn.Conv3d(4, 3, 1)
+
+        def forward(self, x):
+            return self.last(torch.nn.functional.dropout(self.first(x), 0.5, self.training))
+
+    recipe = toy_recipe(steps=10, checkpoint_every=4)
+    sampler = training_sampler(recipe, toy_cases())
+
+    class Breaks:
+        fingerprint = sampler.fingerprint
+
+        def __getitem__(self, step):
+            if step == 6:
+                raise Dies
+            return sampler[step]
+
+    whole, broken, resumed, other = (Dropped() for _ in range(4))
+    fit(recipe, whole, sampler, tmp_path / "whole", device="cpu", progress=False)
+    with pytest.raises(Dies):
+        fit(recipe, broken, Breaks(), tmp_path / "broken", device="cpu", progress=False)
+    torch.rand(5)
+    fit(recipe, resumed, sampler, tmp_path / "broken", device="cpu", progress=False)
+    assert same(resumed, whole)
+    fit(recipe, other, sampler, tmp_path / "other", seed=1, device="cpu", progress=False)
+    assert not same(other, whole)
+
+
+@pytest.mark.parametrize(
+    ("field", "was"),
+    [("recipe.lr", "0.01, now 0.02"), ("seed", "0, now 1"), *((name, "") for name in ("data", "initial weights", "network"))],
+)
+def test_another_run_is_refused_by_name(tmp_path, field, was):
+    recipe = toy_recipe()
+    toy_run(tmp_path, recipe)
+    before = (tmp_path / "last.pt").read_bytes()
+    model, seed, sampler_seed = toy_model(), 0, 0
+    if field == "recipe.lr":
+        recipe = toy_recipe(lr=2e-2)
+    if field == "data":
+        sampler_seed = 5
+    if field == "seed":
+        seed = 1
+    if field == "initial weights":
+        model = toy_model(seed=1)
+    if field == "network":
+        model = create("unet", 1, 3, True, filters=(4, 8, 12))
+    sampler = training_sampler(recipe, toy_cases(), sampler_seed)
+    with pytest.raises(ValueError, match=rf"holds another run \({field} was .*{was}[^;]*\): give another") as error:
+        fit(recipe, model, sampler, tmp_path, seed=seed, device="cpu", progress=False)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------- the rest
+
+
+def test_digest_sees_every_value_and_name():
+    digests = {weights_digest(toy_model()), weights_digest(toy_model(seed=1))}
+    changed = toy_model()
+    with torch.no_grad():
+        changed.heads[0].conv.conv.bias[1] += 1e-7
+    digests.add(weights_digest(changed))
+    digests.add(weights_digest(toy_model().bfloat16()))
+    assert len(digests) == 4 and weights_digest(toy_model()) in digests
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(patch=(8, 8, 10)), r"patch \(8, 8, 10\) must be divisible by 4"),
+        (dict(patch=(8, 8, 12)), r"patch is \(8, 8, 12\), but the sampler has \(8, 8, 8\)"),
+        (dict(batch=3), "batch is 3, but the sampler has 2"),
+        (dict(augment="none"), "augment is 'none', but the sampler has 'light'"),
+        (dict(foreground=0.1), "foreground is 0.1, but the sampler has 0.5"),
+        (dict(deep_supervision=False), "deep_supervision is False, but the network has True"),
+    ],
+)
+def test_recipe_network_and_sampler_have_to_agree(tmp_path, changes, message):
+    sampler = training_sampler(toy_recipe(), toy_cases())
+    with pytest.raises(ValueError, match=message):
+        fit(toy_recipe(**changes), toy_model(), sampler, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_classes_than_outputs_are_refused_before_the_first_step():
+    class Task:
+        name, num_classes = "demo", 9
+
+    sampler = training_sampler(toy_recipe(), toy_cases())
+    object.__setattr__(sampler.prepared, "task", Task)
+    with pytest.raises(ValueError, match="task demo has 9 classes, but the network has 3 outputs"):
+        check_run(toy_recipe(), toy_model(), sampler)
+
+
+def test_label_outside_of_the_network_is_named(tmp_path):
+    cases = toy_cases()
+    for label in cases.labels.values():
+        label[label == 2] = 7
+    recipe = toy_recipe()
+    with pytest.raises(ValueError, match=r"0\.\.2 for 3 output channels, got \[7\]"):
+        fit(recipe, toy_model(), training_sampler(recipe, cases), tmp_path, device="cpu", progress=False)
+
+
+def test_history_counts_every_step_once(tmp_path):
+    recipe = toy_recipe(steps=10, validate_every=4)
+    _, every = toy_run(tmp_path / "a", recipe, log_every=1)
+    calls = []
+    validate = lambda model: calls.append(model.training) or 0.5  # noqa: E731
+    _, history = toy_run(tmp_path / "b", recipe, log_every=3, validate=validate)
+    assert history.step.tolist() == [3, 4, 6, 8, 9, 10]
+    assert history.val_dice.notna().tolist() == [False, True, False, True, False, True]
+    assert calls == [False] * 3
+    sizes = np.diff([0, *history.step])
+    assert (history.loss * sizes).sum() == pytest.approx(every.loss.sum())
+    assert history.lr.tolist() == [learning_rate(step - 1, recipe) for step in history.step]
+
+
+def test_curves_need_no_repository_and_make_none(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.chdir(tmp_path)
+    with curves(tmp_path / "run", [dict(step=1, loss=2.0, val_dice=math.nan)]) as log:
+        log(dict(step=2, loss=1.0, val_dice=0.5))
+    tables = {p.stem: pd.read_csv(p, sep="\t") for p in (tmp_path / "run").rglob("*.tsv")}
+    assert tables["loss"].values.tolist() == [[1, 2.0], [2, 1.0]] and tables["val_dice"].values.tolist() == [[2, 0.5]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".git", "run"]
+
+
+def test_training_goes_on_without_dvclive(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "dvclive", None)
+    _, history = toy_run(tmp_path, toy_recipe(steps=3, warmup=1))
+    assert len(history) == 1 and not (tmp_path / "live").exists()
+
+
+def test_progress_in_a_log_is_a_few_whole_lines(tmp_path, capfd):
+    recipe = toy_recipe()
+    fit(recipe, toy_model(), training_sampler(recipe, toy_cases()), tmp_path, device="cpu", description="toy run")
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert 1 <= len(lines) <= 3 and "toy run: 12/12" in lines[-1] and "loss=" in lines[-1] and "lr=" in lines[-1]
+
+
+def test_patch_dice_counts_over_all_patches():
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(2, 4, 5, 5, 5, generator=generator), torch.randint(0, 3, (2, 1, 5, 5, 5), generator=generator))
+        for _ in range(3)
+    ]
+    echo = torch.nn.Identity()
+    echo.weight = torch.nn.Parameter(torch.zeros(1))
+    prediction = torch.cat([image.argmax(1) for image, _ in batches]).numpy()
+    truth = torch.cat([label[:, 0] for _, label in batches]).numpy()
+    wanted = [
+        2 * ((prediction == c) & (truth == c)).sum() / ((prediction == c).sum() + (truth == c).sum()) for c in (1, 2)
+    ]
+    assert patch_dice(echo, batches) == pytest.approx(np.mean(wanted))
+    assert math.isnan(patch_dice(echo, [(image, 0 * label) for image, label in batches]))
+
+
+def test_validation_patches_are_fixed_and_from_the_other_split():
+    one, two = (patch_validation(toy_recipe(), toy_cases(), 2).keywords["batches"] for _ in range(2))
+    assert all(torch.equal(a, b) for x, y in zip(one, two) for a, b in zip(x, y))
+    held_out = toy_cases().image("toy3")
+    assert all(np.isin(image.numpy(), held_out).all() for image, _ in one)

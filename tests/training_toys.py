@@ -1,0 +1,42 @@
+"Small cases in memory and a small network, shared by the tests of the training modules"
+
+import numpy as np
+import torch
+from mednext_v2.augment import ArrayCases
+from mednext_v2.backbones import create
+from mednext_v2.trainer import Recipe, fit, training_sampler
+
+
+def toy_cases(train: int = 3, size: int = 20) -> ArrayCases:
+    "Balls (class 1, bright) and cubes (class 2, dark) in noise"
+    images, labels = {}, {}
+    for number in range(train + 1):
+        rng = np.random.default_rng(number)
+        grid = np.stack(np.meshgrid(*[np.arange(size)] * 3, indexing="ij"))
+        centre = rng.uniform(0.4, 0.6, 3) * size
+        label = (np.linalg.norm(grid - centre[:, None, None, None], axis=0) < size / 4).astype(np.uint8)
+        x, y, z = rng.integers(0, 4, 3)
+        label[x : x + 5, y : y + 5, z : z + 5] = 2
+        image = np.array([0, 1, -1])[label] + rng.normal(0, 0.3, label.shape)
+        images[f"toy{number}"], labels[f"toy{number}"] = image.astype(np.float32)[None], label
+    names = list(images)
+    return ArrayCases(images, labels, {"train": tuple(names[:-1]), "val": (names[-1],)})
+
+
+def toy_model(seed: int = 0, deep_supervision: bool = True):
+    torch.manual_seed(seed)
+    return create("unet", 1, 3, deep_supervision=deep_supervision, filters=(4, 8, 8))
+
+
+def toy_recipe(**changes) -> Recipe:
+    settings = dict(
+        steps=12, patch=(8, 8, 8), lr=1e-2, warmup=2, foreground=0.5, augment="light", checkpoint_every=4
+    )
+    return Recipe(**settings | changes)
+
+
+def toy_run(folder, recipe: Recipe, **options):
+    "The model after training, and the history"
+    model, sampler = toy_model(), training_sampler(recipe, toy_cases())
+    return model, fit(recipe, model, sampler, folder, device="cpu", progress=False, **options)
+
