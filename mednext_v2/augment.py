@@ -71,7 +71,6 @@ GAMMA = dict(keys="image", gamma=(0.7, 1.5), retain_stats=True)
 AUGMENTATIONS = {
     "none": (),
     "light": (
-        *MIRROR,
         (RandAffined, dict(prob=0.3, rotate_range=[np.pi / 12] * 3, scale_range=[0.15] * 3, **AFFINE)),
         (RandGaussianNoised, dict(keys="image", prob=0.2, std=0.1)),
         (RandScaleIntensityd, dict(keys="image", prob=0.3, factors=0.2)),

@@ -40,7 +40,7 @@ def sliding_window(
     try:
         with torch.inference_mode():
             logits = sliding_window_inference(
-                image[None], tuple(patch), 1, lambda x: _finest(model(x)), overlap, "gaussian",
+                image[None], tuple(patch), 1, lambda x: _finest(model(x)), overlap, "gaussian", padding_mode="replicate",
                 sw_device=device, device="cpu",
             )
     finally:

@@ -83,6 +83,7 @@ def notebook_parameters(
 def run_notebook(
     notebook: str | Path,  # The notebook to run, from the project's root
     out: str | Path,  # Folder that gets the executed `notebook.ipynb`
+    /,  # Positional only: a notebook may have a parameter called `out`
     **parameters: str,  # Values for its parameters cell
 ) -> Path:  # The executed notebook
     "Run a stage notebook at the project's root; ValueError names a parameter that it does not have"
@@ -367,7 +368,8 @@ def collect(
     if not files:
         raise FileNotFoundError(f"no */scores.csv in {evaluated}: the stage `evaluate` has not run")
     order = ["task", "backbone", "init", "seed", "case"]
-    scores = pd.concat(map(pd.read_csv, files), ignore_index=True).sort_values(order, kind="stable")
+    parts = [pd.read_csv(file, dtype={"case": str}) for file in files]
+    scores = pd.concat(parts, ignore_index=True).sort_values(order, kind="stable")
     write_csv(scores, Path(out) / "scores.csv")
     means = summary(scores, ["backbone", "init"])
     metrics: dict = {}
@@ -423,5 +425,6 @@ def readme(
 
     notebook = nbformat.read(notebook or root() / "nbs/index.ipynb", as_version=4)
     notebook.cells = [cell for cell in notebook.cells if not cell.source.startswith("#| hide")]
+    notebook.metadata["language_info"] = {"name": "python"}
     text, _ = MarkdownExporter().from_notebook_node(notebook)
-    return "<!-- Written by `make readme` from nbs/index.ipynb: edit that -->\n" + text.replace("](../", "](")
+    return "<!-- Written by `make readme` from nbs/index.ipynb: edit that -->\n" + text.replace("](../", "](").replace('("../', '("')

@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .augment import AUGMENTATIONS, PatchSampler
 from .core import atomic_file, fingerprint_of

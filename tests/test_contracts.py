@@ -63,7 +63,7 @@ def test_library_and_readme_are_in_step_with_the_notebooks(tmp_path):
     (tmp_path / "mednext_v2").mkdir()
     shutil.copy(ROOT / "mednext_v2/__init__.py", tmp_path / "mednext_v2")
     environment = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
-    code = "from nbdev.export import nbdev_export; nbdev_export()"
+    code = "from nbdev.doclinks import nbdev_export; nbdev_export()"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment)
     fresh = {path.name: path.read_text() for path in (tmp_path / "mednext_v2").glob("*.py")}
     kept = {path.name: path.read_text() for path in (ROOT / "mednext_v2").glob("*.py")}
