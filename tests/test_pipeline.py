@@ -1,0 +1,311 @@
+"""The stages: their graph, what bad input gets, and what a run leaves behind."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+from mednext_v2.core import params, read_yaml
+from mednext_v2.pipeline import (
+    SCORE_COLUMNS,
+    Run,
+    collect,
+    compose_params,
+    evaluate_runs,
+    fit_patch,
+    prepare_all,
+    read_plan,
+    run_key,
+    train_runs,
+)
+from mednext_v2.suite import build_task
+from mednext_v2.tasks import get_task
+from mednext_v2.trainer import Recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPE = Recipe(steps=3, batch=1, patch=(32, 32, 32), lr=1e-2, warmup=1, augment="light", checkpoint_every=2)
+SMALL = {"filters": (2, 4, 8)}
+
+
+# ---- the graph
+
+
+@pytest.fixture(scope="module")
+def graph():
+    """Stage name to the names of all stages it depends on, near and far, and its own parameters."""
+    import networkx
+    from dvc.repo import Repo
+
+    with Repo(str(ROOT)) as repo:
+        tree = repo.index.graph
+        above = {s.addressing: {d.addressing for d in networkx.descendants(tree, s)} for s in tree}
+        keys = {s.addressing: {k for d in s.deps for k in getattr(d, "params", [])} for s in tree}
+        files = {s.addressing: {d.def_path for d in s.deps} for s in tree}
+    return above, keys, files
+
+
+def reads(graph, key: str) -> set[str]:
+    """Stages that re-run when a parameter changes."""
+    above, keys, _ = graph
+    direct = {name for name, own in keys.items() if any(k == key or k.startswith(key + ".") for k in own)}
+    return direct | {name for name, parents in above.items() if parents & direct}
+
+
+def test_changing_finetune_leaves_pretrain_alone(graph):
+    rerun = reads(graph, "recipes.finetune")
+    assert rerun and not [name for name in rerun if name.startswith(("pretrain", "prepare", "suite"))]
+    assert {name.split("@")[0] for name in rerun} >= {"scratch", "finetune", "evaluate", "collect", "paper"}
+
+
+def test_changing_pretrain_leaves_scratch_alone(graph):
+    rerun = reads(graph, "recipes.pretrain")
+    assert not [name for name in rerun if name.startswith("scratch@")]
+    assert [name for name in rerun if name.startswith("finetune@")]
+
+
+def test_changing_one_backbone_leaves_the_other_alone(graph):
+    trained = {"pretrain", "scratch", "finetune"}
+    rerun = {name for name in reads(graph, "backbones.unet") if name.split("@")[0] in trained}
+    assert rerun and all(name.endswith("unet") for name in rerun)
+
+
+def test_changing_a_figure_reruns_that_figure_alone(graph):
+    above, _, files = graph
+    for notebook in (ROOT / "nbs/paper").glob("*.ipynb"):
+        name = f"nbs/paper/{notebook.name}"
+        readers = {stage for stage, own in files.items() if name in own}
+        assert len(readers) == 1, f"{name}: {readers}"
+        assert not [stage for stage, parents in above.items() if parents & readers]
+
+
+def test_report_never_retrains(graph):
+    above, _, files = graph
+    readers = {stage for stage, own in files.items() if "mednext_v2/report.py" in own}
+    rerun = readers | {stage for stage, parents in above.items() if parents & readers}
+    assert not {stage.split("@")[0] for stage in rerun} & {"suite", "prepare", "pretrain", "scratch", "finetune"}
+
+
+# ---- bad input
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of what a stage needs, holding the profile smoke."""
+    for name in ("nbs", "conf", "data", "mednext_v2", "dvc.yaml"):
+        source = ROOT / name
+        ignore = shutil.ignore_patterns("raw", "prepared", "__pycache__")
+        (shutil.copytree(source, tmp_path / name, ignore=ignore) if source.is_dir() else shutil.copy(source, tmp_path))
+    monkeypatch.chdir(tmp_path)
+    compose_params("smoke")
+    return tmp_path
+
+
+def change_params(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("- abdomen_ct", "- abdomen_tc", "axes.tasks names 'abdomen_tc', which is not known; known: corpus_ct, "),
+        ("- unet", "- unett", "axes.backbones names 'unett', which is not known; known: mednext_v2_tiny, "),
+        ("- scratch", "- imagenet", "axes.inits names 'imagenet', which is not known; known: scratch, corpus_ct"),
+        ("  tasks:", "  taks:", "Plan has no 'taks'; it has: profile, "),
+    ],
+)
+def test_misspelt_axis_is_named_with_the_known_ones(project, old, new, message):
+    change_params(project / "params.yaml", old, new)
+    with pytest.raises(ValueError) as error:
+        read_plan("smoke")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_stage_of_another_profile_is_refused(project):
+    with pytest.raises(ValueError, match="holds the profile 'smoke', not 'mini': run `make repro PROFILE=mini`"):
+        read_plan("mini")
+
+
+def test_unknown_profile_lists_the_known(project):
+    with pytest.raises(ValueError, match="no profile is called 'huge'; conf/profile holds: mini, paper, smoke"):
+        compose_params("huge")
+    assert params("profile") == "smoke", "and params.yaml is as it was"
+
+
+def test_altered_seed_stops_the_stage_in_one_line_and_leaves_nothing(project):
+    seed = project / "data/seeds/ctB.nii.gz"
+    seed.write_bytes(seed.read_bytes()[:-7] + b"altered")
+    command = [sys.executable, "-m", "mednext_v2.cli", "stage", "nbs/pipeline/10_suite.ipynb", "runs/smoke/suite"]
+    done = subprocess.run([*command, "profile=smoke"], capture_output=True, text=True, cwd=project)
+    assert done.returncode == 1
+    line = next(line for line in done.stderr.splitlines() if "failed:" in line)
+    assert "ctB.nii.gz" in line and "git checkout" in line
+    assert not list((project / "data").glob("raw/smoke/*"))
+    assert (project / "runs/smoke/suite/notebook.ipynb").exists(), "the failed notebook is evidence"
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("raw")
+    for name, cases in (("brain_lesion_mr", (2, 1, 1)), ("corpus_ct", (2, 1, 0))):
+        build_task(name, None, folder, cases)
+    return folder
+
+
+def damage(folder: Path, voxel, kind: str) -> Path:
+    path = sorted(folder.glob(f"{kind}/*.nii.gz"))[0]
+    image = nibabel.load(path)
+    values = np.asanyarray(image.dataobj).astype(np.float32)
+    values[5, 5, 5] = voxel
+    nibabel.save(nibabel.Nifti1Image(values, image.affine), path)
+    return path
+
+
+@pytest.mark.parametrize(("voxel", "kind", "word"), [(np.nan, "imagesTr", "NaN"), (7, "labelsTr", "7")])
+def test_bad_voxels_name_the_file_and_leave_nothing(raw, tmp_path, voxel, kind, word):
+    copy = tmp_path / "raw"
+    shutil.copytree(raw, copy)
+    path = damage(copy / get_task("brain_lesion_mr").folder, voxel, kind)
+    with pytest.raises(ValueError, match=word) as error:
+        prepare_all(("corpus_ct", "brain_lesion_mr"), copy, tmp_path / "prepared")
+    assert path.name in str(error.value)
+    assert not (tmp_path / "prepared").exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+# ---- training and evaluation
+
+
+@pytest.fixture(scope="session")
+def prepared(raw, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work") / "prepared"
+    prepare_all(("corpus_ct", "brain_lesion_mr"), raw, folder)
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "data").mkdir()
+    shutil.copy(ROOT / "data/datasets.yaml", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(runs, prepared, out, parent=None, recipe=RECIPE, **options):
+    return train_runs(runs, recipe, SMALL, prepared, out, out.with_name(f"{out.name}-curves"), parent, **options)
+
+
+def test_pretrain_finetune_evaluate_collect(prepared, workplace):
+    from mednext_v2.weights import read_card
+
+    corpus = Run("smoke", "unet", "scratch", "corpus_ct")
+    run = Run("smoke", "unet", "corpus_ct", "brain_lesion_mr", seed=3)
+    train([corpus], prepared, workplace / "pretrain")
+    parent = workplace / "pretrain/corpus_ct-s0"
+    history = train([run], prepared, workplace / "finetune", parent)
+    assert set(history.run) == {"brain_lesion_mr-s3"} and np.isfinite(history.loss).all()
+    card = read_card(workplace / "finetune/brain_lesion_mr-s3")
+    assert card.parent == read_card(parent).sha256 and card.init == "corpus_ct" and card.seed == 3
+    assert card.labels == get_task("brain_lesion_mr").labels and card.normalisation
+
+    scores = evaluate_runs([run], workplace / "finetune", prepared, workplace / "evaluate/one")
+    assert list(scores.columns) == SCORE_COLUMNS
+    labels = nibabel.load(next((workplace / "evaluate/one/predictions/brain_lesion_mr-s3").glob("*.nii.gz")))
+    assert set(np.unique(np.asanyarray(labels.dataobj))) <= {0, 1, 2}
+    collected = collect(workplace / "evaluate", workplace / "results")
+    assert len(collected) == len(scores) == 2
+    assert "unet" in json.loads((workplace / "results/metrics.json").read_text())
+
+
+def test_pretrained_weights_are_what_finetuning_starts_from(prepared, workplace, monkeypatch):
+    import mednext_v2.trainer
+    from mednext_v2.weights import read_state
+
+    train([Run("smoke", "unet", "scratch", "corpus_ct")], prepared, workplace / "pretrain")
+    parent = workplace / "pretrain/corpus_ct-s0"
+    seen = {}
+
+    def stop(recipe, model, *arguments, **options):
+        seen.update({name: value.clone() for name, value in model.state_dict().items()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mednext_v2.trainer, "fit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train([Run("smoke", "unet", "corpus_ct", "brain_lesion_mr")], prepared, workplace / "finetune", parent)
+    source = read_state(parent)
+    body = [name for name in seen if not name.startswith("heads.")]
+    assert body and all((seen[name] == source[name]).all() for name in body)
+    assert not (workplace / "finetune").exists(), "an interrupted stage leaves no models"
+
+
+def test_same_seed_same_weights_and_another_seed_others(prepared, workplace):
+    from mednext_v2.weights import read_card
+
+    hashes = []
+    for attempt, seed in enumerate((0, 0, 1)):
+        shutil.rmtree(workplace / "scratch", ignore_errors=True)
+        run = Run("smoke", "unet", "scratch", "brain_lesion_mr", seed)
+        train([run], prepared, workplace / f"try{attempt}")
+        hashes.append(read_card(workplace / f"try{attempt}" / run.name).sha256)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_finished_runs_of_a_failed_stage_are_not_trained_again(prepared, workplace):
+    run = Run("smoke", "unet", "scratch", "brain_lesion_mr")
+    missing = Run("smoke", "unet", "scratch", "no_such_task")
+    with pytest.raises(FileNotFoundError, match="no_such_task"):
+        train([run, missing], prepared, workplace / "first")
+    assert not (workplace / "first").exists()
+    stamps = {path: path.stat().st_mtime_ns for path in (workplace / "scratch").rglob("last.pt")}
+    assert len(stamps) == 1
+    train([run], prepared, workplace / "second")
+    assert {path: path.stat().st_mtime_ns for path in (workplace / "scratch").rglob("last.pt")} == stamps
+
+
+def test_key_of_a_run_changes_with_all_it_is_made_of():
+    run = Run("mini", "unet", "scratch", "brain_mr")
+    keys = [
+        run_key(run, RECIPE),
+        run_key(Run("mini", "unet", "scratch", "brain_mr", 1), RECIPE),
+        run_key(run, Recipe(steps=4)),
+        run_key(run, RECIPE, {"filters": (4, 8, 16)}),
+    ]
+    assert len(set(keys)) == len(keys) and run_key(run, RECIPE) == keys[0]
+
+
+@pytest.mark.parametrize(
+    ("patch", "shape", "stride", "expected"),
+    [
+        ((32, 32, 32), (80, 64, 24), 16, (32, 32, 16)),
+        ((32, 32, 32), (80, 64, 24), 8, (32, 32, 24)),
+        ((128, 128, 128), (100, 300, 5), 16, (96, 128, 16)),
+    ],
+)
+def test_patch_fits_volume_and_stride(patch, shape, stride, expected):
+    assert fit_patch(patch, shape, stride) == expected
+
+
+def test_collect_keeps_case_names_and_needs_input(tmp_path):
+    row = ["mini", "t", "001", "liver", "organ", "unet", "scratch", "32x32x32", 0, 0.5, 0.5, 9, 9]
+    (tmp_path / "in/one").mkdir(parents=True)
+    pd.DataFrame([row], columns=SCORE_COLUMNS).to_csv(tmp_path / "in/one/scores.csv", index=False)
+    assert collect(tmp_path / "in", tmp_path / "out").case.tolist() == ["001"]
+    with pytest.raises(FileNotFoundError, match="the stage `evaluate` has not run"):
+        collect(tmp_path / "out", tmp_path / "none")
+
+
+def test_profiles_differ_in_numbers_only(tmp_path):
+    def keys(value, prefix=""):
+        if not isinstance(value, dict):
+            return {prefix}
+        return set().union(*(keys(item, f"{prefix}.{key}") for key, item in value.items()), {prefix})
+
+    composed = {name: read_yaml(compose_params(name, tmp_path / "p.yaml")) for name in ("mini", "smoke", "paper")}
+    shapes = {name: keys({k: v for k, v in value.items() if k != "backbones"}) for name, value in composed.items()}
+    assert shapes["mini"] == shapes["smoke"] == shapes["paper"] | {".recipes.pretrain.present_only", ".recipes.finetune.present_only"}
