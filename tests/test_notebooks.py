@@ -1,20 +1,25 @@
-"""Every chapter runs from top to bottom, and the tests in it hold (nbdev's own runner)."""
+"""Every chapter runs from top to bottom, and the tests in it hold: nbdev's own runner, a process of its own each."""
 
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-os.environ["IN_TEST"] = "1"
-from nbdev.test import test_nb as run_notebook  # noqa: E402
-
-run_notebook.__test__ = False
 ROOT = Path(__file__).parents[1]
 CHAPTERS = [*sorted((ROOT / "nbs").glob("[0-9]*.ipynb")), ROOT / "nbs/index.ipynb"]
+RUN = """
+import os, sys
+from pathlib import Path
+os.environ["IN_TEST"] = "1"
+from nbdev.test import test_nb
+path, root = map(Path, sys.argv[1:])
+sys.exit(not test_nb(path, skip_flags=["slow", "gpu"], basepath=root)[0])
+"""
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_chapter(path, monkeypatch):
-    monkeypatch.chdir(path.parent)
-    passed, _ = run_notebook(path, skip_flags=["slow", "gpu"], basepath=ROOT)
-    assert passed, f"nbs/{path.name}: see the traceback above"
+def test_chapter(path):
+    command = [sys.executable, "-c", RUN, str(path), str(ROOT)]
+    done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
+    assert done.returncode == 0, f"nbs/{path.name}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
