@@ -7,6 +7,7 @@ import shutil
 import nibabel
 import numpy as np
 import pytest
+from data_toys import DEMO
 from scipy import ndimage
 
 from mednext_v2.core import root
@@ -24,22 +25,8 @@ from mednext_v2.prepare import (
     target_shape,
 )
 from mednext_v2.suite import build_task
-from mednext_v2.tasks import Scan, Task, get_task, list_cases, read_case, write_volume
+from mednext_v2.tasks import Scan, get_task, list_cases, read_case, write_volume
 
-DEMO = Task(
-    name="demo",
-    dataset=7,
-    title="Mini demo CT",
-    modality="CT",
-    labels={"liver": 1, "lesion": 2},
-    groups={"liver": "organ", "lesion": "pathology"},
-    spacing=(2.0, 3.0, 4.0),
-    patch=(8, 8, 8),
-    nsd_tolerance=2.0,
-    role="finetune",
-    licence="none",
-    citation="none",
-)
 AFFINE = np.diag([2.0, 3.0, 4.0, 1.0])
 CASES = {"001": "train", "002": "train", "NA": "val", "004": "test"}
 

@@ -7,6 +7,7 @@ import shutil
 import nibabel
 import numpy as np
 import pytest
+from data_toys import DEMO
 
 from mednext_v2.tasks import (
     Task,
@@ -18,20 +19,6 @@ from mednext_v2.tasks import (
     write_volume,
 )
 
-DEMO = Task(
-    name="demo",
-    dataset=7,
-    title="Mini demo CT",
-    modality="CT",
-    labels={"liver": 1, "lesion": 2},
-    groups={"liver": "organ", "lesion": "pathology"},
-    spacing=(2.0, 3.0, 4.0),
-    patch=(8, 8, 8),
-    nsd_tolerance=2.0,
-    role="finetune",
-    licence="none",
-    citation="none",
-)
 AFFINE = np.array([[2.0, 0, 0, -10], [0, 3.0, 0, 20], [0, 0, 4.0, 30], [0, 0, 0, 1]])
 IMAGE = np.random.default_rng(0).normal(0, 100, (6, 7, 8)).astype(np.float32)
 LABEL = np.random.default_rng(1).integers(0, 3, (6, 7, 8)).astype(np.uint8)
