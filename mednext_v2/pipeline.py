@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINING_MODULES', 'SCORE_COLUMNS', 'Plan', 'read_plan', 'notebook_parameters', 'run_notebook', 'Run', 'run_key',
-           'fit_patch', 'prepare_all', 'pretrained_folder', 'train_one', 'train_runs', 'learning_curves',
-           'evaluate_one', 'write_csv', 'evaluate_runs', 'collect', 'run_stage', 'profiles', 'compose_params', 'readme']
+           'stop_workers', 'fit_patch', 'prepare_all', 'pretrained_folder', 'train_one', 'train_runs',
+           'learning_curves', 'evaluate_one', 'write_csv', 'evaluate_runs', 'collect', 'run_stage', 'profiles',
+           'compose_params', 'readme']
 
 # %% ../nbs/16_pipeline.ipynb #imports
 import json
@@ -138,6 +139,13 @@ def run_key(
     code = [(Path(__file__).parent / f"{name}.py").read_text() for name in TRAINING_MODULES]
     return fingerprint_of(run, configuration, code)
 
+# %% ../nbs/16_pipeline.ipynb #stop-workers
+def stop_workers() -> None:
+    "End the idle processes of joblib's pool"
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown(wait=True)
+
 # %% ../nbs/16_pipeline.ipynb #fit-patch
 def fit_patch(
     patch: tuple[int, ...],  # The recipe's patch, voxels
@@ -162,6 +170,7 @@ def prepare_all(
         manifests = [
             prepare(get_task(name), raw, folder / name, workers=workers).assign(task=name) for name in tasks
         ]
+    stop_workers()
     return pd.concat(manifests, ignore_index=True)
 
 
@@ -260,6 +269,7 @@ def train_runs(
             for run in runs
         )
         histories = Parallel(n_jobs=min(workers, len(runs)))(jobs)
+    stop_workers()
     return pd.concat(
         [history.assign(run=run.name) for run, history in zip(runs, histories, strict=True)], ignore_index=True
     )
@@ -353,6 +363,7 @@ def evaluate_runs(
 
     jobs = (delayed(evaluate_one)(models / run.name, data, out, run, overlap, device, threads) for run in runs)
     scores = pd.concat(Parallel(n_jobs=min(workers, len(runs)))(jobs), ignore_index=True)[SCORE_COLUMNS]
+    stop_workers()
     write_csv(scores, Path(out) / "scores.csv")
     return scores
 
