@@ -22,8 +22,8 @@ import pandas as pd
 from joblib import Parallel, delayed
 from scipy import ndimage
 
-from .core import atomic_folder, build, read_yaml, root, sha256, write_json
-from .tasks import Task, get_task, load_tasks, read_volume, write_volume
+from .core import atomic_folder, build, read_yaml, root, sha256, write_csv, write_json
+from .tasks import Task, get_task, load_tasks, read_volume, write_dataset, write_volume
 
 # %% ../nbs/21_suite.ipynb #seeds
 @dataclass(frozen=True)
@@ -627,21 +627,9 @@ def write_descriptions(
 ) -> None:
     "dataset.json and splits_final.json as nnU-Net v2 reads them, and provenance.csv"
     ids = {split: provenance.case[provenance.split == split].tolist() for split in ("train", "val")}
-    write_json(
-        folder / "dataset.json",
-        {
-            "channel_names": {str(i): channel for i, channel in enumerate(task.channels)},
-            "labels": {"background": 0, **task.labels},
-            "numTraining": len(ids["train"]) + len(ids["val"]),
-            "file_ending": ".nii.gz",
-            "name": task.name,
-            "licence": task.licence,
-            "reference": task.citation,
-            "description": task.note,
-        },
-    )
+    write_dataset(task, folder, training=len(ids["train"]) + len(ids["val"]))
     write_json(folder / "splits_final.json", [ids])
-    provenance.to_csv(folder / "provenance.csv", index=False, lineterminator="\n")
+    write_csv(folder / "provenance.csv", provenance)
 
 
 def build_task(
