@@ -133,9 +133,9 @@ def write_json(
 
 
 def write_csv(path: str | Path, table) -> None:
-    "A pandas table without its index, written atomically; the same bytes on every system"
+    "A pandas table without its index, to six significant digits, written atomically; the same bytes everywhere"
     with atomic_file(path) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n")
+        table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
 
 # %% ../nbs/00_core.ipynb #digest
 def sha256(

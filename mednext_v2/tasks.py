@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODALITIES', 'GROUPS', 'ROLES', 'SPLIT_RULES', 'ITK_ENDINGS', 'SPLITS', 'check_regions', 'check_task', 'own_values',
-           'Task', 'load_tasks', 'get_task', 'Volume', 'load_image', 'read_volume', 'write_volume', 'read_description',
-           'plan_spacing', 'header_grids', 'raw_task', 'file_ending', 'write_dataset', 'Case', 'patient_of', 'deal_out',
-           'read_folds', 'read_splits', 'list_cases', 'Scan', 'check_finite', 'present_values', 'check_labels',
-           'check_grid', 'read_case']
+           'Task', 'registry', 'load_tasks', 'get_task', 'Volume', 'load_image', 'read_volume', 'write_volume',
+           'read_description', 'plan_spacing', 'header_grids', 'read_channels', 'read_labels', 'raw_task', 'find_task',
+           'file_ending', 'write_dataset', 'Case', 'patient_of', 'deal_out', 'read_folds', 'read_splits', 'list_cases',
+           'Scan', 'check_finite', 'present_values', 'check_labels', 'check_grid', 'read_case']
 
 # %% ../nbs/20_tasks.ipynb #imports
 import gzip
@@ -148,11 +148,19 @@ class Task:
         return f"Dataset{self.dataset:03d}_{words}"
 
 # %% ../nbs/20_tasks.ipynb #load-tasks
+def registry() -> Path:
+    "The project's `data/datasets.yaml`, or outside of a clone the copy that is installed with the package"
+    try:
+        return root() / "data" / "datasets.yaml"
+    except FileNotFoundError:
+        return Path(__file__).parent / "data" / "datasets.yaml"
+
+
 def load_tasks(
     path: str | Path | None = None,  # Another file than the project's `data/datasets.yaml`
 ) -> dict[str, Task]:  # By name, in the order of the file
     "Every data set of the registry; ValueError names data set and field of a bad entry"
-    path = Path(path) if path else root() / "data" / "datasets.yaml"
+    path = Path(path) if path else registry()
     tasks = {}
     for name, values in read_yaml(path).items():
         if not isinstance(values, dict):
@@ -287,6 +295,27 @@ def header_grids(
     return np.array(spacings), np.array(shapes)
 
 
+def read_channels(description: dict) -> list[str]:
+    "Names of the channels in their order, made distinct"
+    named = description["channel_names"]
+    channels = [str(named[key]) for key in sorted(named, key=int)]
+    return channels if len(set(channels)) == len(channels) else [f"{name} {i}" for i, name in enumerate(channels)]
+
+
+def read_labels(
+    description: dict,  # Of dataset.json
+) -> tuple[dict, dict, int | None]:  # Labels, regions and the ignore label
+    "nnU-Net's `labels`: one value each, or with `regions_class_order` the values of overlapping regions"
+    named = {name: value for name, value in description["labels"].items() if name not in ("background", "ignore")}
+    ignore = description["labels"].get("ignore")
+    if "regions_class_order" not in description:
+        return named, {}, ignore
+    regions = {name: value if isinstance(value, list) else [value] for name, value in named.items()}
+    single = {values[0]: name for name, values in regions.items() if len(values) == 1}
+    values = sorted(set().union(*regions.values()))
+    return {single.get(value, f"value {value}"): value for value in values}, regions, ignore
+
+
 def raw_task(
     folder: str | Path,  # A data set in nnU-Net's raw layout, e.g. `Dataset012_Spleen`
     **changes,  # Fields of the `Task` that dataset.json does not decide
@@ -297,30 +326,19 @@ def raw_task(
     if not match:
         raise ValueError(f"{folder} is not named DatasetNNN_Name: rename it as nnU-Net's raw layout asks")
     known = read_description(folder)
-    channels = [str(known["channel_names"][key]) for key in sorted(known["channel_names"], key=int)]
-    twice = len(set(channels)) < len(channels)
-    plain, regions, ignore = {}, {}, None
-    for name, value in known["labels"].items():
-        if name == "ignore":
-            ignore = value
-        elif name != "background":
-            regions[name] = value if isinstance(value, (list, tuple)) else [value]
-    if "regions_class_order" in known:
-        single = {v[0]: name for name, v in regions.items() if len(v) == 1}
-        plain = {single.get(v, f"value {v}"): v for v in sorted(set().union(*regions.values()))}
-    else:
-        plain, regions = {name: v[0] if len(v) == 1 else v for name, v in regions.items()}, {}
+    channels = read_channels(known)
+    labels, regions, ignore = read_labels(known)
     names = sorted(folder.glob(f"imagesTr/*_0000{file_ending(folder)}"))
     if not names:
         raise FileNotFoundError(f"{folder / 'imagesTr'} has no *_0000{file_ending(folder)}: no case to train on")
-    groups = {n: (known.get("groups") or {}).get(n, "unspecified") for n in (*plain, *regions)}
+    groups = {n: (known.get("groups") or {}).get(n, "unspecified") for n in (*labels, *regions)}
     values = {
         "name": known.get("name") if str(known.get("name", "")).isidentifier() else match[2],
         "dataset": int(match[1]),
         "title": match[2],
         "modality": "CT" if channels[0].upper() == "CT" else "MR",
-        "channels": [f"{name} {i}" for i, name in enumerate(channels)] if twice else channels,
-        "labels": plain,
+        "channels": channels,
+        "labels": labels,
         "groups": groups,
         "regions": regions,
         "class_order": known.get("regions_class_order", ()),
@@ -335,7 +353,19 @@ def raw_task(
     }
     if "spacing" not in changes:
         values["spacing"] = plan_spacing(*header_grids(names))
-    return build(Task, values | changes, f"{folder / 'dataset.json'}")
+    try:
+        return build(Task, values | changes)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'dataset.json'}: {error}") from error
+
+
+def find_task(
+    folder: str | Path,  # A data set in nnU-Net's raw layout
+    path: str | Path | None = None,  # Another registry than the project's
+) -> Task:
+    "The registered task of that folder name, or else what the folder itself describes"
+    named = {task.folder: task for task in load_tasks(path).values()}
+    return named.get(Path(folder).name) or raw_task(folder)
 
 
 def file_ending(folder: Path) -> str:
@@ -394,8 +424,9 @@ def patient_of(task: Task, id: str) -> str:
 def deal_out(
     task: Task,
     ids: list[str],  # Cases of imagesTr
+    held_back: bool = False,  # Whether there are labelled test cases besides them
 ) -> dict[str, list[str]]:
-    "Train, validation and (for `holdout`) test cases by the task's rule, whole patients each; ValueError if too few"
+    "Train, validation and test cases by the task's rule, whole patients each; ValueError if too few"
     patients = sorted({patient_of(task, id) for id in ids})
     need = 5 if task.split == "fivefold" else 3
     if len(patients) < need:
@@ -403,11 +434,14 @@ def deal_out(
     order = np.arange(len(patients))
     if task.split == "fivefold":  # As scikit-learn's KFold(5, shuffle=True, random_state=12345), which nnU-Net uses
         np.random.RandomState(12345).shuffle(order)
-        parts = {"val": order[: -(-len(order) // 5)], "test": order[:0]}
+        tested, watching = -(-len(order) // 5), max(1, round(len(order) / 20))
+        if held_back:
+            tested, watching = 0, tested
     else:
         np.random.RandomState(0).shuffle(order)
-        cuts = [max(1, round(len(order) * share)) for share in (0.1, 0.2)]
-        parts = {"val": order[: cuts[0]], "test": order[cuts[0] : sum(cuts)]}
+        tested, watching = (max(1, round(len(order) * share)) for share in (0.2, 0.1))
+        tested = 0 if held_back else tested
+    parts = {"test": order[:tested], "val": order[tested : tested + watching]}
     chosen = {split: {patients[i] for i in part} for split, part in parts.items()}
     chosen["train"] = set(patients) - chosen["val"] - chosen["test"]
     return {split: [id for id in ids if patient_of(task, id) in chosen[split]] for split in SPLITS}
@@ -438,7 +472,7 @@ def read_splits(
     elif task.split == "files":
         raise FileNotFoundError(f"{path} is missing: build the data set, or write [{{'train': [...], 'val': [...]}}] there")
     else:
-        splits = deal_out(task, sorted(ids("labelsTr", "")))
+        splits = deal_out(task, sorted(ids("labelsTr", "")), bool(ids("labelsTs", "")))
     if (folder / "labelsTs").is_dir():  # Test images without labels are nobody's to score
         splits["test"] = sorted({*splits["test"], *ids("labelsTs", ""), *ids("imagesTs", "_0000")})
     for split in SPLITS if task.role == "finetune" else SPLITS[:2]:

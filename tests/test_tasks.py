@@ -11,11 +11,16 @@ from data_toys import DEMO
 
 from mednext_v2.tasks import (
     Task,
+    deal_out,
     get_task,
     list_cases,
     load_tasks,
+    plan_spacing,
+    present_values,
+    raw_task,
     read_case,
     read_volume,
+    write_dataset,
     write_volume,
 )
 
@@ -284,3 +289,148 @@ def test_modules_start_without_torch():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+# Any raw folder in nnU-Net's layout
+
+
+def write_raw(folder, description, ids, label, channels=1, ending=".nii.gz"):
+    folder.mkdir(parents=True)
+    (folder / "dataset.json").write_text(json.dumps(description | {"file_ending": ending}))
+    for case in ids:
+        for channel in range(channels):
+            write_volume(folder / f"imagesTr/{case}_{channel:04d}{ending}", IMAGE, AFFINE)
+        write_volume(folder / f"labelsTr/{case}{ending}", label, AFFINE)
+
+
+BRATS = {
+    "channel_names": {"0": "T1", "1": "T1ce", "2": "T2", "3": "Flair"},
+    "labels": {"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": [3]},
+    "regions_class_order": [1, 2, 3],
+    "numTraining": 10,
+}
+
+
+def test_regions_channels_and_class_order_come_from_dataset_json(tmp_path):
+    label = np.random.default_rng(2).integers(0, 4, IMAGE.shape).astype(np.uint8)
+    ids = [f"p{i:02d}" for i in range(10)]
+    write_raw(tmp_path / "Dataset137_BraTS2021", BRATS, ids, label, channels=4)
+    task = raw_task(tmp_path / "Dataset137_BraTS2021")
+    assert task.channels == ("T1", "T1ce", "T2", "Flair") and task.modality == "MR"
+    assert task.regions == {"whole tumor": (1, 2, 3), "tumor core": (2, 3), "enhancing tumor": (3,)}
+    assert task.class_order == (1, 2, 3) and task.num_classes == 3 and task.values == (0, 1, 2, 3)
+    assert task.labels == {"value 1": 1, "value 2": 2, "enhancing tumor": 3}
+    assert task.folder == "Dataset137_BraTS2021" and task.spacing == pytest.approx((2, 3, 4))
+    cases = list_cases(task, tmp_path)
+    assert [sum(case.split == split for case in cases) for split in ("train", "val", "test")] == [7, 1, 2]
+    assert read_case(task, cases[0]).image.shape == (4, *IMAGE.shape)
+
+
+def test_description_written_here_reads_the_same(tmp_path):
+    task = Task(**(dataclasses.asdict(DEMO) | {"regions": {"both": [1, 2], "lesion": 2}, "ignore": 3,
+                "groups": {"liver": "organ", "lesion": "pathology", "both": "organ"}, "channels": ["CT", "PET"]}))
+    write_raw(tmp_path / task.folder, {}, ["a", "b", "c"], LABEL, channels=2)
+    write_dataset(task, tmp_path / task.folder, training=3)
+    found = raw_task(tmp_path / task.folder)
+    same = ("regions", "class_order", "ignore", "channels", "modality", "folder", "num_classes", "values", "name")
+    assert {name: getattr(found, name) for name in same} == {name: getattr(task, name) for name in same}
+    assert found.groups["lesion"] == "pathology" and found.groups["both"] == "organ"
+    # Plain labels, and an ignore label beside them
+    plain = dataclasses.replace(DEMO, ignore=3)
+    write_dataset(plain, tmp_path / task.folder, training=3)
+    found = raw_task(tmp_path / task.folder, spacing=(1, 1, 1))
+    assert (found.labels, found.groups, found.ignore) == (plain.labels, plain.groups, 3) and not found.regions
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"labels": {"background": 0, "liver": 1, "lesion": 3}}, "without gaps"),
+        ({"labels": {"background": 0, "whole": [1, 2], "core": [2]}}, "without gaps"),  # Regions need a class order
+        ({"labels": {"background": 0, "liver": 1, "ignore": 5}}, "ignore"),
+        ({"channel_names": {}}, "lacks 'channel_names'"),
+        ({"labels": []}, "lacks 'labels'"),
+    ],
+)
+def test_bad_description_is_refused_by_name(tmp_path, change, message):
+    good = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1, "lesion": 2}}
+    write_raw(tmp_path / "Dataset001_A", good | change, ["a"], LABEL)
+    with pytest.raises(ValueError, match=message) as error:
+        raw_task(tmp_path / "Dataset001_A")
+    assert "dataset.json" in str(error.value)
+
+
+def test_unknown_endings_and_folder_names(tmp_path):
+    write_raw(tmp_path / "Dataset001_A", BRATS, ["a"], LABEL)
+    with pytest.raises(ValueError, match="file_ending '.png': convert"):
+        (tmp_path / "Dataset001_A/dataset.json").write_text(json.dumps(BRATS | {"file_ending": ".png"}))
+        raw_task(tmp_path / "Dataset001_A")
+    with pytest.raises(ValueError, match="not named DatasetNNN_Name"):
+        raw_task(tmp_path)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR"])
+@pytest.mark.parametrize("ending", [".mha", ".nrrd"])
+def test_metaimage_and_nrrd_lie_where_itk_says(tmp_path, ending, codes):
+    itk = pytest.importorskip("SimpleITK")
+    write_volume(tmp_path / "a.nii.gz", IMAGE, AFFINE)
+    image = itk.DICOMOrient(itk.ReadImage(str(tmp_path / "a.nii.gz")), codes)
+    itk.WriteImage(image, str(tmp_path / f"a{ending}"))
+    volume = read_volume(tmp_path / f"a{ending}")
+    np.testing.assert_allclose(volume.voxels, IMAGE)
+    np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-4)
+    (tmp_path / f"half{ending}").write_bytes((tmp_path / f"a{ending}").read_bytes()[:300])
+    with pytest.raises(ValueError, match=f"half{ending} cannot be read"):
+        read_volume(tmp_path / f"half{ending}")
+
+
+def test_five_folds_are_those_of_nnunet():
+    KFold = pytest.importorskip("sklearn.model_selection").KFold  # As in nnunetv2.utilities.crossval_split
+    task = dataclasses.replace(DEMO, split="fivefold")
+    for n in (5, 13, 52):
+        ids = [f"case{i:03d}" for i in range(n)]
+        rest, tested = next(KFold(5, shuffle=True, random_state=12345).split(ids))
+        dealt = deal_out(task, ids)
+        assert dealt["test"] == [ids[i] for i in tested]
+        assert sorted(dealt["train"] + dealt["val"]) == [ids[i] for i in rest]
+        assert len(dealt["val"]) == max(1, round(n / 20))
+
+
+@pytest.mark.parametrize("rule", ["fivefold", "holdout"])
+def test_a_patient_is_on_one_side(rule):
+    task = dataclasses.replace(DEMO, split=rule, patient=r"^(patient\d+)_frame")
+    ids = [f"patient{i:03d}_frame{f:02d}" for i in range(20) for f in (1, 12)]
+    dealt = deal_out(task, ids)
+    sides = [{id[:10] for id in part} for part in dealt.values()]
+    assert sum(len(side) for side in sides) == 20 and sorted(sum(dealt.values(), [])) == ids
+    assert dealt == deal_out(task, ids[::-1]) | {split: sorted(part) for split, part in dealt.items()}
+    with pytest.raises(ValueError, match="case scan7: its patient is not found"):
+        deal_out(task, [*ids, "scan7"])
+    with pytest.raises(ValueError, match="has 2 patients, split"):
+        deal_out(task, ids[:4])
+
+
+def test_splits_file_may_name_test_cases_and_unlabelled_tests_are_nobodys(raw):
+    folder = raw / DEMO.folder
+    shutil.copy(folder / "imagesTr/one_0000.nii.gz", folder / "imagesTr/four_0000.nii.gz")
+    shutil.copy(folder / "labelsTr/one.nii.gz", folder / "labelsTr/four.nii.gz")
+    (folder / "splits_final.json").write_text(json.dumps([{"train": ["one"], "val": ["two"], "test": ["four"]}]))
+    assert [c.id for c in list_cases(DEMO, raw) if c.split == "test"] == ["four", "three"]
+    shutil.rmtree(folder / "labelsTs")
+    assert [c.id for c in list_cases(DEMO, raw) if c.split == "test"] == ["four"]
+
+
+def test_spacing_is_planned_as_nnunet_plans_it():
+    even = np.full((5, 3), 1.5)
+    assert plan_spacing(even, np.full((5, 3), 100)) == (1.5, 1.5, 1.5)
+    thick = np.array([[0.8, 0.8, z] for z in (3.0, 5.0, 5.0, 5.0, 6.0)])
+    thin_stack = np.tile([512, 512, 60], (5, 1))
+    assert plan_spacing(thick, thin_stack) == pytest.approx((0.8, 0.8, np.percentile(thick[:, 2], 10)))
+    assert plan_spacing(thick, np.tile([512, 512, 400], (5, 1))) == (0.8, 0.8, 5.0)  # Enough slices: the median
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "float32"])
+def test_present_values_are_the_sorted_distinct_ones(dtype):
+    voxels = np.random.default_rng(3).choice([0, 3, 7, 100], (5, 6, 7)).astype(dtype)
+    voxels = voxels - 3 if dtype == "int16" else voxels
+    np.testing.assert_array_equal(present_values(voxels), np.unique(voxels))
