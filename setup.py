@@ -9,7 +9,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("pipeline", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("convert", "remote", "cluster", "pipeline", "dev")}
 
 setup(
     name=cfg["lib_name"],
@@ -25,8 +25,10 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
-    packages=find_packages(include=["mednext_v2", "mednext_v2.*"]),
-    package_data={"mednext_v2": ["py.typed"]},
+    # The registry lies in data/, where people look for it, and is installed inside the package
+    packages=[*find_packages(include=["mednext_v2", "mednext_v2.*"]), "mednext_v2.data"],
+    package_dir={"mednext_v2.data": "data"},
+    package_data={"mednext_v2": ["py.typed"], "mednext_v2.data": ["datasets.yaml"]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split("\n"),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

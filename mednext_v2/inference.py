@@ -17,7 +17,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .prepare import normalise, resample_image, target_shape
+from .prepare import IMAGE_TYPE, coarse_axis, nonzero_box, normalise, resample_image, target_shape
 
 # %% ../nbs/40_inference.ipynb #sliding-window
 def sliding_window(
@@ -159,11 +159,16 @@ def predict_scan(
     orientation = io_orientation(native.affine)
     values = [apply_orientation(s.get_fdata(dtype=np.float32), orientation) for s in scans]
     spacing = nib.affines.voxel_sizes(nib.as_closest_canonical(native).affine)
-    shape = values[0].shape
+    image = np.stack(values)
     # In the order of `prepare`: the network sees what it saw in training
-    image = normalise(np.stack(values), card.modality, card.normalisation)
-    image = resample_image(image, target_shape(shape, spacing, card.spacing))
-    labels = labels_on_grid(sliding_window(model, image, card.patch, overlap), shape)
+    box = nonzero_box(image)
+    image = normalise(image[:, *box], card.normalisation)
+    shape = image.shape[1:]
+    image = resample_image(image, target_shape(shape, spacing, card.spacing), coarse_axis(spacing, card.spacing))
+    image = image.astype(IMAGE_TYPE)
+    inside = labels_on_grid(sliding_window(model, image, card.patch, overlap), shape)
+    labels = np.zeros(values[0].shape, inside.dtype)
+    labels[box] = inside
     back = ornt_transform(axcodes2ornt("RAS"), orientation)
     return _like(apply_orientation(labels, back), native)
 

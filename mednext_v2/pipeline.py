@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRAINING_MODULES', 'SCORE_COLUMNS', 'Plan', 'read_plan', 'notebook_parameters', 'run_notebook', 'Run', 'run_key',
            'stop_workers', 'fit_patch', 'prepare_all', 'pretrained_folder', 'train_one', 'train_runs',
-           'learning_curves', 'evaluate_one', 'write_csv', 'evaluate_runs', 'collect', 'run_stage', 'profiles',
-           'compose_params', 'readme']
+           'learning_curves', 'evaluate_one', 'evaluate_runs', 'collect', 'run_stage', 'profiles', 'compose_params',
+           'readme']
 
 # %% ../nbs/51_pipeline.ipynb #imports
 import json
@@ -17,7 +17,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import atomic_file, atomic_folder, build, fingerprint_of, params, root, write_json
+from mednext_v2.core import (
+    ItemsFailed,
+    atomic_file,
+    atomic_folder,
+    build,
+    fingerprint_of,
+    params,
+    root,
+    write_csv,
+    write_json,
+)
 
 # %% ../nbs/51_pipeline.ipynb #plan
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ class Run:
         return f"{self.backbone} · {self.init} · {self.name}"
 
 
-TRAINING_MODULES = "grn blocks model scaling weights backbones prepare augment losses trainer".split()
+TRAINING_MODULES = "grn blocks model scaling weights backbones storage prepare augment losses trainer".split()
 
 
 def run_key(
@@ -159,19 +169,23 @@ def fit_patch(
 def prepare_all(
     tasks: tuple[str, ...],  # Names of tasks
     raw: Path,  # Folder of raw data sets, in nnU-Net's layout
-    out: Path,  # Gets a folder a task; appears, whole, when all are prepared
+    out: Path,  # Gets a folder a task
     workers: int = 1,
 ) -> pd.DataFrame:  # The manifests of all tasks, with a column `task`
-    "Prepare several tasks"
+    "Prepare several tasks; ItemsFailed, after all were tried, names the cases that are unfit"
     from mednext_v2.prepare import prepare
     from mednext_v2.tasks import get_task
 
-    with atomic_folder(out) as folder:
-        manifests = [
-            prepare(get_task(name), raw, folder / name, workers=workers).assign(task=name) for name in tasks
-        ]
+    manifests, failures = {}, {}
+    for name in tasks:
+        try:
+            manifests[name] = prepare(get_task(name), raw, out / name, workers, progress=True).assign(task=name)
+        except ItemsFailed as error:
+            failures |= {f"{name}, case {case}": reason for case, reason in error.failures.items()}
     stop_workers()
-    return pd.concat(manifests, ignore_index=True)
+    if failures:
+        raise ItemsFailed(failures, manifests)
+    return pd.concat(manifests.values(), ignore_index=True)
 
 
 def pretrained_folder(profile: str, init: str, backbone: str) -> Path | None:
@@ -203,6 +217,8 @@ def train_one(
     torch.set_num_threads(threads)
     prepared = Prepared(data / run.task)
     task = prepared.task
+    if task.regions or task.ignore is not None:
+        raise ValueError(f"{task.name} has regions or an ignore label: training takes plain labels so far")
     torch.manual_seed(run.seed)
     model = create(run.backbone, len(task.channels), task.num_classes, deep_supervision=True, **overrides)
     source = read_card(parent) if parent else None
@@ -324,7 +340,7 @@ def evaluate_one(
         image = nibabel.Nifti1Image(prediction, np.diag([*prepared.spacing, 1.0]))
         with atomic_file(out / "predictions" / run.name / f"{case}.nii.gz") as path:
             nibabel.save(image, path)
-        scores = score_case(prediction, prepared.label(case), prepared.spacing, prepared.task)
+        scores = score_case(prediction, np.asarray(prepared.label(case)), prepared.spacing, prepared.task)
         rows.append(
             scores.assign(
                 profile=run.profile,
@@ -340,12 +356,6 @@ def evaluate_one(
 
 # %% ../nbs/51_pipeline.ipynb #evaluate-runs
 SCORE_COLUMNS = "profile task case label group backbone init patch seed dsc nsd n_voxels n_predicted".split()
-
-
-def write_csv(table: pd.DataFrame, path: str | Path) -> None:
-    "A table as CSV, written atomically, six significant digits"
-    with atomic_file(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
 
 
 def evaluate_runs(
@@ -364,7 +374,7 @@ def evaluate_runs(
     jobs = (delayed(evaluate_one)(models / run.name, data, out, run, overlap, device, threads) for run in runs)
     scores = pd.concat(Parallel(n_jobs=min(workers, len(runs)))(jobs), ignore_index=True)[SCORE_COLUMNS]
     stop_workers()
-    write_csv(scores, Path(out) / "scores.csv")
+    write_csv(Path(out) / "scores.csv", scores)
     return scores
 
 # %% ../nbs/51_pipeline.ipynb #collect
@@ -381,7 +391,7 @@ def collect(
     order = ["task", "backbone", "init", "seed", "case"]
     parts = [pd.read_csv(file, dtype={"case": str}) for file in files]
     scores = pd.concat(parts, ignore_index=True).sort_values(order, kind="stable")
-    write_csv(scores, Path(out) / "scores.csv")
+    write_csv(Path(out) / "scores.csv", scores)
     means = summary(scores, ["backbone", "init"])
     metrics: dict = {}
     for row in means.itertuples():

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import atomic_file, root
+from .core import atomic_file, root, write_csv
 
 # %% ../nbs/50_report.ipynb #published
 PUBLISHED_COLUMNS = "model backbone pretraining init patch metric value source known".split()
@@ -295,8 +295,7 @@ def save_table(
 ) -> list[Path]:  # The CSV and the HTML
     "Write a table as CSV (bare numbers, empty where not available) and as an HTML page"
     paths = [Path(folder) / f"{name}.{suffix}" for suffix in ("csv", "html")]
-    with atomic_file(paths[0]) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+    write_csv(paths[0], table)
     body = table_html(table, caption) if shown is None else table_html(shown, caption, escape_cells=False)
     page = f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(name)}</title>\n'
     with atomic_file(paths[1]) as temporary:

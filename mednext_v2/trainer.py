@@ -17,7 +17,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .augment import AUGMENTATIONS, PatchSampler
+from .augment import AUGMENTATIONS, PatchSampler, patch_loader
 from .core import atomic_file, fingerprint_of
 from .losses import deep_supervision_loss
 
@@ -49,7 +48,7 @@ class Recipe:
     eps: float = 1e-4  # Of AdamW; PyTorch's own default is 1e-8
     clip: float = 12.0  # Largest norm of the gradient
     foreground: float = 0.33  # Share of the patches centred on a class
-    augment: str = "nnunet"  # none, light or nnunet
+    augment: str = "nnunet"  # none, light, nnunet or nnunet_elastic
     precision: str = "fp32"  # Or bf16: autocast, weights stay float32
     deep_supervision: bool = True  # Loss on every resolution of the decoder
     present_only: bool = False  # Dice over the classes that the batch shows
@@ -343,10 +342,11 @@ def fit(
     seed: int = 0,  # Of what the network itself draws, e.g. dropout
     validate: Callable[[nn.Module], float] | None = None,  # Every `validate_every` steps, and at the end
     device: str = "auto",  # cpu, cuda, ...; auto takes a GPU if there is one
-    workers: int = 0,  # Processes that read ahead
+    workers: int = 0,  # Processes that read ahead; the patches are the same with any number
     progress: bool = True,  # Show a bar
     description: str = "",  # Its title
     log_every: int = 10,  # Steps per row of the history
+    augment_on_device: bool = False,  # Cut patches on the CPU, turn and blur them on the device
 ) -> pd.DataFrame:  # step, loss (mean since the row before), lr, val_dice
     "Train to the end of the recipe, from where the folder says; errors name what does not fit"
     check_run(recipe, model, sampler)
@@ -360,14 +360,15 @@ def fit(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start, history, losses = state["step"], state["history"], state["losses"]
-    batches = DataLoader(sampler, batch_size=None, sampler=range(start, recipe.steps), num_workers=workers)
+    ahead = dict(workers=workers, device=device, augment_on_device=augment_on_device)
+    batches = patch_loader(sampler, start, recipe.steps, **ahead)
     bar = progress_bar(recipe, start, description, progress)
-    with curves(folder, history) as log, bar:
+    with curves(folder, history) as log, bar, closing(batches):
         for step, (image, label) in enumerate(batches, start + 1):
             rate = learning_rate(step - 1, recipe)
             set_step(optimizer, rate, seed, step)
             try:
-                losses.append(train_step(recipe, model, optimizer, image.to(device), label.to(device)))
+                losses.append(train_step(recipe, model, optimizer, image, label))
             except FloatingPointError as error:
                 raise FloatingPointError(
                     f"step {step} of {recipe.steps}: {error} at a learning rate of {rate:.2g}; lower it, "

@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 import pandas as pd
 import pytest
-from mednext_v2.core import params, read_yaml
+from mednext_v2.core import ItemsFailed, params, read_yaml
 from mednext_v2.pipeline import (
     SCORE_COLUMNS,
     Run,
@@ -168,14 +168,15 @@ def damage(folder: Path, voxel, kind: str) -> Path:
 
 
 @pytest.mark.parametrize(("voxel", "kind", "word"), [(np.nan, "imagesTr", "NaN"), (7, "labelsTr", "7")])
-def test_bad_voxels_name_the_file_and_leave_nothing(raw, tmp_path, voxel, kind, word):
+def test_bad_voxels_name_the_file_and_the_other_data_sets_are_prepared(raw, tmp_path, voxel, kind, word):
     copy = tmp_path / "raw"
     shutil.copytree(raw, copy)
     path = damage(copy / get_task("brain_lesion_mr").folder, voxel, kind)
-    with pytest.raises(ValueError, match=word) as error:
-        prepare_all(("corpus_ct", "brain_lesion_mr"), copy, tmp_path / "prepared")
-    assert path.name in str(error.value)
-    assert not (tmp_path / "prepared").exists() and not list(tmp_path.glob(".tmp-*"))
+    with pytest.raises(ItemsFailed, match=word) as error:
+        prepare_all(("brain_lesion_mr", "corpus_ct"), copy, tmp_path / "prepared")
+    assert path.name in str(error.value) and list(error.value.results) == ["corpus_ct"]
+    assert (tmp_path / "prepared/corpus_ct/manifest.csv").exists()
+    assert not (tmp_path / "prepared/brain_lesion_mr/manifest.csv").exists()
 
 
 # ---- training and evaluation

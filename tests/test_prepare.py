@@ -3,15 +3,20 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import joblib
 import nibabel
 import numpy as np
 import pytest
 from data_toys import DEMO
 from scipy import ndimage
 
-from mednext_v2.core import root
+from mednext_v2.core import ItemsFailed, root
 from mednext_v2.prepare import (
+    PREPARATION,
     Fingerprint,
     Prepared,
     fingerprint,
@@ -28,6 +33,7 @@ from mednext_v2.suite import build_task
 from mednext_v2.tasks import Scan, get_task, list_cases, read_case, write_volume
 
 AFFINE = np.diag([2.0, 3.0, 4.0, 1.0])
+GOLDEN = [-3.43508, 10.287038, 2.189345, -10.527577, 0.696036, -5.582685]
 CASES = {"001": "train", "002": "train", "NA": "val", "004": "test"}
 
 
@@ -79,6 +85,7 @@ def known(**changes):
             "maximum": (200.0,),
             "percentile_00_5": (0.0,),
             "percentile_99_5": (100.0,),
+            "schemes": ("ct",),
             "nonzero": False,
             **changes,
         }
@@ -130,6 +137,11 @@ def test_fingerprint_ignores_validation_test_and_background(raw):
     assert fingerprint(DEMO, raw) == before
 
 
+def test_fingerprint_measures_crops_and_some_of_many_cases(raw, monkeypatch):
+    monkeypatch.setattr("mednext_v2.prepare.MEASURED_CASES", 1)
+    assert fingerprint(DEMO, raw).cases == 1
+
+
 def test_fingerprint_needs_a_labelled_voxel(raw):
     for case in list_cases(DEMO, raw):
         write_volume(case.label, np.zeros_like(read_case(DEMO, case).label), AFFINE)
@@ -145,7 +157,7 @@ def test_fingerprint_survives_json():
 def test_nonzero_is_for_mr_with_a_background_of_zeros(mini, raw):
     assert Prepared(mini / "brain_mr").fingerprint.nonzero
     assert not Prepared(mini / "liver_lesion_ct").fingerprint.nonzero
-    assert not fingerprint(dataclasses.replace(DEMO, modality="MR"), raw).nonzero
+    assert not fingerprint(dataclasses.replace(DEMO, modality="MR", channels=()), raw).nonzero
 
 
 def test_spread_is_even_and_keeps_both_ends():
@@ -159,14 +171,14 @@ def test_spread_is_even_and_keeps_both_ends():
 
 def test_ct_by_hand():
     image = np.array([-500.0, 0.0, 50.0, 70.0, 100.0, 900.0]).reshape(1, 6, 1, 1)
-    np.testing.assert_allclose(normalise(image, "CT", known()).ravel(), [-2.5, -2.5, 0, 1, 2.5, 2.5])
+    np.testing.assert_allclose(normalise(image, known()).ravel(), [-2.5, -2.5, 0, 1, 2.5, 2.5])
 
 
 def test_ct_is_one_map_for_all_cases_and_keeps_order():
     values = np.linspace(-50, 150, 101).reshape(1, -1, 1, 1)
-    once = normalise(values, "CT", known()).ravel()
+    once = normalise(values, known()).ravel()
     assert (np.diff(once) >= 0).all() and (np.diff(once[26:76]) > 0).all()
-    part = normalise(values[:, :30], "CT", known()).ravel()
+    part = normalise(values[:, :30], known()).ravel()
     np.testing.assert_array_equal(part, once[:30])
 
 
@@ -175,40 +187,59 @@ def test_mr_forgets_gain_and_has_unit_spread(nonzero):
     image = np.random.default_rng(0).uniform(1, 100, (1, 8, 8, 8))
     image[:, :4] = 0
     tissue = image > 0 if nonzero else np.ones_like(image, bool)
-    result = normalise(image, "MR", known(nonzero=nonzero))
+    result = normalise(image, known(schemes=("zscore",), nonzero=nonzero))
     assert result[tissue].mean() == pytest.approx(0, abs=1e-6)
     assert result[tissue].std() == pytest.approx(1, abs=1e-6)
-    np.testing.assert_allclose(normalise(37 * image, "MR", known(nonzero=nonzero)), result, atol=1e-5)
-    assert result[image == 0].max() < result[image > 0].min()  # Background stays the darkest
+    np.testing.assert_allclose(normalise(37 * image, known(schemes=("zscore",), nonzero=nonzero)), result, atol=1e-5)
+    if nonzero:
+        assert not result[image == 0].any()  # As nnU-Net leaves it
 
 
 def test_mr_with_zero_background_does_not_depend_on_how_much_there_is():
     image = np.random.default_rng(0).uniform(1, 100, (1, 6, 6, 6))
     padded = np.pad(image, ((0, 0), (5, 5), (5, 5), (5, 5)))
-    inside = normalise(padded, "MR", known(nonzero=True))[:, 5:-5, 5:-5, 5:-5]
-    np.testing.assert_allclose(inside, normalise(image, "MR", known(nonzero=True)), atol=1e-6)
+    inside = normalise(padded, known(schemes=("zscore",), nonzero=True))[:, 5:-5, 5:-5, 5:-5]
+    np.testing.assert_allclose(inside, normalise(image, known(schemes=("zscore",), nonzero=True)), atol=1e-6)
 
 
-@pytest.mark.parametrize("modality", ["CT", "MR"])
+@pytest.mark.parametrize("scheme", ["ct", "zscore"])
 @pytest.mark.parametrize("value", [0.0, 50.0])
-def test_constant_image_stays_finite(modality, value):
-    result = normalise(np.full((1, 3, 3, 3), value), modality, known(std=(0.0,), nonzero=True, mean=(value,)))
+def test_constant_image_stays_finite(scheme, value):
+    result = normalise(np.full((1, 3, 3, 3), value), known(schemes=(scheme,), std=(0.0,), nonzero=True, mean=(value,)))
     np.testing.assert_array_equal(result, 0)
 
 
 def test_each_channel_has_its_own_numbers_and_a_card_is_enough():
-    two = known(mean=(0.0, 50.0), std=(1.0, 10.0), percentile_00_5=(-5.0, 0.0), percentile_99_5=(5.0, 100.0))
+    two = known(
+        mean=(0.0, 50.0), std=(1.0, 10.0), percentile_00_5=(-5.0, 0.0), percentile_99_5=(5.0, 100.0), schemes=("ct", "ct")
+    )
     image = np.full((2, 2, 2, 2), 60.0)
-    np.testing.assert_allclose(normalise(image, "CT", two)[:, 0, 0, 0], [5, 1])
+    np.testing.assert_allclose(normalise(image, two)[:, 0, 0, 0], [5, 1])
     stored = json.loads(json.dumps(two.normalisation()))
-    np.testing.assert_array_equal(normalise(image, "CT", stored), normalise(image, "CT", two))
+    np.testing.assert_array_equal(normalise(image, stored), normalise(image, two))
 
 
-def test_normalise_refuses_other_channels_and_modalities():
+def test_each_channel_follows_its_name(raw):
+    "PET beside CT: one window for all CTs, each PET by itself, and a channel that is left alone"
+    channels = ("CT", "PET", "noNorm")
+    for case in list_cases(DEMO, raw):
+        image = read_case(DEMO, case).image[0]
+        for c in (1, 2):
+            write_volume(case.images[0].with_name(case.images[0].name.replace("_0000", f"_000{c}")), image + 1000, AFFINE)
+    task = dataclasses.replace(DEMO, channels=channels)
+    measured = fingerprint(task, raw)
+    assert measured.schemes == ("ct", "zscore", "none")
+    image = read_case(task, list_cases(task, raw)[0]).image
+    ct, pet, plain = normalise(image, measured)
+    np.testing.assert_array_equal(plain, image[2])
+    assert pet.mean() == pytest.approx(0, abs=1e-5) and pet.std() == pytest.approx(1, abs=1e-5)
+    clipped = np.clip(image[0], measured.percentile_00_5[0], measured.percentile_99_5[0])
+    np.testing.assert_allclose(ct, (clipped - measured.mean[0]) / measured.std[0], rtol=1e-5, atol=1e-6)
+
+
+def test_normalise_refuses_other_channels():
     with pytest.raises(ValueError, match=r"shape \(1, X, Y, Z\), got \(2, 3, 3, 3\)"):
-        normalise(np.zeros((2, 3, 3, 3)), "CT", known())
-    with pytest.raises(ValueError, match="CT or MR, got 'PET'"):
-        normalise(np.zeros((1, 3, 3, 3)), "PET", known())
+        normalise(np.zeros((2, 3, 3, 3)), known())
 
 
 # Geometry
@@ -282,10 +313,11 @@ def test_prepared_arrays_are_the_normalised_raw_ones(raw, tmp_path):
     prepared = Prepared(tmp_path / "out")
     for number, case in enumerate(CASES):
         image, label = random_case(number)
-        np.testing.assert_array_equal(prepared.label(case), label)
-        np.testing.assert_allclose(prepared.image(case), normalise(image[None], "CT", prepared.fingerprint))
-        assert prepared.image(case).dtype == np.float32 and prepared.label(case).dtype == np.uint8
-        assert prepared.image(case).flags.c_contiguous
+        np.testing.assert_array_equal(np.asarray(prepared.label(case)), label)
+        expected = normalise(image[None], prepared.fingerprint)
+        np.testing.assert_array_equal(np.asarray(prepared.image(case)), expected.astype(np.float16))
+        assert prepared.image(case).dtype == np.float16 and prepared.label(case).dtype == np.uint8
+        assert prepared.lowest(case) == (float(expected.astype(np.float16).min()),)
 
 
 def test_names_that_look_like_numbers_or_nothing_stay_names(raw, tmp_path):
@@ -353,7 +385,8 @@ def test_orientation_of_the_files_does_not_matter(raw, tmp_path, codes):
         turned = image.as_reoriented(turn)
         write_volume(path, np.asanyarray(turned.dataobj), turned.affine)
     prepare(DEMO, raw, tmp_path / "turned")
-    assert contents(tmp_path / "turned") == contents(tmp_path / "ras")
+    turned, ras = (Prepared(tmp_path / name).manifest.drop(columns="key") for name in ("turned", "ras"))
+    assert turned.equals(ras)  # Keys hash the raw files, sha256 the arrays
 
 
 def test_other_spacing_is_resampled_and_recorded(raw, tmp_path):
@@ -363,8 +396,8 @@ def test_other_spacing_is_resampled_and_recorded(raw, tmp_path):
     assert manifest.spacing["002"] == "3.5x3x2"  # 7 voxels of 2 mm become 4 (to even), which fill the same 14 mm
     prepared = Prepared(tmp_path / "out")
     raw_scan = read_case(task, list_cases(task, raw)[0])
-    expected = resample_image(normalise(raw_scan.image, "CT", prepared.fingerprint), (3, 7, 16))
-    np.testing.assert_array_equal(prepared.image("001"), expected)
+    expected = resample_image(normalise(raw_scan.image, prepared.fingerprint), (3, 7, 16))
+    np.testing.assert_array_equal(np.asarray(prepared.image("001")), expected.astype(np.float16))
     assert prepared.fingerprint.shape == (3, 7, 16) and prepared.fingerprint.spacing == pytest.approx((2, 3, 4))
 
 
@@ -375,6 +408,7 @@ def test_foreground_places_are_right_even_and_limited():
     rows = foreground_places(label, most=50)
     assert [(int(v), int(n)) for v, n in zip(*np.unique(rows[:, 0], return_counts=True))] == [(1, 1), (2, 50)]
     assert (label[tuple(rows[:, 1:].T)] == rows[:, 0]).all()
+    assert set(foreground_places(label, ignore=2)[:, 0]) == {1}
     assert len(np.unique(rows[:, 1])) > 9  # Spread over the whole class
     assert foreground_places(np.zeros((3, 3, 3), np.uint8)).shape == (0, 4)
 
@@ -382,10 +416,10 @@ def test_foreground_places_are_right_even_and_limited():
 def test_reader_gives_places_by_class(mini):
     prepared = Prepared(mini / "brain_mr")
     case = prepared.ids("train")[0]
-    places, label = prepared.foreground(case), prepared.label(case)
+    places, label = prepared.foreground(case), np.asarray(prepared.label(case))
     assert set(places) == set(prepared.task.labels.values())
     for value, where in places.items():
-        assert len(where) == min((label == value).sum(), 10_000) and (label[tuple(where.T)] == value).all()
+        assert len(where) == min((label == value).sum(), 1_000) and (label[tuple(where.T)] == value).all()
 
 
 # Refusals
@@ -409,6 +443,11 @@ def spoil_file(case):
     case.images[0].write_bytes(case.images[0].read_bytes()[:100])
 
 
+def valid(folder):
+    "What a manifest vouches for"
+    return {name: data for name, data in contents(folder).items() if not name.startswith("cases")}, Prepared(folder).digest
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
     "spoil, message",
@@ -419,14 +458,113 @@ def spoil_file(case):
         (spoil_file, "004_0000.nii.gz cannot be read"),
     ],
 )
-def test_unfit_case_leaves_the_old_folder_and_nothing_beside_it(raw, tmp_path, spoil, message, workers):
-    prepare(DEMO, raw, tmp_path / "out" / "demo")
-    before = contents(tmp_path / "out")
-    spoil(list_cases(DEMO, raw)[-1])  # The last case: all others are prepared by then
-    with pytest.raises(ValueError, match=message) as error:
-        prepare(DEMO, raw, tmp_path / "out" / "demo", workers=workers)
-    assert "\n" not in str(error.value)
-    assert contents(tmp_path / "out") == before and len(list((tmp_path / "out").iterdir())) == 1
+def test_unfit_case_is_named_and_the_old_data_stays_whole(raw, tmp_path, spoil, message, workers):
+    out = tmp_path / "out" / "demo"
+    prepare(DEMO, raw, out)
+    before, old = valid(out), {case: np.asarray(Prepared(out).image(case)) for case in CASES}
+    spoil(list_cases(DEMO, raw)[-1])
+    with pytest.raises(ItemsFailed, match=message) as error:
+        prepare(dataclasses.replace(DEMO, spacing=(2.5, 3.0, 4.0)), raw, out, workers=workers)
+    assert list(error.value.failures) == ["004"] and list(error.value.results) == ["001", "002", "NA"]
+    assert valid(out) == before and len(list((tmp_path / "out").iterdir())) == 1
+    for case, image in old.items():
+        np.testing.assert_array_equal(np.asarray(Prepared(out).image(case)), image)
+
+
+def test_unfit_training_case_does_not_stop_the_others(raw, tmp_path):
+    spoil_nan(list_cases(DEMO, raw)[0])
+    spoil_file(list_cases(DEMO, raw)[-1])
+    with pytest.raises(ItemsFailed, match="2 of 4 failed, the others are done") as error:
+        prepare(DEMO, raw, tmp_path / "out")
+    assert list(error.value.failures) == ["001", "004"] and list(error.value.results) == ["002", "NA"]
+    with pytest.raises(FileNotFoundError, match="manifest.csv is missing"):
+        Prepared(tmp_path / "out")
+
+
+def test_second_run_makes_nothing_again_and_a_mended_case_alone(raw, tmp_path, monkeypatch):
+    from mednext_v2 import prepare as module
+
+    made = []
+    write = module.write_case
+    monkeypatch.setattr(module, "write_case", lambda task, scan, folder: made.append(1) or write(task, scan, folder))
+    case = list_cases(DEMO, raw)[-1]
+    good = case.label.read_bytes()
+    spoil_label(case)
+    with pytest.raises(ItemsFailed):
+        prepare(DEMO, raw, tmp_path / "out")
+    assert len(made) == 3
+    case.label.write_bytes(good)
+    manifest = prepare(DEMO, raw, tmp_path / "out")
+    assert len(made) == 4
+    assert prepare(DEMO, raw, tmp_path / "out").equals(manifest) and len(made) == 4
+    prepare(dataclasses.replace(DEMO, spacing=(4.0, 3.0, 4.0)), raw, tmp_path / "out")
+    assert len(made) == 8 and len(list((tmp_path / "out" / "cases").iterdir())) == 4  # The old ones are gone
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from data_toys import DEMO
+from mednext_v2 import prepare as module
+write, count = module.write_case, [0]
+
+def killed(task, scan, folder):
+    count[0] += 1
+    if count[0] == 3:
+        (folder / "half").write_bytes(b"x")
+        os.kill(os.getpid(), 9)
+    return write(task, scan, folder)
+
+module.write_case = killed
+module.prepare(DEMO, Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_killed_preparation_goes_on_where_it_was(raw, tmp_path, monkeypatch):
+    command = [sys.executable, "-c", KILLED, str(raw), str(tmp_path / "out")]
+    assert subprocess.run(command, cwd=Path(__file__).parent).returncode == -9
+    assert len([p for p in (tmp_path / "out" / "cases").iterdir() if not p.name.startswith(".tmp")]) == 2
+    prepare(DEMO, raw, tmp_path / "whole")
+    from mednext_v2 import prepare as module
+
+    made, write = [], module.write_case
+    monkeypatch.setattr(module, "write_case", lambda task, scan, folder: made.append(1) or write(task, scan, folder))
+    prepare(DEMO, raw, tmp_path / "out")
+    assert len(made) == 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_arrays_are_those_that_the_preparation_number_stands_for(tmp_path):
+    "Whoever changes what comes out must raise PREPARATION, or old cases would be taken for new ones"
+    rng = np.random.default_rng(5)
+    smooth = ndimage.gaussian_filter(rng.normal(0, 400, (24, 20, 12)), 2)
+    folder = tmp_path / "raw" / DEMO.folder
+    for case, suffix in (("a", "Tr"), ("b", "Tr"), ("c", "Ts")):
+        write_volume(folder / f"images{suffix}/{case}_0000.nii.gz", smooth.astype(np.float32), AFFINE)
+        write_volume(folder / f"labels{suffix}/{case}.nii.gz", (smooth > 20).astype(np.uint8) + (smooth > 60), AFFINE)
+    (folder / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}]))
+    sums = []
+    for spacing in ((2.0, 3.0, 4.0), (3.0, 2.0, 5.0), (1.0, 1.0, 6.0)):
+        prepare(dataclasses.replace(DEMO, spacing=spacing), tmp_path / "raw", tmp_path / "out")
+        prepared = Prepared(tmp_path / "out")
+        image, label = (np.asarray(part("c")).astype(float) for part in (prepared.image, prepared.label))
+        weights = np.cos(np.arange(image.size)).reshape(image.shape)
+        sums += [(image * weights).sum(), (label * weights[0]).sum()]
+    assert PREPARATION == 1
+    np.testing.assert_allclose(sums, GOLDEN, atol=0.05)
+
+
+def test_workers_of_a_dask_cluster_prepare_the_same_bytes(raw, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    prepare(DEMO, raw, tmp_path / "one")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        with distributed.Client(cluster), joblib.parallel_config(backend="dask"):
+            prepare(DEMO, raw, tmp_path / "dask", workers=2)
+            spoil_nan(list_cases(DEMO, raw)[-1])
+            with pytest.raises(ItemsFailed, match="1 of 4 failed"):
+                prepare(DEMO, raw, tmp_path / "dask", workers=2)
+    manifest = contents(tmp_path / "one").pop("manifest.csv")
+    assert (tmp_path / "dask" / "manifest.csv").read_bytes() == manifest
 
 
 def test_missing_file_stops_before_any_image_is_read(raw, tmp_path, monkeypatch):
@@ -442,5 +580,5 @@ def test_unexpected_failure_names_the_case(raw, tmp_path, monkeypatch):
         raise MemoryError("no room")
 
     monkeypatch.setattr("mednext_v2.prepare.resample", fail)
-    with pytest.raises(RuntimeError, match="demo, case 001: MemoryError: no room"):
+    with pytest.raises(ItemsFailed, match="001: MemoryError: no room"):
         prepare(DEMO, raw, tmp_path / "out")

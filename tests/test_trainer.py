@@ -311,11 +311,33 @@ def test_finished_run_is_only_read(tmp_path):
     pd.testing.assert_frame_equal(its_history, history)
 
 
-def test_read_ahead_changes_nothing(tmp_path):
-    recipe = toy_recipe(steps=6)
-    alone, _ = toy_run(tmp_path / "alone", recipe)
-    ahead, _ = toy_run(tmp_path / "ahead", recipe, workers=2)
+@pytest.mark.parametrize(("workers", "augment_on_device"), [(2, False), (0, True), (1, True)])
+def test_read_ahead_changes_nothing(tmp_path, workers, augment_on_device):
+    recipe = toy_recipe(steps=6, checkpoint_every=2, augment="nnunet_elastic")
+    alone, history = toy_run(tmp_path / "alone", recipe)
+    ahead, its_history = toy_run(tmp_path / "ahead", recipe, workers=workers, augment_on_device=augment_on_device)
     assert same(alone, ahead)
+    pd.testing.assert_frame_equal(its_history, history)
+
+
+def test_run_read_ahead_resumes_where_it_stopped(tmp_path):
+    "Worker processes have read on when a run dies; the next one starts at the step of the checkpoint"
+    recipe = toy_recipe(steps=10, checkpoint_every=4)
+    whole, _ = toy_run(tmp_path / "whole", recipe)
+    looked = []
+
+    def validate(model):
+        looked.append(1)
+        if len(looked) == 2:
+            raise Dies
+        return 0.5
+
+    recipe = dataclasses.replace(recipe, validate_every=3)
+    with pytest.raises(Dies):
+        toy_run(tmp_path / "stopped", recipe, workers=2, validate=validate)
+    assert multiprocessing.active_children() == [] and read_checkpoint(tmp_path / "stopped")["step"] == 4
+    resumed, _ = toy_run(tmp_path / "stopped", recipe, workers=1, validate=lambda model: 0.5)
+    assert same(resumed, whole)
 
 
 def test_random_layers_resume_exactly(tmp_path):

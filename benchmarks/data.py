@@ -1,0 +1,319 @@
+"""Preparation and loading against nnU-Net 2.8's own preprocessing, and what that means for 18,000 scans.
+
+    python benchmarks/data.py            # all of it, about 15 minutes on two cores
+    python benchmarks/data.py speed      # a part: speed, memory, cases, loader
+    python benchmarks/data.py table      # the tables, from benchmarks/results/data.json
+
+Every measurement is a process of its own. Repeats of the two sides alternate; medians and the whole spread are kept, and the
+raw numbers stay in the JSON. Needs nnunetv2: see benchmarks/README.md.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+
+from nnunet_peer import peak_mib, request  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "data.json"
+REPEATS = 3
+MINI = ("abdomen_ct", "liver_lesion_ct", "head_bleed_ct", "brain_mr", "abdomen_mr", "brain_lesion_mr")
+# The suite as the mini profile builds it, which is on the grid that training sees already, and two tasks that must be resampled:
+# spacing of the raw scans and of the prepared ones
+GRAINS = {"as built": (MINI, None, None), "3 mm to 2 mm": (("abdomen_ct", "brain_mr"), (3.0,) * 3, (2.0,) * 3)}
+
+
+# ---------------------------------------------------------------- what is measured, one process each
+def mini_tasks(grain: str) -> list:
+    "The tasks of the mini suite, on the grid that this grain is prepared to"
+    from mednext_v2.tasks import get_task
+
+    names, _, target = GRAINS[grain]
+    return [replace(task, spacing=target or task.spacing) for task in map(get_task, names)]
+
+
+def child_prepare(raw: str, out: str, grain: str, workers: int) -> dict:
+    "Every mini data set prepared by this project"
+    begin = time.perf_counter()
+    from mednext_v2.prepare import prepare
+
+    cases, imported = 0, time.perf_counter() - begin
+    for task in mini_tasks(grain):
+        cases += len(prepare(task, raw, Path(out) / task.name, workers))
+    return {"cases": cases, "import_s": imported, "work_s": time.perf_counter() - begin - imported}
+
+
+def child_case(kind: str, raw: str, out: str) -> dict:
+    "A data set of two copies of one case: seconds of a case, and the peak memory of this process"
+    from mednext_v2.prepare import Prepared, fingerprint, prepare
+    from mednext_v2.tasks import list_cases
+
+    task = big_task(kind)
+    before, begin = peak_mib(), time.perf_counter()
+    fingerprint(task, raw)
+    measured, begin = time.perf_counter() - begin, time.perf_counter()
+    prepare(task, raw, out)
+    whole = time.perf_counter() - begin
+    case = list_cases(task, raw)[0]
+    prepared = Prepared(out)
+    label = np.asarray(prepared.label(case.id)[...])
+    written = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
+    return {
+        # One of the two copies is a training case and is measured for the fingerprint
+        "seconds": (whole - measured) / 2,
+        "fingerprint_s": measured,
+        "peak_mib": peak_mib(),
+        "imports_mib": before,
+        "raw_bytes": sum(path.stat().st_size for path in (*case.images, case.label)),
+        "prepared_bytes": written / 2,
+        "voxels": label.size,
+        "labels": len(np.unique(label)) - 1,
+    }
+
+
+def child_loader(folder: str, augment: str, steps: int) -> dict:
+    "A training loop on two cores, one for the network and one that reads ahead: how long it waits for patches"
+    import torch
+
+    from mednext_v2.augment import PatchSampler, patch_loader
+    from mednext_v2.backbones import create
+    from mednext_v2.prepare import Prepared
+    from mednext_v2.trainer import Recipe, make_optimizer, train_step
+
+    torch.set_num_threads(1)
+    recipe, prepared = Recipe(steps=steps, batch=2, patch=(32, 32, 32), present_only=True), Prepared(folder)
+    model = create("mednext_v2_tiny", 1, prepared.task.num_classes, deep_supervision=True, width=8)
+    optimizer = make_optimizer(recipe, model)
+    sampler = PatchSampler(prepared, "train", recipe.patch, recipe.batch, 0.33, augment)
+    batches = iter(patch_loader(sampler, steps=steps, workers=1))
+    waits, whole = [], []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        image, label = next(batches)
+        waits.append(time.perf_counter() - begin)
+        train_step(recipe, model, optimizer, image, label)
+        whole.append(time.perf_counter() - begin)
+    skip = 5  # The worker starts, the first steps warm up
+    alone = []
+    for step in range(10):
+        begin = time.perf_counter()
+        sampler.batch(step)
+        alone.append(time.perf_counter() - begin)
+    return {
+        "wait_share": sum(waits[skip:]) / sum(whole[skip:]),
+        "step_s": float(np.median(whole[skip:])),
+        "wait_s": float(np.median(waits[skip:])),
+        "batch_alone_s": float(np.median(alone)),
+    }
+
+
+CHILDREN = {"prepare": child_prepare, "case": child_case, "loader": child_loader}
+
+
+def child(name: str, **arguments) -> dict:
+    "Runs one of `CHILDREN` in a process of its own; adds the seconds of the whole command"
+    command = [sys.executable, __file__, "--child", name, json.dumps(arguments)]
+    begin = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} {arguments} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1]) | {"command_s": time.perf_counter() - begin}
+
+
+# ---------------------------------------------------------------- data
+KINDS = {
+    # Shape in voxels, their size in mm, the target's size: sixty structures
+    "memory": ((200, 200, 150), (1.5, 1.5, 1.5), (1.0, 1.0, 1.0)),
+    # An eighth of 512 x 512 x 400 at 0.8 x 0.8 x 1.5 mm brought to 1.5 mm, by every size doubled
+    "eighth": ((256, 256, 200), (1.6, 1.6, 3.0), (3.0, 3.0, 3.0)),
+    "full": ((512, 512, 400), (0.8, 0.8, 1.5), (1.5, 1.5, 1.5)),
+}
+
+
+def big_task(kind: str):
+    "A CT task of sixty structures"
+    from mednext_v2.tasks import Task
+
+    labels = {f"structure{value}": value for value in range(1, 61)}
+    return Task(name=f"big_{kind}", dataset=980 + list(KINDS).index(kind), title=f"Big {kind}", modality="CT", labels=labels,
+                groups="organ", spacing=KINDS[kind][2], patch=(128, 128, 128), nsd_tolerance=1.0, role="pretrain",
+                licence="none", citation="none")
+
+
+def big_raw(kind: str, raw: Path) -> None:
+    "A body of noisy tissue with sixty ellipsoids; training and validation case are the same files"
+    from mednext_v2.core import write_json
+    from mednext_v2.tasks import write_dataset, write_volume
+
+    shape, spacing, _ = KINDS[kind]
+    rng, half = np.random.default_rng(0), np.array(shape) / 2
+    x, y = np.ogrid[: shape[0], : shape[1]]
+    body = ((x - half[0]) / (0.85 * half[0])) ** 2 + ((y - half[1]) / (0.6 * half[1])) ** 2 < 1
+    image = np.where(body, 40, -1000).astype(np.int16)[..., None].repeat(shape[2], 2)
+    label = np.zeros(shape, np.uint8)
+    for value in range(1, 61):
+        radius = rng.uniform(0.06, 0.2, 3) * half
+        centre = half + rng.uniform(-0.5, 0.5, 3) * half * (1.2, 0.8, 1.7)
+        box = tuple(slice(max(0, int(c - r)), int(c + r) + 2) for c, r in zip(centre, radius))
+        grid = np.ogrid[tuple(slice(s.start, min(s.stop, n)) for s, n in zip(box, shape))]
+        inside = sum(((g - c) / r) ** 2 for g, c, r in zip(grid, centre, radius)) < 1
+        label[box][inside] = value
+        image[box][inside] = rng.integers(-100, 400)
+    for start in range(0, shape[0], 32):  # Noise of a diagnostic scan
+        part = image[start : start + 32]
+        part += rng.normal(0, 15, part.shape).astype(np.int16)
+    folder = raw / big_task(kind).folder
+    for id in ("one", "two"):
+        (folder / "imagesTr").mkdir(parents=True, exist_ok=True)
+        (folder / "labelsTr").mkdir(exist_ok=True)
+    affine = np.diag([*spacing, 1.0])
+    write_volume(folder / "imagesTr" / "one_0000.nii.gz", image, affine)
+    write_volume(folder / "labelsTr" / "one.nii.gz", label, affine)
+    os.link(folder / "imagesTr" / "one_0000.nii.gz", folder / "imagesTr" / "two_0000.nii.gz")
+    os.link(folder / "labelsTr" / "one.nii.gz", folder / "labelsTr" / "two.nii.gz")
+    write_dataset(big_task(kind), folder, 2)
+    write_json(folder / "splits_final.json", [{"train": ["one"], "val": ["two"]}])
+
+
+# ---------------------------------------------------------------- measurements
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def spread(values: list[float]) -> dict:
+    "Median and range of some repeats, and the repeats"
+    return {"median": float(np.median(values)), "least": min(values), "most": max(values), "all": values}
+
+
+def speed(work: Path) -> dict:
+    "Cases per second of the mini raw data, ours and nnU-Net's, with one and two processes"
+    from mednext_v2.suite import build_task
+
+    results = {}
+    for grain, (_, spacing, _) in GRAINS.items():
+        place = work / grain.replace(" ", "_")
+        for task in mini_tasks(grain):
+            build_task(task.name, None, place / "raw", spacing=spacing, workers=2)
+        targets = {task.dataset: task.spacing[::-1] for task in mini_tasks(grain)}
+        count = sum(len(list((place / "raw" / t.folder / "labelsTr").iterdir())) for t in mini_tasks(grain))
+        log(f"{grain}: raw data built")
+        request(place, targets, 2, ("fingerprint", "plan"), voxels=1e6)
+        times = {f"{side} {workers}": [] for side in ("ours", "nnunet") for workers in (1, 2)}
+        detail = []
+        for _ in range(REPEATS):
+            for workers in (1, 2):
+                ours = child("prepare", raw=str(place / "raw"), out=str(place / "out"), grain=grain, workers=workers)
+                theirs = request(place, targets, workers, ("preprocess",))
+                times[f"ours {workers}"].append(ours["cases"] / ours["command_s"])
+                times[f"nnunet {workers}"].append(count / theirs["command_s"])
+                detail.append({"workers": workers, "ours": ours, "nnunet": theirs})
+                log(f"{grain}, {workers} processes: ours {ours['command_s']:.1f} s, nnU-Net {theirs['command_s']:.1f} s")
+                shutil.rmtree(place / "out")
+        rates = {name: spread(values) for name, values in times.items()}
+        ratio = {w: rates[f"ours {w}"]["median"] / rates[f"nnunet {w}"]["median"] for w in (1, 2)}
+        results[grain] = {"cases_per_s": rates, "ratio": ratio, "nnunet_cases": count, "runs": detail}
+    return results
+
+
+def compare_case(work: Path, kind: str, repeats: int, peer: bool = True) -> dict:
+    "One case of sixty structures, ours and nnU-Net's"
+    place, task = work / kind, big_task(kind)
+    big_raw(kind, place / "raw")
+    sides = {"ours": [], "nnunet": []}
+    if peer:
+        request(place, {task.dataset: task.spacing[::-1]}, 1, ("fingerprint", "plan"), voxels=1e6)
+    for _ in range(repeats):
+        sides["ours"].append(child("case", kind=kind, raw=str(place / "raw"), out=str(place / "out")))
+        log(f"{kind}: {sides['ours'][-1]}")
+        if peer:
+            answer = request(place, {task.dataset: task.spacing[::-1]}, 1, ("case",))
+            sides["nnunet"].append(answer["cases"][str(task.dataset)])
+            log(f"{kind}, nnU-Net: {sides['nnunet'][-1]}")
+    shutil.rmtree(place)
+    result = {"shape": KINDS[kind][0], "spacing": KINDS[kind][1], "target": KINDS[kind][2], "runs": sides}
+    for field in ("seconds", "peak_mib"):
+        result[field] = {side: spread([run[field] for run in runs]) for side, runs in sides.items() if runs}
+        if peer:
+            result[field]["ratio"] = result[field]["ours"]["median"] / result[field]["nnunet"]["median"]
+    return result
+
+
+def memory(work: Path) -> dict:
+    return compare_case(work, "memory", REPEATS)
+
+
+def cases(work: Path) -> dict:
+    "The unit of the extrapolation, and one case of the full size to check that it is linear"
+    return {"eighth": compare_case(work, "eighth", REPEATS), "full": compare_case(work, "full", 1, peer=False)}
+
+
+def loader(work: Path) -> dict:
+    "Share of a training step that waits for patches, two cores, the mini profile's network"
+    from mednext_v2.prepare import prepare
+    from mednext_v2.suite import build_task
+    from mednext_v2.tasks import get_task
+
+    task = get_task("abdomen_ct")
+    build_task(task.name, None, work / "loader" / "raw")
+    prepare(task, work / "loader" / "raw", work / "loader" / "out")
+    runs = {"light": [], "nnunet": []}
+    for _ in range(REPEATS):
+        for augment in runs:
+            runs[augment].append(child("loader", folder=str(work / "loader" / "out"), augment=augment, steps=60))
+    return {augment: {field: spread([run[field] for run in some]) for field in some[0]} for augment, some in runs.items()}
+
+
+PARTS = {"speed": speed, "memory": memory, "cases": cases, "loader": loader}
+
+
+# ---------------------------------------------------------------- tables
+SCANS = 18_000
+NAMES = ("mednext_v2", "nnunetv2", "batchgenerators", "numpy", "scipy", "scikit-image", "torch", "blosc2", "zarr", "monai")
+
+
+def machine() -> dict:
+    "What the numbers were taken on"
+    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    found = {}
+    for name in NAMES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {"cpu": model[0] if model else platform.machine(), "cores": os.cpu_count(), "memory_gib": round(memory_gib, 1),
+            "python": platform.python_version(), "versions": found, "load_before": os.getloadavg(),
+            "date": time.strftime("%Y-%m-%d")}
+
+
+def main(parts: list[str]) -> None:
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for name in parts or PARTS:
+        if name == "table":
+            continue
+        with tempfile.TemporaryDirectory(prefix="bench_data_") as work:
+            about = machine()
+            begin = time.perf_counter()
+            results[name] = {"machine": about, "result": PARTS[name](Path(work))}
+            print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr)
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(CHILDREN[sys.argv[2]](**json.loads(sys.argv[3]))))
+    else:
+        main(sys.argv[1:])

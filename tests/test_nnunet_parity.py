@@ -1,0 +1,217 @@
+"""What `prepare` makes of a raw data set against what nnU-Net 2.8's own preprocessing makes of it.
+
+Needs nnunetv2 (benchmarks/README.md says how it installs without another torch); skipped where it is absent.
+nnU-Net keeps the stored orientation, arrays here are RAS, so its arrays are turned before they are compared.
+"""
+
+import json
+import pickle
+import sys
+from importlib.util import find_spec
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from mednext_v2.core import root, write_json
+from mednext_v2.prepare import Prepared, prepare
+from mednext_v2.suite import read_seed, seeds_folder, verify_seeds
+from mednext_v2.tasks import Task, write_dataset
+
+pytestmark = pytest.mark.skipif(find_spec("nnunetv2") is None, reason="nnunetv2 is not installed")
+sys.path.insert(0, str(root() / "benchmarks"))
+
+
+def task(number: int, name: str, modality: str, labels: tuple[str, ...], spacing: tuple, channels=()) -> Task:
+    values = {label: value for value, label in enumerate(labels, 1)}
+    return Task(name=name, dataset=number, title=f"Parity {name}", modality=modality, labels=values, groups="organ",
+                spacing=spacing, patch=(32, 32, 32), nsd_tolerance=2.0, role="pretrain", licence="none",
+                citation="none", channels=channels)
+
+
+# A target of 7 mm beside 2 mm is strongly anisotropic, which decides the way whatever the case
+ABDOMEN = task(991, "abdomen", "CT", ("liver", "aorta", "vertebrae"), (3.0, 3.0, 3.0))
+THICK = task(992, "thick", "CT", ("liver", "aorta", "vertebrae"), (2.2, 2.2, 7.0))
+BRAIN = task(993, "brain", "MR", ("frontal", "deep_grey", "cerebellum"), (2.5, 3.0, 2.5), ("T1", "T2"))
+BODY = task(994, "body", "MR", ("liver", "aorta", "back_muscle"), (2.0, 2.0, 6.5))
+TASKS = {t.name: t for t in (ABDOMEN, THICK, BRAIN, BODY)}
+SEEDS = {"abdomen": "ctA", "thick": "ctA", "brain": "mrP", "body": "mrM"}
+
+# Voxel size in mm (R, A, S), stored orientation, shift of the grid in mm: one line a case
+CASES = {
+    "abdomen": {
+        "iso": ((2.3, 2.3, 2.3), "RAS", (0.4, -0.7, 1.1)),
+        "thin": ((1.9, 1.9, 5.1), "LPS", (1.3, 0.2, 0.0)),  # 2.7 times: treated as any other
+        "thick": ((1.5, 1.5, 5.0), "LAI", (0.0, 0.9, 2.0)),  # 3.3 times: slices apart
+        "sagittal": ((6.5, 1.8, 2.0), "PIR", (0.3, 0.3, 0.3)),  # The coarse axis is another, and axes are permuted
+    },
+    "thick": {"iso": ((2.9, 2.9, 2.9), "LPS", (0.1, 0.2, 0.3)), "thick": ((1.6, 1.6, 5.3), "RAS", (0.0, 0.0, 1.0))},
+    "brain": {"iso": ((2.1, 2.1, 2.1), "LAS", (0.2, 0.0, 0.5)), "thick": ((1.7, 1.7, 6.0), "RPS", (0.4, 0.6, 0.0))},
+    "body": {"iso": ((2.6, 2.6, 2.6), "RPI", (0.0, 0.5, 0.2)), "thin": ((1.8, 2.4, 4.4), "LPS", (0.7, 0.0, 0.6))},
+}
+
+
+def regrid(volume: np.ndarray, old: tuple, new: tuple, shift: tuple, order: int) -> np.ndarray:
+    "Voxels of another size, the grid moved by some mm"
+    shape = [int((n - 1) * size / other - s / other) for n, size, other, s in zip(volume.shape, old, new, shift)]
+    return ndimage.affine_transform(volume, np.array(new) / old, np.array(shift) / old, shape, order=order)
+
+
+def make_case(name: str, seed, spacing: tuple, shift: tuple) -> tuple[np.ndarray, np.ndarray]:
+    "Channels (C, X, Y, Z) and label of a phantom cut from a seed scan, with the quirks that decide a crop"
+    label = seed.select(seed.label, TASKS[name].labels).astype(np.uint8)
+    box = ndimage.find_objects((label > 0).astype(np.uint8))[0]
+    grown = tuple(slice(max(0, s.start - 6), s.stop + 6) for s in box)
+    image, label = seed.image[grown].astype(np.float32), label[grown]
+    image = regrid(image, seed.spacing, spacing, shift, 1).round()
+    label = regrid(label, seed.spacing, spacing, shift, 0)
+    if name == "brain":
+        second = np.where(image > 0, 4000 - image, 0).round()
+        centre = np.argwhere(label == 2).mean(axis=0)
+        hole = np.linalg.norm((np.indices(label.shape).T - centre) * spacing, axis=-1).T < 7
+        image[hole] = second[hole] = 0  # Zeros inside the brain are tissue, not background
+        outside = ndimage.binary_dilation(image > 0, iterations=1) & (image == 0) & ~hole
+        label[outside & (ndimage.maximum_filter(label, 3) == 1)] = 1  # A label may reach over the edge
+        channels = np.stack([image, second])
+        return np.pad(channels, ((0, 0), (9, 4), (5, 8), (3, 2))), np.pad(label, ((9, 4), (5, 8), (3, 2)))
+    if name == "body":
+        return image[None] + 20, label  # No zero anywhere
+    if name == "abdomen":
+        image = np.pad(image, ((0, 0), (3, 0), (0, 0)))  # Rows that a scanner left at 0 HU
+        label = np.pad(label, ((0, 0), (3, 0), (0, 0)))
+    return image[None], label
+
+
+def write_raw(name: str, raw: Path) -> None:
+    "A raw data set of these cases; the last stands in validation as well, since no split may be empty"
+    folder, seed = raw / TASKS[name].folder, verify_seeds()[SEEDS[name]]
+    scan = read_seed(seeds_folder(), seed)
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True)
+    listed = {}
+    for id, (spacing, axes, shift) in {**CASES[name], "spare": list(CASES[name].values())[0]}.items():
+        image, label = make_case(name, scan, spacing, shift)
+        affine = np.diag([*spacing, 1.0])
+        affine[:3, 3] = -40, 12.5, 300
+        turn = nibabel.orientations.ornt_transform(nibabel.io_orientation(affine), nibabel.orientations.axcodes2ornt(axes))
+        files = [f"imagesTr/{id}_{c:04d}.nii.gz" for c in range(len(image))] + [f"labelsTr/{id}.nii.gz"]
+        for file, voxels in zip(files, (*image.astype(np.int16), label)):
+            nibabel.Nifti1Image(voxels, affine).as_reoriented(turn).to_filename(folder / file)
+        if id != "spare":
+            listed[id] = {"images": [str(folder / file) for file in files[:-1]], "label": str(folder / files[-1])}
+    write_dataset(TASKS[name], folder, len(listed))
+    # nnU-Net takes all of imagesTr for its fingerprint, unless dataset.json lists the cases
+    known = json.loads((folder / "dataset.json").read_text())
+    write_json(folder / "dataset.json", known | {"dataset": listed}, sort_keys=False)
+    write_json(folder / "splits_final.json", [{"train": list(listed), "val": ["spare"]}])
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    "Every data set prepared by nnU-Net, two processes at a time, and by this project"
+    from nnunet_peer import request
+
+    folder = tmp_path_factory.mktemp("parity")
+    for name in TASKS:
+        write_raw(name, folder / "raw")
+
+    def peer(part: int):
+        some = {t.dataset: t.spacing[::-1] for t in list(TASKS.values())[part::2]}
+        # 400,000 voxels instead of 100 million: the phantoms have no more
+        return request(folder / f"peer{part}", some, voxels=4e5, raw=folder / "raw")
+
+    with ThreadPool(2) as pool:
+        pool.map(peer, range(2))
+    for name, one in TASKS.items():
+        prepare(one, folder / "raw", folder / "prepared" / name)
+    return folder
+
+
+def peer_place(folder: Path, name: str) -> Path:
+    "Where nnU-Net put a data set"
+    return folder / f"peer{list(TASKS).index(name) % 2}" / "preprocessed" / TASKS[name].folder
+
+
+def peer_arrays(folder: Path, name: str, id: str) -> tuple[np.ndarray, np.ndarray, dict]:
+    "nnU-Net's image (C, X, Y, Z) and label in RAS, and what it noted beside them"
+    import blosc2
+
+    task, place = TASKS[name], peer_place(folder, name)
+    plans = json.loads((place / "nnUNetPlans.json").read_text())
+    back = [0, *(1 + axis for axis in plans["transpose_backward"])]
+    stem = place / plans["configurations"]["3d_fullres"]["data_identifier"] / id
+    noted = pickle.loads(stem.with_suffix(".pkl").read_bytes())
+    stored = nibabel.load(folder / "raw" / task.folder / "labelsTr" / f"{id}.nii.gz").affine
+    arrays = []
+    for part in ("", "_seg"):
+        array = blosc2.open(f"{stem}{part}.b2nd")[:].transpose(back)  # (C, z, y, x) of the file
+        turned = [nibabel.orientations.apply_orientation(c.T, nibabel.io_orientation(stored)) for c in array]
+        arrays.append(np.stack(turned))
+    # Training reads -1, background outside the non-zero region, as background
+    return arrays[0], np.maximum(arrays[1][0], 0), noted
+
+
+def dice(one: np.ndarray, other: np.ndarray) -> float:
+    return 2 * (one & other).sum() / (one.sum() + other.sum())
+
+
+each_case = pytest.mark.parametrize("name, id", [(name, id) for name, cases in CASES.items() for id in cases])
+
+
+@each_case
+def test_label_as_nnunet(both, name, id):
+    ours = np.asarray(Prepared(both / "prepared" / name).label(id)[...])
+    _, theirs, noted = peer_arrays(both, name, id)
+    assert ours.shape == theirs.shape
+    for label, value in TASKS[name].labels.items():
+        assert (theirs == value).sum() > 50, f"{label} is too small here to tell anything"
+        assert dice(ours == value, theirs == value) > 0.99, label
+    assert (ours == theirs).mean() > 0.999
+
+
+@each_case
+def test_image_as_nnunet(both, name, id):
+    ours = np.asarray(Prepared(both / "prepared" / name).image(id)[...])
+    theirs, _, _ = peer_arrays(both, name, id)
+    assert ours.dtype == theirs.dtype == np.float32 and ours.shape == theirs.shape
+    difference = np.abs(ours - theirs)
+    # MR differs by rounding. CT differs by the window, which nnU-Net takes from a random sample of the labelled voxels
+    mean, most = (0.01, 0.1) if TASKS[name].modality == "CT" else (1e-4, 1e-3)
+    assert difference.mean() < mean
+    assert difference.max() < most
+    assert np.ptp(theirs) > 3, "a constant image would agree with anything"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_fingerprint_as_nnunet(both, name):
+    ours = Prepared(both / "prepared" / name).fingerprint
+    known = json.loads((peer_place(both, name) / "dataset_fingerprint.json").read_text())
+    known = list(known["foreground_intensity_properties_per_channel"].values())
+    for c, theirs in enumerate(known):
+        assert ours.mean[c] == pytest.approx(theirs["mean"], abs=0.01 * theirs["std"])
+        assert ours.std[c] == pytest.approx(theirs["std"], rel=0.01)
+        for field in ("percentile_00_5", "median", "percentile_99_5"):
+            assert getattr(ours, field)[c] == pytest.approx(theirs[field], abs=0.05 * theirs["std"]), field
+
+
+@each_case
+def test_places_as_nnunet(both, name, id):
+    "As many sampled voxels of each class"
+    ours = Prepared(both / "prepared" / name).foreground(id)
+    _, _, noted = peer_arrays(both, name, id)
+    assert {value: len(places) for value, places in ours.items()} == {
+        value: len(places) for value, places in noted["class_locations"].items() if len(places)
+    }
+
+
+def test_the_cases_tell_apart(both):
+    "What makes these cases hard is there: a crop, slices treated apart, a tissue mask, permuted axes"
+    noted = {(name, id): peer_arrays(both, name, id)[2] for name, cases in CASES.items() for id in cases}
+    cropped = [key for key, n in noted.items() if n["shape_before_cropping"] != n["shape_after_cropping_and_before_resampling"]]
+    assert {"abdomen", "brain"} <= {name for name, _ in cropped}
+    plans = {name: json.loads((peer_place(both, name) / "nnUNetPlans.json").read_text()) for name in TASKS}
+    masked = {name: plan["configurations"]["3d_fullres"]["use_mask_for_norm"] for name, plan in plans.items()}
+    assert masked == {"abdomen": [False], "thick": [False], "brain": [True, True], "body": [False]}
