@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MODALITIES', 'GROUPS', 'ROLES', 'SPLIT_RULES', 'ITK_ENDINGS', 'SPLITS', 'check_regions', 'check_task', 'own_values',
-           'Task', 'registry', 'load_tasks', 'get_task', 'Volume', 'load_image', 'read_volume', 'write_volume',
-           'read_description', 'plan_spacing', 'header_grids', 'read_channels', 'read_labels', 'raw_task', 'find_task',
-           'file_ending', 'write_dataset', 'Case', 'patient_of', 'deal_out', 'read_folds', 'read_splits', 'list_cases',
-           'Scan', 'check_finite', 'present_values', 'check_labels', 'check_grid', 'read_case']
+           'Task', 'registry', 'load_tasks', 'parse_tasks', 'get_task', 'Volume', 'load_image', 'read_volume',
+           'write_volume', 'read_description', 'plan_spacing', 'header_grids', 'read_channels', 'read_labels',
+           'raw_task', 'find_task', 'file_ending', 'write_dataset', 'Case', 'patient_of', 'deal_out', 'read_folds',
+           'read_splits', 'list_cases', 'Scan', 'check_finite', 'present_values', 'check_labels', 'check_grid',
+           'read_case']
 
 # %% ../nbs/20_tasks.ipynb #imports
 import gzip
@@ -15,6 +16,7 @@ import json
 import re
 import zlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import nibabel
@@ -149,11 +151,13 @@ class Task:
 
 # %% ../nbs/20_tasks.ipynb #load-tasks
 def registry() -> Path:
-    "The project's `data/datasets.yaml`, or outside of a clone the copy that is installed with the package"
+    "The project's `data/datasets.yaml`, or outside of a clone the one that is installed with the package"
     try:
         return root() / "data" / "datasets.yaml"
     except FileNotFoundError:
-        return Path(__file__).parent / "data" / "datasets.yaml"
+        installed = Path(__file__).parent / "data" / "datasets.yaml"
+        # An editable installation looks into its clone
+        return installed if installed.is_file() else Path(__file__).parents[1] / "data" / "datasets.yaml"
 
 
 def load_tasks(
@@ -161,6 +165,15 @@ def load_tasks(
 ) -> dict[str, Task]:  # By name, in the order of the file
     "Every data set of the registry; ValueError names data set and field of a bad entry"
     path = Path(path) if path else registry()
+    return dict(parse_tasks(path, path.stat().st_mtime_ns))
+
+
+@lru_cache(maxsize=8)
+def parse_tasks(
+    path: Path,
+    changed: int,  # When the file was; a second of YAML is read once
+) -> dict[str, Task]:
+    "`load_tasks` of one state of a file"
     tasks = {}
     for name, values in read_yaml(path).items():
         if not isinstance(values, dict):

@@ -115,17 +115,6 @@ def test_equal_arrays_are_equal_bytes_in_any_process(tmp_path):
     assert write_array(tmp_path / "a.b2nd", array) != digest
 
 
-def test_arrays_beyond_one_chunk(tmp_path, monkeypatch):
-    array = random_array(np.random.default_rng(4), (2, 100, 90, 80), "float32")
-    monkeypatch.setattr(storage, "CHUNK_BYTES", 2**20)
-    write_array(tmp_path / "a.b2nd", array)
-    stored = open_array(tmp_path / "a.b2nd")
-    assert np.array_equal(stored[:, 20:99, 31:65, 5:70], array[:, 20:99, 31:65, 5:70])
-    assert np.array_equal(np.asarray(stored), array)
-    chunks = storage.chunk_shape((4, 2000, 2000, 2000), (4, 32, 32, 32), 4)
-    assert np.prod(chunks, dtype=float) * 4 <= 2**20 and all(a % b == 0 for a, b in zip(chunks, (4, 32, 32, 32)))
-
-
 def test_a_file_written_again_is_read_anew(tmp_path):
     path = tmp_path / "a.b2nd"
     write_array(path, np.zeros((40, 40), np.uint8))
@@ -279,8 +268,12 @@ class Patches:
 def test_workers_read_what_their_parent_has_read_before(tmp_path):
     from torch.utils.data import DataLoader
 
+    import blosc2
+
     array = random_array(np.random.default_rng(9), (1, 80, 70, 60), "float32")
     write_array(tmp_path / "a.b2nd", array)
+    blosc2.set_nthreads(4)
+    blosc2.asarray(array)[:]  # Leaves threads behind that a forked child does not have
     stored = open_array(tmp_path / "a.b2nd")
     assert np.array_equal(stored[...], array)  # A handle is open when the workers are made
     loader = DataLoader(Patches(stored), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=30)
@@ -401,12 +394,13 @@ def test_a_patch_from_s3_fetches_only_its_blocks(s3, volume):
     key = np.s_[:, 30:94, 50:114, 70:134]
     blocks, all_blocks = 3 * 3 * 3, 7 * 6 * 5
     assert np.array_equal(stored[key], volume[key])  # The first read also fetches the table of blocks
+    table = s3.received - opening - size
     s3.clear()
     assert np.array_equal(stored[key], volume[key])
     gets = [line for line in s3.asked if line.startswith(b"GET /bucket/case/image.b2nd")]
-    assert len(gets) == len(s3.asked) <= blocks
+    assert len(gets) == len(s3.asked) == blocks
     assert 0.8 * size * blocks / all_blocks < s3.received < 1.03 * size * blocks / all_blocks + 600 * len(gets)
-    assert s3.received < 0.14 * size and opening
+    assert s3.received < 0.14 * size and table < s3.received + 10_000
     s3.clear()
     assert np.array_equal(stored[:, :32, :32, :32], volume[:, :32, :32, :32])
     assert s3.received < 2 * 32**3 * 1.01 + 600
@@ -429,9 +423,13 @@ def test_any_slice_from_s3_is_numpys(s3, volume):
 
 
 def test_s3_through_fork_spawn_and_pickle(s3, volume):
+    import blosc2
+
+    blosc2.set_nthreads(4)
+    blosc2.asarray(volume)[:]  # Leaves threads behind that a forked child does not have
     stored, key = open_array("s3://bucket/case/image.b2nd"), np.s_[0, 100:140, 3:60, ::7]
     assert np.array_equal(stored[key], volume[key])
-    for start in ("fork", "spawn"):
+    for start in ["fork"] * 8 + ["spawn"]:
         with multiprocessing.get_context(start).Pool(1) as pool:
             assert np.array_equal(pool.map_async(read_patch, [(stored, key)]).get(timeout=60)[0], volume[key])
     assert np.array_equal(pickle.loads(pickle.dumps(stored))[key], volume[key])
