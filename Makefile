@@ -9,7 +9,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup repro smoke test params export readme clean distclean
+.PHONY: help setup repro smoke test bench params export readme clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -17,13 +17,14 @@ help: ## Show this list
 
 setup: $(READY) ## Install everything into .venv (about three minutes, once)
 
-$(READY): settings.ini setup.py pyproject.toml constraints.txt
+$(READY): settings.ini setup.py pyproject.toml constraints.txt benchmarks/peers.txt
 	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11 or newer, or run make PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: run make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing pinned versions into $(VENV) (about three minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pipeline,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[convert,remote,cluster,pipeline,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps -r benchmarks/peers.txt
 	@touch $(READY)
 
 repro: $(READY) ## Regenerate results, tables and figures of a profile with DVC
@@ -37,6 +38,9 @@ smoke: $(READY) ## Run the whole pipeline at toy size in a scratch copy
 
 test: $(READY) ## Run every test and every chapter
 	@python -m pytest -n 2 $(PYTEST)
+
+bench: $(READY) ## Measure data preparation and storage beside their peers (about ten minutes)
+	@python benchmarks/storage.py && python benchmarks/data.py
 
 params: $(READY) ## Compose params.yaml anew from conf/ (profile mini)
 	@mednextv2 params mini

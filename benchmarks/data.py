@@ -66,21 +66,37 @@ def child_case(kind: str, raw: str, out: str) -> dict:
     measured, begin = time.perf_counter() - begin, time.perf_counter()
     prepare(task, raw, out)
     whole = time.perf_counter() - begin
-    case = list_cases(task, raw)[0]
-    prepared = Prepared(out)
-    label = np.asarray(prepared.label(case.id)[...])
+    peak, case, prepared = peak_mib(), list_cases(task, raw)[0], Prepared(out)
+    image, label = prepared.image(case.id), prepared.label(case.id)
     written = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
+    reads = {} if min(label.shape) < 64 else {"patch_64_s": patch_read(image, label, 64)}
+    if min(label.shape) >= 192:
+        reads["patch_128_s"] = patch_read(image, label, 128)
+    shutil.rmtree(out)
     return {
-        # One of the two copies is a training case and is measured for the fingerprint
+        # Of two copies; only the training case is measured for the fingerprint
         "seconds": (whole - measured) / 2,
         "fingerprint_s": measured,
-        "peak_mib": peak_mib(),
+        "peak_mib": peak,
         "imports_mib": before,
         "raw_bytes": sum(path.stat().st_size for path in (*case.images, case.label)),
         "prepared_bytes": written / 2,
-        "voxels": label.size,
-        "labels": len(np.unique(label)) - 1,
+        "voxels": int(np.prod(label.shape)),
+        **reads,
     }
+
+
+def patch_read(image, label, side: int) -> float:
+    "Median seconds to read a random cube of image and label, from the page cache"
+    rng, times = np.random.default_rng(0), []
+    for _ in range(30):
+        start = [rng.integers(n - side + 1) for n in label.shape]
+        place = tuple(slice(a, a + side) for a in start)
+        begin = time.perf_counter()
+        np.asarray(image[(slice(None), *place)])
+        np.asarray(label[place])
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times))
 
 
 def child_loader(folder: str, augment: str, steps: int) -> dict:
@@ -184,6 +200,9 @@ def big_raw(kind: str, raw: Path) -> None:
     os.link(folder / "imagesTr" / "one_0000.nii.gz", folder / "imagesTr" / "two_0000.nii.gz")
     os.link(folder / "labelsTr" / "one.nii.gz", folder / "labelsTr" / "two.nii.gz")
     write_dataset(big_task(kind), folder, 2)
+    listed = {"images": [str(folder / "imagesTr" / "one_0000.nii.gz")], "label": str(folder / "labelsTr" / "one.nii.gz")}
+    known = json.loads((folder / "dataset.json").read_text())
+    write_json(folder / "dataset.json", known | {"dataset": {"one": listed}}, sort_keys=False)  # For nnU-Net
     write_json(folder / "splits_final.json", [{"train": ["one"], "val": ["two"]}])
 
 
@@ -211,6 +230,7 @@ def speed(work: Path) -> dict:
         log(f"{grain}: raw data built")
         request(place, targets, 2, ("fingerprint", "plan"), voxels=1e6)
         times = {f"{side} {workers}": [] for side in ("ours", "nnunet") for workers in (1, 2)}
+        work_times = {"ours": [], "nnunet": []}
         detail = []
         for _ in range(REPEATS):
             for workers in (1, 2):
@@ -221,9 +241,19 @@ def speed(work: Path) -> dict:
                 detail.append({"workers": workers, "ours": ours, "nnunet": theirs})
                 log(f"{grain}, {workers} processes: ours {ours['command_s']:.1f} s, nnU-Net {theirs['command_s']:.1f} s")
                 shutil.rmtree(place / "out")
+                if workers == 1:
+                    work_times["ours"].append(ours["cases"] / ours["work_s"])
+            alone = request(place, targets, 1, ("in process",))["cases"].values()
+            work_times["nnunet"].append(count / sum(some["seconds"] for some in alone))
         rates = {name: spread(values) for name, values in times.items()}
         ratio = {w: rates[f"ours {w}"]["median"] / rates[f"nnunet {w}"]["median"] for w in (1, 2)}
-        results[grain] = {"cases_per_s": rates, "ratio": ratio, "nnunet_cases": count, "runs": detail}
+        warm = {side: spread(values) for side, values in work_times.items()}
+        results[grain] = {
+            "commands": {"cases_per_s": rates, "ratio": ratio},
+            "without_start": {"cases_per_s": warm, "ratio": warm["ours"]["median"] / warm["nnunet"]["median"]},
+            "nnunet_cases": count,
+            "runs": detail,
+        }
     return results
 
 
@@ -238,7 +268,7 @@ def compare_case(work: Path, kind: str, repeats: int, peer: bool = True) -> dict
         sides["ours"].append(child("case", kind=kind, raw=str(place / "raw"), out=str(place / "out")))
         log(f"{kind}: {sides['ours'][-1]}")
         if peer:
-            answer = request(place, {task.dataset: task.spacing[::-1]}, 1, ("case",))
+            answer = request(place, {task.dataset: task.spacing[::-1]}, 1, ("in process",))
             sides["nnunet"].append(answer["cases"][str(task.dataset)])
             log(f"{kind}, nnU-Net: {sides['nnunet'][-1]}")
     shutil.rmtree(place)
@@ -279,13 +309,14 @@ PARTS = {"speed": speed, "memory": memory, "cases": cases, "loader": loader}
 
 
 # ---------------------------------------------------------------- tables
-SCANS = 18_000
-NAMES = ("mednext_v2", "nnunetv2", "batchgenerators", "numpy", "scipy", "scikit-image", "torch", "blosc2", "zarr", "monai")
+NAMES = ("mednext_v2", "nnunetv2", "batchgenerators", "numpy", "scipy", "scikit-image", "torch", "blosc2", "monai")
+SCANS, STEP_S, BATCH = 18_000, 0.98, 2
 
 
 def machine() -> dict:
     "What the numbers were taken on"
-    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = [line.split(":")[1].strip() for line in lines if "model name" in line]
     found = {}
     for name in NAMES:
         try:
@@ -293,23 +324,128 @@ def machine() -> dict:
         except PackageNotFoundError:
             pass
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": model[0] if model else platform.machine(), "cores": os.cpu_count(), "memory_gib": round(memory_gib, 1),
-            "python": platform.python_version(), "versions": found, "load_before": os.getloadavg(),
-            "date": time.strftime("%Y-%m-%d")}
+    return {
+        "cpu": model[0] if model else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory_gib, 1),
+        "python": platform.python_version(),
+        "versions": found,
+        "load_before": os.getloadavg(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def row(*cells) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def heading(*cells) -> list[str]:
+    return [row(*cells), "|" + "---|" * len(cells)]
+
+
+def show(values: dict, digits: int = 2) -> str:
+    "Median and range"
+    return f"{values['median']:.{digits}f} ({values['least']:.{digits}f} to {values['most']:.{digits}f})"
+
+
+def speed_table(result: dict) -> list[str]:
+    lines = heading("mini raw data", "processes", "ours, cases/s", "nnU-Net, cases/s", "ratio")
+    for grain, found in result.items():
+        for workers in ("1", "2"):
+            rates = found["commands"]["cases_per_s"]
+            ratio = found["commands"]["ratio"][workers]
+            ours, theirs = rates[f"ours {workers}"], rates[f"nnunet {workers}"]
+            lines.append(row(f"{grain}, whole command", workers, show(ours), show(theirs), f"{ratio:.1f}"))
+        warm = found["without_start"]
+        ours, theirs = (warm["cases_per_s"][side] for side in ("ours", "nnunet"))
+        lines.append(row(f"{grain}, without start-up", 1, show(ours), show(theirs), f"{warm['ratio']:.1f}"))
+    return lines
+
+
+def case_table(results: dict[str, dict]) -> list[str]:
+    lines = heading("60 structures", "", "ours", "nnU-Net", "ratio")
+    for name, found in results.items():
+        for field, digits, title in (("seconds", 1, "seconds a case"), ("peak_mib", 0, "peak memory, MiB")):
+            ours, theirs = found[field]["ours"], found[field].get("nnunet")
+            ratio = f"{found[field]['ratio']:.2f}" if theirs else ""
+            lines.append(row(name, title, show(ours, digits), show(theirs, digits) if theirs else "", ratio))
+    return lines
+
+
+def loader_table(result: dict) -> list[str]:
+    lines = heading("augmentation", "step, s", "wait, s", "share of the step that waits", "a batch alone, s")
+    for augment, found in result.items():
+        share = {key: 100 * found["wait_share"][key] for key in ("median", "least", "most")}
+        cells = [show(found[field], 4) for field in ("step_s", "wait_s")]
+        lines.append(row(augment, *cells, show(share, 1) + " %", show(found["batch_alone_s"], 4)))
+    return lines
+
+
+def paper_scale(result: dict) -> str:
+    "What 18,000 CT of 512 x 512 x 400 voxels cost, from the measured cost of an eighth of one: a table and its sums"
+    eighth, full = ([run for run in result[kind]["runs"]["ours"]] for kind in ("eighth", "full"))
+    case = {field: float(np.median([run[field] for run in eighth])) for field in eighth[0] if field in full[0]}
+    seconds = 8 * (case["seconds"] + case["fingerprint_s"] * min(1, 500 / SCANS))
+    raw, prepared = 8 * case["raw_bytes"], 8 * case["prepared_bytes"]
+    check = full[0]
+    hours = SCANS * seconds / 3600
+    per_gpu = BATCH / STEP_S
+    bits = check["prepared_bytes"] / check["voxels"]  # Bytes of image and label together
+    lines = heading("18,000 CT, 512 x 512 x 400 at 0.8 x 0.8 x 1.5 mm to 1.5 mm", "value", "how")
+    lines += [
+        row("a case", f"{seconds:.0f} core s", f"8 x {case['seconds']:.1f} s measured at an eighth of the voxels; "
+            f"one of full size took {check['seconds']:.0f} s"),
+        row("the fingerprint", f"{8 * case['fingerprint_s'] * 500 / 3600:.1f} core h",
+            f"500 cases x 8 x {case['fingerprint_s']:.1f} s"),
+        row("all cases", f"{hours:.0f} core h", f"18,000 x {seconds:.0f} s / 3600"),
+        *(row(f"on {cores} cores", f"{hours / cores:.1f} h", f"{hours:.0f} / {cores}") for cores in (16, 64, 512)),
+        row("memory of a worker", f"{check['peak_mib'] / 1024:.1f} GiB", "peak of the case of full size"),
+        row("raw", f"{SCANS * raw / 1e12:.1f} TB", f"18,000 x 8 x {case['raw_bytes'] / 1e6:.0f} MB (gzip)"),
+        row("prepared", f"{SCANS * prepared / 1e12:.1f} TB",
+            f"18,000 x 8 x {case['prepared_bytes'] / 1e6:.1f} MB, half precision, compressed, {bits:.2f} bytes a voxel"),
+        row("patches a GPU takes", f"{per_gpu:.1f} /s", f"batch {BATCH} in {STEP_S} s: 68 A100 hours for 250,000 steps of "
+            "MedNeXt-L at 128³ (MedNeXt-v1)"),
+    ]
+    for gpus in (4, 64):
+        rate = gpus * per_gpu
+        lines.append(row(f"{gpus} GPUs, patches of 128³", f"{rate:.0f} reads/s, {rate * bits * 128**3 / 1e6:.0f} MB/s",
+                         f"{gpus} x {per_gpu:.1f}; {bits:.2f} bytes x 128³"))
+        lines.append(row("cores that read for them", f"{rate * check['patch_128_s']:.1f}",
+                         f"{rate:.0f} x {1000 * check['patch_128_s']:.1f} ms a patch, without augmentation"))
+    return "\n".join(lines)
+
+
+def tables(results: dict) -> str:
+    "All tables that the results allow, as Markdown"
+    parts = []
+    if "speed" in results:
+        parts.append("\n".join(speed_table(results["speed"]["result"])))
+    big = {}
+    if "memory" in results:
+        big["200 x 200 x 150 at 1.5 mm to 1 mm"] = results["memory"]["result"]
+    if "cases" in results:
+        found = results["cases"]["result"]
+        big["256 x 256 x 200 to 3 mm"], big["512 x 512 x 400 to 1.5 mm"] = found["eighth"], found["full"]
+    if big:
+        parts.append("\n".join(case_table(big)))
+    if "loader" in results:
+        parts.append("\n".join(loader_table(results["loader"]["result"])))
+    if "cases" in results:
+        parts.append(paper_scale(results["cases"]["result"]))
+    return "\n\n".join(parts)
 
 
 def main(parts: list[str]) -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for name in parts or PARTS:
-        if name == "table":
-            continue
+    for name in [part for part in parts or PARTS if part != "table"]:
         with tempfile.TemporaryDirectory(prefix="bench_data_") as work:
-            about = machine()
-            begin = time.perf_counter()
+            about, begin = machine(), time.perf_counter()
             results[name] = {"machine": about, "result": PARTS[name](Path(work))}
-            print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr)
+            log(f"{name}: {time.perf_counter() - begin:.0f} s")
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    # As read from the file: whole numbers as keys are text there
+    print(tables(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/nnunet_peer.py REQUEST.json
 
-REQUEST.json names the folder and says what to do; the answer, times and settings, goes to its `answer` file. nnU-Net reads its
-folders from the environment when it is imported, so whoever calls sets them (`request` does).
+REQUEST.json says what to do; times and more go to the file that it names as `answer`. nnU-Net reads its folders from
+the environment when it is imported, so whoever calls sets them: `request` does.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 def request(
     folder: Path,  # Holds raw/, and gets preprocessed/ and results/
-    datasets: dict[int, tuple[float, float, float] | None],  # Number to target spacing in stored order, z y x, mm
+    datasets: dict[int, tuple],  # Number to target spacing in stored order, z y x, mm; None for nnU-Net's choice
     processes: int = 1,
     steps: tuple[str, ...] = ("fingerprint", "plan", "preprocess"),
     voxels: float = 10e7,  # Foreground voxels drawn for the fingerprint; nnU-Net's own number if not given
@@ -25,9 +25,10 @@ def request(
     "Runs this file as a process and reads its answer"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    places = {"raw": raw or folder / "raw", "preprocessed": folder / "preprocessed", "results": folder / "results"}
-    asked = {"datasets": {str(n): spacing for n, spacing in datasets.items()}, "processes": processes,
-             "steps": list(steps), "voxels": voxels, "answer": str(folder / "answer.json")}
+    places = {part: folder / part for part in ("raw", "preprocessed", "results")}
+    places["raw"] = raw or places["raw"]
+    asked = {"datasets": datasets, "processes": processes, "steps": steps, "voxels": voxels}
+    asked["answer"] = str(folder / "answer.json")
     (folder / "request.json").write_text(json.dumps(asked))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **{f"nnUNet_{k}": str(v) for k, v in places.items()}}
     command = [sys.executable, __file__, str(folder / "request.json")]
@@ -63,8 +64,8 @@ def preprocess(number: int, processes: int) -> None:
     preprocess_dataset(number, configurations=("3d_fullres",), num_processes=[processes], show_progress_bar=False)
 
 
-def one_case(number: int) -> dict:
-    "What a worker of nnU-Net's preprocessing does with the first case: seconds, and the peak memory of this process"
+def in_process(number: int) -> dict:
+    "What a worker of nnU-Net's preprocessing does, without the pool: seconds of all cases, peak memory of this process"
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -72,17 +73,18 @@ def one_case(number: int) -> dict:
 
     name = maybe_convert_to_dataset_name(number)
     place = Path(nnUNet_preprocessed) / name
-    plans = PlansManager(str(place / "nnUNetPlans.json"))
-    known = json.loads((place / "dataset.json").read_text())
-    id, files = next(iter(get_filenames_of_train_images_and_targets(str(Path(nnUNet_raw) / name), known).items()))
+    plans, known = PlansManager(str(place / "nnUNetPlans.json")), json.loads((place / "dataset.json").read_text())
+    listed = get_filenames_of_train_images_and_targets(str(Path(nnUNet_raw) / name), known)
     settings = plans.get_configuration("3d_fullres")
     preprocessor = settings.preprocessor_class(verbose=False)
-    (place / "one").mkdir(exist_ok=True)
+    folder = place / "in_process"
+    folder.mkdir(exist_ok=True)
     before, begin = peak_mib(), time.perf_counter()
-    preprocessor.run_case_save(str(place / "one" / id), files["images"], files["label"], plans, settings, known)
+    for id, files in listed.items():
+        preprocessor.run_case_save(str(folder / id), files["images"], files["label"], plans, settings, known)
     seconds = time.perf_counter() - begin
-    size = {part: (place / "one" / f"{id}{part}.b2nd").stat().st_size for part in ("", "_seg")}
-    return {"seconds": seconds, "peak_mib": peak_mib(), "imports_mib": before, "image_bytes": size[""], "label_bytes": size["_seg"]}
+    written = sum(path.stat().st_size for path in folder.iterdir())
+    return {"cases": len(listed), "seconds": seconds, "peak_mib": peak_mib(), "imports_mib": before, "bytes": written}
 
 
 def peak_mib() -> float:
@@ -102,7 +104,7 @@ def main(path: str) -> None:
             "fingerprint": lambda: fingerprint(int(number), asked["processes"], asked["voxels"]),
             "plan": lambda: plan(int(number), spacing),
             "preprocess": lambda: preprocess(int(number), asked["processes"]),
-            "case": lambda: cases.update({number: one_case(int(number))}),
+            "in process": lambda: cases.update({number: in_process(int(number))}),
         }
         for step in asked["steps"]:
             begin = time.perf_counter()

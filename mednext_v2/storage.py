@@ -210,6 +210,9 @@ def options_of(
     if local_path(source) is not None:
         return {"dparams": {"nthreads": 1}} | ({} if os.name == "nt" else {"mmap_mode": "r"})
     remote(source)  # Says which package is missing, if one is
+    # Threads do not survive a fork, and a worker that waits for one waits for ever. Only the default is set here:
+    # blosc2.set_nthreads would itself wait for the threads of the parent to end.
+    blosc2.nthreads = 1
     kept = {"cache_dir": cache, "shared_cache": True, "assume_immutable": True}
     kept = kept if cache else {"cache_policy": blosc2.CachePolicy.NONE}
     return {"lazy": True, "storage_options": {"use_listings_cache": False}, **kept}
@@ -222,8 +225,6 @@ def opened(
     "The handle of this process and thread, opened at the first call; errors as those of `open_array`"
     import blosc2
 
-    # Blosc2's threads do not survive a fork: a worker that waits for one waits for ever
-    blosc2.set_nthreads(1)
     with reading(source):
         voxels = blosc2.open(str(local_path(source) or source), mode="r", **options_of(source, cache))
         if "crc32c" not in voxels.vlmeta:
