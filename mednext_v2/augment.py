@@ -9,6 +9,7 @@ __all__ = ['BEND_STEP', 'BOTH', 'MIRROR', 'BLUR', 'LOW', 'GAMMA', 'OWN', 'NNUNET
            'look_up', 'Latest', 'PatchSampler', 'naming', 'Failed', 'Ahead', 'one_thread', 'batches', 'patch_loader']
 
 # %% ../nbs/27_augment.ipynb #imports
+import copy
 import hashlib
 import math
 import os
@@ -451,6 +452,7 @@ class PatchSampler:
         self.foreground, self.augment, self.seed = foreground, augment, seed
         self.transforms = augmentation(augment, patch)
         self.opened = Latest(prepared)
+        self.indices = range(batch)
 
     @property
     def fingerprint(self) -> str:
@@ -459,6 +461,18 @@ class PatchSampler:
         preset = [(kind.__name__, str(options)) for kind, options in AUGMENTATIONS[self.augment]]
         settings = (self.patch, self.batch_size, self.foreground, self.augment, preset, self.seed)
         return fingerprint_of(self.split, self.cases, content, settings)
+
+    def shard(
+        self,
+        rank: int,  # Of the process, 0 is the first
+        count: int,  # Processes
+    ) -> "PatchSampler":
+        "The part of every batch that one of several processes makes: patches rank, rank + count, ..."
+        if self.batch_size % count:
+            raise ValueError(f"a batch of {self.batch_size} patches cannot be dealt out to {count} processes")
+        part = copy.copy(self)
+        part.opened, part.indices = Latest(self.prepared), range(rank, self.batch_size, count)
+        return part
 
     def is_foreground(self, step: int, index: int) -> bool:
         "Whether this patch is one of the share; evenly spread, exact in the long run"
@@ -491,7 +505,11 @@ class PatchSampler:
 
     def regions(self, step: int) -> list[tuple[Tensor, Tensor, int]]:
         "The regions of a step, to be varied elsewhere"
-        return [self.region(step, index) for index in range(self.batch_size)]
+        return [self.region(step, index) for index in self.indices]
+
+    def places(self, step: int) -> list[tuple[str, tuple[int, ...], int]]:
+        "Case, first voxel and seed of every patch of a step"
+        return [self.locate(step, index) for index in self.indices]
 
     def vary(self, step: int, regions: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
         "The batch of a step from its regions, on the device that they are on"

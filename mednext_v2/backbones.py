@@ -103,13 +103,16 @@ def create(
     num_classes: int,  # Background included
     deep_supervision: bool = False,  # A list of scores, finest first, instead of one tensor
     **overrides,  # Of the network: `Arch` fields, or `filters` of the U-Net
-) -> nn.Module:  # With `.stride`, `.in_channels`, `.num_classes`, `.deep_supervision`
+) -> nn.Module:  # With `.stride`, `.in_channels`, `.num_classes`, `.deep_supervision`, `.blueprint`
     "A fresh network by name; ValueError for a name or an override that it does not know"
     backbone = get_backbone(name)
     try:
-        return backbone.build(in_channels, num_classes, deep_supervision=deep_supervision, **overrides)
+        network = backbone.build(in_channels, num_classes, deep_supervision=deep_supervision, **overrides)
     except TypeError as error:
         raise ValueError(f"backbone {name!r} does not take these overrides: {error}") from None
+    what = {"name": name, "in_channels": in_channels, "num_classes": num_classes}
+    network.blueprint = what | {"deep_supervision": deep_supervision, **overrides}
+    return network
 
 # %% ../nbs/15_backbones.ipynb #load
 def load_model(

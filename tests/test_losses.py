@@ -10,8 +10,9 @@ from mednext_v2.losses import (
     dice_ce,
     shrink_label,
     soft_dice,
+    sum_over_processes,
 )
-from monai.losses import DiceCELoss
+from monai.losses import DiceCELoss, DiceLoss
 
 
 def draw(classes=4, batch=2, size=6, seed=0, dtype=torch.float32):
@@ -149,3 +150,497 @@ def test_shrinking_uneven_sizes_is_nearest():
     label = torch.randint(0, 5, (2, 1, 9, 8, 6), generator=torch.Generator().manual_seed(0))
     wanted = torch.nn.functional.interpolate(label.float(), (4, 8, 3), mode="nearest").long()
     assert torch.equal(shrink_label(label, (4, 8, 3)), wanted)
+
+
+# Default options: the numbers of the first version, bit for bit
+
+
+def first_version(logits, label, smooth=1e-5, batch_dice=True, present_only=False):
+    "dice_ce as it was before regions, ignored voxels, partial labels and processes"
+    with torch.autocast(logits.device.type, enabled=False):
+        log_p = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), 1)
+        label, p = label.long(), log_p.exp()
+        truth = torch.zeros_like(p).scatter_(1, label, 1)[:, 1:]
+        axes = tuple(range(2, label.ndim)) if not batch_dice else (0, *range(2, label.ndim))
+        overlap, size = (p[:, 1:] * truth).sum(axes), truth.sum(axes)
+        dice = (2 * overlap + smooth) / (p[:, 1:].sum(axes) + size + smooth)
+        weight = (size > 0).to(dice) if present_only else torch.ones_like(dice)
+        dice = 1 - ((1 - dice) * weight).sum() / weight.sum().clamp(min=1)
+        return 1 - dice + torch.nn.functional.nll_loss(log_p, label[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("present_only", [True, False])
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_defaults_keep_the_first_versions_bits(batch_dice, present_only, dtype):
+    for classes, batch, size, seed in ((2, 1, 17, 0), (5, 3, 12, 1), (40, 2, 9, 2)):
+        logits, label = draw(classes, batch, size, seed)
+        options = dict(batch_dice=batch_dice, present_only=present_only)
+        label = (label % max(2, classes // 2)).to(torch.uint8)
+        grads = []
+        for function in (first_version, dice_ce):
+            x = logits.to(dtype).requires_grad_()
+            loss = function(x, label, **options)
+            loss.backward()
+            grads.append((loss.detach(), x.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+# Voxels that do not count
+
+
+def masked(seed=0, classes=4, dtype=torch.float64, value=255):
+    logits, label = draw(classes, seed=seed, dtype=dtype)
+    hidden = torch.rand(label.shape, generator=torch.Generator().manual_seed(seed + 10)) < 0.4
+    return logits, label, label.masked_fill(hidden, value), ~hidden
+
+
+REGIONS = ((1, 2, 3), (2, 3), (3,))
+MODES = {"classes": {}, "regions": {"regions": REGIONS}}
+
+
+def mode_inputs(mode, **options):
+    "The same label for four classes or for three nested regions"
+    logits, label, holes, counted = masked(**options)
+    return (logits[:, 1:] if mode == "regions" else logits), label, holes, counted
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("batch_dice", [True, False])
+@pytest.mark.parametrize("present_only", [True, False])
+def test_ignoring_is_cutting_away(mode, batch_dice, present_only):
+    logits, label, _, _ = mode_inputs(mode)
+    label[label == 3] = 2
+    holes = label.clone()
+    holes[..., 4:] = 255
+    options = dict(batch_dice=batch_dice, present_only=present_only, **MODES[mode])
+    grads = []
+    for cut in (False, True):
+        x = logits.clone().requires_grad_()
+        inputs = (x[..., :4], label[..., :4]) if cut else (x, holes)
+        loss = dice_ce(*inputs, **options, ignore=None if cut else 255)
+        loss.backward()
+        grads += [loss.detach(), x.grad]
+    torch.testing.assert_close(grads[0], grads[2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(grads[1], grads[3], rtol=0, atol=1e-12)
+    assert (grads[1][..., 4:] == 0).all() and (grads[1][..., :4] != 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("value", [4, 255, -1, 1000])
+def test_scores_of_ignored_voxels_do_not_matter(mode, value):
+    logits, label, holes, counted = mode_inputs(mode, value=value)
+    wild = torch.where(counted, logits, 1e4 * logits)
+    one, other = (dice_ce(x, holes, ignore=value, **MODES[mode]) for x in (logits, wild))
+    assert torch.equal(one, other)
+    declared = dice_ce(logits, label, ignore=value, **MODES[mode])
+    torch.testing.assert_close(declared, dice_ce(logits, label, **MODES[mode]), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("batch_dice", [True, False])
+@pytest.mark.parametrize("present_only", [True, False])
+@pytest.mark.parametrize(
+    ("fill", "options"),
+    [
+        (255, dict(ignore=255)),
+        (255, dict(ignore=255, regions=REGIONS)),
+        (0, dict(annotated=torch.zeros(2, 3, dtype=torch.bool))),
+        (0, dict(annotated=torch.tensor([[True, False, False]] * 2))),
+        (0, dict(annotated=torch.zeros(2, 3, dtype=torch.bool), regions=REGIONS)),
+        (255, dict(annotated=torch.tensor([[True, True, False]] * 2), ignore=255)),
+    ],
+    ids=str,
+)
+def test_nothing_annotated_is_zero_without_gradient(fill, options, batch_dice, present_only):
+    for scale in (1, 1e4):
+        logits, label = draw(classes=3)
+        x = (scale * logits).requires_grad_()
+        label = torch.full_like(label, fill)
+        loss = dice_ce(x, label, batch_dice=batch_dice, present_only=present_only, **options)
+        loss.backward()
+        assert loss.item() == 0 and (x.grad == 0).all()
+
+
+# Oracles: nnU-Net and MONAI
+
+
+def loss_and_gradient(function, logits, *arguments, **options):
+    x = logits.clone().requires_grad_()
+    loss = function(x, *arguments, **options)
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+@pytest.mark.parametrize("batch_dice", [True, False])
+@pytest.mark.parametrize("dice_class", ["SoftDiceLoss", "MemoryEfficientSoftDiceLoss"])
+@pytest.mark.parametrize("ignore", [None, 4])
+def test_equals_nnunet_classes(ignore, dice_class, batch_dice):
+    compound = pytest.importorskip("nnunetv2.training.loss.compound_losses")
+    logits, label, holes, _ = masked(dtype=torch.float32, value=4)
+    dice = dict(batch_dice=batch_dice, do_bg=False, smooth=1e-5, ddp=False)
+    oracle = compound.DC_and_CE_loss(dice, {}, ignore_label=ignore, dice_class=getattr(compound, dice_class))
+    label = label if ignore is None else holes
+    ours = loss_and_gradient(dice_ce, logits, label, batch_dice=batch_dice, ignore=ignore)
+    theirs = loss_and_gradient(lambda x: 1 + oracle(x, label), logits)  # They leave out the one of 1 - Dice
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_dice", [True, False])
+@pytest.mark.parametrize("ignore", [None, 4])
+def test_equals_nnunet_regions(ignore, batch_dice):
+    compound = pytest.importorskip("nnunetv2.training.loss.compound_losses")
+    logits, label, holes, counted = masked(dtype=torch.float32, value=4)
+    logits, label = logits[:, 1:], label if ignore is None else holes
+    dice = dict(batch_dice=batch_dice, do_bg=True, smooth=1e-5, ddp=False)
+    # With an ignore label nnU-Net sums the binary cross-entropy over regions, without one it averages
+    weight = 1 if ignore is None else 1 / len(REGIONS)
+    oracle = compound.DC_and_BCE_loss({}, dice, weight_ce=weight, use_ignore_label=ignore is not None)
+    planes = [sum((label == v) for v in region) > 0 for region in REGIONS]
+    target = torch.cat(planes if ignore is None else [*planes, ~counted], 1)
+    ours = loss_and_gradient(dice_ce, logits, label, batch_dice=batch_dice, ignore=ignore, regions=REGIONS)
+    theirs = loss_and_gradient(lambda x: 1 + oracle(x, target), logits)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_dice", [True, False])
+@pytest.mark.parametrize("smooth", [1e-5, 1.0])
+def test_equals_monai_regions(batch_dice, smooth):
+    logits, label = draw(dtype=torch.float64)
+    options = dict(include_background=True, batch=batch_dice, smooth_nr=smooth, smooth_dr=smooth)
+    # The first channel of MONAI's counts only if its "background" is included: there is none among regions
+    target = torch.cat([label >= 1, label >= 2, label >= 3], 1).double()
+    dice = DiceLoss(sigmoid=True, **options)
+    oracle = lambda x: dice(x, target) + torch.nn.BCEWithLogitsLoss()(x, target)  # noqa: E731
+    ours = loss_and_gradient(dice_ce, logits[:, 1:], label, smooth, batch_dice, regions=REGIONS)
+    torch.testing.assert_close(ours, loss_and_gradient(oracle, logits[:, 1:]), rtol=0, atol=1e-10)
+    excluded = DiceLoss(sigmoid=True, **options | {"include_background": False})(logits[:, 1:], target)
+    assert (excluded - dice(logits[:, 1:], target)).abs() > 1e-4
+    # One region alone: MONAI's compound loss is binary there
+    one = DiceCELoss(sigmoid=True, **options)(logits[:, :1], target[:, :1])
+    torch.testing.assert_close(dice_ce(logits[:, :1], label, smooth, batch_dice, regions=((1, 2, 3),)), one)
+
+
+def test_regions_may_overlap_without_nesting_and_in_any_order():
+    logits, label = draw(dtype=torch.float64)
+    crossing = ((1, 3), (2, 3))
+    loss = dice_ce(logits[:, :2], label, regions=crossing)
+    turned = dice_ce(logits[:, [1, 0]], label, regions=[[3, 2], [3, 1]])
+    torch.testing.assert_close(loss, turned, rtol=0, atol=1e-12)
+    present = dice_ce(logits[:, :2], label % 2, regions=crossing, present_only=True)
+    binary = torch.nn.BCEWithLogitsLoss()
+    truth = torch.cat([label % 2 == 1, torch.zeros_like(label) > 0], 1).double()
+    p, t = logits[:, 0].sigmoid(), truth[:, 0]
+    dice = (2 * (p * t).sum() + 1e-5) / (p.sum() + t.sum() + 1e-5)
+    torch.testing.assert_close(present, 1 - dice + binary(logits[:, :2], truth), rtol=0, atol=1e-12)
+
+
+# Partial labels
+
+
+def partial(dtype=torch.float64, ignore=None):
+    "Five classes, three samples; the first has no class 3 and 4, the second no 1, the third has all"
+    logits, label = draw(classes=5, batch=3, dtype=dtype)
+    annotated = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    label = torch.where(annotated.gather(1, label.flatten(1)).view(label.shape), label, 0)
+    if ignore is not None:
+        label[:, :, :2] = ignore
+    return logits, label, annotated
+
+
+def partial_formula(logits, label, annotated, batch_dice, present_only, ignore, smooth=1e-5):
+    "Voxel by voxel, with merged probabilities, in numpy"
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    entropy, voxels = 0.0, 0
+    groups = [range(len(p))] if batch_dice else [[b] for b in range(len(p))]
+    for b in range(len(p)):
+        for place in np.ndindex(label.shape[2:]):
+            value = label[(b, 0, *place)]
+            if value == ignore:
+                continue
+            merged = [0, *(c for c in range(1, p.shape[1]) if not annotated[b, c])] if value == 0 else [value]
+            entropy -= np.log(sum(p[(b, c, *place)] for c in merged))
+            voxels += 1
+    dices = []
+    for group in groups:
+        for c in range(1, p.shape[1]):
+            overlap = predicted = true = 0.0
+            for b in (b for b in group if annotated[b, c]):
+                counted = label[b, 0] != ignore
+                overlap += p[b, c][label[b, 0] == c].sum()
+                predicted += p[b, c][counted].sum()
+                true += (label[b, 0] == c).sum()
+            if any(annotated[b, c] for b in group) and (true > 0 or not present_only):
+                dices.append((2 * overlap + smooth) / (predicted + true + smooth))
+    return 1 - np.mean(dices) + entropy / voxels
+
+
+@pytest.mark.parametrize("ignore", [None, 9])
+@pytest.mark.parametrize("present_only", [True, False])
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_partial_labels_equal_formula(batch_dice, present_only, ignore):
+    logits, label, annotated = partial(ignore=ignore)
+    label[label == 2] = 0  # Annotated, and absent
+    options = dict(batch_dice=batch_dice, present_only=present_only, ignore=ignore)
+    wanted = partial_formula(logits.numpy(), label.numpy(), annotated.numpy(), **options)
+    assert dice_ce(logits, label, annotated=annotated, **options).item() == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_partial_labels_equal_a_smaller_network(batch_dice):
+    logits, label = draw(classes=5, dtype=torch.float64)
+    label = label % 3
+    annotated = torch.tensor([[True, True, True, False, False]]).expand(2, 5)
+    small = torch.cat([logits[:, [0, 3, 4]].logsumexp(1, keepdim=True), logits[:, 1:3]], 1)
+    wanted = dice_ce(small, label, batch_dice=batch_dice)
+    torch.testing.assert_close(
+        dice_ce(logits, label, batch_dice=batch_dice, annotated=annotated), wanted, rtol=0, atol=1e-12
+    )
+
+
+def test_all_annotated_is_the_plain_loss():
+    logits, label = draw(classes=5, dtype=torch.float64)
+    for first in (True, False):  # The entry of the background is not read
+        annotated = torch.ones(2, 5, dtype=torch.bool)
+        annotated[:, 0] = first
+        for options in ({}, {"batch_dice": False}, {"present_only": True}):
+            ours = loss_and_gradient(dice_ce, logits, label, annotated=annotated, **options)
+            plain = loss_and_gradient(dice_ce, logits, label, **options)
+            torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+
+
+def test_sample_without_any_annotation_counts_as_ignored():
+    logits, label, annotated = partial()
+    label[1], annotated[1] = 0, False
+    both = [0, 2]
+    for options in ({}, {"batch_dice": False}):
+        ours = loss_and_gradient(dice_ce, logits, label, annotated=annotated, **options)
+        wanted = dice_ce(logits[both], label[both], annotated=annotated[both], **options)
+        torch.testing.assert_close(ours[0], wanted, rtol=0, atol=1e-12)
+        assert (ours[1][1] == 0).all()
+
+
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_unannotated_regions_have_no_gradient_and_no_weight(batch_dice):
+    logits, label, holes, _ = mode_inputs("regions")
+    annotated = torch.tensor([[True, False, True]] * 2)
+    options = dict(batch_dice=batch_dice, ignore=255)
+    loss, grad = loss_and_gradient(dice_ce, logits, holes, regions=REGIONS, annotated=annotated, **options)
+    two = logits[:, [0, 2]]
+    # Value 2 lies in the first region too, so it stays known
+    wanted, gradient = loss_and_gradient(dice_ce, two, holes, regions=((1, 2, 3), (3,)), **options)
+    torch.testing.assert_close(loss, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(grad[:, [0, 2]], gradient, rtol=0, atol=1e-12)
+    assert (grad[:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("batch_dice", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_all_options_together(mode, batch_dice):
+    logits, label = draw(classes=4, size=2, dtype=torch.float64)
+    label[0, 0, 0], label[1, 0, 0, 0] = 0, 7
+    label[0][label[0] == 2] = 0
+    annotated = torch.tensor([[True, True, False, True], [True, True, True, True]])
+    if mode == "regions":
+        logits, annotated = logits[:, 1:], annotated[:, 1:]
+    options = dict(batch_dice=batch_dice, ignore=7, annotated=annotated, **MODES[mode])
+    assert torch.autograd.gradcheck(lambda x: dice_ce(x, label, **options), logits.clone().requires_grad_())
+
+
+# Several processes
+
+
+def in_parts(function, parts):
+    "The loss of every part, by a `reduce` whose sums autograd follows through all parts"
+    notes = [[] for _ in parts]
+    for part, note in zip(parts, notes):
+        function(part, lambda tensor: note.append(tensor) or tensor)
+    assert len({len(note) for note in notes}) == 1, "processes must call reduce equally often"
+    totals = [sum(tensors) for tensors in zip(*notes)]
+    losses = []
+    for part in parts:
+        remaining = iter(totals)
+        losses.append(function(part, lambda tensor: next(remaining)))
+        assert next(remaining, None) is None
+    return losses
+
+
+def spread(seed=0):
+    "Four samples that differ in what they show, what is ignored and what is annotated; two resolutions"
+    logits, label = draw(classes=4, batch=4, seed=seed, dtype=torch.float64)
+    coarse = logits[..., ::2, ::2, ::2] * 0.5
+    label[0] %= 2
+    label[1, :, 2:] = 7
+    label[2][label[2] == 3] = 0
+    label[3] = 7
+    annotated = torch.ones(4, 4, dtype=torch.bool)
+    annotated[2, 3] = annotated[0, 2:] = False
+    return logits, coarse, label, annotated
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 2, 3]], [[0, 2], [1, 3]], [[0], [1], [2], [3]], [[0], [1, 2, 3]]], ids=str)
+@pytest.mark.parametrize("present_only", [True, False])
+@pytest.mark.parametrize("batch_dice", [True, False])
+@pytest.mark.parametrize("partly", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_parts_give_the_gradient_of_the_whole(mode, partly, batch_dice, present_only, parts):
+    logits, coarse, label, annotated = spread()
+    first = 1 if mode == "regions" else 0
+    options = dict(batch_dice=batch_dice, present_only=present_only, ignore=7, **MODES[mode])
+    scale = torch.linspace(0.5, 1.5, 4, dtype=torch.float64).requires_grad_()  # The weights that processes share
+
+    def loss(part, reduce=None):
+        shared = scale.view(1, 4, 1, 1, 1)
+        outputs = [(x[part] * shared)[:, first:] for x in (logits, coarse)]
+        more = dict(annotated=annotated[part][:, first:]) if partly else {}
+        return deep_supervision_loss(outputs, label[part], reduce=reduce, **more, **options)
+
+    whole = loss([0, 1, 2, 3])
+    losses = in_parts(loss, parts)
+    assert all(abs(one.item() - whole.item()) < 1e-12 for one in losses)
+    averaged = torch.autograd.grad(sum(losses) / len(parts), scale)[0]  # As DistributedDataParallel averages
+    torch.testing.assert_close(averaged, torch.autograd.grad(whole, scale)[0], rtol=0, atol=1e-10)
+
+
+CASES = [
+    {},
+    dict(ignore=7),
+    dict(ignore=7, batch_dice=False),
+    dict(ignore=7, present_only=True, partly=True),
+    dict(ignore=7, regions=REGIONS),
+]
+
+
+def small_network():
+    torch.manual_seed(0)
+    return torch.nn.Conv3d(4, 4, 1).double()
+
+
+def case_gradient(network, case, part, reduce):
+    "Loss and gradient of one case, on the samples of one process"
+    logits, _, label, annotated = spread()
+    options, first = dict(case), 1 if "regions" in case else 0
+    if options.pop("partly", False):
+        options["annotated"] = annotated[part][:, first:]
+    if "ignore" not in options:
+        label = label % 7 % 4
+    network.zero_grad()
+    loss = dice_ce(network(logits[part])[:, first:], label[part], reduce=reduce, **options)
+    loss.backward()
+    return loss.item(), [parameter.grad.clone() for parameter in network.parameters()]
+
+
+def process(rank, folder):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    network = torch.nn.parallel.DistributedDataParallel(small_network())
+    found = [case_gradient(network, case, [rank, rank + 2], sum_over_processes) for case in CASES]
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_real_processes_give_the_gradient_of_one(tmp_path):
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    wanted = [case_gradient(small_network(), case, [0, 1, 2, 3], None) for case in CASES]
+    for rank in range(2):
+        for (loss, grads), (whole, gradients) in zip(torch.load(tmp_path / f"{rank}.pt"), wanted, strict=True):
+            assert loss == pytest.approx(whole, abs=1e-12)
+            torch.testing.assert_close(grads, gradients, rtol=0, atol=1e-12)
+
+
+# Deep supervision with options
+
+
+def test_own_weights_are_used_as_they_are():
+    logits, label = draw(size=8)
+    outputs = [logits, logits[..., ::2, ::2, ::2]]
+    terms = [dice_ce(o, label[..., ::s, ::s, ::s]) for o, s in zip(outputs, (1, 2))]
+    loss = deep_supervision_loss(outputs, label, weights=[3, 0.5])
+    torch.testing.assert_close(loss, 3 * terms[0] + 0.5 * terms[1])
+    x = [o.clone().requires_grad_() for o in outputs]
+    deep_supervision_loss(x, label, weights=[1, 0]).backward()
+    assert (x[1].grad == 0).all() and (x[0].grad != 0).any()  # There, so that no process waits for it
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 2, 3], [1, -1], [1, float("nan")], [float("inf"), 1]])
+def test_weights_that_do_not_fit(weights):
+    logits, label = draw()
+    with pytest.raises(ValueError, match="2 outputs need as many weights of 0 or more, got"):
+        deep_supervision_loss([logits, logits[..., ::2, ::2, ::2]], label, weights=weights)
+
+
+def test_options_reach_every_resolution():
+    logits, label, holes, _ = masked(value=7)
+    outputs = [logits[:, 1:], logits[:, 1:, ::2, ::2, ::2]]
+    options = dict(ignore=7, regions=REGIONS, annotated=torch.tensor([[True, True, False], [True, True, True]]))
+    terms = [dice_ce(o, holes[..., ::s, ::s, ::s], **options) for o, s in zip(outputs, (1, 2))]
+    torch.testing.assert_close(deep_supervision_loss(outputs, holes, **options), (2 * terms[0] + terms[1]) / 3)
+
+
+def test_every_wrong_label_is_found_though_labels_are_looked_at_once():
+    logits, label = draw(size=8)
+    outputs = [logits, logits[..., ::2, ::2, ::2]]
+    label[0, 0, 1, 1, 1] = 4  # At full size only
+    with pytest.raises(ValueError, match=r"got \[4\]"):
+        deep_supervision_loss(outputs, label)
+    label[0, 0, 1, 1, 1] = 3  # Too much for a coarse output with fewer channels
+    with pytest.raises(ValueError, match=r"0\.\.2 for 3 output channels, got \[3\]"):
+        deep_supervision_loss([logits, outputs[1][:, :3]], label)
+    label[0, 0, 2, 2, 2] = 9  # No output at full size: the coarse ones are looked at each
+    with pytest.raises(ValueError, match=r"got \[9\]"):
+        deep_supervision_loss([logits[..., ::4, ::4, ::4], outputs[1]], label)
+
+
+# Input that does not fit
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(ignore=3), r"ignore must be a value that is no class, got 3, one of \[0, 1, 2, 3\]"),
+        (dict(ignore=0), "ignore must be a value that is no class, got 0"),
+        (dict(ignore=2, regions=((1,), (2,), (1,), (3,))), r"no class, got 2, one of \[0, 1, 2, 3\]"),
+        (dict(regions=((1, 2), (2,))), "2 regions need as many output channels, got 4"),
+        (dict(regions=((1,), (2,), (1, 2), (2, 5))), r"labels must be 0 or in a region, .* \[0, 1, 2, 5\], got \[3\]"),
+        (dict(regions=((1,), (2,), (), (3,))), r"tuple of positive integers, got \(\)"),
+        (dict(regions=((1,), (2,), (0, 1), (3,))), r"positive integers, got \(0, 1\)"),
+        (dict(regions=((1,), (2,), (1.5,), (3,))), r"positive integers, got \(1\.5,\)"),
+        (dict(regions=(1, 2, 3, 4)), "positive integers, got 1"),
+        (dict(regions=("core", "edema", "a", "b")), "positive integers, got 'core'"),
+        (dict(annotated=torch.ones(2, 3, dtype=torch.bool)), r"\(2, 4\), got torch.bool \(2, 3\)"),
+        (dict(annotated=torch.ones(4, dtype=torch.bool)), r"\(2, 4\), got torch.bool \(4,\)"),
+        (dict(annotated=torch.ones(1, 4, dtype=torch.bool)), r"\(2, 4\), got torch.bool \(1, 4\)"),
+        (dict(annotated=torch.ones(2, 4)), r"must be bool .* got torch.float32 \(2, 4\)"),
+        (dict(annotated=torch.tensor([[True] * 4, [True, True, False, True]])), "sample 1 has voxels of class 2, "),
+    ],
+)
+def test_options_that_do_not_fit(options, message):
+    logits, label = draw()
+    for function in (dice_ce, deep_supervision_loss):
+        with pytest.raises(ValueError, match=message):
+            function(logits, label, **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_labels_beside_the_ignored_value(mode):
+    logits, label, holes, _ = mode_inputs(mode)
+    holes[0, 0, 0, 0, :3] = torch.tensor([254, 5, -1])
+    with pytest.raises(ValueError, match=r"or be 255, ignored\), got \[-1, 5, 254\]"):
+        dice_ce(logits, holes, ignore=255, **MODES[mode])
+    with pytest.raises(ValueError, match="must be integers, got torch.float64"):
+        dice_ce(logits, holes.double(), ignore=255, **MODES[mode])
+    small = label.to(torch.uint8)
+    small[0, 0, 0, 0, 0] = 255
+    with pytest.raises(ValueError, match=r"or be -1, ignored\), got \[255\]"):
+        dice_ce(logits, small, ignore=-1, **MODES[mode])
+    torch.testing.assert_close(
+        dice_ce(logits, small, ignore=255, **MODES[mode]), dice_ce(logits, small.int(), ignore=255, **MODES[mode])
+    )
+
+
+def test_half_precision_counts_in_single():
+    logits, label, annotated = partial(torch.float32)
+    for options in (dict(annotated=annotated), dict(annotated=annotated[:, 1:], regions=((1,), (2,), (3,), (4,)))):
+        scores = logits[:, 5 - options["annotated"].shape[1] :].bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = dice_ce(scores, label, **options)
+        assert loss.dtype == torch.float32
+        assert torch.equal(loss, dice_ce(scores.float(), label, **options))
