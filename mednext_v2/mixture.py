@@ -185,7 +185,7 @@ def read_annotated(
         raise ValueError(f"{where} lacks column {', '.join(sorted(missing))}: it needs case and annotated")
     words = {**{label: (label,) for label in task.labels}, **(parts or {})}
     found = {}
-    for case, text in zip(table.case, table.annotated):
+    for case, text in zip(table.case, table.annotated.astype(str)):
         if case in found:
             raise ValueError(f"{where} has case {case} twice: keep one row")
         if unknown := [word for word in text.split() if word not in words]:
@@ -281,10 +281,11 @@ def traits(prepared) -> dict:
         found = {"channels": tuple(sorted(task.channels)), "modality": task.modality, "spacing": task.spacing}
     if hasattr(measured, "normalisation"):
         known = measured.normalisation()
-        scale = list(zip(known["low"], known["high"], known["mean"], known["std"]))
-        each = [(s, *(scale[c] if s == "ct" else ())) for c, s in enumerate(known["schemes"])]
-        names = task.channels if task is not None else range(len(each))
-        found["normalisation"] = (dict(sorted(zip(names, each))), known["nonzero"])
+        names = task.channels if task is not None else range(len(known["schemes"]))
+        scales = zip(names, known["schemes"], *(known[key] for key in ("low", "high", "mean", "std")))
+        words = "{} {} ({:g} to {:g}, mean {:g}, std {:g})"
+        each = [(words if scale[1] == "ct" else "{} {}").format(*scale) for scale in scales]
+        found["normalisation"] = ", ".join(sorted(each)) + (" of what is not zero" if known["nonzero"] else "")
     return found
 
 

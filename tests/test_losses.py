@@ -12,7 +12,6 @@ from mednext_v2.losses import (
     soft_dice,
     sum_over_processes,
 )
-from monai.losses import DiceCELoss, DiceLoss
 
 
 def draw(classes=4, batch=2, size=6, seed=0, dtype=torch.float32):
@@ -25,6 +24,8 @@ def draw(classes=4, batch=2, size=6, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("batch_dice", [True, False])
 @pytest.mark.parametrize("smooth", [1e-5, 1.0])
 def test_equals_monai(batch_dice, smooth):
+    from monai.losses import DiceCELoss  # Here, so that the processes started below need not import it
+
     logits, label = draw()
     oracle = DiceCELoss(
         include_background=False, to_onehot_y=True, softmax=True, batch=batch_dice,
@@ -305,6 +306,8 @@ def test_equals_nnunet_regions(ignore, batch_dice):
 @pytest.mark.parametrize("batch_dice", [True, False])
 @pytest.mark.parametrize("smooth", [1e-5, 1.0])
 def test_equals_monai_regions(batch_dice, smooth):
+    from monai.losses import DiceCELoss, DiceLoss
+
     logits, label = draw(dtype=torch.float64)
     options = dict(include_background=True, batch=batch_dice, smooth_nr=smooth, smooth_dr=smooth)
     # The first channel of MONAI's counts only if its "background" is included: there is none among regions
@@ -477,7 +480,10 @@ def spread(seed=0):
     return logits, coarse, label, annotated
 
 
-@pytest.mark.parametrize("parts", [[[0, 1, 2, 3]], [[0, 2], [1, 3]], [[0], [1], [2], [3]], [[0], [1, 2, 3]]], ids=str)
+PARTS = [[[0, 1, 2, 3]], [[0, 2], [1, 3]], [[0], [1], [2], [3]], [[0], [1, 2, 3]]]
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=str)
 @pytest.mark.parametrize("present_only", [True, False])
 @pytest.mark.parametrize("batch_dice", [True, False])
 @pytest.mark.parametrize("partly", [True, False])
@@ -486,7 +492,7 @@ def test_parts_give_the_gradient_of_the_whole(mode, partly, batch_dice, present_
     logits, coarse, label, annotated = spread()
     first = 1 if mode == "regions" else 0
     options = dict(batch_dice=batch_dice, present_only=present_only, ignore=7, **MODES[mode])
-    scale = torch.linspace(0.5, 1.5, 4, dtype=torch.float64).requires_grad_()  # The weights that processes share
+    scale = torch.linspace(0.5, 1.5, 4, dtype=torch.float64).requires_grad_()  # Weights that processes share
 
     def loss(part, reduce=None):
         shared = scale.view(1, 4, 1, 1, 1)
@@ -541,7 +547,8 @@ def test_two_real_processes_give_the_gradient_of_one(tmp_path):
     torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
     wanted = [case_gradient(small_network(), case, [0, 1, 2, 3], None) for case in CASES]
     for rank in range(2):
-        for (loss, grads), (whole, gradients) in zip(torch.load(tmp_path / f"{rank}.pt"), wanted, strict=True):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for (loss, grads), (whole, gradients) in zip(found, wanted, strict=True):
             assert loss == pytest.approx(whole, abs=1e-12)
             torch.testing.assert_close(grads, gradients, rtol=0, atol=1e-12)
 
@@ -570,9 +577,11 @@ def test_weights_that_do_not_fit(weights):
 def test_options_reach_every_resolution():
     logits, label, holes, _ = masked(value=7)
     outputs = [logits[:, 1:], logits[:, 1:, ::2, ::2, ::2]]
-    options = dict(ignore=7, regions=REGIONS, annotated=torch.tensor([[True, True, False], [True, True, True]]))
+    annotated = torch.tensor([[True, True, False], [True, True, True]])
+    options = dict(ignore=7, regions=REGIONS, annotated=annotated)
     terms = [dice_ce(o, holes[..., ::s, ::s, ::s], **options) for o, s in zip(outputs, (1, 2))]
-    torch.testing.assert_close(deep_supervision_loss(outputs, holes, **options), (2 * terms[0] + terms[1]) / 3)
+    loss = deep_supervision_loss(outputs, holes, **options)
+    torch.testing.assert_close(loss, (2 * terms[0] + terms[1]) / 3)
 
 
 def test_every_wrong_label_is_found_though_labels_are_looked_at_once():
@@ -599,7 +608,7 @@ def test_every_wrong_label_is_found_though_labels_are_looked_at_once():
         (dict(ignore=0), "ignore must be a value that is no class, got 0"),
         (dict(ignore=2, regions=((1,), (2,), (1,), (3,))), r"no class, got 2, one of \[0, 1, 2, 3\]"),
         (dict(regions=((1, 2), (2,))), "2 regions need as many output channels, got 4"),
-        (dict(regions=((1,), (2,), (1, 2), (2, 5))), r"labels must be 0 or in a region, .* \[0, 1, 2, 5\], got \[3\]"),
+        (dict(regions=((1,), (2,), (1, 2), (2, 5))), r"0 or in a region, one of \[0, 1, 2, 5\], got \[3\]"),
         (dict(regions=((1,), (2,), (), (3,))), r"tuple of positive integers, got \(\)"),
         (dict(regions=((1,), (2,), (0, 1), (3,))), r"positive integers, got \(0, 1\)"),
         (dict(regions=((1,), (2,), (1.5,), (3,))), r"positive integers, got \(1\.5,\)"),
@@ -609,7 +618,7 @@ def test_every_wrong_label_is_found_though_labels_are_looked_at_once():
         (dict(annotated=torch.ones(4, dtype=torch.bool)), r"\(2, 4\), got torch.bool \(4,\)"),
         (dict(annotated=torch.ones(1, 4, dtype=torch.bool)), r"\(2, 4\), got torch.bool \(1, 4\)"),
         (dict(annotated=torch.ones(2, 4)), r"must be bool .* got torch.float32 \(2, 4\)"),
-        (dict(annotated=torch.tensor([[True] * 4, [True, True, False, True]])), "sample 1 has voxels of class 2, "),
+        (dict(annotated=torch.arange(8).view(2, 4) != 6), "sample 1 has voxels of class 2, which is not"),
     ],
 )
 def test_options_that_do_not_fit(options, message):
@@ -631,14 +640,14 @@ def test_labels_beside_the_ignored_value(mode):
     small[0, 0, 0, 0, 0] = 255
     with pytest.raises(ValueError, match=r"or be -1, ignored\), got \[255\]"):
         dice_ce(logits, small, ignore=-1, **MODES[mode])
-    torch.testing.assert_close(
-        dice_ce(logits, small, ignore=255, **MODES[mode]), dice_ce(logits, small.int(), ignore=255, **MODES[mode])
-    )
+    byte, word = (dice_ce(logits, labels, ignore=255, **MODES[mode]) for labels in (small, small.int()))
+    assert torch.equal(byte, word)
 
 
 def test_half_precision_counts_in_single():
     logits, label, annotated = partial(torch.float32)
-    for options in (dict(annotated=annotated), dict(annotated=annotated[:, 1:], regions=((1,), (2,), (3,), (4,)))):
+    regions = ((1,), (2,), (3,), (4,))
+    for options in (dict(annotated=annotated), dict(annotated=annotated[:, 1:], regions=regions)):
         scores = logits[:, 5 - options["annotated"].shape[1] :].bfloat16()
         with torch.autocast("cpu", torch.bfloat16):
             loss = dice_ce(scores, label, **options)

@@ -15,23 +15,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mednext_v2 import trainer
+from mednext_v2 import checkpoint
 from mednext_v2.backbones import create
+from mednext_v2.checkpoint import read_checkpoint, save_checkpoint, weights_digest
 from mednext_v2.losses import deep_supervision_loss
+from mednext_v2.recipe import RECIPES, Average, Recipe, get_recipe, learning_rate, make_optimizer
 from mednext_v2.trainer import (
-    Recipe,
+    PREEMPTED,
+    PatchValidation,
     check_run,
     curves,
     fit,
-    learning_rate,
-    make_optimizer,
-    patch_dice,
+    loss_options,
+    make_engine,
     patch_validation,
-    read_checkpoint,
-    save_checkpoint,
     train_step,
     training_sampler,
-    weights_digest,
 )
 from training_toys import toy_cases, toy_model, toy_recipe, toy_run
 
@@ -66,7 +65,12 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
         (dict(patch=8), "patch must be three positive whole numbers, got 8"),
         (dict(foreground=33), "foreground must be a share from 0 to 1, got 33"),
         (dict(augment="strong"), "augment must be one of none, light, nnunet"),
-        (dict(precision="fp16"), "precision must be fp32 or bf16"),
+        (dict(precision="fp8"), "precision must be fp32, bf16 or fp16"),
+        (dict(accumulate=3), "accumulate must be a divisor of batch = 2, got 3"),
+        (dict(ema=1.0), "ema must be a share below 1, got 1.0"),
+        (dict(keep="final"), "keep must be last or best"),
+        (dict(keep="best"), "keep best and patience need validate_every, got 0"),
+        (dict(patience=3), "keep best and patience need validate_every, got 0"),
         (dict(optimizer="adam"), "optimizer must be adamw or sgd"),
         (dict(clip=0), "clip must be a positive number"),
         (dict(eps=0), "eps must be a positive number"),
@@ -134,7 +138,8 @@ def test_it_learns(tmp_path):
     validate = patch_validation(recipe, toy_cases(), batches=3)
     torch.manual_seed(0)
     model = create("unet", 1, 3, True, filters=(8, 16, 16))
-    before = patch_dice(model, validate.keywords["batches"])
+    with torch.no_grad():
+        before = validate(model)
     history = fit(
         recipe, model, training_sampler(recipe, toy_cases()), tmp_path, validate=validate, device="cpu", progress=False
     )
@@ -142,19 +147,26 @@ def test_it_learns(tmp_path):
     assert history.loss.iloc[-1] < 0.6 * history.loss.iloc[0]
 
 
+def one_step(recipe, model, batch):
+    "Loss and norm of one step, by the engine"
+    engine = make_engine(recipe, model, "cpu")
+    model, optimizer = engine.prepare(model, make_optimizer(recipe, model))
+    return train_step(recipe, engine, model, optimizer, batch, loss_options(recipe))
+
+
 def test_gradients_are_clipped_and_present_only_reaches_the_loss():
     recipe = toy_recipe(optimizer="sgd", weight_decay=0.0, clip=1e-3, lr=1.0)
     image, label = training_sampler(recipe, toy_cases()).batch(0)
     model = toy_model()
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    train_step(recipe, model, make_optimizer(recipe, model), image, label)
+    one_step(recipe, model, (image, label))
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert (after - before).norm() < 1e-3 * 1.0 * (1 + 0.99) * 1.01  # Nesterov's first step
     label[:] = label.clamp(max=1)
     losses = []
     for present_only in (True, False):
         changed = dataclasses.replace(recipe, present_only=present_only)
-        losses.append(train_step(changed, toy_model(), make_optimizer(changed, model), image, label))
+        losses.append(one_step(changed, toy_model(), (image, label))[0])
     assert losses[0] < losses[1]
 
 
@@ -164,8 +176,7 @@ def test_bf16_computes_in_bf16_and_keeps_float32_weights():
     model.bottleneck.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     for precision in ("fp32", "bf16"):
         recipe = toy_recipe(precision=precision)
-        image, label = training_sampler(recipe, toy_cases()).batch(0)
-        train_step(recipe, model, make_optimizer(recipe, model), image, label)
+        one_step(recipe, model, training_sampler(recipe, toy_cases()).batch(0))
     assert seen == [torch.float32, torch.bfloat16]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -189,7 +200,7 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path, where):
         fit(recipe, model, Poisoned(), tmp_path, device="cpu", progress=False)
     assert "\n" not in str(error.value)
     state = read_checkpoint(tmp_path)
-    assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["model"].values())
+    assert state["progress"]["step"] == 4 and all(torch.isfinite(v).all() for v in state["model"].values())
     if where == "image":
         assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -199,9 +210,8 @@ def test_gradients_that_are_not_finite_leave_the_weights():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model.bottleneck.conv2.conv.weight.register_hook(lambda gradient: gradient * math.inf)
     recipe = toy_recipe()
-    image, label = training_sampler(recipe, toy_cases()).batch(0)
-    with pytest.raises(FloatingPointError, match="norm of the gradient is"):
-        train_step(recipe, model, make_optimizer(recipe, model), image, label)
+    loss, norm = one_step(recipe, model, training_sampler(recipe, toy_cases()).batch(0))
+    assert math.isfinite(loss) and not math.isfinite(norm)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -243,7 +253,7 @@ def test_dying_while_a_checkpoint_is_written(tmp_path, monkeypatch, moment):
     saves = []
 
     def save(state, path):
-        saves.append(state["step"])
+        saves.append(state["progress"]["step"])
         if len(saves) == 2 and moment == "while writing":
             Path(path).write_bytes(b"half")
             raise Dies
@@ -258,9 +268,9 @@ def test_dying_while_a_checkpoint_is_written(tmp_path, monkeypatch, moment):
     with monkeypatch.context() as patched, pytest.raises(Dies):
         patched.setattr(torch, "save", save)
         if moment != "while writing":
-            patched.setattr(trainer.os, "replace", replace)
+            patched.setattr(checkpoint.os, "replace", replace)
         toy_run(tmp_path / "dies", recipe)
-    assert read_checkpoint(tmp_path / "dies")["step"] == 4
+    assert read_checkpoint(tmp_path / "dies")["progress"]["step"] == 4
     assert [p.name for p in (tmp_path / "dies").iterdir() if p.name.startswith(".tmp")] == []
     resumed, _ = toy_run(tmp_path / "dies", recipe)
     assert same(resumed, whole)
@@ -279,7 +289,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
         resumed, its_history = toy_run(tmp_path, recipe)
     assert same(resumed, whole)
     pd.testing.assert_frame_equal(its_history, history)
-    assert read_checkpoint(tmp_path)["step"] == 12 and (tmp_path / "previous.pt").exists()
+    assert read_checkpoint(tmp_path)["progress"]["step"] == 12 and (tmp_path / "previous.pt").exists()
 
 
 def test_only_damaged_checkpoints_is_an_error(tmp_path):
@@ -335,7 +345,7 @@ def test_run_read_ahead_resumes_where_it_stopped(tmp_path):
     recipe = dataclasses.replace(recipe, validate_every=3)
     with pytest.raises(Dies):
         toy_run(tmp_path / "stopped", recipe, workers=2, validate=validate)
-    assert multiprocessing.active_children() == [] and read_checkpoint(tmp_path / "stopped")["step"] == 4
+    assert multiprocessing.active_children() == [] and read_checkpoint(tmp_path / "stopped")["progress"]["step"] == 4
     resumed, _ = toy_run(tmp_path / "stopped", recipe, workers=1, validate=lambda model: 0.5)
     assert same(resumed, whole)
 
@@ -394,7 +404,7 @@ def test_another_run_is_refused_by_name(tmp_path, field, was):
     if field == "network":
         model = create("unet", 1, 3, True, filters=(4, 8, 12))
     sampler = training_sampler(recipe, toy_cases(), sampler_seed)
-    with pytest.raises(ValueError, match=rf"holds another run \({field} was .*{was}[^;]*\): give another") as error:
+    with pytest.raises(ValueError, match=rf"holds another run \({field} was .*{was}[^;]*\): give another folder, delete this one, or force it") as error:
         fit(recipe, model, sampler, tmp_path, seed=seed, device="cpu", progress=False)
     assert "\n" not in str(error.value)
     assert (tmp_path / "last.pt").read_bytes() == before
@@ -500,12 +510,196 @@ def test_patch_dice_counts_over_all_patches():
     wanted = [
         2 * ((prediction == c) & (truth == c)).sum() / ((prediction == c).sum() + (truth == c).sum()) for c in (1, 2)
     ]
-    assert patch_dice(echo, batches) == pytest.approx(np.mean(wanted))
-    assert math.isnan(patch_dice(echo, [(image, 0 * label) for image, label in batches]))
+    assert PatchValidation(batches)(echo) == pytest.approx(np.mean(wanted))
+    assert math.isnan(PatchValidation([(image, 0 * label) for image, label in batches])(echo))
 
 
 def test_validation_patches_are_fixed_and_from_the_other_split():
-    one, two = (patch_validation(toy_recipe(), toy_cases(), 2).keywords["batches"] for _ in range(2))
+    one, two = (patch_validation(toy_recipe(), toy_cases(), 2).batches for _ in range(2))
     assert all(torch.equal(a, b) for x, y in zip(one, two) for a, b in zip(x, y))
     held_out = toy_cases().image("toy3")
     assert all(np.isin(image.numpy(), held_out).all() for image, _ in one)
+
+
+# ------------------------------------------------------------------------ accumulation, averages, best, early end
+
+
+def test_parts_of_a_batch_add_up_to_the_whole(tmp_path):
+    "With a Dice per patch, two parts of two patches have the gradient of four"
+    losses = []
+    for parts in (1, 2, 4):
+        recipe = toy_recipe(batch=4, accumulate=parts, batch_dice=False, steps=6, optimizer="sgd", lr=1e-3)
+        model, history = toy_run(tmp_path / str(parts), recipe, log_every=1)
+        losses.append(history.loss.to_numpy())
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
+
+
+def test_average_is_the_formula_and_the_run_ends_with_it(tmp_path):
+    recipe = toy_recipe(ema=0.9, steps=8)
+    seen = []
+    model, sampler = toy_model(), training_sampler(recipe, toy_cases())
+    wanted = {k: v.double() for k, v in model.state_dict().items()}
+    plain, _ = toy_run(tmp_path / "plain", toy_recipe(steps=8))
+
+    class Watches:
+        "The weights before each step are those after the step before"
+
+        def __getitem__(self, step):
+            seen.append({k: v.clone() for k, v in model.state_dict().items()})
+            return sampler[step]
+
+    fit(recipe, model, Watches(), tmp_path / "run", device="cpu", progress=False)
+    for number, state in enumerate([*seen[1:], plain.state_dict()], 1):
+        decay = min(0.9, (1 + number) / (10 + number))
+        wanted = {k: decay * wanted[k] + (1 - decay) * state[k].double() for k in wanted}
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value.double(), wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_killed_run_with_an_average_and_a_best_ends_the_same(tmp_path):
+    recipe = toy_recipe(ema=0.9, steps=20, validate_every=3, keep="best", checkpoint_every=4)
+    dice = iter([0.1, 0.5, 0.9, 0.2, 0.1, 0.1, 0.1])
+    whole, history = toy_run(tmp_path / "whole", recipe, validate=lambda model: next(dice))
+    values = [0.1, 0.5, 0.9, 0.2, 0.1, 0.1, 0.1]
+    calls = []
+
+    def breaks(model):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Dies
+        return values[len(calls) - 1]
+
+    with pytest.raises(Dies):
+        toy_run(tmp_path / "stopped", recipe, validate=breaks)
+    rest = iter(values[2:])  # From the checkpoint of step 8 on: validations of steps 9, 12, ...
+    resumed, its_history = toy_run(tmp_path / "stopped", recipe, validate=lambda model: next(rest))
+    assert same(resumed, whole)
+    pd.testing.assert_frame_equal(its_history, history)
+
+
+def test_best_is_kept_by_smoothed_dice_and_patience_ends_a_run(tmp_path):
+    recipe = toy_recipe(steps=12, validate_every=1, smooth=0.0, keep="best", patience=3)
+    model, states = toy_model(), []
+
+    def validate(network):
+        states.append({k: v.clone() for k, v in network.state_dict().items()})
+        return [0.1, 0.3, 0.2, 0.1, 0.1, 0.1, 0.9, 0.9][len(states) - 1]
+
+    history = fit(
+        recipe, model, training_sampler(recipe, toy_cases()), tmp_path, validate=validate, device="cpu", progress=False
+    )
+    assert history.step.max() == 6  # Four validations without a better one
+    assert all(torch.equal(v, states[1][k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_named_recipes_are_whole_and_survive_json(name):
+    import json
+
+    recipe = get_recipe(name)
+    assert Recipe(**json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
+
+
+def test_recipes_of_the_paper_are_what_is_known_of_it():
+    pretrain, finetune, v1, nnunet = (get_recipe(name) for name in ("pretrain", "finetune", "v1", "nnunet"))
+    assert (pretrain.steps, pretrain.patch) == (1500 * 250, (128, 128, 128))
+    assert (finetune.steps, finetune.warmup, finetune.lr, finetune.patch) == (75_000, 12_500, 1e-3, (192, 192, 192))
+    assert (v1.optimizer, v1.eps, v1.weight_decay, v1.warmup) == ("adamw", 1e-4, 3e-5, 0)
+    optimizer = make_optimizer(nnunet, toy_model())
+    assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"], nnunet.lr) == (0.99, True, 1e-2)
+
+
+# ------------------------------------------------------------------------------------- told to end, full disks
+
+SIGNALLED = """
+import os, signal, sys
+from pathlib import Path
+from training_toys import toy_cases, toy_model, toy_recipe
+from mednext_v2.trainer import fit, training_sampler
+recipe = toy_recipe(steps=12, checkpoint_every=100)
+sampler = training_sampler(recipe, toy_cases())
+
+class Signals:
+    fingerprint = sampler.fingerprint
+
+    def __getitem__(self, step):
+        if step == 6 and sys.argv[2] != "none":
+            os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+        return sampler[step]
+
+model = toy_model()
+fit(recipe, model, Signals(), Path(sys.argv[1]), device="cpu", progress=False)
+from mednext_v2.checkpoint import weights_digest
+print(weights_digest(model))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_signal_ends_the_step_saves_and_leaves_with_its_code(tmp_path, name):
+    def start(signal_name, folder):
+        command = [sys.executable, "-c", SIGNALLED, str(folder), signal_name]
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+
+    told = start(name, tmp_path / "told")
+    assert told.returncode == PREEMPTED == 75, told.stderr
+    assert read_checkpoint(tmp_path / "told")["progress"]["step"] == 7
+    assert start("none", tmp_path / "told").stdout == start("none", tmp_path / "whole").stdout != ""
+
+
+def test_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    recipe = toy_recipe()
+    whole, _ = toy_run(tmp_path / "whole", recipe)
+    saves, write = [], torch.save
+
+    def full(state, path):
+        saves.append(1)
+        if len(saves) == 2:
+            Path(path).write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        write(state, path)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left.*is whole. Make room"):
+        patched.setattr(torch, "save", full)
+        toy_run(tmp_path / "full", recipe)
+    assert read_checkpoint(tmp_path / "full")["progress"]["step"] == 4
+    assert not [p.name for p in (tmp_path / "full").iterdir() if p.name.startswith(".tmp")]
+    assert same(toy_run(tmp_path / "full", recipe)[0], whole)
+
+
+def test_forced_and_fresh_starts(tmp_path):
+    recipe = toy_recipe()
+    first, _ = toy_run(tmp_path, recipe)
+    longer = toy_recipe(steps=16)
+    with pytest.raises(ValueError, match="recipe.steps was 12, now 16"):
+        toy_run(tmp_path, longer)
+    with pytest.warns(UserWarning, match="recipe.steps was 12, now 16.*forced"):
+        _, history = toy_run(tmp_path, longer, resume="force")
+    assert history.step.tolist() == [10, 12, 16]
+    anew, history = toy_run(tmp_path, recipe, resume="never")
+    assert same(anew, first) and history.step.tolist() == [10, 12]
+
+
+def test_run_leaves_a_manifest_and_pictures(tmp_path):
+    import json
+
+    recipe = toy_recipe(validate_every=4)
+    model, sampler = toy_model(), training_sampler(recipe, toy_cases())
+    validate = patch_validation(recipe, toy_cases(), 2)
+    fit(recipe, model, sampler, tmp_path, validate=validate, device="cpu", progress=False, pictures=2)
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["identity"]["recipe.lr"] == "0.01" and about["steps"] == 12 and about["peak_memory_gib"] > 0
+    assert about["gpu_hours"] == "not available" and about["versions"]["torch"] == torch.__version__
+    assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["step0000008.png"]
+
+
+def test_half_precision_that_the_cpu_lacks_is_refused(tmp_path):
+    recipe = toy_recipe(precision="fp16")
+    with pytest.raises(ValueError, match="precision fp16 needs a GPU"):
+        fit(recipe, toy_model(), training_sampler(recipe, toy_cases()), tmp_path, device="cpu", progress=False)
+
+
+def test_network_is_plain_again_after_bf16(tmp_path):
+    recipe = toy_recipe(precision="bf16")
+    model, _ = toy_run(tmp_path, recipe)
+    assert model(torch.zeros(1, 1, 8, 8, 8))[0].dtype == torch.float32 and "forward" not in vars(model)

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from mednext_v2.augment import ArrayCases
 from mednext_v2.backbones import create
-from mednext_v2.trainer import Recipe, fit, training_sampler
+from mednext_v2.recipe import Recipe
+from mednext_v2.trainer import fit, training_sampler
 
 
 def toy_cases(train: int = 3, size: int = 20) -> ArrayCases:
