@@ -575,19 +575,22 @@ class Session:
                 torch.save({"model": self.average.values if self.average else model}, temporary)
 
     def finish(self, model: nn.Module) -> None:
-        "Put the weights that the run ends with into the caller's network, and take accelerate off it"
+        "Put the weights that the run ends with into the caller's network"
         state, _ = whole_state(self.model, self.optimizer)
         if self.average:
             state = self.average.values
         if self.recipe.keep == "best" and (self.folder / "best.pt").is_file():
             state = torch.load(self.folder / "best.pt", map_location="cpu", weights_only=True)["model"]
-        self.release()
         if state:  # Whole in the first process alone, if the weights are sharded
             model.load_state_dict(state)
 
-    def release(self) -> None:
-        "accelerate replaces `forward` for half precision; give it back"
-        self.engine.unwrap_model(self.model, keep_fp32_wrapper=False)
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        "accelerate replaces a network's `forward` for half precision; give it back, whatever happened"
+        network = self.engine.unwrap_model(self.model, keep_fp32_wrapper=False)
+        vars(network).pop("forward", None)
 
 # %% ../nbs/35_trainer.ipynb #guard
 MOST_SKIPPED = 100  # Steps in a row that fp16 may pass over while its scaler looks for a scale
@@ -653,7 +656,7 @@ def fit(
     ahead = dict(workers=workers, device=engine.device, augment_on_device=augment_on_device)
     batches = patch_loader(shard, at.step, recipe.steps, **ahead)
     report = Reporter(session, trackers, progress, description, log_every)
-    with report, Signals() as signals, closing(batches):
+    with session, report, Signals() as signals, closing(batches):
         for batch in batches:
             if recipe.patience and at.waited > recipe.patience:
                 break

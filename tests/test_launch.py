@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -185,7 +186,7 @@ def test_a_killed_loader_process_ends_the_run_and_memory_is_named(start, tmp_pat
     since = time.time()
     code, why = finish(run)
     assert time.time() - since < 30 and code == 1
-    assert re.match(r"launch: rank 0 \(step \d+\): RuntimeError: DataLoader worker .*killed", why)
+    assert re.match(r"launch: rank 0 \(step \d+\): RuntimeError: DataLoader worker .*(killed|exited unexpectedly)", why)
     assert "probably out of memory" in why and "fewer workers" in why
 
 
@@ -355,6 +356,7 @@ STEP = Step("mednext_v2_tiny", (64, 64, 64), batch=4, overrides=(("width", 8),))
 MEASURED = Forecast(resident=10**8, memory=1.5, speed=1e9)
 
 
+@cache
 def needed_by_hand(step: Step) -> float:
     from mednext_v2.scaling import estimate, get_arch
 
@@ -398,9 +400,11 @@ def test_processes_share_the_memory_of_a_machine():
 def test_changes_are_combined_when_none_is_enough_and_nothing_is_made_up():
     low = int(needed_by_hand(replace(STEP, batch=1, checkpointing="block"))) - 1
     found = module.suggest(MEASURED.needed, STEP, low)
-    if not any("," not in text for text in found):
-        assert found and set(parse(found[0])) == {"checkpointing", "batch", "patch"}
     assert all(needed_by_hand(replace(STEP, **parse(text))) <= low for text in found)
+    low = int(needed_by_hand(replace(STEP, batch=1, checkpointing="block", patch=(32, 32, 16))))
+    found = module.suggest(MEASURED.needed, STEP, low)
+    assert len(found) == 1 and set(parse(found[0])) == {"checkpointing", "batch", "patch"}
+    assert parse(found[0])["batch"] == 1 and needed_by_hand(replace(STEP, **parse(found[0]))) <= low
     with pytest.raises(ValueError, match="nothing but a smaller network, or more memory"):
         check_memory(STEP, available=10**8, measured=MEASURED)
 
@@ -433,8 +437,8 @@ def test_cost_of_a_network_without_a_formula_is_what_autograd_keeps():
 
 def test_a_dry_step_measures_memory_and_time(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
-    step = Step("mednext_v2_tiny", (48, 48, 48), overrides=(("width", 8),))
+    step = Step("mednext_v2_tiny", (32, 32, 32), overrides=(("width", 8),))
     measured = module.forecast(step)
-    assert 5e7 < measured.resident < 2e9 and 0.5 < measured.memory < 3
+    assert 5e7 < measured.resident < 2e9 and 0.3 < measured.memory < 5
     assert 0.01 < measured.seconds(step) < 100
     assert measured.seconds(replace(step, batch=2)) == pytest.approx(2 * measured.seconds(step))
