@@ -63,7 +63,8 @@ def predict_prepared(
     overlap: float = 0.5,  # Share of a window that its neighbour sees too
 ) -> np.ndarray:  # Label map (X, Y, Z), uint8, on the prepared grid (RAS)
     "Label map of one prepared case"
-    return labels_on_grid(sliding_window(model, prepared.image(case), patch, overlap))
+    order = getattr(getattr(prepared, "task", None), "class_order", ())
+    return labels_on_grid(sliding_window(model, prepared.image(case), patch, overlap), class_order=order)
 
 # %% ../nbs/40_inference.ipynb #grids
 def resample_logits(
@@ -79,9 +80,15 @@ def resample_logits(
 def labels_on_grid(
     logits: Tensor,  # (K, X, Y, Z)
     shape: tuple[int, int, int] | None = None,  # The grid wanted; that of the logits if not given
+    class_order: tuple[int, ...] = (),  # If the logits are of regions: the value of each, later ones on top
 ) -> np.ndarray:  # (X, Y, Z), uint8; uint16 beyond 256 classes
-    "The class with the largest logit on another grid, interpolated class by class"
+    "The class with the largest logit on another grid, or the last region with a positive one; one at a time"
     shape = tuple(shape or logits.shape[1:])
+    if class_order:
+        painted = torch.zeros(shape, dtype=torch.uint8)
+        for value, channel in zip(class_order, logits, strict=True):
+            painted[resample_logits(channel[None], shape)[0] > 0] = value
+        return painted.numpy()
     best = torch.full(shape, -torch.inf)
     labels = torch.zeros(shape, dtype=torch.int32)
     for value, channel in enumerate(logits):
@@ -166,7 +173,9 @@ def predict_scan(
     shape = image.shape[1:]
     image = resample_image(image, target_shape(shape, spacing, card.spacing), coarse_axis(spacing, card.spacing))
     image = image.astype(IMAGE_TYPE)
-    inside = labels_on_grid(sliding_window(model, image, card.patch, overlap), shape)
+    inside = labels_on_grid(
+        sliding_window(model, image, card.patch, overlap), shape, getattr(card, "class_order", ())
+    )
     labels = np.zeros(values[0].shape, inside.dtype)
     labels[box] = inside
     back = ornt_transform(axcodes2ornt("RAS"), orientation)

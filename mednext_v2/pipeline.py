@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TRAINING_MODULES', 'SCORE_COLUMNS', 'Plan', 'read_plan', 'notebook_parameters', 'run_notebook', 'Run', 'run_key',
-           'stop_workers', 'fit_patch', 'prepare_all', 'pretrained_folder', 'train_one', 'train_runs',
+           'stop_workers', 'fit_patch', 'prepare_all', 'pretrained_folder', 'train_model', 'train_one', 'train_runs',
            'learning_curves', 'evaluate_one', 'evaluate_runs', 'collect', 'run_stage', 'profiles', 'compose_params',
            'readme']
 
 # %% ../nbs/51_pipeline.ipynb #imports
 import json
+import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -138,7 +139,7 @@ class Run:
         return f"{self.backbone} · {self.init} · {self.name}"
 
 
-TRAINING_MODULES = "grn blocks model scaling weights backbones storage prepare augment losses trainer".split()
+TRAINING_MODULES = "grn blocks model scaling weights backbones storage prepare augment losses recipe checkpoint guard trainer".split()
 
 
 def run_key(
@@ -193,6 +194,68 @@ def pretrained_folder(profile: str, init: str, backbone: str) -> Path | None:
     return None if init == "scratch" else root() / "models" / profile / "pretrain" / init / backbone / f"{init}-s0"
 
 # %% ../nbs/51_pipeline.ipynb #train-one
+def train_model(
+    data: str | Path,  # A prepared data set
+    out: str | Path,  # Model folder that appears at the end
+    backbone: str,
+    recipe,  # A `Recipe`; its patch is made no larger than the data set's volumes
+    folder: str | Path,  # Checkpoints, curves and run.json; an interrupted training of the same identity goes on
+    overrides: dict | None = None,  # Changes to the backbone's published size
+    parent: str | Path | None = None,  # Model folder whose weights it starts from; None from scratch
+    seed: int = 0,
+    init: str = "scratch",  # What the card calls the start
+    provenance: str = "",  # What the card says of the data, besides their name
+    **options,  # Of `fit`: device, workers, parallel, resume, ...
+) -> pd.DataFrame:  # The training history
+    "Train a network on a prepared data set and keep it as a model folder"
+    from dataclasses import replace
+
+    import torch
+
+    from mednext_v2.backbones import BACKBONES, create
+    from mednext_v2.prepare import Prepared
+    from mednext_v2.trainer import fit, patch_validation, training_sampler
+    from mednext_v2.weights import Card, read_card, read_state, save_model, transfer
+
+    prepared = Prepared(data)
+    task, overrides = prepared.task, overrides or {}
+    torch.manual_seed(seed)
+    model = create(backbone, len(task.channels), task.num_classes, deep_supervision=recipe.deep_supervision, **overrides)
+    labels = dict(zip(task.regions, range(len(task.regions)))) or task.labels
+    source = read_card(parent) if parent else None
+    if parent:
+        info = BACKBONES[backbone]
+        transfer(model, read_state(parent), source.labels, labels, heads=info.heads, stem=info.stem)
+    recipe = replace(recipe, patch=fit_patch(recipe.patch, prepared.fingerprint.shape, model.stride))
+    validate = patch_validation(recipe, prepared) if recipe.validate_every else None
+    history = fit(
+        recipe, model, training_sampler(recipe, prepared, seed), folder, seed=seed, validate=validate, **options
+    )
+    card = Card(
+        backbone=backbone,
+        overrides=overrides,
+        in_channels=len(task.channels),
+        labels=task.labels,
+        groups=task.groups,
+        regions=task.regions,
+        class_order=task.class_order,
+        task=task.name,
+        modality=task.modality,
+        spacing=task.spacing,
+        patch=recipe.patch,
+        normalisation=prepared.fingerprint.normalisation(),
+        recipe=asdict(recipe),
+        init=init,
+        parent=source.sha256 if source else None,
+        seed=seed,
+        licence=task.licence,
+        provenance=f"{provenance}trained on {task.folder}",
+    )
+    if int(os.environ.get("RANK", 0)) == 0:  # The first process has the weights
+        save_model(out, model, card)
+    return history
+
+
 def train_one(
     run: Run,
     recipe,  # The trainer's Recipe
@@ -204,60 +267,19 @@ def train_one(
     device: str = "cpu",
     threads: int = 1,
 ) -> pd.DataFrame:  # The training history
-    "Train one model; an interrupted training of the same key goes on where it was"
-    from dataclasses import replace
-
+    "Train one model of the plan; an interrupted training of the same key goes on where it was"
     import torch
 
-    from mednext_v2.backbones import BACKBONES, create
     from mednext_v2.prepare import Prepared
-    from mednext_v2.trainer import fit, patch_validation, training_sampler
-    from mednext_v2.weights import Card, read_card, read_state, save_model, transfer
+    from mednext_v2.weights import read_card
 
     torch.set_num_threads(threads)
-    prepared = Prepared(data / run.task)
-    task = prepared.task
-    if task.regions or task.ignore is not None:
-        raise ValueError(f"{task.name} has regions or an ignore label: training takes plain labels so far")
-    torch.manual_seed(run.seed)
-    model = create(run.backbone, len(task.channels), task.num_classes, deep_supervision=True, **overrides)
-    source = read_card(parent) if parent else None
-    if parent:
-        info = BACKBONES[run.backbone]
-        transfer(model, read_state(parent), source.labels, task.labels, heads=info.heads, stem=info.stem)
-    patch = fit_patch(recipe.patch, prepared.fingerprint.shape, model.stride)
-    recipe = replace(recipe, patch=patch)
-    key = run_key(run, recipe, overrides, prepared.digest, source and source.sha256)
-    folder = root() / "scratch" / key
-    history = fit(
-        recipe,
-        model,
-        training_sampler(recipe, prepared, run.seed),
-        folder,
-        seed=run.seed,
-        validate=patch_validation(recipe, prepared),
-        device=device,
-        description=run.label,
+    digest, source = Prepared(data / run.task).digest, read_card(parent).sha256 if parent else None
+    folder = root() / "scratch" / run_key(run, recipe, overrides, digest, source)
+    history = train_model(
+        data / run.task, out, run.backbone, recipe, folder, overrides, parent, run.seed, run.init,
+        provenance=f"profile {run.profile}: ", device=device, description=run.label,
     )
-    card = Card(
-        backbone=run.backbone,
-        overrides=overrides,
-        in_channels=len(task.channels),
-        labels=task.labels,
-        groups=task.groups,
-        task=run.task,
-        modality=task.modality,
-        spacing=task.spacing,
-        patch=patch,
-        normalisation=prepared.fingerprint.normalisation(),
-        recipe=asdict(recipe),
-        init=run.init,
-        parent=source.sha256 if source else None,
-        seed=run.seed,
-        licence=task.licence,
-        provenance=f"profile {run.profile}: trained on {task.folder}",
-    )
-    save_model(out, model, card)
     shutil.copytree(folder / "live", curves, dirs_exist_ok=True)
     return history
 

@@ -22,7 +22,9 @@ HOMES = {
     "prepare": ["Prepared"],
     "augment": ["PatchSampler", "patch_loader"],
     "losses": ["dice_ce", "deep_supervision_loss"],
-    "trainer": ["Recipe", "fit", "learning_rate"],
+    "recipe": ["Recipe", "get_recipe", "learning_rate"],
+    "mixture": ["MixtureSampler", "union_labels"],
+    "trainer": ["fit"],
     "inference": ["predict", "sliding_window"],
     "metrics": ["dice", "surface_dice", "score_case"],
 }

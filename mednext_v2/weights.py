@@ -36,6 +36,8 @@ class Card:
     patch: tuple[int, ...]  # Voxels
     normalisation: dict  # What `prepare.normalise` needs
     recipe: dict  # How it was trained
+    regions: dict = field(default_factory=dict)  # Overlapping classes: each an output of its own, with its values
+    class_order: tuple[int, ...] = ()  # Value that a label map gets for each region
     init: str = "scratch"  # Or the name of what it was pretrained on
     parent: str | None = None  # sha256 of the pretrained weights
     seed: int = 0
@@ -46,8 +48,8 @@ class Card:
 
     @property
     def num_classes(self) -> int:
-        "Output channels, background included"
-        return len(self.labels) + 1
+        "Output channels: background and labels, or one for each region"
+        return len(self.regions) or len(self.labels) + 1
 
 
 def read_card(

@@ -103,7 +103,7 @@ def test_params_are_the_composed_mini_profile(tmp_path):
 @pytest.mark.parametrize("profile", profiles())
 def test_every_profile_builds_its_dataclasses(profile, tmp_path):
     from mednext_v2.backbones import create
-    from mednext_v2.trainer import Recipe
+    from mednext_v2.recipe import Recipe
     import torch
 
     path = compose_params(profile, tmp_path / "params.yaml")

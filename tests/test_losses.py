@@ -422,11 +422,12 @@ def test_sample_without_any_annotation_counts_as_ignored():
         assert (ours[1][1] == 0).all()
 
 
+@pytest.mark.parametrize("present_only", [True, False])
 @pytest.mark.parametrize("batch_dice", [True, False])
-def test_unannotated_regions_have_no_gradient_and_no_weight(batch_dice):
+def test_unannotated_regions_have_no_gradient_and_no_weight(batch_dice, present_only):
     logits, label, holes, _ = mode_inputs("regions")
     annotated = torch.tensor([[True, False, True]] * 2)
-    options = dict(batch_dice=batch_dice, ignore=255)
+    options = dict(batch_dice=batch_dice, present_only=present_only, ignore=255)
     loss, grad = loss_and_gradient(dice_ce, logits, holes, regions=REGIONS, annotated=annotated, **options)
     two = logits[:, [0, 2]]
     # Value 2 lies in the first region too, so it stays known

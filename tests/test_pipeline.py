@@ -25,7 +25,7 @@ from mednext_v2.pipeline import (
 )
 from mednext_v2.suite import build_task
 from mednext_v2.tasks import get_task
-from mednext_v2.trainer import Recipe
+from mednext_v2.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPE = Recipe(steps=3, batch=1, patch=(32, 32, 32), lr=1e-2, warmup=1, augment="light", checkpoint_every=2)
