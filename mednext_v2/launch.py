@@ -22,9 +22,11 @@ import sys
 import tempfile
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -225,7 +227,12 @@ def read_reports(folder: Path) -> dict[int, dict]:
 
 def is_lost(told: dict) -> bool:
     "Whether this rank has ended in any way but well"
-    return "error" in told or told.get("code", 0) != 0 or "code" not in told and not psutil.pid_exists(told["pid"])
+    if "error" in told or "code" in told:
+        return bool(told.get("code", 1))
+    try:
+        return psutil.Process(told["pid"]).status() == psutil.STATUS_ZOMBIE  # Dead, and torchrun has not looked yet
+    except psutil.NoSuchProcess:
+        return True
 
 
 def stacks_of(reports: dict[int, dict], folder: Path) -> str:
@@ -307,7 +314,7 @@ def supervise(
     return None, first
 
 # %% ../nbs/36_launch.ipynb #verdict
-STARVED = re.compile(r"signal: Killed|reads ahead died|out of memory|allocate memory|bad_alloc|MemoryError", re.I)
+STARVED = re.compile(r"signal: Killed|worker.* exited unexpectedly|reads ahead died|out of memory|allocate memory|bad_alloc|MemoryError", re.I)
 
 
 def memory_note(
@@ -420,6 +427,7 @@ class Step:
         options = {**dict(self.overrides), **({} if self.checkpointing == "none" else {"checkpointing": self.checkpointing})}
         return create(self.network, self.in_channels, self.num_classes, self.deep_supervision, **options)
 
+    @cache
     def cost(self):  # A `scaling.Estimate`
         "What the step costs, from sizes alone"
         import torch
@@ -577,16 +585,18 @@ def suggest(
         "precision": ["bf16"] if step.precision == "fp32" else [],
     }
     least = {name: values[-1] for name, values in kinds.items() if values and name not in ("patch", "precision")}
-    single = [[{name: value} for value in values] for name, values in kinds.items()]
-    combined = [[least, *({**least, "patch": patch} for patch in patches)]]
-    found = []
-    for changes in (single, combined):
-        for options in changes if not found else []:
-            tried = ((change, needed(replace(step, **change))) for change in options)
-            if fit := next(((change, size) for change, size in tried if size <= available), None):
-                text = ", ".join(f"{name} {' x '.join(map(str, v)) if name == 'patch' else v}" for name, v in fit[0].items())
-                found.append(f"{text} ({fit[1] / 1e9:.2f} GB)")
-    return found
+    alone = [[{name: value} for value in values] for name, values in kinds.items()]
+    together = [{**least, "patch": patch} for patch in (step.patch, *patches)]
+
+    def size(change: dict) -> int:
+        return needed(replace(step, **change))
+
+    def first_fit(options: list[dict]) -> list[str]:
+        place = bisect_left(options, True, key=lambda change: size(change) <= available)  # Each needs less than the last
+        words = [f"{name} {' x '.join(map(str, v)) if name == 'patch' else v}" for c in options[place:][:1] for name, v in c.items()]
+        return [f"{', '.join(words)} ({size(options[place]) / 1e9:.2f} GB)"] if words else []
+
+    return sum(map(first_fit, alone), []) or first_fit(together)
 
 
 def check_memory(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINING_MODULES', 'SCORE_COLUMNS', 'Plan', 'read_plan', 'notebook_parameters', 'run_notebook', 'Run', 'run_key',
-           'stop_workers', 'fit_patch', 'prepare_all', 'pretrained_folder', 'train_model', 'train_one', 'train_runs',
-           'learning_curves', 'evaluate_one', 'evaluate_runs', 'collect', 'run_stage', 'profiles', 'compose_params',
-           'readme']
+           'stop_workers', 'fit_patch', 'prepare_all', 'pretrained_folder', 'train_model', 'train_by_name', 'train_one',
+           'train_runs', 'learning_curves', 'evaluate_one', 'evaluate_runs', 'collect', 'run_stage', 'profiles',
+           'compose_params', 'readme']
 
 # %% ../nbs/51_pipeline.ipynb #imports
 import json
@@ -221,11 +221,12 @@ def train_model(
     task, overrides = prepared.task, overrides or {}
     torch.manual_seed(seed)
     model = create(backbone, len(task.channels), task.num_classes, deep_supervision=recipe.deep_supervision, **overrides)
-    labels = dict(zip(task.regions, range(len(task.regions)))) or task.labels
     source = read_card(parent) if parent else None
     if parent:
-        info = BACKBONES[backbone]
-        transfer(model, read_state(parent), source.labels, labels, heads=info.heads, stem=info.stem)
+        info, state = BACKBONES[backbone], read_state(parent)
+        if task.regions or source.regions:  # Outputs of regions have no class to be matched by
+            state = {name: value for name, value in state.items() if not name.startswith(info.heads)}
+        transfer(model, state, source.labels, task.labels, heads=info.heads, stem=info.stem)
     recipe = replace(recipe, patch=fit_patch(recipe.patch, prepared.fingerprint.shape, model.stride))
     validate = patch_validation(recipe, prepared) if recipe.validate_every else None
     history = fit(
@@ -254,6 +255,23 @@ def train_model(
     if int(os.environ.get("RANK", 0)) == 0:  # The first process has the weights
         save_model(out, model, card)
     return history
+
+
+def train_by_name(
+    data: str,  # A prepared data set
+    out: str,  # Model folder that appears at the end
+    backbone: str,
+    recipe: str,  # Name of a recipe
+    changes: dict,  # Fields that differ from it
+    folder: str,  # Checkpoints, curves and run.json
+    **options,  # Of `train_model`
+) -> None:
+    "`train_model` with arguments that JSON can hold, as the command line and `launch` need"
+    from mednext_v2.recipe import get_recipe
+
+    parent = options.get("parent")
+    init = Path(parent).name if parent else "scratch"
+    train_model(data, out, backbone, get_recipe(recipe, **changes), folder, init=init, **options)
 
 
 def train_one(

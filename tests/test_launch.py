@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -348,6 +349,41 @@ def test_several_machines_meet_at_the_rendezvous(tmp_path, monkeypatch):
     assert (options.nnodes, options.nproc_per_node, options.rdzv_backend) == ("2", "4", "c10d")
     assert (options.rdzv_endpoint, options.rdzv_id) == ("node1:29500", "77")
     assert (options.module, options.training_script) == (True, "mednext_v2.launch")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_launches_of_one_process_are_one_run_of_two(start, tmp_path):
+    options = ["--processes", "1", "--nodes", "2", "--rendezvous", f"localhost:{free_port()}"]
+    runs = [start(greet, *options, words=["one", "run"]) for _ in range(2)]
+    assert [finish(run)[0] for run in runs] == [0, 0]
+    assert [(tmp_path / f"said{r}").read_text() for r in (0, 1)] == ["one run 2"] * 2
+
+
+@pytest.mark.parametrize("code, requeued", [(75, True), (0, False), (1, False)])
+def test_the_slurm_script_puts_a_preempted_job_back_and_no_other(tmp_path, code, requeued):
+    tools = {
+        "srun": f'#!/bin/bash\necho "$@" > "{tmp_path}/asked"\nexit {code}\n',
+        "scontrol": f'#!/bin/bash\n[ "$1" = show ] && echo node1 && echo node2\n'
+        f'[ "$1" = requeue ] && echo "$2" > "{tmp_path}/requeued"\nexit 0\n',
+    }
+    for name, text in tools.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = dict(SLURM_JOB_ID="1042", SLURM_NNODES="2", SLURM_JOB_NODELIST="node[1-2]", SLURM_GPUS_ON_NODE="4")
+    env = {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ["bash", str(HERE.parent / "conf/slurm/train.sbatch"), "spec.json"]
+    assert subprocess.run(script, env=env).returncode == code
+    assert (tmp_path / "requeued").exists() == requeued
+    asked = (tmp_path / "asked").read_text()
+    assert "--kill-on-bad-exit=1" in asked and "--rendezvous node1:29542" in asked
+    line = asked[asked.index("spec.json") :].split()
+    monitored = dict(zip(line[1::2], line[2::2]))
+    assert (monitored["--processes"], monitored["--nodes"]) == ("4", "2")
 
 
 # Memory
