@@ -151,8 +151,8 @@ def train(options: argparse.Namespace) -> str:
     }
     if options.processes == 1:
         train_by_name(**arguments)
-    elif code := launch({"function": "mednext_v2.pipeline:train_by_name", "arguments": arguments}, options.processes):
-        raise SystemExit(code)
+    else:
+        launch({"function": "mednext_v2.pipeline:train_by_name", "arguments": arguments}, options.processes)
     return f"wrote {options.out}"
 
 

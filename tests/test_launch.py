@@ -437,7 +437,7 @@ def test_changes_are_combined_when_none_is_enough_and_nothing_is_made_up():
     low = int(needed_by_hand(replace(STEP, batch=1, checkpointing="block"))) - 1
     found = module.suggest(MEASURED.needed, STEP, low)
     assert all(needed_by_hand(replace(STEP, **parse(text))) <= low for text in found)
-    low = int(needed_by_hand(replace(STEP, batch=1, checkpointing="block", patch=(32, 32, 16))))
+    low = int(needed_by_hand(replace(STEP, batch=1, checkpointing="block", patch=(32, 32, 16)))) + 1
     found = module.suggest(MEASURED.needed, STEP, low)
     assert len(found) == 1 and set(parse(found[0])) == {"checkpointing", "batch", "patch"}
     assert parse(found[0])["batch"] == 1 and needed_by_hand(replace(STEP, **parse(found[0]))) <= low
