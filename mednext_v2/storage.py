@@ -144,7 +144,7 @@ def encode(
     "The file's bytes; the same for the same voxels"
     import blosc2
 
-    settings = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+    settings = {"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
     packed = blosc2.asarray(array, chunks=block, blocks=block, cparams=settings)
     sums = [header_sum(array.shape, array.dtype, block), *checksums(array, block).flat]
     packed.schunk.vlmeta["crc32c"] = np.array(sums, "<u4").tobytes()
@@ -210,9 +210,6 @@ def options_of(
     if local_path(source) is not None:
         return {"dparams": {"nthreads": 1}} | ({} if os.name == "nt" else {"mmap_mode": "r"})
     remote(source)  # Says which package is missing, if one is
-    # Threads do not survive a fork, and a worker that waits for one waits for ever. Only the default is set here:
-    # blosc2.set_nthreads would itself wait for the threads of the parent to end.
-    blosc2.nthreads = 1
     kept = {"cache_dir": cache, "shared_cache": True, "assume_immutable": True}
     kept = kept if cache else {"cache_policy": blosc2.CachePolicy.NONE}
     return {"lazy": True, "storage_options": {"use_listings_cache": False}, **kept}
