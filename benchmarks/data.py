@@ -1,11 +1,11 @@
 """Preparation and loading against nnU-Net 2.8's own preprocessing, and what that means for 18,000 scans.
 
-    python benchmarks/data.py            # all of it, about 15 minutes on two cores
-    python benchmarks/data.py speed      # a part: speed, memory, cases, loader
+    python benchmarks/data.py            # all of it, about 30 minutes on two cores
+    python benchmarks/data.py speed      # a part: speed, memory, paper, loader
     python benchmarks/data.py table      # the tables, from benchmarks/results/data.json
 
-Every measurement is a process of its own. Repeats of the two sides alternate; medians and the whole spread are kept, and the
-raw numbers stay in the JSON. Needs nnunetv2: see benchmarks/README.md.
+Every measurement is a process of its own. Repeats of the two sides alternate; medians and the whole
+spread are kept, and the raw numbers stay in the JSON. Needs nnunetv2: see benchmarks/README.md.
 """
 
 import json
@@ -30,9 +30,12 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "data.json"
 REPEATS = 3
 MINI = ("abdomen_ct", "liver_lesion_ct", "head_bleed_ct", "brain_mr", "abdomen_mr", "brain_lesion_mr")
-# The suite as the mini profile builds it, which is on the grid that training sees already, and two tasks that must be resampled:
-# spacing of the raw scans and of the prepared ones
-GRAINS = {"as built": (MINI, None, None), "3 mm to 2 mm": (("abdomen_ct", "brain_mr"), (3.0,) * 3, (2.0,) * 3)}
+# Tasks, spacing of the raw scans and of the prepared ones: the suite as the mini profile builds it, which is on
+# the grid of training already, and two tasks that must be resampled
+GRAINS = {
+    "as built": (MINI, None, None),
+    "3 mm to 2 mm": (("abdomen_ct", "brain_mr"), (3.0, 3.0, 3.0), (2.0, 2.0, 2.0)),
+}
 
 
 # ---------------------------------------------------------------- what is measured, one process each
@@ -100,7 +103,7 @@ def patch_read(image, label, side: int) -> float:
 
 
 def child_loader(folder: str, augment: str, steps: int) -> dict:
-    "A training loop on two cores, one for the network and one that reads ahead: how long it waits for patches"
+    "A training loop on two cores, one for the network and one that reads ahead: how long it waits"
     import torch
 
     from mednext_v2.augment import PatchSampler, patch_loader
@@ -152,9 +155,7 @@ def child(name: str, **arguments) -> dict:
 KINDS = {
     # Shape in voxels, their size in mm, the target's size: sixty structures
     "memory": ((200, 200, 150), (1.5, 1.5, 1.5), (1.0, 1.0, 1.0)),
-    # An eighth of 512 x 512 x 400 at 0.8 x 0.8 x 1.5 mm brought to 1.5 mm, by every size doubled
-    "eighth": ((256, 256, 200), (1.6, 1.6, 3.0), (3.0, 3.0, 3.0)),
-    "full": ((512, 512, 400), (0.8, 0.8, 1.5), (1.5, 1.5, 1.5)),
+    "paper": ((512, 512, 400), (0.8, 0.8, 1.5), (1.5, 1.5, 1.5)),
 }
 
 
@@ -163,9 +164,11 @@ def big_task(kind: str):
     from mednext_v2.tasks import Task
 
     labels = {f"structure{value}": value for value in range(1, 61)}
-    return Task(name=f"big_{kind}", dataset=980 + list(KINDS).index(kind), title=f"Big {kind}", modality="CT", labels=labels,
-                groups="organ", spacing=KINDS[kind][2], patch=(128, 128, 128), nsd_tolerance=1.0, role="pretrain",
-                licence="none", citation="none")
+    return Task(
+        name=f"big_{kind}", dataset=980 + list(KINDS).index(kind), title=f"Big {kind}", modality="CT",
+        labels=labels, groups="organ", spacing=KINDS[kind][2], patch=(128, 128, 128), nsd_tolerance=1.0,
+        role="pretrain", licence="none", citation="none",
+    )
 
 
 def big_raw(kind: str, raw: Path) -> None:
@@ -200,7 +203,8 @@ def big_raw(kind: str, raw: Path) -> None:
     os.link(folder / "imagesTr" / "one_0000.nii.gz", folder / "imagesTr" / "two_0000.nii.gz")
     os.link(folder / "labelsTr" / "one.nii.gz", folder / "labelsTr" / "two.nii.gz")
     write_dataset(big_task(kind), folder, 2)
-    listed = {"images": [str(folder / "imagesTr" / "one_0000.nii.gz")], "label": str(folder / "labelsTr" / "one.nii.gz")}
+    image, label = folder / "imagesTr" / "one_0000.nii.gz", folder / "labelsTr" / "one.nii.gz"
+    listed = {"images": [str(image)], "label": str(label)}
     known = json.loads((folder / "dataset.json").read_text())
     write_json(folder / "dataset.json", known | {"dataset": {"one": listed}}, sort_keys=False)  # For nnU-Net
     write_json(folder / "splits_final.json", [{"train": ["one"], "val": ["two"]}])
@@ -234,12 +238,14 @@ def speed(work: Path) -> dict:
         detail = []
         for _ in range(REPEATS):
             for workers in (1, 2):
-                ours = child("prepare", raw=str(place / "raw"), out=str(place / "out"), grain=grain, workers=workers)
+                folders = {"raw": str(place / "raw"), "out": str(place / "out")}
+                ours = child("prepare", **folders, grain=grain, workers=workers)
                 theirs = request(place, targets, workers, ("preprocess",))
                 times[f"ours {workers}"].append(ours["cases"] / ours["command_s"])
                 times[f"nnunet {workers}"].append(count / theirs["command_s"])
                 detail.append({"workers": workers, "ours": ours, "nnunet": theirs})
-                log(f"{grain}, {workers} processes: ours {ours['command_s']:.1f} s, nnU-Net {theirs['command_s']:.1f} s")
+                seconds = f"ours {ours['command_s']:.1f} s, nnU-Net {theirs['command_s']:.1f} s"
+                log(f"{grain}, {workers} processes: {seconds}")
                 shutil.rmtree(place / "out")
                 if workers == 1:
                     work_times["ours"].append(ours["cases"] / ours["work_s"])
@@ -248,45 +254,47 @@ def speed(work: Path) -> dict:
         rates = {name: spread(values) for name, values in times.items()}
         ratio = {w: rates[f"ours {w}"]["median"] / rates[f"nnunet {w}"]["median"] for w in (1, 2)}
         warm = {side: spread(values) for side, values in work_times.items()}
+        warm_ratio = warm["ours"]["median"] / warm["nnunet"]["median"]
         results[grain] = {
             "commands": {"cases_per_s": rates, "ratio": ratio},
-            "without_start": {"cases_per_s": warm, "ratio": warm["ours"]["median"] / warm["nnunet"]["median"]},
+            "without_start": {"cases_per_s": warm, "ratio": warm_ratio},
             "nnunet_cases": count,
             "runs": detail,
         }
     return results
 
 
-def compare_case(work: Path, kind: str, repeats: int, peer: bool = True) -> dict:
+def compare_case(work: Path, kind: str, peer_repeats: int) -> dict:
     "One case of sixty structures, ours and nnU-Net's"
     place, task = work / kind, big_task(kind)
     big_raw(kind, place / "raw")
-    sides = {"ours": [], "nnunet": []}
-    if peer:
-        request(place, {task.dataset: task.spacing[::-1]}, 1, ("fingerprint", "plan"), voxels=1e6)
-    for _ in range(repeats):
+    log(f"{kind}: raw data built")
+    sides, target = {"ours": [], "nnunet": []}, {task.dataset: task.spacing[::-1]}
+    request(place, target, 1, ("fingerprint", "plan"), voxels=1e6)
+    for repeat in range(REPEATS):
         sides["ours"].append(child("case", kind=kind, raw=str(place / "raw"), out=str(place / "out")))
         log(f"{kind}: {sides['ours'][-1]}")
-        if peer:
-            answer = request(place, {task.dataset: task.spacing[::-1]}, 1, ("in process",))
+        if repeat < peer_repeats:
+            answer = request(place, target, 1, ("in process",))
             sides["nnunet"].append(answer["cases"][str(task.dataset)])
             log(f"{kind}, nnU-Net: {sides['nnunet'][-1]}")
     shutil.rmtree(place)
-    result = {"shape": KINDS[kind][0], "spacing": KINDS[kind][1], "target": KINDS[kind][2], "runs": sides}
+    shape, spacing, wanted = KINDS[kind]
+    result = {"shape": shape, "spacing": spacing, "target": wanted, "runs": sides}
     for field in ("seconds", "peak_mib"):
-        result[field] = {side: spread([run[field] for run in runs]) for side, runs in sides.items() if runs}
-        if peer:
-            result[field]["ratio"] = result[field]["ours"]["median"] / result[field]["nnunet"]["median"]
+        found = {side: spread([run[field] for run in runs]) for side, runs in sides.items()}
+        result[field] = found | {"ratio": found["ours"]["median"] / found["nnunet"]["median"]}
     return result
 
 
 def memory(work: Path) -> dict:
+    "A case of moderate size that grows, as nnU-Net's own choice of spacing may ask for"
     return compare_case(work, "memory", REPEATS)
 
 
-def cases(work: Path) -> dict:
-    "The unit of the extrapolation, and one case of the full size to check that it is linear"
-    return {"eighth": compare_case(work, "eighth", REPEATS), "full": compare_case(work, "full", 1, peer=False)}
+def paper(work: Path) -> dict:
+    "A case of the paper's size, the unit of the extrapolation; nnU-Net takes minutes, so once"
+    return compare_case(work, "paper", 1)
 
 
 def loader(work: Path) -> dict:
@@ -301,15 +309,17 @@ def loader(work: Path) -> dict:
     runs = {"light": [], "nnunet": []}
     for _ in range(REPEATS):
         for augment in runs:
-            runs[augment].append(child("loader", folder=str(work / "loader" / "out"), augment=augment, steps=60))
-    return {augment: {field: spread([run[field] for run in some]) for field in some[0]} for augment, some in runs.items()}
+            folder = str(work / "loader" / "out")
+            runs[augment].append(child("loader", folder=folder, augment=augment, steps=60))
+    fields = runs["light"][0]
+    return {augment: {f: spread([run[f] for run in some]) for f in fields} for augment, some in runs.items()}
 
 
-PARTS = {"speed": speed, "memory": memory, "cases": cases, "loader": loader}
+PARTS = {"speed": speed, "memory": memory, "paper": paper, "loader": loader}
 
 
 # ---------------------------------------------------------------- tables
-NAMES = ("mednext_v2", "nnunetv2", "batchgenerators", "numpy", "scipy", "scikit-image", "torch", "blosc2", "monai")
+NAMES = ("nnunetv2", "batchgenerators", "numpy", "scipy", "scikit-image", "torch", "blosc2", "monai")
 SCANS, STEP_S, BATCH = 18_000, 0.98, 2
 
 
@@ -362,13 +372,14 @@ def speed_table(result: dict) -> list[str]:
     return lines
 
 
-def case_table(results: dict[str, dict]) -> list[str]:
-    lines = heading("60 structures", "", "ours", "nnU-Net", "ratio")
-    for name, found in results.items():
-        for field, digits, title in (("seconds", 1, "seconds a case"), ("peak_mib", 0, "peak memory, MiB")):
-            ours, theirs = found[field]["ours"], found[field].get("nnunet")
-            ratio = f"{found[field]['ratio']:.2f}" if theirs else ""
-            lines.append(row(name, title, show(ours, digits), show(theirs, digits) if theirs else "", ratio))
+def case_table(results: list[dict]) -> list[str]:
+    lines = heading("one case of 60 structures", "", "ours", "nnU-Net", "ours / nnU-Net")
+    for found in results:
+        sizes = {key: " x ".join(f"{n:g}" for n in found[key]) for key in ("shape", "spacing", "target")}
+        name = f"{sizes['shape']} voxels of {sizes['spacing']} mm to {sizes['target']} mm"
+        for field, digits, title in (("seconds", 1, "seconds"), ("peak_mib", 0, "peak memory, MiB")):
+            sides = [show(found[field][side], digits) for side in ("ours", "nnunet")]
+            lines.append(row(name, title, *sides, f"{found[field]['ratio']:.2f}"))
     return lines
 
 
@@ -382,37 +393,61 @@ def loader_table(result: dict) -> list[str]:
 
 
 def paper_scale(result: dict) -> str:
-    "What 18,000 CT of 512 x 512 x 400 voxels cost, from the measured cost of an eighth of one: a table and its sums"
-    eighth, full = ([run for run in result[kind]["runs"]["ours"]] for kind in ("eighth", "full"))
-    case = {field: float(np.median([run[field] for run in eighth])) for field in eighth[0] if field in full[0]}
-    seconds = 8 * (case["seconds"] + case["fingerprint_s"] * min(1, 500 / SCANS))
-    raw, prepared = 8 * case["raw_bytes"], 8 * case["prepared_bytes"]
-    check = full[0]
-    hours = SCANS * seconds / 3600
-    per_gpu = BATCH / STEP_S
-    bits = check["prepared_bytes"] / check["voxels"]  # Bytes of image and label together
-    lines = heading("18,000 CT, 512 x 512 x 400 at 0.8 x 0.8 x 1.5 mm to 1.5 mm", "value", "how")
+    "What 18,000 CT cost, from the measured cost of one: a table with its sums"
+    runs = result["runs"]["ours"]
+    case = {field: float(np.median([run[field] for run in runs])) for field in runs[0]}
+    theirs = result["seconds"]["nnunet"]["median"]
+    hours = SCANS * case["seconds"] / 3600
+    per_gpu, bits = BATCH / STEP_S, case["prepared_bytes"] / case["voxels"]
+    patch, read = bits * 128**3, case["patch_128_s"]
+    lines = heading("18,000 CT of 512 x 512 x 400 voxels, 0.8 x 0.8 x 1.5 mm to 1.5 mm", "value", "how")
     lines += [
-        row("a case", f"{seconds:.0f} core s", f"8 x {case['seconds']:.1f} s measured at an eighth of the voxels; "
-            f"one of full size took {check['seconds']:.0f} s"),
-        row("the fingerprint", f"{8 * case['fingerprint_s'] * 500 / 3600:.1f} core h",
-            f"500 cases x 8 x {case['fingerprint_s']:.1f} s"),
-        row("all cases", f"{hours:.0f} core h", f"18,000 x {seconds:.0f} s / 3600"),
-        *(row(f"on {cores} cores", f"{hours / cores:.1f} h", f"{hours:.0f} / {cores}") for cores in (16, 64, 512)),
-        row("memory of a worker", f"{check['peak_mib'] / 1024:.1f} GiB", "peak of the case of full size"),
-        row("raw", f"{SCANS * raw / 1e12:.1f} TB", f"18,000 x 8 x {case['raw_bytes'] / 1e6:.0f} MB (gzip)"),
-        row("prepared", f"{SCANS * prepared / 1e12:.1f} TB",
-            f"18,000 x 8 x {case['prepared_bytes'] / 1e6:.1f} MB, half precision, compressed, {bits:.2f} bytes a voxel"),
-        row("patches a GPU takes", f"{per_gpu:.1f} /s", f"batch {BATCH} in {STEP_S} s: 68 A100 hours for 250,000 steps of "
-            "MedNeXt-L at 128³ (MedNeXt-v1)"),
+        row("preparation", f"{hours:.0f} core hours", f"18,000 x {case['seconds']:.1f} s / 3600"),
+        row("its fingerprint", f"{500 * case['fingerprint_s'] / 3600:.1f} core hours",
+            f"500 cases x {case['fingerprint_s']:.1f} s / 3600"),
+        *(row(f"on {n} cores", f"{hours / n:.1f} h", f"{hours:.0f} / {n}") for n in (16, 64, 512)),
+        row("the same by nnU-Net", f"{SCANS * theirs / 3600:.0f} core hours",
+            f"18,000 x {theirs:.0f} s / 3600"),
+        row("memory of a worker", f"{case['peak_mib'] / 1024:.1f} GiB",
+            f"measured; nnU-Net {result['peak_mib']['nnunet']['median'] / 1024:.1f} GiB"),
+        row("raw", f"{SCANS * case['raw_bytes'] / 1e12:.1f} TB",
+            f"18,000 x {case['raw_bytes'] / 1e6:.0f} MB (gzip, 15 HU of noise)"),
+        row("prepared", f"{SCANS * case['prepared_bytes'] / 1e12:.2f} TB",
+            f"18,000 x {case['prepared_bytes'] / 1e6:.0f} MB: {bits:.2f} bytes a voxel, image and label"),
+        row("patches that one GPU takes", f"{per_gpu:.1f} /s",
+            f"batch {BATCH} every {STEP_S} s: MedNeXt-L (v1), 128³, 68 A100 hours for 250,000 steps"),
     ]
     for gpus in (4, 64):
         rate = gpus * per_gpu
-        lines.append(row(f"{gpus} GPUs, patches of 128³", f"{rate:.0f} reads/s, {rate * bits * 128**3 / 1e6:.0f} MB/s",
-                         f"{gpus} x {per_gpu:.1f}; {bits:.2f} bytes x 128³"))
-        lines.append(row("cores that read for them", f"{rate * check['patch_128_s']:.1f}",
-                         f"{rate:.0f} x {1000 * check['patch_128_s']:.1f} ms a patch, without augmentation"))
+        lines += [
+            row(f"{gpus} GPUs", f"{rate:.0f} reads/s", f"{gpus} x {per_gpu:.2f} patches of 128³"),
+            row("", f"{rate * patch / 1e6:.0f} MB/s",
+                f"{rate:.0f} x {bits:.2f} bytes x 128³, and more at the edges of chunks"),
+            row("", f"{rate * read:.1f} cores",
+                f"{rate:.0f} x {1000 * read:.0f} ms to read one from the page cache, without augmentation"),
+        ]
     return "\n".join(lines)
+
+
+def read_table(rows: list[dict]) -> list[str]:
+    "Patch reads of storage.json: a cube of 64³ from a file opened anew, image as it is stored"
+    picked = {("nibabel gz", "int16"): "nibabel, gzip (HU)", ("npy mapped", "float16"): "npy, mapped"}
+    picked |= {("zarr zstd 32", "float16"): "zarr 3, sharded"}
+    picked |= {("blosc2 as nnU-Net", "float32"): "blosc2 as nnU-Net writes"}
+    picked |= {("storage 32", "float16"): "this project (blosc2, checked)"}
+    titles = ("ms for a patch of 64³, opened anew", "times as fast", "MB", "ms to write")
+    lines = heading("a volume of 256 x 256 x 200 as", *titles)
+    found = {}
+    for key, title in picked.items():
+        same = [some for some in rows if (some["method"], some["array"]) == key]
+        if same:
+            first, write = (np.concatenate([some[field] for some in same]) for field in ("first_ms", "write_ms"))
+            found[title] = (np.median(first), np.mean([some["bytes"] for some in same]) / 1e6, np.median(write))
+    base = next(iter(found.values()))[0] if found else 1
+    return lines + [
+        row(title, f"{first:.1f}", f"{base / first:.0f}", f"{size:.0f}", f"{write:.0f}")
+        for title, (first, size, write) in found.items()
+    ]
 
 
 def tables(results: dict) -> str:
@@ -420,18 +455,16 @@ def tables(results: dict) -> str:
     parts = []
     if "speed" in results:
         parts.append("\n".join(speed_table(results["speed"]["result"])))
-    big = {}
-    if "memory" in results:
-        big["200 x 200 x 150 at 1.5 mm to 1 mm"] = results["memory"]["result"]
-    if "cases" in results:
-        found = results["cases"]["result"]
-        big["256 x 256 x 200 to 3 mm"], big["512 x 512 x 400 to 1.5 mm"] = found["eighth"], found["full"]
+    big = [results[name]["result"] for name in ("memory", "paper") if name in results]
     if big:
         parts.append("\n".join(case_table(big)))
+    storage = RESULTS.with_name("storage.json")
+    if storage.is_file():
+        parts.append("\n".join(read_table(json.loads(storage.read_text())["rows"])))
     if "loader" in results:
         parts.append("\n".join(loader_table(results["loader"]["result"])))
-    if "cases" in results:
-        parts.append(paper_scale(results["cases"]["result"]))
+    if "paper" in results:
+        parts.append(paper_scale(results["paper"]["result"]))
     return "\n\n".join(parts)
 
 

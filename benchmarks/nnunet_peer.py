@@ -2,12 +2,13 @@
 
     python benchmarks/nnunet_peer.py REQUEST.json
 
-REQUEST.json says what to do; times and more go to the file that it names as `answer`. nnU-Net reads its folders from
-the environment when it is imported, so whoever calls sets them: `request` does.
+REQUEST.json says what to do; times and more go to the file that it names as `answer`. nnU-Net reads its
+folders from the environment when it is imported, so whoever calls sets them: `request` does.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 def request(
     folder: Path,  # Holds raw/, and gets preprocessed/ and results/
-    datasets: dict[int, tuple],  # Number to target spacing in stored order, z y x, mm; None for nnU-Net's choice
+    datasets: dict[int, tuple],  # Number to target spacing in stored order, z y x, mm
     processes: int = 1,
     steps: tuple[str, ...] = ("fingerprint", "plan", "preprocess"),
     voxels: float = 10e7,  # Foreground voxels drawn for the fingerprint; nnU-Net's own number if not given
@@ -42,9 +43,9 @@ def request(
 
 def fingerprint(number: int, processes: int, voxels: float) -> None:
     "dataset_fingerprint.json by nnU-Net"
-    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+    from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
 
-    extractor = DatasetFingerprintExtractor(number, processes)
+    extractor = fingerprint_extractor.DatasetFingerprintExtractor(number, processes)
     extractor.show_progress_bar = False
     extractor.num_foreground_voxels_for_intensitystats = voxels
     extractor.run(overwrite_existing=True)
@@ -61,11 +62,12 @@ def preprocess(number: int, processes: int) -> None:
     "Arrays of the configuration 3d_fullres by nnU-Net"
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 
-    preprocess_dataset(number, configurations=("3d_fullres",), num_processes=[processes], show_progress_bar=False)
+    settings = {"configurations": ("3d_fullres",), "num_processes": [processes], "show_progress_bar": False}
+    preprocess_dataset(number, **settings)
 
 
 def in_process(number: int) -> dict:
-    "What a worker of nnU-Net's preprocessing does, without the pool: seconds of all cases, peak memory of this process"
+    "What a worker of nnU-Net's preprocessing does, without the pool: its seconds and its peak memory"
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -73,18 +75,21 @@ def in_process(number: int) -> dict:
 
     name = maybe_convert_to_dataset_name(number)
     place = Path(nnUNet_preprocessed) / name
-    plans, known = PlansManager(str(place / "nnUNetPlans.json")), json.loads((place / "dataset.json").read_text())
+    plans = PlansManager(str(place / "nnUNetPlans.json"))
+    known = json.loads((place / "dataset.json").read_text())
     listed = get_filenames_of_train_images_and_targets(str(Path(nnUNet_raw) / name), known)
     settings = plans.get_configuration("3d_fullres")
     preprocessor = settings.preprocessor_class(verbose=False)
     folder = place / "in_process"
-    folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     before, begin = peak_mib(), time.perf_counter()
     for id, files in listed.items():
         preprocessor.run_case_save(str(folder / id), files["images"], files["label"], plans, settings, known)
     seconds = time.perf_counter() - begin
     written = sum(path.stat().st_size for path in folder.iterdir())
-    return {"cases": len(listed), "seconds": seconds, "peak_mib": peak_mib(), "imports_mib": before, "bytes": written}
+    size = {"peak_mib": peak_mib(), "imports_mib": before, "bytes": written}
+    return {"cases": len(listed), "seconds": seconds, **size}
 
 
 def peak_mib() -> float:

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['SUFFIX', 'SIDE', 'local_path', 'join', 'remote', 'exists', 'read_bytes', 'write_bytes', 'block_shape', 'header_sum',
-           'checksums', 'storable', 'encode', 'write_array', 'reading', 'Handle', 'stamp_of', 'options_of', 'opened',
+           'checksums', 'storable', 'pack', 'write_array', 'reading', 'Handle', 'stamp_of', 'options_of', 'opened',
            'expand', 'hull', 'StoredArray', 'open_array']
 
 # %% ../nbs/25_storage.ipynb #imports
 import errno
 import hashlib
-import itertools
 import os
 import threading
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .core import atomic_file
+from .core import atomic_file, sha256
 
 # %% ../nbs/25_storage.ipynb #places
 def local_path(
@@ -124,7 +123,7 @@ def checksums(
         found[place] = value(np.ascontiguousarray(voxels[inside]))
     return found
 
-# %% ../nbs/25_storage.ipynb #encode
+# %% ../nbs/25_storage.ipynb #pack
 def storable(
     array: np.ndarray, name: str | Path,
 ) -> np.ndarray:
@@ -137,18 +136,22 @@ def storable(
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
 
 
-def encode(
+def pack(
     array: np.ndarray,  # C order
     block: tuple[int, ...],
-) -> bytes:
-    "The file's bytes; the same for the same voxels"
+    path: Path | None = None,  # Where to write; in memory if not given
+):  # Blosc2's array
+    "Compresses, and adds the checksums; the same bytes for the same voxels"
     import blosc2
 
-    settings = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
-    packed = blosc2.asarray(array, chunks=block, blocks=block, cparams=settings)
+    settings = {"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+    # The header keeps the reader's number of threads too, by default that of this machine's cores
+    settings = {"cparams": settings, "dparams": {"nthreads": 1}, "contiguous": True}
+    place = {} if path is None else {"urlpath": str(path), "mode": "w"}
+    packed = blosc2.asarray(array, chunks=block, blocks=block, **settings, **place)
     sums = [header_sum(array.shape, array.dtype, block), *checksums(array, block).flat]
     packed.schunk.vlmeta["crc32c"] = np.array(sums, "<u4").tobytes()
-    return packed.to_cframe()
+    return packed
 
 
 def write_array(
@@ -160,9 +163,14 @@ def write_array(
     if not str(target).endswith(SUFFIX):
         raise ValueError(f"{target}: the name of a stored array ends in {SUFFIX}")
     array = storable(array, target)
-    data = encode(array, block_shape(array.shape, chunks))
-    write_bytes(target, data)
-    return hashlib.sha256(data).hexdigest()
+    block = block_shape(array.shape, chunks)
+    if (path := local_path(target)) is None:
+        data = pack(array, block).to_cframe()
+        write_bytes(target, data)
+        return hashlib.sha256(data).hexdigest()
+    with atomic_file(path) as temporary:
+        pack(array, block, temporary)
+        return sha256(temporary)
 
 # %% ../nbs/25_storage.ipynb #damaged
 @contextmanager
@@ -171,7 +179,8 @@ def reading(source: str):
     try:
         yield
     except FileNotFoundError:
-        raise FileNotFoundError(f"{source} does not exist; write it first (prepare does), or correct the name") from None
+        advice = "write it first (prepare does), or correct the name"
+        raise FileNotFoundError(f"{source} does not exist; {advice}") from None
     except ImportError:
         raise
     except Exception as error:
@@ -210,9 +219,6 @@ def options_of(
     if local_path(source) is not None:
         return {"dparams": {"nthreads": 1}} | ({} if os.name == "nt" else {"mmap_mode": "r"})
     remote(source)  # Says which package is missing, if one is
-    # Threads do not survive a fork, and a worker that waits for one waits for ever. Only the default is set here:
-    # blosc2.set_nthreads would itself wait for the threads of the parent to end.
-    blosc2.nthreads = 1
     kept = {"cache_dir": cache, "shared_cache": True, "assume_immutable": True}
     kept = kept if cache else {"cache_policy": blosc2.CachePolicy.NONE}
     return {"lazy": True, "storage_options": {"use_listings_cache": False}, **kept}
@@ -243,7 +249,8 @@ def expand(
     "A key without ellipsis; TypeError for arrays, masks and new axes"
     key = key if isinstance(key, tuple) else (key,)
     if not all(item is ... or type(item) in (int, slice) or isinstance(item, np.integer) for item in key):
-        raise TypeError(f"a stored array takes integers, slices and an ellipsis, not {key}: read a box, index that")
+        raise TypeError(f"a stored array takes integers, slices and an ellipsis, not {key}: "
+                        "read a box, then index that")
     if ... not in key:
         key = (*key, ...)
     at = key.index(...)
@@ -295,16 +302,16 @@ class StoredArray:
         written = handle.sums[tuple(map(slice, first, last))]
         if (wrong := np.argwhere(checksums(voxels, self.chunks) != written)).size:
             start = [int((i + j) * side) for i, j, side in zip(first, wrong[0], self.chunks)]
-            raise ValueError(f"{self.source} is damaged: {len(wrong)} blocks are not what was written, one at voxel "
-                             f"{start}; delete the file and prepare the case again, or copy it again")
+            raise ValueError(f"{self.source} is damaged: {len(wrong)} blocks are not what was written, "
+                             f"one at voxel {start}; delete the file and prepare the case again, or copy it again")
         return voxels
 
     def __getitem__(self, key) -> np.ndarray:
         "A new array, as NumPy would slice; ValueError if what it needs is truncated or damaged"
         handle = self._handle()
         if (tuple(handle.voxels.shape), handle.voxels.dtype) != (self.shape, self.dtype):
-            raise ValueError(f"{self.source} was replaced by an array of shape {tuple(handle.voxels.shape)} and type "
-                             f"{handle.voxels.dtype}: open it again")
+            raise ValueError(f"{self.source} was replaced by an array of shape {tuple(handle.voxels.shape)} "
+                             f"and type {handle.voxels.dtype}: open it again")
         key = expand(key, self.ndim)
         # NumPy's own rules and errors, on an array of this shape that occupies a single voxel
         like = np.broadcast_to(np.empty((), self.dtype), self.shape)[key]
@@ -330,7 +337,7 @@ class StoredArray:
 # %% ../nbs/25_storage.ipynb #open-array
 def open_array(
     source: str | Path,  # A path or URL of an array that `write_array` wrote
-    cache: str | Path | None = None,  # Folder that keeps what was fetched from a URL; nothing is kept if not given
+    cache: str | Path | None = None,  # Folder that keeps what was fetched from a URL; else nothing is kept
 ) -> StoredArray:
-    "Opens an array without reading it; FileNotFoundError if there is none, ValueError if it is truncated or damaged"
+    "Opens an array, reads no voxel; FileNotFoundError if there is none, ValueError if it is damaged"
     return StoredArray(source, cache)

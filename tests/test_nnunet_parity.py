@@ -4,9 +4,9 @@ Needs nnunetv2 (benchmarks/README.md says how it installs without another torch)
 nnU-Net keeps the stored orientation, arrays here are RAS, so its arrays are turned before they are compared.
 What is known to differ:
 - images are stored in half precision here;
-- where two classes have exactly equal weight, the higher one wins here, in nnU-Net the class of the nearest voxel
-  in stored order (batchgenerators 0.25.5; the higher one before);
-- overshoot of the spline is cut at the range of the channel here, with slices apart at that of the slice there;
+- where two classes have exactly equal weight, the higher one wins here, in nnU-Net the class of the nearest
+  voxel in stored order (batchgenerators 0.25.5; the higher one before);
+- overshoot of the spline is cut at the range of the channel here, there at that of a slice if slices are apart;
 - the CT window comes from all labelled voxels here, from a random sample there.
 """
 
@@ -33,8 +33,9 @@ sys.path.insert(0, str(root() / "benchmarks"))
 
 def task(number: int, name: str, modality: str, labels: tuple[str, ...], spacing: tuple, channels=()) -> Task:
     values = {label: value for value, label in enumerate(labels, 1)}
-    fixed = {"groups": "organ", "patch": (32, 32, 32), "nsd_tolerance": 2.0, "licence": "none", "citation": "none"}
-    own = {"modality": modality, "labels": values, "spacing": spacing, "channels": channels, "role": "pretrain"}
+    fixed = {"groups": "organ", "patch": (32, 32, 32), "nsd_tolerance": 2.0, "licence": "none"}
+    fixed |= {"citation": "none", "role": "pretrain"}
+    own = {"modality": modality, "labels": values, "spacing": spacing, "channels": channels}
     return Task(name=name, dataset=number, title=f"Parity {name}", **fixed, **own)
 
 
@@ -55,7 +56,7 @@ CASES = {
         "iso": ((2.3, 2.3, 2.3), "RAS", (0.4, -0.7, 1.1)),
         "thin": ((1.9, 1.9, 5.1), "LPS", (1.3, 0.2, 0.0)),  # 2.7 times: treated as any other
         "thick": ((1.5, 1.5, 5.0), "LAI", (0.0, 0.9, 2.0)),  # 3.3 times: slices apart
-        "sagittal": ((6.5, 1.8, 2.0), "PIR", (0.3, 0.3, 0.3)),  # Another axis is coarse, and axes are permuted
+        "sagittal": ((6.5, 1.8, 2.0), "PIR", (0.3, 0.3, 0.3)),  # Another axis is coarse, axes are permuted
     },
     "thick": {
         "iso": ((2.9, 2.9, 2.9), "LPS", (0.1, 0.2, 0.3)),
@@ -95,7 +96,7 @@ def make_case(name: str, seed, spacing: tuple, shift: tuple) -> tuple[np.ndarray
         centre = np.argwhere(label == 2).mean(axis=0)
         hole = np.linalg.norm((np.indices(label.shape).T - centre) * spacing, axis=-1).T < 7
         image[hole] = second[hole] = 0  # Zeros inside the brain are tissue, not background
-        label[image + second == 0] = 0  # nnU-Net would count these as tissue, which it could not in a new scan
+        label[image + second == 0] = 0  # nnU-Net would count these as tissue, as it could not in a new scan
         crop = trimmed(image + second)
         margin = ((9, 4), (5, 8), (3, 2))
         return np.stack([np.pad(c[crop], margin) for c in (image, second)]), np.pad(label[crop], margin)
@@ -221,7 +222,7 @@ def test_label_as_nnunet(both, name, id):
     theirs = peer_arrays(both, name, id)[1]
     assert ours.shape == theirs.shape
     ties = tied(both, name, id, ours.shape)
-    # Not all of the rest is equal: at the edge of a stripped brain nnU-Net has two backgrounds, inside and outside
+    # Not all of the rest is equal: at the edge of a stripped brain nnU-Net has two backgrounds
     for label, value in TASKS[name].labels.items():
         assert (theirs == value).sum() > 50, f"{label} is too small here to tell anything"
         assert dice((ours == value) & ~ties, (theirs == value) & ~ties) > 0.997, label

@@ -23,7 +23,8 @@ KINDS = ["float16", "float32", "float64", "uint8", "int16", "int32", "uint16", "
 def random_array(rng, shape, kind="float16"):
     dtype = np.dtype(kind)
     values = rng.normal(size=shape) * 50
-    return (values > 0 if dtype.kind == "b" else np.abs(values) if dtype.kind == "u" else values).astype(dtype)
+    values = np.abs(values) if dtype.kind == "u" else values
+    return (values > 0 if dtype.kind == "b" else values).astype(dtype)
 
 
 def random_key(rng, shape):
@@ -64,7 +65,8 @@ def test_any_slice_is_numpys(seed, tmp_path):
     for _ in range(40):
         key = random_key(rng, shape)
         read, expected = stored[key], array[key]
-        assert np.array_equal(read, expected) and np.shape(read) == expected.shape and read.dtype == expected.dtype, key
+        assert np.array_equal(read, expected) and np.shape(read) == expected.shape, key
+        assert read.dtype == expected.dtype
         if read.ndim:
             assert read.flags.c_contiguous and read.flags.writeable
             read[...] = 0  # What was read is the reader's own
@@ -106,7 +108,7 @@ def test_equal_arrays_are_equal_bytes_in_any_process(tmp_path):
     digest = write_array(tmp_path / "a.b2nd", array)
     assert digest == sha256(tmp_path / "a.b2nd")
     np.save(tmp_path / "a.npy", np.asfortranarray(array).astype(">f4"))
-    code = ("import sys, numpy; from mednext_v2.storage import write_array; import blosc2; blosc2.set_nthreads(4)\n"
+    code = ("import sys, numpy, blosc2; from mednext_v2.storage import write_array; blosc2.set_nthreads(5)\n"
             "print(write_array(sys.argv[2], numpy.load(sys.argv[1])[:, ::1]))")
     files = [str(tmp_path / name) for name in ("a.npy", "b.b2nd")]
     other = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True)
@@ -152,7 +154,7 @@ def test_every_truncation_is_named(tmp_path):
 
 
 def test_no_flipped_bit_is_ever_read_as_voxels(tmp_path):
-    """All bytes of header and trailer, and a sample of the others; in a process of its own, which could die of them."""
+    """All bytes of header and trailer, a sample of the others; in a process of its own, which might die."""
     code = f"""
 import random, resource, sys, numpy as np
 from collections import Counter
@@ -165,8 +167,8 @@ folder, rng = Path(sys.argv[1]), random.Random(0)
 array = random_array(np.random.default_rng(6), (1, 50, 40, 33))
 write_array(folder / "a.b2nd", array)
 data, found = (folder / "a.b2nd").read_bytes(), Counter()
-ends = [*range(350), *range(len(data) - 350, len(data))]
-for i, at in enumerate([*ends, *(rng.randrange(len(data)) for _ in range(400))]):
+ends = [*range(300), *range(len(data) - 250, len(data))]
+for i, at in enumerate([*ends, *(rng.randrange(len(data)) for _ in range(250))]):
     changed = bytearray(data)
     changed[at] ^= 1 << rng.randrange(8)
     path = folder / "f.b2nd"
@@ -178,7 +180,7 @@ print(dict(found))
     assert done.returncode == 0, done.stderr[-2000:]
     found = eval(done.stdout.splitlines()[-1])
     assert not [name for name in found if "WRONG" in name], found
-    assert found["body named"] > 390, found
+    assert found["body named"] > 240, found
 
 
 def test_damage_elsewhere_leaves_a_patch_readable(tmp_path):
@@ -210,13 +212,10 @@ def test_files_of_others_are_named(tmp_path):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from mednext_v2 import core, storage
+from mednext_v2 import storage
 moment, path = sys.argv[1:]
-if moment == "half":  # In the middle of the bytes
-    def write(self, data, old=type(core.Path()).write_bytes):
-        old(self, data[: len(data) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-    type(core.Path()).write_bytes = write
+if moment == "half":  # Voxels written, checksums not yet
+    storage.checksums = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 if moment == "sync":  # All written, not yet of its name
     os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
 while True:
@@ -276,7 +275,8 @@ def test_workers_read_what_their_parent_has_read_before(tmp_path):
     blosc2.asarray(array)[:]  # Leaves threads behind that a forked child does not have
     stored = open_array(tmp_path / "a.b2nd")
     assert np.array_equal(stored[...], array)  # A handle is open when the workers are made
-    loader = DataLoader(Patches(stored), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=30)
+    how = {"num_workers": 2, "multiprocessing_context": "fork", "timeout": 30}
+    loader = DataLoader(Patches(stored), batch_size=None, **how)
     for i, patch in loader:
         assert np.array_equal(patch, array[:, 4 * i : 4 * i + 40, i:, 3])
     key = np.s_[0, 10:70, ::3]
@@ -311,7 +311,8 @@ def test_threads_read_side_by_side(tmp_path):
     stored, rng = open_array(tmp_path / "a.b2nd"), np.random.default_rng(12)
     keys = [tuple(slice(i, i + 30) for i in rng.integers(0, 60, 3)) for _ in range(200)]
     with ThreadPoolExecutor(8) as pool:
-        assert all(np.array_equal(read, array[key]) for read, key in zip(pool.map(stored.__getitem__, keys), keys))
+        patches = pool.map(stored.__getitem__, keys)
+        assert all(np.array_equal(patch, array[key]) for patch, key in zip(patches, keys))
 
 
 def test_many_arrays_need_few_open_files(tmp_path):
@@ -371,9 +372,10 @@ def s3():
     proxy = Counting(server.get_host_and_port()[1])
     proxy.start()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "NO_PROXY": "127.0.0.1",
-                            "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
-                            "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}.items():
+        for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+                            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}", "NO_PROXY": "127.0.0.1",
+                            "AWS_DEFAULT_REGION": "us-east-1", "AWS_CONFIG_FILE": os.devnull,
+                            "AWS_SHARED_CREDENTIALS_FILE": os.devnull}.items():
             patch.setenv(name, value)
         fsspec.filesystem("s3").mkdir("bucket")
         yield proxy
@@ -383,7 +385,7 @@ def s3():
 
 @pytest.fixture(scope="module")
 def volume(s3):
-    array = random_array(np.random.default_rng(13), (1, 224, 192, 160))
+    array = random_array(np.random.default_rng(13), (1, 160, 160, 128))
     write_array("s3://bucket/case/image.b2nd", array)
     return array
 
@@ -391,16 +393,17 @@ def volume(s3):
 def test_a_patch_from_s3_fetches_only_its_blocks(s3, volume):
     stored = open_array("s3://bucket/case/image.b2nd")
     opening, size = s3.received, len(read_bytes("s3://bucket/case/image.b2nd"))
-    key = np.s_[:, 30:94, 50:114, 70:134]
-    blocks, all_blocks = 3 * 3 * 3, 7 * 6 * 5
+    key = np.s_[:, 30:94, 50:114, 40:104]
+    blocks, all_blocks = 3 * 3 * 3, 5 * 5 * 4
     assert np.array_equal(stored[key], volume[key])  # The first read also fetches the table of blocks
     table = s3.received - opening - size
     s3.clear()
     assert np.array_equal(stored[key], volume[key])
     gets = [line for line in s3.asked if line.startswith(b"GET /bucket/case/image.b2nd")]
     assert len(gets) == len(s3.asked) == blocks
-    assert 0.8 * size * blocks / all_blocks < s3.received < 1.03 * size * blocks / all_blocks + 600 * len(gets)
-    assert s3.received < 0.14 * size and table < s3.received + 10_000
+    share = size * blocks / all_blocks
+    assert 0.8 * share < s3.received < 1.03 * share + 600 * len(gets)
+    assert s3.received < 0.3 * size and table < s3.received + 10_000
     s3.clear()
     assert np.array_equal(stored[:, :32, :32, :32], volume[:, :32, :32, :32])
     assert s3.received < 2 * 32**3 * 1.01 + 600
@@ -416,7 +419,7 @@ def test_opening_from_s3_reads_no_voxels(s3, volume):
 
 def test_any_slice_from_s3_is_numpys(s3, volume):
     stored, rng = open_array("s3://bucket/case/image.b2nd"), np.random.default_rng(14)
-    for _ in range(8):
+    for _ in range(3):
         key = random_key(rng, volume.shape)
         assert np.array_equal(stored[key], volume[key]), key
     assert np.array_equal(np.asarray(stored), volume)
@@ -429,14 +432,14 @@ def test_s3_through_fork_spawn_and_pickle(s3, volume):
     blosc2.asarray(volume)[:]  # Leaves threads behind that a forked child does not have
     stored, key = open_array("s3://bucket/case/image.b2nd"), np.s_[0, 100:140, 3:60, ::7]
     assert np.array_equal(stored[key], volume[key])
-    for start in ["fork"] * 8 + ["spawn"]:
+    for start in ["fork"] * 4 + ["spawn"]:
         with multiprocessing.get_context(start).Pool(1) as pool:
             assert np.array_equal(pool.map_async(read_patch, [(stored, key)]).get(timeout=60)[0], volume[key])
     assert np.array_equal(pickle.loads(pickle.dumps(stored))[key], volume[key])
 
 
 def test_a_cache_spares_the_second_epoch(s3, volume, tmp_path):
-    key = np.s_[:, 30:94, 50:114, 70:134]
+    key = np.s_[:, 30:94, 50:114, 40:104]
     first = open_array("s3://bucket/case/image.b2nd", cache=tmp_path / "cache")
     assert np.array_equal(first[key], volume[key])
     s3.clear()
@@ -480,8 +483,8 @@ def test_damage_and_absence_on_s3_are_named(s3, volume):
 
 def test_the_same_array_has_the_same_hash_in_any_place(s3, tmp_path):
     array = random_array(np.random.default_rng(15), (40, 50, 60))
-    digests = {write_array(join(base, "a.b2nd"), array) for base in (tmp_path, "s3://bucket/hash", "memory://hash",
-                                                                     tmp_path.as_uri())}
+    bases = (tmp_path, tmp_path.as_uri(), "s3://bucket/hash", "memory://hash")
+    digests = {write_array(join(base, "a.b2nd"), array) for base in bases}
     assert len(digests) == 1
     assert np.array_equal(open_array(join(tmp_path.as_uri(), "a.b2nd"))[3], array[3])
 
