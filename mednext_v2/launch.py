@@ -159,7 +159,8 @@ def command(
     together = ["--standalone"]
     if nodes > 1:
         job = os.environ.get("SLURM_JOB_ID", "mednext_v2")
-        together = ["--nnodes", f"{nodes}", "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous, "--rdzv-id", job]
+        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous, "--rdzv-id", job]
+        together = ["--nnodes", f"{nodes}", *meeting]
     own = ["--nproc-per-node", f"{processes}", "--log-dir", str(folder), "-m", "mednext_v2.launch"]
     return [*python, "agent", *together, *own, *rank]
 
@@ -230,7 +231,8 @@ def is_lost(told: dict) -> bool:
     if "error" in told or "code" in told:
         return bool(told.get("code", 1))
     try:
-        return psutil.Process(told["pid"]).status() == psutil.STATUS_ZOMBIE  # Dead, and torchrun has not looked yet
+        # A zombie is dead, and torchrun has not looked yet
+        return psutil.Process(told["pid"]).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 
@@ -297,13 +299,16 @@ def supervise(
             if caught and not asked:
                 asked, deadline = True, now + grace
                 reason = RunEnded(f"was told to stop and did not save within {grace:g} s", 128 + caught[0])
-                for pid in [told["pid"] for told in reports.values()] if len(reports) == processes else [child.pid]:
+                whole = len(reports) == processes  # Otherwise not all have started
+                for pid in [told["pid"] for told in reports.values()] if whole else [child.pid]:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGTERM)
             elif deadline is None:
-                silent = [r for r, told in reports.items() if "code" not in told and now - told["time"] > patience]
+                at_work = {rank: told for rank, told in reports.items() if "code" not in told}
+                silent = [rank for rank, told in at_work.items() if now - told["time"] > patience]
                 if lost:
-                    deadline = now + (grace if all(told.get("code") == SAVED for told in lost.values()) else LOST)
+                    saving = all(told.get("code") == SAVED for told in lost.values())
+                    deadline = now + (grace if saving else LOST)
                 elif silent:
                     steps = ", ".join(f"rank {r} (step {reports[r]['step'] or 0})" for r in silent)
                     text = f"hung: nothing from {steps} for {patience:g} s. They were here:\n"
@@ -314,7 +319,9 @@ def supervise(
     return None, first
 
 # %% ../nbs/36_launch.ipynb #verdict
-STARVED = re.compile(r"signal: Killed|worker.* exited unexpectedly|reads ahead died|out of memory|allocate memory|bad_alloc|MemoryError", re.I)
+STARVED = re.compile(
+    "signal: Killed|worker.* exited unexpectedly|reads ahead died|out of memory|allocate memory|bad_alloc|MemoryError", re.I
+).search
 
 
 def memory_note(
@@ -326,7 +333,8 @@ def memory_note(
     else:
         found = "probably out of memory (or killed by hand, or by the scheduler)"
     free, total = available_memory() / 1e9, psutil.virtual_memory().total / 1e9
-    return f"{found}; now {free:.1f} of {total:.1f} GB are free. Use fewer workers, a smaller batch or patch, or ask for more"
+    help_ = "Use fewer workers, a smaller batch or patch, or ask for more"
+    return f"{found}; now {free:.1f} of {total:.1f} GB are free. {help_}"
 
 
 def verdict(
@@ -340,20 +348,21 @@ def verdict(
     if code == 0:
         return None
     at = {rank: f"rank {rank} (step {told.get('step') or 0})" for rank, told in reports.items()}
-    causes = {rank: number for rank, number in codes.items() if not first or rank in first or rank not in reports}
-    for rank, number in sorted(causes.items()):
-        if number < 0 and -number not in (signal.SIGTERM, signal.SIGINT):
+    for rank, number in sorted(codes.items()):
+        later = first and rank in reports and rank not in first
+        if number < 0 and not later and -number not in (signal.SIGTERM, signal.SIGINT):
             note = f": {memory_note(kills)}" if -number == signal.SIGKILL else ""
             name = signal.Signals(-number).name
             return RunEnded(f"{at.get(rank, f'rank {rank}')} was killed by {name}{note}", 128 - number)
     ended = [(told["time"], rank) for rank, told in reports.items() if "error" in told or told.get("code")]
     if not ended:
-        told = ", ".join(f"rank {rank}: exit code {number}" for rank, number in codes.items())
+        told = "".join(f"; rank {rank}: exit code {number}" for rank, number in codes.items())
         code = 128 - code if code < 0 else code
-        return RunEnded(f"ended before anything was saved (exit code {code}{'; ' + told if told else ''})", code)
+        return RunEnded(f"ended before anything was saved (exit code {code}{told})", code)
     rank = min(ended)[1]
     if error := reports[rank].get("error"):
-        return RunEnded(f"{at[rank]}: {error}" + (f" ({memory_note(kills)})" if STARVED.search(error) else ""), FAILED)
+        note = f" ({memory_note(kills)})" if STARVED(error) else ""
+        return RunEnded(f"{at[rank]}: {error}{note}", FAILED)
     if (code := reports[rank]["code"]) == SAVED:
         return RunEnded(f"{at[rank]} was told to stop and has saved: start the run again, it goes on", SAVED)
     return RunEnded(f"{at[rank]} ended with exit code {code}", code)
@@ -387,10 +396,10 @@ def launch(
         environment.setdefault("OMP_NUM_THREADS", "1")
     line = command(folder / "spec.json", processes, nodes, rendezvous, folder / "logs")
     inside = "ipykernel" in sys.modules
-    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") if inside else {}
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     kills, code = memory_kills(), FAILED
     # A session of its own: Ctrl-C in a terminal would otherwise reach every rank, and again through us
-    child = subprocess.Popen(line, env=environment, start_new_session=True, **pipe)
+    child = subprocess.Popen(line, env=environment, start_new_session=True, **(pipe if inside else {}))
     try:
         if inside:
             threading.Thread(target=copy_output, args=[child], daemon=True).start()
@@ -424,7 +433,9 @@ class Step:
         "The network, with random weights"
         from mednext_v2.backbones import create
 
-        options = {**dict(self.overrides), **({} if self.checkpointing == "none" else {"checkpointing": self.checkpointing})}
+        options = dict(self.overrides)
+        if self.checkpointing != "none":  # Not every network has it
+            options["checkpointing"] = self.checkpointing
         return create(self.network, self.in_channels, self.num_classes, self.deep_supervision, **options)
 
     @cache
@@ -436,9 +447,8 @@ class Step:
         with torch.device("meta"):
             model, image = self.create(), torch.empty(self.batch, self.in_channels, *self.patch)
         if hasattr(model, "arch"):
-            sizes = dict(patch=self.patch, batch=self.batch, precision=self.precision, checkpointing=self.checkpointing)
-            heads = dict(in_channels=self.in_channels, num_classes=self.num_classes, deep_supervision=self.deep_supervision)
-            return estimate(model.arch, **sizes, **heads)
+            options = {k: v for k, v in asdict(self).items() if k not in ("network", "overrides")}
+            return estimate(model.arch, **options)
         kept, share = {}, PRECISIONS[self.precision] / 4
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
@@ -447,7 +457,7 @@ class Step:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outputs = model(image)  # Holds what was kept, so that no storage is counted under another's number
+            outputs = model(image)  # Holds what was kept: else a storage could get the number of another
         sizes = [int(size * share) for storage, size in kept.items() if storage not in weights]
         parameters = count_parameters(model)
         del outputs
@@ -584,7 +594,7 @@ def suggest(
         "patch": patches,
         "precision": ["bf16"] if step.precision == "fp32" else [],
     }
-    least = {name: values[-1] for name, values in kinds.items() if values and name not in ("patch", "precision")}
+    least = {name: kinds[name][-1] for name in ("checkpointing", "batch") if kinds[name]}
     alone = [[{name: value} for value in values] for name, values in kinds.items()]
     together = [{**least, "patch": patch} for patch in (step.patch, *patches)]
 
@@ -592,9 +602,13 @@ def suggest(
         return needed(replace(step, **change))
 
     def first_fit(options: list[dict]) -> list[str]:
-        place = bisect_left(options, True, key=lambda change: size(change) <= available)  # Each needs less than the last
-        words = [f"{name} {' x '.join(map(str, v)) if name == 'patch' else v}" for c in options[place:][:1] for name, v in c.items()]
-        return [f"{', '.join(words)} ({size(options[place]) / 1e9:.2f} GB)"] if words else []
+        # Each needs less than the one before
+        place = bisect_left(options, True, key=lambda change: size(change) <= available)
+        for change in options[place : place + 1]:
+            shown = {**change, "patch": " x ".join(map(str, change["patch"]))} if "patch" in change else change
+            text = ", ".join(f"{name} {value}" for name, value in shown.items())
+            return [f"{text} ({size(change) / 1e9:.2f} GB)"]
+        return []
 
     return sum(map(first_fit, alone), []) or first_fit(together)
 
@@ -613,10 +627,10 @@ def check_memory(
     if (need := measured.needed(step)) <= room:
         return need, measured.seconds(step)
     helps = suggest(measured.needed, step, room)
-    advice = "".join(f"\n  {text}" for text in helps) if helps else "\n  nothing but a smaller network, or more memory"
+    advice = "\n  ".join(helps or ["nothing but a smaller network, or more memory"])
     raise ValueError(
         f"a step of {step.network} needs about {need / 1e9:.2f} GB, but a process can have {room / 1e9:.2f} GB "
-        f"(device {device}). What fits:{advice}"
+        f"(device {device}). What fits:\n  {advice}"
     )
 
 # %% ../nbs/36_launch.ipynb #main
@@ -627,13 +641,13 @@ def main(
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["agent"]:
         return agent(arguments[1:])
-    parser = argparse.ArgumentParser(prog="python -m mednext_v2.launch", description="Run what a JSON file describes.")
+    parser = argparse.ArgumentParser("python -m mednext_v2.launch", description="Run what a JSON file describes.")
     parser.add_argument("spec", type=Path)
     parser.add_argument("--processes", type=int, help="start and watch so many on this machine")
     parser.add_argument("--nodes", type=int, default=1, help="machines; start this on each (default: 1)")
     parser.add_argument("--rendezvous", default="", metavar="HOST:PORT", help="where several machines meet")
-    parser.add_argument("--patience", type=float, default=900, metavar="S", help="without a heartbeat (default: 900)")
-    parser.add_argument("--grace", type=float, default=120, metavar="S", help="to save when stopped (default: 120)")
+    parser.add_argument("--patience", type=float, default=900, help="seconds without a heartbeat (900)")
+    parser.add_argument("--grace", type=float, default=120, help="seconds to save when stopped (120)")
     options = vars(parser.parse_args(arguments))
     if options["processes"] is None:
         return run_rank(options["spec"])

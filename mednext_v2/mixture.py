@@ -285,7 +285,7 @@ def traits(prepared) -> dict:
         scales = zip(names, known["schemes"], *(known[key] for key in ("low", "high", "mean", "std")))
         words = "{} {} ({:g} to {:g}, mean {:g}, std {:g})"
         each = [(words if scale[1] == "ct" else "{} {}").format(*scale) for scale in scales]
-        found["normalisation"] = ", ".join(sorted(each)) + (" of what is not zero" if known["nonzero"] else "")
+        found["normalisation"] = ", ".join(sorted(each)) + (" beside zeros" if known["nonzero"] else "")
     return found
 
 
@@ -446,7 +446,9 @@ class MixtureSampler:
             raise RuntimeError(f"step {step}, patch {index}, data set {name}: {error}") from error
         if order := self.orders[name]:
             image = image[order]
-        return image, torch.from_numpy(table[label.numpy()]), Drawn(name, seed, torch.tensor(annotated))
+        if not np.array_equal(table, np.arange(len(table))):  # As often in the first data set
+            label = torch.from_numpy(table.take(label.numpy(), mode="clip"))
+        return image, label, Drawn(name, seed, torch.tensor(annotated))
 
     def regions(self, step: int) -> list[tuple[Tensor, Tensor, Drawn]]:
         "The regions of a step, to be varied elsewhere"

@@ -139,7 +139,7 @@ class Run:
         return f"{self.backbone} · {self.init} · {self.name}"
 
 
-TRAINING_MODULES = "grn blocks model scaling weights backbones storage prepare augment losses recipe checkpoint guard trainer".split()
+TRAINING_MODULES = "grn blocks model scaling weights backbones storage prepare augment losses recipe checkpoint guard mixture trainer".split()
 
 
 def run_key(

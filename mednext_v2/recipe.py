@@ -96,7 +96,7 @@ RECIPES = {
         steps=600, patch=(32, 32, 32), lr=1e-2, warmup=30, foreground=0.5, augment="light", present_only=True,
         validate_every=100, checkpoint_every=100,
     ),
-    "smoke": dict(steps=4, patch=(16, 16, 16), lr=1e-3, warmup=1, augment="light", checkpoint_every=2),
+    "smoke": dict(steps=4, patch=(32, 32, 32), lr=1e-3, warmup=1, augment="light", checkpoint_every=2),
 }
 
 

@@ -6,8 +6,8 @@
 __all__ = ['PRECISION', 'BLOCKS', 'PREEMPTED', 'MOST_SKIPPED', 'sharding', 'make_engine', 'whole_state', 'load_whole_state',
            'plain', 'loss_options', 'train_step', 'overlaps', 'PatchValidation', 'finest', 'patch_validation',
            'training_sampler', 'Preempted', 'Signals', 'Progress', 'curves', 'progress_bar', 'Reporter', 'flat',
-           'manifest', 'peak_memory', 'check_run', 'set_step', 'is_due', 'averaged', 'look', 'Session', 'guard',
-           'told_to_stop', 'fit']
+           'manifest', 'peak_memory', 'check_run', 'set_step', 'Share', 'share', 'is_due', 'averaged', 'look',
+           'Session', 'guard', 'told_to_stop', 'fit']
 
 # %% ../nbs/35_trainer.ipynb #imports
 import copy
@@ -33,6 +33,7 @@ from .checkpoint import check_identity, identity, read_checkpoint, save_checkpoi
 from .core import atomic_file, write_json
 from .guard import write_bundle
 from .losses import deep_supervision_loss, sum_over_processes
+from .mixture import select_outputs
 from .recipe import Average, Recipe, learning_rate, make_optimizer
 
 # %% ../nbs/35_trainer.ipynb #engine
@@ -118,8 +119,9 @@ def plain(optimizer) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 # %% ../nbs/35_trainer.ipynb #step
-def loss_options(recipe: Recipe, task=None, engine=None) -> dict:
+def loss_options(recipe: Recipe, sampler=None, engine=None) -> dict:
     "What `deep_supervision_loss` needs to know of recipe, data set and processes"
+    task = getattr(sampler, "labels", None) or getattr(getattr(sampler, "prepared", None), "task", None)
     options = {"present_only": recipe.present_only, "batch_dice": recipe.batch_dice}
     if getattr(task, "regions", None):
         options["regions"] = tuple(task.regions.values())
@@ -137,6 +139,7 @@ def train_step(
     optimizer,
     batch: tuple[Tensor, ...],  # Image (B, C, *patch), label (B, 1, *patch) and perhaps which classes are annotated
     options: dict,  # From `loss_options`
+    space=None,  # `LabelSpace` of a mixture of data sets
 ) -> tuple[float, float]:  # Loss, and norm of the gradient before clipping
     "Forward and backward in the recipe's parts, then one step; nothing is changed if a number is not finite"
     optimizer.zero_grad()
@@ -148,6 +151,8 @@ def train_step(
             with engine.autocast():
                 outputs = model(image)
             more = {"annotated": rest[0]} if rest else {}
+            if space is not None:  # A mixture of data sets: the outputs that stand for its classes
+                outputs = select_outputs(space, outputs, rest[0])
             part = deep_supervision_loss(outputs, label, **options, **more) / len(parts)
             engine.backward(part)
             loss += part.detach()
@@ -458,6 +463,8 @@ def check_run(recipe: Recipe, model: nn.Module, sampler) -> None:
     stride = getattr(model, "stride", 1)
     if any(size % stride for size in recipe.patch):
         raise ValueError(f"recipe: patch {recipe.patch} must be divisible by {stride}, the network's stride")
+    if all(size <= stride for size in recipe.patch) and stride > 1:
+        raise ValueError(f"recipe: patch {recipe.patch} leaves one voxel at the network's stride, {stride}: enlarge it")
     names = {"patch": "patch", "batch": "batch_size", "foreground": "foreground", "augment": "augment"}
     pairs = [(name, getattr(sampler, attribute, None), "sampler") for name, attribute in names.items()]
     pairs.append(("deep_supervision", getattr(model, "deep_supervision", None), "network"))
@@ -465,9 +472,14 @@ def check_run(recipe: Recipe, model: nn.Module, sampler) -> None:
         if found is not None and found != getattr(recipe, name):
             raise ValueError(f"recipe: {name} is {getattr(recipe, name)!r}, but the {owner} has {found!r}")
     task = getattr(getattr(sampler, "prepared", None), "task", None)
-    wanted, heads = getattr(task, "num_classes", None), getattr(model, "num_classes", None)
+    space, name = getattr(sampler, "labels", None), getattr(task, "name", "the mixture")
+    wanted = len(space.outputs) if space else getattr(task, "num_classes", None)
+    heads = getattr(model, "num_classes", None)
     if wanted and heads and wanted > heads:
-        raise ValueError(f"task {task.name} has {wanted} classes, but the network has {heads} outputs")
+        raise ValueError(f"task {name} has {wanted} classes, but the network has {heads} outputs")
+    covered = set().union(*task.regions.values()) if getattr(task, "regions", None) else set()
+    if covered and (lost := sorted(set(task.labels.values()) - covered)):
+        raise ValueError(f"task {name}: label {lost} is in no region, so that nothing would be learnt of it")
 
 
 def set_step(
@@ -480,6 +492,25 @@ def set_step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+
+
+class Share:
+    "The patches that one process makes of a sampler's batches, one by one"
+
+    def __init__(self, sampler, rank: int, count: int):
+        self.sampler, self.indices, self.fingerprint = sampler, range(rank, sampler.batch_size, count), sampler.fingerprint
+
+    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
+        return tuple(map(torch.stack, zip(*(self.sampler.sample(step, index) for index in self.indices))))
+
+
+def share(sampler, rank: int, count: int):
+    "Patches rank, rank + count, ... of every batch; ValueError if they cannot be dealt out evenly"
+    if count == 1:
+        return sampler
+    if sampler.batch_size % count:
+        raise ValueError(f"a batch of {sampler.batch_size} patches cannot be dealt out to {count} processes")
+    return sampler.shard(rank, count) if hasattr(sampler, "shard") else Share(sampler, rank, count)
 
 
 def is_due(step: int, every: int, recipe: Recipe) -> bool:
@@ -637,8 +668,8 @@ def fit(
     who = identity(recipe, model, sampler, seed)
     engine = make_engine(recipe, model, device, parallel, trackers=trackers, folder=folder)
     session = Session(recipe, model, engine, folder, who, resume)
-    at, options = session.progress, loss_options(recipe, getattr(getattr(sampler, "prepared", None), "task", None), engine)
-    shard = sampler.shard(engine.process_index, engine.num_processes) if engine.num_processes > 1 else sampler
+    at, options, space = session.progress, loss_options(recipe, sampler, engine), getattr(sampler, "labels", None)
+    shard = share(sampler, engine.process_index, engine.num_processes)
     ahead = dict(workers=workers, device=engine.device, augment_on_device=augment_on_device)
     batches = patch_loader(shard, at.step, recipe.steps, **ahead)
     report = Reporter(session, trackers, progress, description, log_every)
@@ -649,7 +680,7 @@ def fit(
             report.arrived()
             at.step += 1
             set_step(session.optimizer, learning_rate(at.step - 1, recipe), seed, at.step)
-            loss, norm = train_step(recipe, engine, session.model, session.optimizer, batch, options)
+            loss, norm = train_step(recipe, engine, session.model, session.optimizer, batch, options, space)
             guard(session, shard, batch, loss, norm)
             if session.average:
                 session.average.update(session.network)

@@ -117,7 +117,9 @@ def start(tmp_path):
             "function": f"test_launch:{function.__name__}", "arguments": dict(out=str(tmp_path), **arguments),
         }))
         line = [sys.executable, "-m", "mednext_v2.launch", str(spec), *options]
+        (tmp_path / "temporary").mkdir(exist_ok=True)
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
+        env["TMPDIR"] = str(tmp_path / "temporary")
         started.append(subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return started[-1]
 
@@ -153,12 +155,10 @@ def gone(pid: int) -> bool:
 
 
 def test_a_run_of_two_ends_well_and_both_get_the_arguments(start, tmp_path):
-    before = set(Path(module.tempfile.gettempdir()).glob("mednext-*"))
     run = start(greet, "--processes", "2", words=["well", "done"])
     assert finish(run)[0] == 0
     assert [(tmp_path / f"said{r}").read_text() for r in (0, 1)] == ["well done 2"] * 2
-    left = set(Path(module.tempfile.gettempdir()).glob("mednext-*")) - before
-    assert not [folder for folder in left if (folder / "spec.json").exists() and "well" in (folder / "spec.json").read_text()]
+    assert not list((tmp_path / "temporary").iterdir()), "nothing is left"
 
 
 def test_an_error_in_one_rank_is_one_line_that_names_it(start):

@@ -47,7 +47,7 @@ def toy_mednext(dtype=torch.float32) -> torch.nn.Module:
     "Two levels; a buffer, since DDP treats networks that have one in another way"
     torch.manual_seed(0)
     model = create_model(
-        "tiny", 1, 3, deep_supervision=True, width=4, depths=(1,) * 5, ratios=(2,) * 5, kernel=3
+        "tiny", 1, 3, deep_supervision=True, width=4, depths=(1,) * 3, ratios=(2,) * 3
     ).to(dtype)
     model.register_buffer("marker", torch.ones(3, dtype=dtype))
     return model
