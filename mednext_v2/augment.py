@@ -13,6 +13,7 @@ import copy
 import hashlib
 import math
 import os
+import signal
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -565,8 +566,11 @@ class Ahead:
 
 
 def one_thread(worker: int) -> None:
-    "Workers share the machine: one thread each"
+    "Workers share the machine, one thread each; a signal to end is the trainer's to answer, which still needs them"
     torch.set_num_threads(1)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def batches(loader: DataLoader, sampler, device: torch.device, on_device: bool) -> Iterator:

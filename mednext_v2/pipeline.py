@@ -267,11 +267,13 @@ def train_by_name(
     **options,  # Of `train_model`
 ) -> None:
     "`train_model` with arguments that JSON can hold, as the command line and `launch` need"
+    from mednext_v2.launch import heartbeat
     from mednext_v2.recipe import get_recipe
 
     parent = options.get("parent")
     init = Path(parent).name if parent else "scratch"
-    train_model(data, out, backbone, get_recipe(recipe, **changes), folder, init=init, **options)
+    built = get_recipe(recipe, **changes)
+    train_model(data, out, backbone, built, folder, init=init, on_step=heartbeat, **options)
 
 
 def train_one(

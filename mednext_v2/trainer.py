@@ -660,6 +660,7 @@ def fit(
     resume: str = "auto",  # Or never (start anew), or force (go on though something differs)
     trackers: tuple[str, ...] = (),  # tensorboard, mlflow, wandb beside DVCLive, if installed
     pictures: int = 0,  # Validations between two pictures; 0 is none
+    on_step: Callable[[int], None] = lambda step: None,  # Told the steps done, e.g. the launcher's heartbeat
 ) -> pd.DataFrame:  # step, loss (mean since the row before), lr, val_dice
     "Train to the end of the recipe, from where the folder says; errors name what does not fit"
     check_run(recipe, model, sampler)
@@ -691,10 +692,12 @@ def fit(
                 if at.look(dice, recipe.smooth):
                     session.save_best()
             report.step(loss, dice)
+            on_step(at.step)
             stop = told_to_stop(engine, signals)
             if stop or is_due(at.step, recipe.checkpoint_every, recipe):
                 session.save()
             if stop:
                 raise Preempted(at.step, folder, signals.caught or "another process was told to end")
+    engine.wait_for_everyone()  # torchrun does not wait long once the first process has left
     session.finish(model)
     return pd.DataFrame(at.history, columns=["step", "loss", "lr", "val_dice"])
