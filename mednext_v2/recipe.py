@@ -136,7 +136,7 @@ class Average:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module,  # Where it trains: the average lies on the same device, and is sharded like it  # Where it trains: the average lies on the same device, and is sharded like it
         decay: float,  # Share of the old, 0 < decay < 1
     ):
         self.decay = decay
@@ -150,14 +150,21 @@ class Average:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, value in model.state_dict().items():
             if value.is_floating_point():
-                self.values[name].lerp_(value.to(self.values[name]), 1 - decay)
+                self.values[name].lerp_(value, 1 - decay)
             else:
                 self.values[name].copy_(value)
 
     def state_dict(self) -> dict:
-        return {"values": self.values, "updates": self.updates}
+        "On the CPU and whole; to be called in every process"
+        whole = {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in self.values.items()}
+        return {"values": {name: value.cpu() for name, value in whole.items()}, "updates": self.updates}
 
     def load_state_dict(self, state: dict) -> None:
         self.updates = state["updates"]
         for name, value in state["values"].items():
-            self.values[name].copy_(value)
+            own = self.values[name]
+            if hasattr(own, "full_tensor"):
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+            own.copy_(value)

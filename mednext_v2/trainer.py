@@ -7,7 +7,7 @@ __all__ = ['PRECISION', 'BLOCKS', 'PREEMPTED', 'MOST_SKIPPED', 'sharding', 'make
            'plain', 'loss_options', 'train_step', 'overlaps', 'PatchValidation', 'finest', 'patch_validation',
            'training_sampler', 'Preempted', 'Signals', 'Progress', 'curves', 'progress_bar', 'Reporter', 'flat',
            'manifest', 'peak_memory', 'check_run', 'set_step', 'Share', 'share', 'is_due', 'averaged', 'look',
-           'Session', 'guard', 'told_to_stop', 'fit']
+           'check_processes', 'Session', 'guard', 'told_to_stop', 'fit']
 
 # %% ../nbs/35_trainer.ipynb #imports
 import copy
@@ -381,8 +381,8 @@ class Reporter:
     def __exit__(self, *error):
         self.bar.close()
         self.curves.__exit__(*error)
-        if self.trackers:
-            self.session.engine.end_training()
+        for tracker in self.session.engine.trackers:  # Not `end_training`: it would part the processes as well
+            tracker.finish()
         if self.main:
             write_json(self.session.folder / "run.json", manifest(self.session))
 
@@ -410,11 +410,12 @@ class Reporter:
         "Every so many validations, what the network makes of the validation patches"
         self.looks += not math.isnan(dice)
         if every and not math.isnan(dice) and self.looks % every == 0 and hasattr(validate, "picture"):
-            # Sharded weights must be gathered by all processes, so all of them look
+            # Sharded weights are gathered by all processes, so all of them look. Else the network without DDP:
+            # its forward would wait for the others
             path = self.session.folder / "pictures" / f"step{self.session.progress.step:07d}.png"
             with torch.no_grad():
-                if self.main or hasattr(next(self.session.model.parameters()), "full_tensor"):
-                    validate.picture(self.session.model, path)
+                if self.main or self.session.engine.is_fsdp2:
+                    validate.picture(self.session.network, path)
 
 
 def flat(recipe: Recipe) -> dict:
@@ -543,18 +544,37 @@ def look(validate: Callable | None, model: nn.Module, engine, due: bool) -> floa
     return dice
 
 
+def check_processes(recipe: Recipe, engine, who: dict, state: dict | None) -> None:
+    "ValueError if the batch cannot be dealt out, or if the processes are not about to train the same run"
+    from accelerate.utils import gather_object
+
+    parts = engine.num_processes * recipe.accumulate
+    if recipe.batch % parts:
+        raise ValueError(
+            f"recipe: batch {recipe.batch} must be divisible by {parts}, processes x accumulate "
+            f"= {engine.num_processes} x {recipe.accumulate}"
+        )
+    everyone = gather_object([{**who, "checkpoint of step": str(state["progress"]["step"]) if state else "none"}])
+    for rank, other in enumerate(everyone):
+        if differing := [name for name, value in everyone[0].items() if other.get(name) != value]:
+            list_ = "; ".join(f"{n} is {everyone[0][n]}, there {other.get(n)}" for n in differing)
+            raise ValueError(f"process {rank} is about to train another run than process 0 ({list_}): do all see one folder?")
+
+
 class Session:
     "One start of a run: engine, network, optimizer, average and progress, and what is saved of them"
 
     def __init__(self, recipe: Recipe, model: nn.Module, engine, folder: Path, who: dict, resume: str):
         self.recipe, self.engine, self.folder, self.who = recipe, engine, folder, who
-        self.average = Average(model, recipe.ema) if recipe.ema else None
         # Sharding takes a network apart: the caller's own stays whole, and gets the weights at the end
         network = copy.deepcopy(model) if engine.is_fsdp2 else model
         self.model, self.optimizer = engine.prepare(network.train(), make_optimizer(recipe, network))
+        self.average = Average(self.network, recipe.ema) if recipe.ema else None
         self.progress, self.overflows = Progress(), 0
         self.begin = time.perf_counter()
-        state = read_checkpoint(folder) if resume != "never" else None
+        with engine.main_process_first():  # It sets damaged files aside
+            state = read_checkpoint(folder) if resume != "never" else None
+        check_processes(recipe, engine, who, state)
         if state:
             check_identity(state["identity"], who, folder, force=resume == "force")
             load_whole_state(self.model, self.optimizer, state)
@@ -574,28 +594,31 @@ class Session:
         model, optimizer = whole_state(self.model, self.optimizer)
         now = time.perf_counter()
         self.progress.seconds, self.begin = self.progress.seconds + now - self.begin, now
+        average = self.average.state_dict() if self.average else None
         if self.engine.is_main_process:
             if bad := [name for name, value in model.items() if not torch.isfinite(value).all()]:
                 raise FloatingPointError(f"weights are not finite: {', '.join(bad[:3])}")
             scaler = self.engine.scaler
             save_checkpoint(
                 self.folder, model=model, optimizer=optimizer, identity=self.who,
-                progress=dataclasses.asdict(self.progress), average=self.average and self.average.state_dict(),
+                progress=dataclasses.asdict(self.progress), average=average,
                 scaler=scaler.state_dict() if scaler is not None else {},
             )
 
     def save_best(self) -> None:
         "The weights of now as the best, by themselves"
         model, _ = whole_state(self.model, self.optimizer)
+        model = self.average.state_dict()["values"] if self.average else model
         if self.engine.is_main_process:
             with atomic_file(self.folder / "best.pt") as temporary:
-                torch.save({"model": self.average.values if self.average else model}, temporary)
+                torch.save({"model": model}, temporary)
 
     def finish(self, model: nn.Module) -> None:
         "Put the weights that the run ends with into the caller's network"
         state, _ = whole_state(self.model, self.optimizer)
         if self.average:
-            state = self.average.values
+            state = self.average.state_dict()["values"]
+        self.engine.wait_for_everyone()  # The first process may still be writing the best
         if self.recipe.keep == "best" and (self.folder / "best.pt").is_file():
             state = torch.load(self.folder / "best.pt", map_location="cpu", weights_only=True)["model"]
         if state:  # Whole in the first process alone, if the weights are sharded

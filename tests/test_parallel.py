@@ -1,8 +1,8 @@
-"""Training in several processes: torchrun starts this file, whose `main` trains; the tests compare what comes out
+"""Training in several processes: torchrun starts this file, whose `main` trains, and the tests compare
 
-Gloo on the CPU. In float64 the sums of several processes and of one differ by rounding alone, so that comparison shows
-whether the gradient is the same, and not how far a training amplifies rounding. Three processes, since two would hide
-sums that are made in another order after a resume: a + b = b + a."""
+Gloo on the CPU. In float64 the sums of several processes and of one differ by rounding alone, so that
+comparison shows whether the gradient is the same, and not how far a training amplifies rounding. Three
+processes, since two would hide sums that are made in another order after a resume: a + b = b + a."""
 
 import argparse
 import json
@@ -56,7 +56,9 @@ def toy_mednext(dtype=torch.float32) -> torch.nn.Module:
     return model.to(dtype)
 
 
-def train(folder: Path, dtype="float32", parallel="ddp", patches=None, seed=0, options=None, **changes) -> dict:
+def train(
+    folder: Path, dtype="float32", parallel="ddp", patches=None, seed=0, options=None, **changes
+) -> dict:
     "One run; what it leaves behind, as whole weights and history"
     settings = dict(steps=5, batch=6, lr=3e-3, warmup=2, checkpoint_every=2, validate_every=4, clip=1.0)
     recipe = toy_recipe(**settings | changes)
@@ -108,11 +110,10 @@ def start(out: Path, **runs: dict) -> subprocess.Popen:
     folders = (Path(__file__).resolve().parent, Path(mednext_v2.__file__).resolve().parents[1])
     path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", f"{PROCESSES}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    line = [*torchrun, f"{PROCESSES}", __file__, str(out), json.dumps(runs)]
     with open(out / "log.txt", "w") as log:  # A file: a pipe that nobody empties would stop the ranks
-        return subprocess.Popen(
-            [*line, __file__, str(out), json.dumps(runs)], env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
+        return subprocess.Popen(line, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def wait_for(condition, process: subprocess.Popen, out: Path) -> None:
@@ -120,8 +121,9 @@ def wait_for(condition, process: subprocess.Popen, out: Path) -> None:
     end = time.monotonic() + SLOW
     while not condition():
         if process.poll() is not None or time.monotonic() > end:
-            for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
-                child.kill()
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
             code = process.wait()
             raise AssertionError(f"exit code {code}\n{(out / 'log.txt').read_text()[-4000:]}")
         time.sleep(0.02)
@@ -134,8 +136,8 @@ def read(out: Path) -> dict:
 
 def same(a: dict, b: dict) -> bool:
     "Whether weights and curves are equal bit for bit"
-    rows = [(x, y) for column in a["history"] for x, y in zip(a["history"][column], b["history"][column], strict=True)]
-    curves = all(x == y or math.isnan(x) and math.isnan(y) for x, y in rows)
+    columns = [zip(values, b["history"][name], strict=True) for name, values in a["history"].items()]
+    curves = all(x == y or math.isnan(x) and math.isnan(y) for pairs in columns for x, y in pairs)
     return curves and all(torch.equal(a["model"][k], v) for k, v in b["model"].items())
 
 
@@ -152,12 +154,12 @@ KINDS = {  # What any number of processes must train alike, in float64
 }
 PAIRS = [("ddp", kind) for kind in KINDS] + [("fsdp", kind) for kind in list(KINDS)[:2]]
 STRATEGIES = ("ddp", "fsdp")
-LONG = dict(steps=30, batch=3, checkpoint_every=3, validate_every=15)  # The run that is killed
+LONG = dict(steps=14, batch=3, checkpoint_every=2, validate_every=7)  # The run that is killed
 
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
-    "All runs in one start: what they left, the folder, the log; and how it ended when a rank of the last was killed"
+    "All runs in one start: what they left, folder, log, and how it ended when a rank of the last was killed"
     out = tmp_path_factory.mktemp("several")
     runs = {f"{s} {k}": dict(KINDS[k], dtype="float64", parallel=s) for s, k in PAIRS}
     for s in STRATEGIES:
@@ -171,7 +173,7 @@ def several(tmp_path_factory):
     runs["odd"] = dict(fails=True, batch=5)
     runs["few"] = dict(fails=True, batch=6, accumulate=3)
     runs["strangers"] = dict(fails=True, strangers=True)
-    process = start(out, **runs, killed=dict(LONG, patches=dict(pause=0.1)))
+    process = start(out, **runs, killed=dict(LONG, patches=dict(pause=0.3)))
     wait_for((out / "killed" / "previous.pt").exists, process, out)
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "RANK" in p.environ()]
     begin = time.monotonic()
@@ -234,14 +236,14 @@ def test_failed_run_goes_on_as_if_it_had_not(several, strategy):
     found, out, log, _ = several
     assert "a fault of the test's" in found[f"{strategy} failed"]
     assert same(found[f"{strategy} resumed"], found[f"{strategy} float32"])
-    # The last checkpoint under DDP was damaged: the first process sets it aside, all go on from the one before
+    # The last one under DDP was damaged: the first process sets it aside, all go on from the one before
     assert (out / f"{strategy} resumed" / "last.damaged").exists() == (strategy == "ddp")
     assert log.count("last.pt is damaged") == 1
 
 
 def test_process_that_is_told_to_end_takes_the_others_along(several):
     found = several[0]
-    assert re.match("Preempted 75: .* at step 3: saved", found["told"].replace("another process was told to end", "SIGTERM"))
+    assert re.match("Preempted 75: .* at step 3: saved", found["told"])
     assert same(found["told resumed"], found["ddp float32"])
 
 
@@ -253,11 +255,11 @@ def test_killed_rank_ends_the_run(several):
 
 def test_killed_run_goes_on_bit_for_bit(several):
     out = several[1]
-    assert 3 <= torch.load(out / "killed" / "last.pt", weights_only=True)["progress"]["step"] < 30
+    assert 4 <= torch.load(out / "killed" / "last.pt", weights_only=True)["progress"]["step"] < 14
     process = start(out, killed=LONG, whole=LONG)
     wait_for(lambda: process.poll() == 0, process, out)
     found = read(out)
-    assert found["killed"]["history"]["step"] == list(range(1, 31)) and same(found["killed"], found["whole"])
+    assert found["killed"]["history"]["step"] == list(range(1, 15)) and same(found["killed"], found["whole"])
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -266,7 +268,8 @@ def test_killed_run_goes_on_bit_for_bit(several):
 def test_batches_that_cannot_be_dealt_out(several):
     found = several[0]
     assert re.match("ValueError : recipe: batch 5 must be divisible by 3", found["odd"])
-    assert re.match("ValueError : recipe: batch 6 must be divisible by 9, processes x accumulate = 3 x 3", found["few"])
+    few = "ValueError : recipe: batch 6 must be divisible by 9, processes x accumulate = 3 x 3"
+    assert found["few"] == few
 
 
 def test_processes_that_are_about_to_train_different_runs(several):
