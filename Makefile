@@ -39,7 +39,7 @@ smoke: $(READY) ## Run the whole pipeline at toy size in a scratch copy
 test: $(READY) ## Run every test and every chapter
 	@python -m pytest -n 2 $(PYTEST)
 
-bench: $(READY) ## Measure data preparation and storage beside their peers (about ten minutes)
+bench: $(READY) ## Measure data preparation and storage beside their peers (about forty minutes)
 	@python benchmarks/storage.py && python benchmarks/data.py
 
 params: $(READY) ## Compose params.yaml anew from conf/ (profile mini)

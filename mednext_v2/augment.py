@@ -6,9 +6,11 @@
 __all__ = ['BEND_STEP', 'BOTH', 'MIRROR', 'BLUR', 'LOW', 'GAMMA', 'OWN', 'NNUNET_TURN', 'NNUNET', 'AUGMENTATIONS',
            'voxels_by_class', 'ArrayCases', 'bend', 'RandSpatiald', 'RandBlur', 'RandGamma', 'EachChanneld',
            'thin_axis', 'augmentation', 'same_everywhere', 'seeded', 'margin', 'vary', 'crop', 'place', 'Opened',
-           'look_up', 'Latest', 'PatchSampler', 'naming', 'Failed', 'Ahead', 'one_thread', 'batches', 'patch_loader']
+           'look_up', 'Latest', 'PatchSampler', 'naming', 'Failed', 'Ahead', 'one_thread', 'end_workers', 'batches',
+           'patch_loader']
 
 # %% ../nbs/27_augment.ipynb #imports
+import atexit
 import copy
 import hashlib
 import math
@@ -573,22 +575,37 @@ def one_thread(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+def end_workers(ahead) -> None:
+    "End the processes of a loader's iterator: its own way first, and those that do not go by force"
+    getattr(ahead, "_shutdown_workers", lambda: None)()
+    for worker in getattr(ahead, "_workers", ()):
+        if worker.is_alive():  # They pass over SIGTERM
+            worker.kill()
+        worker.join()
+
+
 def batches(loader: DataLoader, sampler, device: torch.device, on_device: bool) -> Iterator:
     "The loader's batches on the device, in order; ends its workers when it is left"
     ahead, send = iter(loader), partial(Tensor.to, device=device, non_blocking=True)
-    for step in loader.sampler:
-        try:
-            item = next(ahead)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            message = f"waiting for step {step}: a process that reads ahead died, often of memory"
-            raise RuntimeError(f"{message}; use fewer workers ({error})") from error
-        if isinstance(item, Failed):
-            raise RuntimeError(item.reason)
-        if on_device:
-            item = sampler.vary(step, [(send(image), send(label), seed) for image, label, seed in item])
-        yield tuple(map(send, item))
+    stop = partial(end_workers, ahead)
+    atexit.register(stop)  # A program that ends with an error may still hold this iterator
+    try:
+        for step in loader.sampler:
+            try:
+                item = next(ahead)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                message = f"waiting for step {step}: a process that reads ahead died, often of memory"
+                raise RuntimeError(f"{message}; use fewer workers ({error})") from error
+            if isinstance(item, Failed):
+                raise RuntimeError(item.reason)
+            if on_device:
+                item = sampler.vary(step, [(send(image), send(label), seed) for image, label, seed in item])
+            yield tuple(map(send, item))
+    finally:
+        atexit.unregister(stop)
+        stop()
 
 
 def patch_loader(

@@ -1,5 +1,7 @@
 "Patches: pure in seed and step, placed where they should be, image and label together, read box by box"
 
+import subprocess
+import sys
 import multiprocessing
 import os
 import pickle
@@ -792,3 +794,20 @@ def test_empty_and_unknown_splits():
     cases.splits["test"] = ()
     with pytest.raises(ValueError, match="'test' has no case"):
         PatchSampler(cases, "test", (8, 8, 8))
+
+
+LEFT = """
+from training_toys import toy_cases
+from mednext_v2.augment import PatchSampler, patch_loader
+batches = patch_loader(PatchSampler(toy_cases(), "train", (8, 8, 8), augment="none"), steps=50, workers=1)
+next(batches)
+raise ValueError("something else")
+"""
+
+
+def test_program_that_fails_while_workers_read_ahead_ends():
+    "Workers pass over SIGTERM, and Python would wait for them at its end"
+    from pathlib import Path
+
+    done = subprocess.run([sys.executable, "-c", LEFT], cwd=Path(__file__).parent, capture_output=True, timeout=120)
+    assert done.returncode == 1 and b"something else" in done.stderr

@@ -23,6 +23,7 @@ from mednext_v2.report import (
     score_text,
     summary,
 )
+from mednext_v2.storage import write_array
 from mednext_v2.tasks import Task
 
 matplotlib.use("Agg")
@@ -448,14 +449,16 @@ def project(tmp_path, monkeypatch):
         for case in cases:
             label = np.zeros((20, 18, 8), np.uint8)
             label[4:14, 5:15, 2:6] = generator.integers(0, task.num_classes, (10, 10, 4))
-            np.save(folder / "cases" / f"{case}_image.npy", generator.normal(size=(1, *label.shape)).astype(np.float32))
-            np.save(folder / "cases" / f"{case}_label.npy", label)
+            image = generator.normal(size=(1, *label.shape)).astype(np.float16)
+            write_array(folder / "cases" / f"{case}.key" / "image.b2nd", image)
+            write_array(folder / "cases" / f"{case}.key" / "label.b2nd", label)
             for init in ("scratch", "corpus_ct"):
                 path = tmp_path / f"runs/mini/evaluate/{init}-mednext_v2_tiny/predictions/{name}-s0/{case}.nii.gz"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 nibabel.save(nibabel.Nifti1Image(np.roll(label, 1, 0), np.diag([*task.spacing, 1])), path)
-        pd.DataFrame({"case": cases, "split": "test"}).to_csv(folder / "manifest.csv", index=False)
-        one = Fingerprint(3, task.spacing, (20, 18, 8), *[(0.0,)] * 7, False)
+        manifest = pd.DataFrame({"case": cases, "split": "test", "key": "key", "lowest": "-9.0"})
+        manifest.to_csv(folder / "manifest.csv", index=False)
+        one = Fingerprint(3, task.spacing, (20, 18, 8), *[(0.0,)] * 7, ("ct",), False)
         write_json(folder / "fingerprint.json", asdict(one))
         write_json(folder / "task.json", asdict(task))
     monkeypatch.chdir(tmp_path)
