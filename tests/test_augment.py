@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import multiprocessing
 import os
 import pickle
 import signal
@@ -34,7 +33,7 @@ from mednext_v2.augment import (
 from monai.data.meta_obj import get_track_meta
 from monai.transforms import Compose
 from scipy import ndimage
-from training_toys import toy_cases
+from training_toys import readers, toy_cases
 
 
 def sampler(augment="nnunet", seed=0, **options):
@@ -152,9 +151,9 @@ def test_stream_is_the_same_through_a_pickle_and_after_a_fork():
 def test_leaving_a_loader_ends_its_workers():
     loader = patch_loader(sampler(), steps=50, workers=2)
     next(loader)
-    assert len(multiprocessing.active_children()) == 2
+    assert len(readers()) == 2
     loader.close()
-    assert multiprocessing.active_children() == []
+    assert readers() == []
 
 
 class Fails:
@@ -182,14 +181,14 @@ def test_what_goes_wrong_in_a_worker_is_said_with_its_step():
     with pytest.raises(RuntimeError, match="^step 3: ValueError: no such\nthing$"):
         for image, _ in loader:
             seen.append(int(image))
-    assert seen == [0, 1, 2] and multiprocessing.active_children() == []
+    assert seen == [0, 1, 2] and readers() == []
 
 
 def test_dead_worker_is_noticed():
     # PyTorch raises in whatever the process does at the moment, most likely waiting
     with pytest.raises(RuntimeError, match="DataLoader worker .*(killed by signal|exited unexpectedly)"):
         list(patch_loader(Fails(death), steps=6, workers=1, prefetch=1))
-    assert multiprocessing.active_children() == []
+    assert readers() == []
 
 
 def test_dead_worker_is_explained():
@@ -797,7 +796,7 @@ def test_empty_and_unknown_splits():
 
 
 LEFT = """
-from training_toys import toy_cases
+from training_toys import readers, toy_cases
 from mednext_v2.augment import PatchSampler, patch_loader
 batches = patch_loader(PatchSampler(toy_cases(), "train", (8, 8, 8), augment="none"), steps=50, workers=1)
 next(batches)

@@ -1,7 +1,6 @@
 "Patches of many data sets: pure in seed and step, in exact proportion, with the right classes and masks"
 
 import math
-import multiprocessing
 import pickle
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from mednext_v2.mixture import (
     whole_shares,
 )
 from mednext_v2.tasks import Task, get_task
+from training_toys import readers
 
 
 def task(name, labels, groups="organ", **fields):
@@ -271,7 +271,7 @@ def test_stream_is_the_same_for_any_workers_and_start(workers, start, method, on
     wanted = [source.batch(step) for step in range(6)]
     found = list(patch_loader(source, start, 6, workers, method=method, augment_on_device=on_device))
     assert all(equal(a, b) for a, b in zip(found, wanted[start:], strict=True))
-    assert multiprocessing.active_children() == []
+    assert readers() == []
 
 
 def test_stream_is_the_same_through_a_pickle():

@@ -32,7 +32,7 @@ from mednext_v2.trainer import (
     train_step,
     training_sampler,
 )
-from training_toys import toy_cases, toy_model, toy_recipe, toy_run
+from training_toys import readers, toy_cases, toy_model, toy_recipe, toy_run
 
 
 @pytest.fixture(autouse=True)
@@ -345,7 +345,7 @@ def test_run_read_ahead_resumes_where_it_stopped(tmp_path):
     recipe = dataclasses.replace(recipe, validate_every=3)
     with pytest.raises(Dies):
         toy_run(tmp_path / "stopped", recipe, workers=2, validate=validate)
-    assert multiprocessing.active_children() == [] and read_checkpoint(tmp_path / "stopped")["progress"]["step"] == 4
+    assert readers() == [] and read_checkpoint(tmp_path / "stopped")["progress"]["step"] == 4
     resumed, _ = toy_run(tmp_path / "stopped", recipe, workers=1, validate=lambda model: 0.5)
     assert same(resumed, whole)
 

@@ -1,5 +1,7 @@
 "Small cases in memory and a small network, shared by the tests of the training modules"
 
+import multiprocessing
+
 import numpy as np
 import torch
 from mednext_v2.augment import ArrayCases
@@ -41,3 +43,8 @@ def toy_run(folder, recipe: Recipe, **options):
     model, sampler = toy_model(), training_sampler(recipe, toy_cases())
     return model, fit(recipe, model, sampler, folder, device="cpu", progress=False, **options)
 
+
+
+def readers() -> list:
+    "The loader's processes that live; joblib keeps idle ones of its own, which other tests leave behind"
+    return [child for child in multiprocessing.active_children() if "Loky" not in child.name]
