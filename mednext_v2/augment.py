@@ -13,7 +13,6 @@ __all__ = ['BEND_STEP', 'BOTH', 'MIRROR', 'BLUR', 'LOW', 'GAMMA', 'OWN', 'NNUNET
 import atexit
 import copy
 import hashlib
-import math
 import os
 import signal
 from collections import OrderedDict

@@ -22,7 +22,7 @@ from .core import atomic_file, fingerprint_of
 from .recipe import Recipe
 
 # %% ../nbs/32_checkpoint.ipynb #same
-STEP_MODULES = "grn blocks model augment losses recipe checkpoint".split()
+STEP_MODULES = "grn blocks model augment losses recipe checkpoint".split()  # That decide what a step does
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -34,13 +34,14 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def code_digest() -> str:
-    "A hash of the modules that decide what a step does"
+def code_digest(
+    modules: list[str],  # Of this package
+) -> str:
+    "A hash of the source of some modules"
     import mednext_v2
 
     folder = Path(mednext_v2.__file__).parent
-    sources = [(folder / f"{name}.py").read_text(encoding="utf-8") for name in STEP_MODULES]
-    return fingerprint_of(sources)
+    return fingerprint_of([(folder / f"{name}.py").read_text(encoding="utf-8") for name in modules])
 
 
 def identity(recipe: Recipe, model: nn.Module, sampler, seed: int) -> dict[str, str]:
@@ -51,7 +52,7 @@ def identity(recipe: Recipe, model: nn.Module, sampler, seed: int) -> dict[str, 
         "network": fingerprint_of(shapes),
         "initial weights": weights_digest(model),
         "data": str(getattr(sampler, "fingerprint", "unknown")),
-        "code": code_digest(),
+        "code": code_digest(STEP_MODULES),
         "seed": str(seed),
     }
 

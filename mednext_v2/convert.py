@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['CADS_GROUPS', 'CADS_LEVELS', 'TEETH', 'TABLES', 'AXES', 'PASSED_OVER', 'CONVERTERS', 'RECORDS', 'COLUMNS', 'Origin',
-           'Draft', 'safe_id', 'natural', 'first_folder', 'stems', 'pairs', 'unite', 'files_of', 'guard',
-           'corner_distance', 'same_grid', 'present', 'distinct', 'relabel', 'ranges', 'compact', 'read_channels',
-           'table_of', 'read_files', 'cads_ranks', 'merge_parts', 'read_cads', 'read_test_list', 'plan_cads',
-           'set_aside', 'closed', 'plan_toothfairy2', 'plan_toothfairy3', 'read_cbct', 'half_turn', 'plan_panther',
-           'plan_ctspine1k', 'spine_name', 'read_spine_split', 'plan_amos', 'plan_kits', 'plan_lits', 'plan_btcv',
-           'plan_acdc', 'read_text', 'plan_brats', 'read_slices', 'read_slice_case', 'upright', 'plan_brainmetshare',
-           'read_array', 'axes_affine', 'stored_voxels', 'knee_mask', 'read_knee', 'knee_channel', 'plan_skm_tea',
-           'plan_pediatric', 'read_pediatric', 'is_raw', 'check_names', 'plan_raw', 'read_raw', 'take', 'Converter',
-           'options_of', 'part_of', 'case_key', 'read_record', 'write_draft', 'convert_case', 'named', 'sized',
-           'forget', 'choose', 'wrong_layout', 'make_plan', 'tidy', 'describe', 'convert', 'left_out']
+           'Draft', 'safe_id', 'natural', 'first_folder', 'stems', 'pairs', 'unite', 'files_of', 'guard', 'same_grid',
+           'relabel', 'ranges', 'compact', 'read_channels', 'table_of', 'read_files', 'cads_ranks', 'merge_parts',
+           'read_cads', 'read_test_list', 'plan_cads', 'set_aside', 'closed', 'plan_toothfairy2', 'plan_toothfairy3',
+           'read_cbct', 'half_turn', 'plan_panther', 'plan_ctspine1k', 'spine_name', 'read_spine_split', 'plan_amos',
+           'plan_kits', 'plan_lits', 'plan_btcv', 'plan_acdc', 'read_text', 'plan_brats', 'read_slices',
+           'read_slice_case', 'upright', 'plan_brainmetshare', 'read_array', 'axes_affine', 'stored_voxels',
+           'knee_mask', 'read_knee', 'knee_channel', 'plan_skm_tea', 'plan_pediatric', 'read_pediatric', 'is_raw',
+           'check_names', 'plan_raw', 'read_raw', 'take', 'Converter', 'options_of', 'part_of', 'case_key',
+           'read_record', 'write_draft', 'convert_case', 'named', 'sized', 'forget', 'choose', 'wrong_layout',
+           'make_plan', 'tidy', 'describe', 'convert', 'left_out']
 
 # %% ../nbs/23_convert.ipynb #imports
 import inspect
@@ -50,10 +50,13 @@ from mednext_v2.tasks import (
     Task,
     Volume,
     check_finite,
+    displacement,
+    distinct,
     file_ending,
     load_image,
     load_tasks,
     patient_of,
+    present_values,
     raw_task,
     read_folds,
     read_volume,
@@ -169,13 +172,6 @@ def guard(
             )
 
 # %% ../nbs/23_convert.ipynb #grid
-def corner_distance(volume: Volume, other: Volume) -> float:
-    "How far apart the corners of two grids of one shape lie at most, mm"
-    corners = np.indices((2, 2, 2)).reshape(3, -1).T * (np.array(volume.voxels.shape) - 1)
-    places = [nibabel.affines.apply_affine(v.affine, corners) for v in (volume, other)]
-    return float(np.linalg.norm(places[0] - places[1], axis=1).max())
-
-
 def same_grid(
     volume: Volume,
     reference: Volume,
@@ -189,7 +185,7 @@ def same_grid(
             f"{path} has {volume.voxels.shape} voxels, {other} has {reference.voxels.shape}: "
             "they are not of one scan"
         )
-    distance = corner_distance(volume, reference)
+    distance = displacement(volume.affine, reference.affine, volume.voxels.shape)
     if not distance <= tolerance:
         raise ValueError(
             f"{path} and {other} lie on different grids, corners up to {distance:.3g} mm apart: "
@@ -198,28 +194,13 @@ def same_grid(
     return [f"{path.name} moved by {distance:.2g} mm onto the image"] if distance > 1e-5 else []
 
 # %% ../nbs/23_convert.ipynb #relabel
-def present(
-    voxels: np.ndarray,  # (X, Y, Z)
-) -> list:
-    "The values of a volume in order, found slab by slab so that memory stays small"
-    found = set()
-    for slab in voxels:
-        found.update(distinct(slab).tolist())
-    return sorted(found)
-
-
-def distinct(slab: np.ndarray) -> np.ndarray:
-    "The values of an array in order; bytes are counted, which takes a tenth of the time of sorting"
-    return np.flatnonzero(np.bincount(slab.ravel())) if slab.dtype == np.uint8 else np.unique(slab)
-
-
 def relabel(
     voxels: np.ndarray,  # (X, Y, Z), a publisher's values
     table: dict[int, int],  # Publisher's value to ours
     path: Path,  # What to call it in an error
 ) -> tuple[np.ndarray, list[str]]:  # uint8 (X, Y, Z), notes
     "Our values; ValueError for one that the table lacks"
-    raw = present(voxels)
+    raw = present_values(voxels)
     unknown = [value for value in raw if value not in table]
     if unknown:
         values = ", ".join(f"{value:g}" for value in unknown[:5])
@@ -659,10 +640,10 @@ def read_slices(
 
 def read_slice_case(origin: Origin, task: Task, name: str, tolerance: float = 0.01) -> Draft:
     "A case of a folder of slices per channel; ValueError if the folders do not hold the same slices"
-    volumes, stacks = [], (*origin.images, *origin.label)
+    volumes, stacks, reference = [], (*origin.images, *origin.label), []
     for folder in stacks:
         voxels, names = read_slices(folder)
-        reference = names if folder == stacks[0] else reference
+        reference = reference or names
         if odd := sorted(set(names) ^ set(reference), key=natural):
             raise ValueError(f"{folder} and {stacks[0]} differ in slice {odd[0]}: get the case again")
         volumes.append(voxels)

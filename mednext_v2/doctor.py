@@ -8,16 +8,16 @@ __all__ = ['FAULTS', 'COLUMNS', 'KEYS', 'ENDINGS', 'COMPANIONS', 'UNITS', 'UNREA
            'whole', 'label_names', 'label_faults', 'read_object', 'brief', 'key_faults', 'declare', 'Files',
            'cut_ending', 'list_files', 'case_of', 'gather', 'case_faults', 'split_faults', 'read_fold', 'fold_faults',
            'Layout', 'usual_ending', 'task_faults', 'survey', 'set_faults', 'count_faults', 'Head', 'Damaged', 'zipped',
-           'open_bytes', 'check_openable', 'first_bytes', 'parse_header', 'valid_affine', 'displacement', 'forms',
-           'best_affine', 'grid_faults', 'form_faults', 'show', 'storage_faults', 'size_faults', 'volume_shape',
-           'head_of', 'length_faults', 'opened_by_nibabel', 'read_nifti', 'is_nifti', 'read_other', 'read_head',
-           'compare_grids', 'Heads', 'check_heads', 'odd_heads', 'pieces', 'broken', 'pieces_other', 'scramble',
-           'Tally', 'count_values', 'Content', 'measure', 'scaled', 'image_faults', 'label_values_faults', 'Contents',
-           'check_voxels', 'absent_classes', 'by_digest', 'duplicates', 'leaks', 'read_digests', 'find_sets',
-           'number_faults', 'try_all', 'doctor', 'read_contents', 'compare_folders', 'Hopeless', 'plausible',
-           'mend_units', 'mend_forms', 'mend_affine', 'mend_grid', 'mend_scale', 'mend_dimensions', 'create_bytes',
-           'rewrite', 'Change', 'mend_file', 'case_files', 'mend_case', 'place_of', 'prune_splits', 'describe',
-           'fix_set', 'settle', 'remove_case', 'Mended', 'check_target', 'fix']
+           'open_bytes', 'check_openable', 'first_bytes', 'parse_header', 'valid_affine', 'forms', 'best_affine',
+           'grid_faults', 'form_faults', 'show', 'storage_faults', 'size_faults', 'volume_shape', 'head_of',
+           'length_faults', 'opened_by_nibabel', 'read_nifti', 'is_nifti', 'read_other', 'read_head', 'compare_grids',
+           'Heads', 'check_heads', 'odd_heads', 'pieces', 'broken', 'pieces_other', 'scramble', 'Tally', 'count_values',
+           'Content', 'measure', 'scaled', 'image_faults', 'label_values_faults', 'Contents', 'check_voxels',
+           'absent_classes', 'by_digest', 'duplicates', 'leaks', 'read_digests', 'find_sets', 'number_faults',
+           'try_all', 'doctor', 'read_contents', 'compare_folders', 'Hopeless', 'plausible', 'mend_units', 'mend_forms',
+           'mend_affine', 'mend_grid', 'mend_scale', 'mend_dimensions', 'create_bytes', 'rewrite', 'Change',
+           'mend_file', 'case_files', 'mend_case', 'place_of', 'prune_splits', 'describe', 'fix_set', 'settle',
+           'remove_case', 'Mended', 'check_target', 'fix']
 
 # %% ../nbs/24_doctor.ipynb #imports
 import glob
@@ -45,7 +45,7 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import aff2axcodes, io_orientation, inv_ornt_aff
 
 from .core import ItemsFailed, atomic_folder, for_all, write_json
-from .tasks import load_image
+from .tasks import displacement, load_image
 
 # %% ../nbs/24_doctor.ipynb #faults-set
 FAULTS = {  # Code: severity, what to do
@@ -693,13 +693,6 @@ def valid_affine(affine: np.ndarray | None) -> bool:
         sizes = voxel_sizes(affine)
         volume = abs(np.linalg.det(affine[:3, :3].astype(float) / sizes))
     return bool((sizes > 1e-6).all() and (sizes < 1e6).all() and volume > 1e-3)
-
-
-def displacement(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
-    "How far apart two affines put the corner of a volume that moves most, mm"
-    corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape[:3]], [1])).reshape(4, -1)
-    with np.errstate(all="ignore"):
-        return float(np.linalg.norm((one - other) @ corners, axis=0).max())
 
 
 def forms(header) -> tuple[np.ndarray | None, np.ndarray | None]:

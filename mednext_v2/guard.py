@@ -28,6 +28,7 @@ def write_bundle(
     network: nn.Module,  # With `.blueprint` if `backbones.create` made it
     weights: dict[str, Tensor],  # Before the step
     batch: tuple[Tensor, ...],  # Image, label and perhaps what is annotated
+    options: dict | None = None,  # Of the loss, as `trainer.loss_options` gives them
     sampler=None,  # Whose `places(step)` names cases and places
     identity: dict | None = None,
     rank: int = 0,  # Of the process
@@ -40,6 +41,7 @@ def write_bundle(
         "reason": reason,
         "patches": [{"case": case, "start": list(start), "seed": seed} for case, start, seed in places],
         "recipe": dataclasses.asdict(recipe),
+        "loss": {name: value for name, value in (options or {}).items() if name != "reduce"},
         "blueprint": getattr(network, "blueprint", None),
         "identity": identity or {},
     }
@@ -73,7 +75,6 @@ def replay(
     bundle: str | Path,  # Written by `write_bundle`
     device: str = "cpu",
     network: nn.Module | None = None,  # If `backbones.create` did not make it
-    **options,  # Of the loss: regions, ignore
 ) -> pd.DataFrame:  # stage, where, not_finite: in the order in which they arise; empty if all is finite
     "Run the step of a bundle again; ValueError if the network cannot be made from what the bundle holds"
     from mednext_v2.backbones import create
@@ -96,9 +97,8 @@ def replay(
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     with torch.autocast(torch.device(device).type, kinds.get(recipe.precision), enabled=recipe.precision in kinds):
         outputs = network(image)
-    settings = {"present_only": recipe.present_only, "batch_dice": recipe.batch_dice, **options}
     more = {"annotated": rest[0]} if rest else {}
-    loss = deep_supervision_loss(outputs, label, **settings, **more)
+    loss = deep_supervision_loss(outputs, label, **about["loss"], **more)
     rows.append(("loss", f"{loss.item():.6g}", count_bad(loss)))
     loss.backward()
     rows += [("gradient", n, count_bad(p.grad)) for n, p in network.named_parameters() if p.grad is not None]

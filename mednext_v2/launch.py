@@ -6,7 +6,7 @@
 __all__ = ['WATCH', 'SAVED', 'FAILED', 'HUNG', 'LOST', 'STARVED', 'SLACK', 'read_spec', 'report_path', 'report', 'heartbeat',
            'stop_when_orphaned', 'run_rank', 'agent', 'command', 'cgroup_room', 'available_memory', 'memory_kills',
            'RunEnded', 'read_reports', 'is_lost', 'stacks_of', 'kill', 'catching', 'supervise', 'memory_note',
-           'verdict', 'copy_output', 'launch', 'Step', 'with_patch', 'peak_bytes', 'dry_step', 'Forecast', 'forecast',
+           'verdict', 'copy_output', 'launch', 'Step', 'with_patch', 'dry_step', 'Forecast', 'forecast',
            'smaller_patches', 'suggest', 'check_memory', 'main']
 
 # %% ../nbs/36_launch.ipynb #imports
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import psutil
 
-from .core import write_json
+from .core import peak_bytes, write_json
 
 # %% ../nbs/36_launch.ipynb #spec
 def read_spec(
@@ -397,7 +397,7 @@ def launch(
     line = command(folder / "spec.json", processes, nodes, rendezvous, folder / "logs")
     inside = "ipykernel" in sys.modules
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    kills, code = memory_kills(), FAILED
+    kills = memory_kills()
     # A session of its own: Ctrl-C in a terminal would otherwise reach every rank, and again through us
     child = subprocess.Popen(line, env=environment, start_new_session=True, **(pipe if inside else {}))
     try:
@@ -479,15 +479,6 @@ def with_patch(
     return replace(step, patch=patch, batch=1)
 
 
-def peak_bytes() -> int:
-    "The most memory that this process has held so far"
-    with suppress(OSError):
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    import resource  # macOS, in bytes
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def dry_step(
     step: dict,  # The fields of a `Step`
     small: dict,  # Of a smaller one, done first
@@ -511,7 +502,7 @@ def dry_step(
         half = torch.float16 if fields["precision"] == "fp16" else torch.bfloat16
         with torch.autocast(image.device.type, half, enabled=fields["precision"] != "fp32"):
             outputs = model(image)
-        deep_supervision_loss(outputs if isinstance(outputs, list) else [outputs], label).backward()
+        deep_supervision_loss(outputs, label).backward()
         optimizer.step()
         optimizer.zero_grad()
         if gpu:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['region_values', 'check_labels', 'mean_dice', 'soft_dice', 'mean_over', 'binary_cross_entropy', 'LogSumExp',
            'merged_background', 'cross_entropy', 'check_annotated', 'region_truth', 'class_loss', 'region_loss',
-           'dice_ce', 'SumOverProcesses', 'sum_over_processes', 'deep_supervision_weights', 'shrink_label',
+           'dice_ce', 'SumOverProcesses', 'sum_over_processes', 'deep_supervision_weights', 'finest', 'shrink_label',
            'deep_supervision_loss']
 
 # %% ../nbs/30_losses.ipynb #imports
@@ -304,6 +304,13 @@ def deep_supervision_weights(
     return [weight / sum(weights) for weight in weights]
 
 # %% ../nbs/30_losses.ipynb #shrink
+def finest(
+    outputs: Tensor | Sequence[Tensor],  # Logits (B, C, *space), finest first; one tensor counts as a list of one
+) -> Tensor:  # (B, C, *space)
+    "The logits at full resolution"
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
 def shrink_label(
     label: Tensor,  # (B, 1, *space)
     size: tuple[int, ...],  # The wanted space, no larger

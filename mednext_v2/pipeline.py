@@ -147,8 +147,9 @@ def run_key(
     *configuration,  # Whatever else the weights depend on
 ) -> str:  # Sixteen hexadecimal digits
     "A hash of a run, its configuration and the code that trains it"
-    code = [(Path(__file__).parent / f"{name}.py").read_text() for name in TRAINING_MODULES]
-    return fingerprint_of(run, configuration, code)
+    from mednext_v2.checkpoint import code_digest
+
+    return fingerprint_of(run, configuration, code_digest(TRAINING_MODULES))
 
 # %% ../nbs/51_pipeline.ipynb #stop-workers
 def stop_workers() -> None:

@@ -6,7 +6,6 @@
 __all__ = ['EPOCH', 'AT_SCALE', 'RECIPES', 'Recipe', 'get_recipe', 'learning_rate', 'make_optimizer', 'Average']
 
 # %% ../nbs/31_recipe.ipynb #imports
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -136,7 +135,7 @@ class Average:
 
     def __init__(
         self,
-        model: nn.Module,  # Where it trains: the average lies on the same device, and is sharded like it  # Where it trains: the average lies on the same device, and is sharded like it
+        model: nn.Module,  # Where it trains: the average lies on the same device, and is sharded like it
         decay: float,  # Share of the old, 0 < decay < 1
     ):
         self.decay = decay

@@ -7,8 +7,8 @@ __all__ = ['MODALITIES', 'GROUPS', 'ROLES', 'SPLIT_RULES', 'ITK_ENDINGS', 'SPLIT
            'Task', 'registry', 'load_tasks', 'parse_tasks', 'get_task', 'Volume', 'load_image', 'read_volume',
            'write_volume', 'read_description', 'plan_spacing', 'header_grids', 'read_channels', 'read_labels',
            'raw_task', 'find_task', 'file_ending', 'write_dataset', 'Case', 'patient_of', 'deal_out', 'read_folds',
-           'read_splits', 'list_cases', 'Scan', 'check_finite', 'present_values', 'check_labels', 'check_grid',
-           'read_case']
+           'read_splits', 'list_cases', 'Scan', 'check_finite', 'distinct', 'present_values', 'displacement',
+           'check_labels', 'check_grid', 'read_case']
 
 # %% ../nbs/20_tasks.ipynb #imports
 import gzip
@@ -543,19 +543,34 @@ def check_finite(voxels: np.ndarray, path: Path) -> None:
         )
 
 
+def distinct(
+    values: np.ndarray,  # Any shape
+) -> np.ndarray:  # Sorted
+    "The values of an array; whole numbers close together are counted, since sorting takes far longer"
+    if values.dtype.kind not in "iu" or not values.size:
+        return np.unique(values)
+    low, high = int(values.min()), int(values.max())
+    if high - low >= 2**16:
+        return np.unique(values)
+    return np.flatnonzero(np.bincount(values.ravel().astype(np.int64) - low)) + low
+
+
 def present_values(
     voxels: np.ndarray,  # (X, Y, Z)
-) -> np.ndarray:  # Sorted
-    "The distinct values; ticked off slab by slab where they are whole numbers, since sorting takes far longer"
-    if voxels.dtype.kind not in "iu" or not voxels.size:
-        return np.unique(voxels)
-    low, high = int(voxels.min()), int(voxels.max())
-    if high - low >= 2**16:
-        return np.unique(voxels)
-    seen = np.zeros(high - low + 1, bool)
-    for slab in voxels:
-        seen[slab.astype(np.int64) - low] = True
-    return np.flatnonzero(seen) + low
+) -> list:  # Sorted
+    "The values of a volume, found slab by slab so that memory stays small"
+    return sorted({value for slab in voxels for value in distinct(slab).tolist()})
+
+
+def displacement(
+    one: np.ndarray,  # (4, 4), voxel index to mm
+    other: np.ndarray,
+    shape: tuple[int, ...],  # Voxels
+) -> float:
+    "How far apart two affines put the corner of a volume that moves most, mm"
+    corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape[:3]], [1])).reshape(4, -1)
+    with np.errstate(all="ignore"):
+        return float(np.linalg.norm((one - other) @ corners, axis=0).max())
 
 
 def check_labels(voxels: np.ndarray, task: Task, path: Path) -> None:

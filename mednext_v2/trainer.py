@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRECISION', 'BLOCKS', 'PREEMPTED', 'MOST_SKIPPED', 'sharding', 'make_engine', 'whole_state', 'load_whole_state',
-           'plain', 'loss_options', 'train_step', 'overlaps', 'PatchValidation', 'finest', 'patch_validation',
-           'training_sampler', 'Preempted', 'Signals', 'Progress', 'curves', 'progress_bar', 'Reporter', 'flat',
-           'manifest', 'peak_memory', 'check_run', 'set_step', 'Share', 'share', 'is_due', 'averaged', 'look',
-           'check_processes', 'Session', 'guard', 'told_to_stop', 'fit']
+           'plain', 'loss_options', 'train_step', 'overlaps', 'PatchValidation', 'patch_validation', 'training_sampler',
+           'Preempted', 'Signals', 'Progress', 'curves', 'progress_bar', 'Reporter', 'flat', 'manifest', 'check_run',
+           'set_step', 'Share', 'share', 'is_due', 'averaged', 'look', 'check_processes', 'Session', 'guard',
+           'told_to_stop', 'fit']
 
 # %% ../nbs/35_trainer.ipynb #imports
 import copy
@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from .augment import PatchSampler, patch_loader
 from .checkpoint import check_identity, identity, read_checkpoint, save_checkpoint
-from .core import atomic_file, write_json
+from .core import atomic_file, peak_bytes, write_json
 from .guard import write_bundle
-from .losses import deep_supervision_loss, sum_over_processes
+from .losses import deep_supervision_loss, finest, sum_over_processes
 from .mixture import select_outputs
 from .recipe import Average, Recipe, learning_rate, make_optimizer
 
@@ -203,7 +203,7 @@ class PatchValidation:
         for number in range(-(-len(self.batches) // world)):
             index = number * world + rank
             image, label, *_ = self.batches[min(index, len(self.batches) - 1)]
-            found = overlaps(finest(model(image.to(device))), label.to(device), **self.options)
+            found = overlaps(finest(model(image.to(device))).float(), label.to(device), **self.options)
             counts = counts + found * (index < len(self.batches))
         counts = engine.reduce(counts, "sum") if world > 1 else counts
         hits, true, predicted = counts
@@ -215,7 +215,7 @@ class PatchValidation:
         from matplotlib.figure import Figure
 
         image, label, *_ = self.batches[0]
-        scores = finest(model(image.to(next(model.parameters()).device))).cpu()
+        scores = finest(model(image.to(next(model.parameters()).device))).float().cpu()
         shown = scores.amax(1) > 0 if self.options["regions"] else scores.argmax(1)
         figure = Figure(figsize=(6, 2 * len(image)), layout="constrained")
         rows = figure.subplots(len(image), 3, squeeze=False)
@@ -228,11 +228,6 @@ class PatchValidation:
                 panel.set_title(title, fontsize=8)
         with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=80)
-
-
-def finest(outputs: Tensor | list[Tensor]) -> Tensor:
-    "The scores at full resolution, in float32"
-    return (outputs if isinstance(outputs, Tensor) else outputs[0]).float()
 
 
 def patch_validation(
@@ -444,19 +439,9 @@ def manifest(session) -> dict:
         "best_val_dice": at.best if math.isfinite(at.best) else None,
         "seconds": round(seconds, 1),
         "gpu_hours": round(seconds * engine.num_processes / 3600, 4) if on_gpu else "not available",
-        "peak_memory_gib": round(peak_memory(on_gpu) / 2**30, 3),
+        "peak_memory_gib": round((torch.cuda.max_memory_allocated() if on_gpu else peak_bytes()) / 2**30, 3),
         "energy_kwh": "not available",
     }
-
-
-def peak_memory(on_gpu: bool) -> int:
-    "Bytes at most in use so far: of the GPU, or of this process"
-    if on_gpu:
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 # %% ../nbs/35_trainer.ipynb #fit-parts
 def check_run(recipe: Recipe, model: nn.Module, sampler) -> None:
@@ -506,11 +491,9 @@ class Share:
 
 
 def share(sampler, rank: int, count: int):
-    "Patches rank, rank + count, ... of every batch; ValueError if they cannot be dealt out evenly"
+    "Patches rank, rank + count, ... of every batch, which `check_processes` found to be divisible"
     if count == 1:
         return sampler
-    if sampler.batch_size % count:
-        raise ValueError(f"a batch of {sampler.batch_size} patches cannot be dealt out to {count} processes")
     return sampler.shard(rank, count) if hasattr(sampler, "shard") else Share(sampler, rank, count)
 
 
@@ -636,7 +619,7 @@ class Session:
 MOST_SKIPPED = 100  # Steps in a row that fp16 may pass over while its scaler looks for a scale
 
 
-def guard(session, sampler, batch: tuple[Tensor, ...], loss: float, norm: float) -> None:
+def guard(session, sampler, batch: tuple[Tensor, ...], options: dict, loss: float, norm: float) -> None:
     "FloatingPointError, with a bundle to replay the step from, if loss or gradient is not finite"
     recipe, at = session.recipe, session.progress
     overflow = recipe.precision == "fp16" and math.isfinite(loss) and not math.isfinite(norm)
@@ -650,7 +633,7 @@ def guard(session, sampler, batch: tuple[Tensor, ...], loss: float, norm: float)
     model, _ = whole_state(session.model, session.optimizer)
     rank = session.engine.process_index
     bundle = write_bundle(
-        session.folder, at.step, reason, recipe, session.network, model, batch, sampler, session.who, rank
+        session.folder, at.step, reason, recipe, session.network, model, batch, options, sampler, session.who, rank
     )
     raise FloatingPointError(
         f"{reason}; lower it, or look for damaged scans. The last checkpoint in {session.folder} is from before; "
@@ -705,7 +688,7 @@ def fit(
             at.step += 1
             set_step(session.optimizer, learning_rate(at.step - 1, recipe), seed, at.step)
             loss, norm = train_step(recipe, engine, session.model, session.optimizer, batch, options, space)
-            guard(session, shard, batch, loss, norm)
+            guard(session, shard, batch, options, loss, norm)
             if session.average:
                 session.average.update(session.network)
             due = is_due(at.step, recipe.validate_every, recipe)

@@ -19,7 +19,7 @@ from mednext_v2 import checkpoint
 from mednext_v2.backbones import create
 from mednext_v2.checkpoint import read_checkpoint, save_checkpoint, weights_digest
 from mednext_v2.losses import deep_supervision_loss
-from mednext_v2.recipe import RECIPES, Average, Recipe, get_recipe, learning_rate, make_optimizer
+from mednext_v2.recipe import RECIPES, Recipe, get_recipe, learning_rate, make_optimizer
 from mednext_v2.trainer import (
     PREEMPTED,
     PatchValidation,
@@ -703,3 +703,13 @@ def test_network_is_plain_again_after_bf16(tmp_path):
     recipe = toy_recipe(precision="bf16")
     model, _ = toy_run(tmp_path, recipe)
     assert model(torch.zeros(1, 1, 8, 8, 8))[0].dtype == torch.float32 and "forward" not in vars(model)
+
+
+def test_bundle_of_regions_and_ignored_voxels_replays_with_their_loss(tmp_path):
+    from mednext_v2.guard import replay, write_bundle
+
+    recipe, model = toy_recipe(), toy_model()
+    batch = torch.randn(2, 1, 8, 8, 8), torch.randint(0, 5, (2, 1, 8, 8, 8))  # 4 is ignored, the network has 3 outputs
+    options = loss_options(recipe) | {"regions": ((1, 2, 3), (2, 3), (3,)), "ignore": 4, "reduce": print}
+    bundle = write_bundle(tmp_path, 3, "loss is nan", recipe, model, model.state_dict(), batch, options)
+    assert replay(bundle).empty
