@@ -524,8 +524,10 @@ def parts(
     if not hasattr(network, "blueprint"):
         raise ValueError(f"{type(network).__name__} has no blueprint that names its parts: make it with `create`")
     entry = get_backbone(network.blueprint["name"])
-    names = dict.fromkeys([*(name for name, _ in network.named_parameters()), *network.state_dict()])
-    return {name: part_of(name, entry) for name in names}
+    learnt = dict.fromkeys(name for name, _ in network.named_parameters(remove_duplicate=False))
+    # A buffer that no prefix names, such as Primus' mask token, is of the body
+    other = {name: "encoder" for name in network.state_dict() if name not in learnt and not name.startswith(entry.heads)}
+    return other | {name: part_of(name, entry) for name in learnt}
 
 # %% ../nbs/16_backbones.ipynb #cost
 @dataclass(frozen=True)
