@@ -6,10 +6,10 @@
 __all__ = ['UNKNOWN', 'SCHEMES', 'LAYOUTS', 'READERS', 'DAMAGE', 'TRIES', 'WAIT', 'TIMEOUT', 'PASSING', 'RECEIPT', 'SHOWN',
            'safe_parts', 'ZooEntry', 'check_entry', 'zoo_file', 'members_of', 'load_zoo', 'get_entry', 'zoo_table',
            'Limits', 'Member', 'Bounded', 'zip_members', 'tar_members', 'reader_of', 'claim', 'write_member', 'unpack',
-           'fill', 'Interrupted', 'ask', 'validator_of', 'read_note', 'Part', 'room', 'start_of', 'receive',
-           'attempt_web', 'get_web', 'download', 'kind_of', 'derived_licence', 'cache_folder', 'read_receipt', 'Origin',
-           'licence_of', 'accepted', 'permit_use', 'intact', 'obtain', 'install', 'settle', 'write_receipt', 'fetch',
-           'check_files', 'verify']
+           'fill', 'Interrupted', 'ask', 'validator_of', 'read_note', 'Part', 'room', 'start_of', 'total_of', 'receive',
+           'attempt_web', 'get_web', 'bring', 'download', 'kind_of', 'derived_licence', 'cache_folder', 'read_receipt',
+           'Origin', 'licence_of', 'accepted', 'permit_use', 'intact', 'obtain', 'install', 'settle', 'write_receipt',
+           'full_disk_named', 'check_available', 'fetch', 'check_files', 'verify']
 
 # %% ../nbs/18_zoo.ipynb #imports
 import errno
@@ -26,6 +26,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -38,7 +39,7 @@ from urllib.request import url2pathname
 import pandas as pd
 
 from . import __version__
-from .core import atomic_folder, build, read_yaml, sha256, write_json
+from .core import atomic_folder, build, fingerprint_of, read_yaml, sha256, write_json
 
 # %% ../nbs/18_zoo.ipynb #safe-parts
 def safe_parts(
@@ -438,6 +439,20 @@ def start_of(
     return start
 
 
+def total_of(
+    answer,
+    start: int,  # Where the body begins in the file
+    most: int,  # Bytes that the file may have
+    url: str,
+) -> int | None:  # None if the server does not say
+    "Bytes of the whole file; ValueError if they are too many"
+    length = answer.headers.get("Content-Length")
+    total = start + int(length) if length else None
+    if (total or 0) > most:
+        raise ValueError(f"{url} has {total} bytes, {most} may be")
+    return total
+
+
 def receive(
     answer,  # With status 200 or 206
     part: Part,
@@ -449,10 +464,8 @@ def receive(
     "Writes a body to the part; ValueError if it is larger than it may be, Interrupted if it is shorter than promised"
     from tqdm import tqdm
 
-    start, length = start_of(answer, part, url, asked), answer.headers.get("Content-Length")
-    total = start + int(length) if length else None
-    if (total or 0) > most:
-        raise ValueError(f"{url} has {total} bytes, {most} may be")
+    start = start_of(answer, part, url, asked)
+    total = total_of(answer, start, most, url)
     room(part.path.parent, (total or 0) - start, url)
     if not start:
         part.drop()  # First: old bytes must never stand beside a new validator
@@ -492,7 +505,8 @@ def attempt_web(
         raise Interrupted(f"the server answers {code}")
     if code in (404, 410):
         raise FileNotFoundError(f"{url} is not there (HTTP {code}): the publisher may have moved it")
-    raise ValueError(f"{url} cannot be downloaded (HTTP {code}, {answer.headers.get('Content-Encoding', 'as it is')})")
+    encoding = answer.headers.get("Content-Encoding", "none")
+    raise ValueError(f"{url} cannot be downloaded: HTTP {code}, encoding {encoding}")
 
 
 def get_web(
@@ -521,28 +535,37 @@ def get_web(
                 time.sleep(WAIT * 2 ** (TRIES - 1 - left))
 
 # %% ../nbs/18_zoo.ipynb #download
+def bring(
+    url: str,  # https, http or file
+    part: Part,
+    most: int,  # Bytes that the file may have
+    progress: bool,
+) -> None:
+    "All bytes of a file on the web or on this machine; ValueError for other schemes"
+    scheme = urlsplit(url).scheme
+    if scheme not in SCHEMES:
+        raise ValueError(f"{url}: only {', '.join(SCHEMES)} are opened")
+    part.path.parent.mkdir(parents=True, exist_ok=True)
+    if scheme != "file":
+        return get_web(url, part, most, progress)
+    local = Path(url2pathname(urlsplit(url).path))
+    if not local.is_file():
+        raise FileNotFoundError(f"{local} is not a file")
+    room(part.path.parent, local.stat().st_size, url)
+    shutil.copyfile(local, part.path)
+
+
 def download(
     url: str,  # https, http or file
     target: Path,  # Appears whole and checked
     expected: str = UNKNOWN,  # SHA-256, if it is known
-    size: int | None = None,  # Bytes, if known
+    size: int | None = None,  # Bytes, if known; decides where no hash is known
     most: int = 64 * 2**30,  # Bytes that the file may have
     progress: bool = True,
 ) -> str:  # Its SHA-256
     "A file; ValueError, and nothing kept, if it is not the one expected"
     part = Part(target.with_name(target.name + ".part"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scheme = urlsplit(url).scheme
-    if scheme not in SCHEMES:
-        raise ValueError(f"{url}: only {', '.join(SCHEMES)} are opened")
-    if scheme == "file":
-        local = Path(url2pathname(urlsplit(url).path))
-        if not local.is_file():
-            raise FileNotFoundError(f"{local} is not a file")
-        room(target.parent, local.stat().st_size, url)
-        shutil.copyfile(local, part.path)
-    else:
-        get_web(url, part, most, progress)
+    bring(url, part, most, progress)
     found, length = sha256(part.path), part.size
     if expected not in (UNKNOWN, found) or (expected == UNKNOWN and size not in (None, length)):
         part.drop()
@@ -558,7 +581,7 @@ def download(
 def kind_of(licence: str) -> set[str]:
     "What a licence's name tells: a subset of non-commercial, share-alike, no derivatives, unknown"
     words = {
-        "non-commercial": r"\bNC\b|non-?commercial",
+        "non-commercial": r"\bNC\b|non-?commercial|(academic|research)( use)? only",
         "share-alike": r"\bSA\b|share-?alike|\bA?GPL",
         "no derivatives": r"\bND\b|no-?derivatives",
         "unknown": rf"^\s*$|{UNKNOWN}|not stated|unknown|custom",
@@ -666,17 +689,19 @@ def intact(entry: ZooEntry, home: Path) -> bool:
 def obtain(
     entry: ZooEntry,
     home: Path,
+    incoming: Path,  # Where to
     given: Path | None,  # A copy of `entry.file` on this machine
     progress: bool,
 ) -> dict[str, str]:  # SHA-256 by file
-    "All files of an entry in `download/`, compared with the registry's hashes, or with those seen first"
+    "All files of an entry, each compared with the registry's hash, or with the one seen first"
     seen, found = read_note(home / "state.json").get("sha256", {}), {}
     for file, known in {entry.file: entry.sha256, **entry.others}.items():
-        target = home.joinpath("download", *safe_parts(file))
+        target = incoming.joinpath(*safe_parts(file))
         url = given.resolve().as_uri() if given and file == entry.file else entry.address(file)
         first = known if known != UNKNOWN else seen.get(entry.address(file), UNKNOWN)
-        if target.is_file() and sha256(target) == first != UNKNOWN:
-            found[file] = first  # Arrived before, but there was no room to unpack it
+        # It arrived before, but there was no room to unpack it
+        if target.is_file() and not given and first in (UNKNOWN, there := sha256(target)):
+            found[file] = there
             continue
         try:
             found[file] = download(url, target, first, entry.size if file == entry.file else None, progress=progress)
@@ -698,23 +723,24 @@ def install(
     "Downloads a model and puts it in its place; what is refused leaves nothing"
     for leftover in home.glob(".tmp-*"):  # Of a killed process; the lock is ours
         shutil.rmtree(leftover, ignore_errors=True)
-    found, incoming = obtain(entry, home, given, progress), home / "download"
+    incoming = home / "download" / fingerprint_of(entry.url)  # What comes from elsewhere is another file
+    found = obtain(entry, home, incoming, given, progress)
     try:
         with atomic_folder(home / "model") as folder:
             for file in found:
                 settle(incoming, file, folder, limits)
             write_receipt(entry, folder, found[entry.file])
     except ValueError:
-        shutil.rmtree(incoming)
+        shutil.rmtree(home / "download")
         raise
     state = read_note(home / "state.json")
     first = {entry.address(file): digest for file, digest in found.items()}
     write_json(home / "state.json", state | {"sha256": state.get("sha256", {}) | first})
-    shutil.rmtree(incoming)
+    shutil.rmtree(home / "download")
 
 
 def settle(
-    incoming: Path,  # `download/`
+    incoming: Path,  # With what was downloaded
     file: str,
     folder: Path,  # The model's
     limits: Limits,
@@ -743,6 +769,26 @@ def write_receipt(
     write_json(folder / RECEIPT, about | {"sha256": digest, "files": files})
 
 # %% ../nbs/18_zoo.ipynb #fetch-public
+@contextmanager
+def full_disk_named(home: Path):
+    "A full disk as an OSError that says what to do"
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"the disk of {home} is full: free some, then call again; what arrived is kept") from None
+
+
+def check_available(entry: ZooEntry, given: str | Path | None) -> None:
+    "FileNotFoundError, which names the page, for a model that only people can download"
+    if not entry.available and given is None:
+        raise FileNotFoundError(
+            f"{entry.name} has no address for programs: download {entry.file or 'it'} by hand from {entry.where}, "
+            "then fetch it with --given FILE (given=)"
+        )
+
+
 def fetch(
     name: str,  # In the registry
     cache: str | Path | None = None,  # Another place than MEDNEXT_V2_CACHE, or ~/.cache/mednext_v2
@@ -750,7 +796,7 @@ def fetch(
     progress: bool = True,  # Show a bar
     given: str | Path | None = None,  # The model's file, downloaded by hand
     path: str | Path | None = None,  # Another registry than the package's
-    limits: Limits = Limits(),
+    limits: Limits = Limits(),  # Of an archive
 ) -> Path:  # The folder with its files and `zoo.json`
     """A model of the zoo, from the cache or the web
 
@@ -760,25 +806,14 @@ def fetch(
     """
     from filelock import FileLock
 
-    entry = get_entry(name, path)
-    home = cache_folder(cache) / name
-    if accepted(entry, home) and intact(entry, home):
-        return home / "model"
-    if not entry.available and given is None:
-        raise FileNotFoundError(
-            f"{name} has no address for programs: download {entry.file or 'it'} by hand from {entry.where}, "
-            "then fetch it with --given FILE (given=)"
-        )
-    home.mkdir(parents=True, exist_ok=True)
-    with FileLock(home / "lock"):
-        permit_use(entry, home, accept_licence)
-        try:
+    entry, home = get_entry(name, path), cache_folder(cache) / name
+    if not (accepted(entry, home) and intact(entry, home)):
+        check_available(entry, given)
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / "lock"), full_disk_named(home):
+            permit_use(entry, home, accept_licence)
             if not intact(entry, home):  # Another process may have fetched it meanwhile
                 install(entry, home, Path(given) if given else None, progress, limits)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise OSError(f"the disk of {home} is full: free some, then call again; what arrived is kept") from None
     return home / "model"
 
 # %% ../nbs/18_zoo.ipynb #verify
