@@ -211,13 +211,11 @@ class Bounded:
 
 # %% ../nbs/18_zoo.ipynb #members
 def zip_members(path: Path) -> Iterator[Member]:
-    "The members of a zip; ValueError for links, devices, encryption and rare methods of compression"
+    "The members of a zip; ValueError for links, devices and rare methods; opening an encrypted one fails as well"
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise ValueError(f"{info.filename!r} is a link or a device")
-            if info.flag_bits & 0x1:
-                raise ValueError(f"{info.filename!r} is encrypted")
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"{info.filename!r} is neither stored nor deflated")
             # `filename` ends at the first NUL, `orig_filename` does not

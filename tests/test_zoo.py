@@ -191,6 +191,25 @@ def test_changed_tag_on_a_partial_answer_is_not_mixed(get, server):
     assert ranges(server)[-1] is None
 
 
+def test_kill_between_note_and_body_leaves_no_mixture(get, server, monkeypatch):
+    """The note of the new file is written, the old file's beginning must not stand beside it."""
+    notes = []
+
+    def write_then_die(path, value):
+        path.write_text(json.dumps(value))
+        notes.append(value["validator"])
+        if len(notes) == 2:
+            raise KeyboardInterrupt
+
+    server.plan.script = ["cut", "changed"]
+    with monkeypatch.context() as patched:
+        patched.setattr(zoo, "write_json", write_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            get()
+    assert notes == ['"one"', '"two"']
+    assert get() == digest(BODY[::-1])
+
+
 def test_part_of_another_url_is_not_continued(get, server):
     get.part.parent.mkdir()
     get.part.write_bytes(b"x" * 100)
@@ -399,10 +418,11 @@ def test_good_archive_is_unpacked(name, place):
     assert {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()} == GOOD
 
 
+OUTSIDE = ["../evil", "D/../../evil", "/evil", "//evil", "C:/evil", "C:evil", "..\\evil", "D/.. /evil", "D/a:b", "..."]
+
+
 @pytest.mark.parametrize("pack", [zipped, tarred])
-@pytest.mark.parametrize(
-    "name", ["../evil", "D/../../evil", "/evil", "//evil", "C:/evil", "C:evil", "..\\evil", "D/.. /evil", "D/a:b", "..."]
-)
+@pytest.mark.parametrize("name", OUTSIDE)
 def test_path_that_leads_out_is_refused(name, pack, place):
     archive = pack(place / ("a.zip" if pack is zipped else "a.tar.gz"), ("D/plans.json", b"{}"), (name, b"evil"))
     refused(archive, "could lead out of the folder")
@@ -458,6 +478,7 @@ def test_stream_longer_than_its_header_is_cut_off(place):
 
         def read(self, size=-1):
             self.given += size
+            assert self.given < 20 * 2**20, "the stream is read without end"
             return bytes(size)
 
     endless = Endless()
