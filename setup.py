@@ -28,7 +28,7 @@ setup(
     # The registry lies in data/, where people look for it, and is installed inside the package
     packages=[*find_packages(include=["mednext_v2", "mednext_v2.*"]), "mednext_v2.data"],
     package_dir={"mednext_v2.data": "data"},
-    package_data={"mednext_v2": ["py.typed"], "mednext_v2.data": ["datasets.yaml"]},
+    package_data={"mednext_v2": ["py.typed"], "mednext_v2.data": ["datasets.yaml", "zoo.yaml"]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split("\n"),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
