@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mednext_v2 import backbones
+from mednext_v2.adapt import transfer
 from mednext_v2.backbones import (
     BACKBONES,
     PlainUNet,
@@ -25,7 +26,7 @@ from mednext_v2.losses import deep_supervision_loss
 from mednext_v2.recipe import get_recipe
 from mednext_v2.scaling import PRESETS, count_parameters
 from mednext_v2.trainer import check_run
-from mednext_v2.weights import Card, save_model, transfer
+from mednext_v2.weights import Card, save_model
 from monai.networks.nets import DynUNet
 
 # timm imports torchvision, whose compiled operators do not load beside a torch built for the CPU alone.
@@ -318,8 +319,9 @@ def test_folder_holds_any_of_them(name, tmp_path):
 def test_transfer_keeps_answers(name):
     torch.manual_seed(0)
     source, target = mini(name, 1, 3), mini(name, 2, 3)
-    entry, labels = BACKBONES[name], ({"a": 1, "b": 2}, {"new": 1, "a": 2})
-    report = transfer(target, source.state_dict(), *labels, entry.heads, entry.stem)
+    report = transfer(
+        target, source.state_dict(), {"background": 0, "new": 1, "a": 2}, {"background": 0, "a": 1, "b": 2}
+    )
     image = torch.randn(1, 1, *[2 * source.stride] * 3)
     with torch.no_grad():
         before, after = source(image), target(image.expand(-1, 2, -1, -1, -1))
