@@ -438,12 +438,12 @@ def load_plugin(
 
 def plugins() -> dict[str, Backbone]:
     "Backbones of installed packages by name; a warning for each plug-in that cannot be used"
+    points = [(point.dist.name if point.dist else "?", point) for point in entry_points(group=PLUGINS)]
     found = {}
-    for point in entry_points(group=PLUGINS):
+    for owner, point in sorted(points, key=lambda pair: (pair[0], pair[1].name)):  # Who is first does not vary
         try:
             entry = load_plugin(point, BACKBONES | found)
         except ValueError as error:
-            owner = point.dist.name if point.dist else "an unknown distribution"
             warnings.warn(f"backbone plug-in {point.name!r} of {owner} is left out: {error}", stacklevel=2)
         else:
             found[entry.name] = entry
