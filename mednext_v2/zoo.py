@@ -779,12 +779,15 @@ def full_disk_named(home: Path):
 
 
 def check_available(entry: ZooEntry, given: str | Path | None) -> None:
-    "FileNotFoundError, which names the page, for a model that only people can download"
-    if not entry.available and given is None:
-        raise FileNotFoundError(
-            f"{entry.name} has no address for programs: download {entry.file or 'it'} by hand from {entry.where}, "
-            "then fetch it with --given FILE (given=)"
-        )
+    "FileNotFoundError, which names the page, for a model that only people can download, or nobody yet"
+    if entry.available or (given and entry.file):
+        return
+    if not entry.file:
+        raise FileNotFoundError(f"{entry.name} was not published when the registry was written: see {entry.where}")
+    raise FileNotFoundError(
+        f"{entry.name} has no address for programs: download {entry.file} by hand from {entry.where}, "
+        "then fetch it with --given FILE (given=)"
+    )
 
 
 def fetch(

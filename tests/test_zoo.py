@@ -876,6 +876,14 @@ def test_model_for_people_only_says_where_and_takes_a_copy(world, tmp_path, serv
     assert world.run() == folder
 
 
+def test_model_that_nobody_has_says_so(tmp_path):
+    (tmp_path / "a.pth").write_bytes(BODY)
+    for given in (None, tmp_path / "a.pth"):
+        with pytest.raises(FileNotFoundError, match="was not published when .* see https://github.com/MIC-DKFZ"):
+            fetch("mednext_v2_official", tmp_path / "cache", given=given)
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize(
     "change, match",
     [
