@@ -101,7 +101,7 @@ def check_entry(entry: ZooEntry) -> None:
         "file": (entry.file or not entry.available, "needed where there is a url"),
         "licence": (entry.licence, f'a name, or "{UNKNOWN}"'),
         "non_commercial": (entry.non_commercial in ("yes", "no", "unknown"), "yes, no or unknown"),
-        "layout": (entry.layout == UNKNOWN or re.fullmatch(r"\w+(/\w+)?", entry.layout), "wrapping, or wrapping/family"),
+        "layout": (entry.layout == UNKNOWN or re.fullmatch(r"\w+(/\w+)?", entry.layout), "wrapping or wrapping/family"),
         "sha256": (all(h == UNKNOWN or re.fullmatch("[0-9a-f]{64}", h) for h in hashes), "64 hexadecimal digits"),
     }
     for name, (holds, rule) in rules.items():

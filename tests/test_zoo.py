@@ -781,6 +781,14 @@ def test_verify_finds_what_changed(world):
     }  # fmt: skip
 
 
+def test_verify_does_not_take_a_link_for_a_file(world, tmp_path):
+    plans = world.run() / "D/plans.json"
+    plans.unlink()
+    (tmp_path / "elsewhere").write_bytes(b"{}")  # The same bytes, today
+    plans.symlink_to(tmp_path / "elsewhere")
+    assert world.verify("toy").set_index("file").state["D/plans.json"] == "changed"
+
+
 def test_verify_says_what_is_not_there(world):
     assert world.verify().empty
     with pytest.raises(FileNotFoundError, match="fetch it first"):
@@ -915,7 +923,8 @@ def test_every_model_of_the_facts_has_an_entry():
     wanted = [f"totalsegmentator_ct_{i}" for i in (291, 292, 293, 294, 295, 297)]
     wanted += [f"totalsegmentator_mr_{i}" for i in (850, 851, 852)]
     wanted += [f"cads_{kind}_{i}" for kind in ("reference", "research", "open") for i in range(551, 560)]
-    wanted += [f"stunet_{size}" for size in ("small", "base", "large", "huge")] + [f"voco_comni_{size}" for size in ("nnunet", "b", "l", "h")]
+    wanted += [f"stunet_{size}" for size in ("small", "base", "large", "huge")]
+    wanted += [f"voco_comni_{size}" for size in ("nnunet", "b", "l", "h")]
     wanted += [f"suprem_{net}" for net in ("swinunetr", "unet", "segresnet")]
     wanted += ["multitalent_v2", "mrsegmentator", "nninteractive", "openmind_mae_resenc_l", "mednext_v2_official"]
     assert set(wanted) <= names
