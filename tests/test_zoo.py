@@ -781,6 +781,14 @@ def test_verify_finds_what_changed(world):
     }  # fmt: skip
 
 
+def test_verify_does_not_take_a_link_for_a_file(world, tmp_path):
+    plans = world.run() / "D/plans.json"
+    plans.unlink()
+    (tmp_path / "elsewhere").write_bytes(b"{}")  # The same bytes, today
+    plans.symlink_to(tmp_path / "elsewhere")
+    assert world.verify("toy").set_index("file").state["D/plans.json"] == "changed"
+
+
 def test_verify_says_what_is_not_there(world):
     assert world.verify().empty
     with pytest.raises(FileNotFoundError, match="fetch it first"):
@@ -890,7 +898,7 @@ def test_model_that_nobody_has_says_so(tmp_path):
         ({"url": "ftp://example.org/a"}, "url is"),
         ({"url": UNKNOWN, "where": ""}, "where is"),
         ({"non_commercial": "perhaps"}, "non_commercial is"),
-        ({"layout": "keras"}, "layout is"),
+        ({"layout": "a/b/c"}, "layout is"),
         ({"sha256": "abc"}, "sha256 is"),
         ({"file": "../a.zip"}, "could lead out"),
         ({"others": {"/etc/passwd": UNKNOWN}}, "could lead out"),
@@ -907,7 +915,7 @@ def test_bad_entry_is_named(change, match, world):
 def test_entry_name_cannot_be_a_path():
     for name in ("../a", "A", "a/b", ""):
         with pytest.raises(ValueError, match="name is"):
-            replace(get_entry("stunet_b"), name=name)
+            replace(get_entry("stunet_base"), name=name)
 
 
 def test_every_model_of_the_facts_has_an_entry():
@@ -915,7 +923,8 @@ def test_every_model_of_the_facts_has_an_entry():
     wanted = [f"totalsegmentator_ct_{i}" for i in (291, 292, 293, 294, 295, 297)]
     wanted += [f"totalsegmentator_mr_{i}" for i in (850, 851, 852)]
     wanted += [f"cads_{kind}_{i}" for kind in ("reference", "research", "open") for i in range(551, 560)]
-    wanted += [f"stunet_{size}" for size in "sblh"] + [f"voco_comni_{size}" for size in ("nnunet", "b", "l", "h")]
+    wanted += [f"stunet_{size}" for size in ("small", "base", "large", "huge")]
+    wanted += [f"voco_comni_{size}" for size in ("nnunet", "b", "l", "h")]
     wanted += [f"suprem_{net}" for net in ("swinunetr", "unet", "segresnet")]
     wanted += ["multitalent_v2", "mrsegmentator", "nninteractive", "openmind_mae_resenc_l", "mednext_v2_official"]
     assert set(wanted) <= names
@@ -933,9 +942,26 @@ def test_registry_agrees_with_the_licence_names():
     assert sum(entry.classes for name, entry in load_zoo().items() if name.startswith("cads_open_")) == 167
 
 
+def test_backbones_are_in_their_registry():
+    from mednext_v2.backbones import BACKBONES
+
+    if "resenc_l" not in BACKBONES:
+        pytest.skip("the registry has no peers yet")
+    strange = {entry.backbone for entry in load_zoo().values()} - {None, *BACKBONES}
+    assert not strange, f"zoo.yaml names {strange}"
+
+
+def test_layouts_are_those_of_the_importers():
+    importers = pytest.importorskip("mednext_v2.importers")
+    for entry in load_zoo().values():
+        wrapping, _, family = entry.layout.partition("/")
+        assert entry.layout == UNKNOWN or wrapping in importers.WRAPPINGS, entry.name
+        assert not family or family in importers.FAMILIES, entry.name
+
+
 def test_table_shows_what_is_not_known():
     table = zoo_table().set_index("name")
-    assert table.loc["mednext_v2_official", "licence"] == UNKNOWN and table.loc["stunet_b", "download"] == "by hand"
+    assert table.loc["mednext_v2_official", "licence"] == UNKNOWN and table.loc["stunet_base", "download"] == "by hand"
     assert table.loc["totalsegmentator_ct_297", "spacing (mm)"] == "3 × 3 × 3"
     assert table.loc["nninteractive", "hash known"] == "yes" and table.source.str.len().min() > 10
 
