@@ -544,10 +544,11 @@ def cost(
 def backbone_table(
     patch: tuple[int, ...] = (128, 128, 128),  # Voxels
     mini: bool = False,  # The networks of the mini profile
+    names: tuple[str, ...] | None = None,  # All that are built in if None
 ) -> pd.DataFrame:  # One row per network; counts are NaN where its package is not installed
     "Title, millions of parameters, the published count, GMACs, stride and package, by name"
     rows = []
-    for entry in BACKBONES.values():
+    for entry in map(get_backbone, BACKBONES if names is None else names):
         counted = (float("nan"),) * 3
         try:
             found = cost(entry.name, patch, **(entry.mini if mini else {}))
