@@ -488,7 +488,8 @@ def create(
     network.strides = getattr(network, "strides", (network.stride,) * 3)
     if patch and any(side % step for side, step in zip(patch, network.strides)):
         fits = tuple(-(-side // step) * step for side, step in zip(patch, network.strides))
-        raise ValueError(f"backbone {name!r}: patch {tuple(patch)} must be divisible by {network.strides}, as {fits} is")
+        rule = f"patch {tuple(patch)} must be divisible by {network.strides}, as {fits} is"
+        raise ValueError(f"backbone {name!r}: {rule}")
     what = {"name": name, "in_channels": in_channels, "num_classes": num_classes}
     network.blueprint = what | {"deep_supervision": deep_supervision, **given, **overrides}
     return network
