@@ -488,7 +488,8 @@ def create(
     network.strides = getattr(network, "strides", (network.stride,) * 3)
     if patch and any(side % step for side, step in zip(patch, network.strides)):
         fits = tuple(-(-side // step) * step for side, step in zip(patch, network.strides))
-        raise ValueError(f"backbone {name!r}: patch {tuple(patch)} must be divisible by {network.strides}, as {fits} is")
+        rule = f"patch {tuple(patch)} must be divisible by {network.strides}, as {fits} is"
+        raise ValueError(f"backbone {name!r}: {rule}")
     what = {"name": name, "in_channels": in_channels, "num_classes": num_classes}
     network.blueprint = what | {"deep_supervision": deep_supervision, **given, **overrides}
     return network
@@ -555,10 +556,11 @@ def cost(
 def backbone_table(
     patch: tuple[int, ...] = (128, 128, 128),  # Voxels
     mini: bool = False,  # The networks of the mini profile
+    names: tuple[str, ...] | None = None,  # All that are built in if None
 ) -> pd.DataFrame:  # One row per network; counts are NaN where its package is not installed
     "Title, millions of parameters, the published count, GMACs, stride and package, by name"
     rows = []
-    for entry in BACKBONES.values():
+    for entry in map(get_backbone, BACKBONES if names is None else names):
         counted = (float("nan"),) * 3
         try:
             found = cost(entry.name, patch, **(entry.mini if mini else {}))
