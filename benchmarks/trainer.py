@@ -310,12 +310,12 @@ PARTS = {"overhead": overhead, "peer": peer, "growth": growth}
 # ---------------------------------------------------------------- tables
 def about() -> dict:
     "What the numbers were taken on, and of which code"
-    from mednext_v2.checkpoint import code_digest
+    from mednext_v2.checkpoint import STEP_MODULES, code_digest
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE)
     found = machine()
     found["versions"] |= {name: version(name) for name in ("accelerate", "dvclive")}
-    return found | {"commit": git.stdout.strip(), "code": code_digest(), "threads": 1}
+    return found | {"commit": git.stdout.strip(), "code": code_digest(STEP_MODULES), "threads": 1}
 
 
 def overhead_table(found: dict) -> list[str]:

@@ -5,17 +5,13 @@ import json
 
 import pytest
 import torch
-from mednext_v2.backbones import BACKBONES, create
-from mednext_v2.scaling import create_model
+from mednext_v2.backbones import create
 from mednext_v2.weights import (
     Card,
     LoadReport,
-    adapt_stem,
-    match_classes,
     read_card,
     read_state,
     save_model,
-    transfer,
 )
 
 CARD = Card(
@@ -139,128 +135,24 @@ def test_card_that_is_not_json(folder):
         read_card(folder)
 
 
-@pytest.mark.parametrize(("old", "new"), [(1, 1), (1, 3), (3, 1), (2, 4), (4, 2)])
-def test_adapted_stem_answers_a_replicated_image_as_before(old, new):
-    weight = torch.randn(5, old, 3, 3, 3, dtype=torch.float64)
-    image = torch.randn(2, 1, 6, 6, 6, dtype=torch.float64)
-    before, after = (
-        torch.nn.functional.conv3d(image.expand(-1, n, -1, -1, -1), w)
-        for n, w in ((old, weight), (new, adapt_stem(weight, new)))
-    )
-    torch.testing.assert_close(after, before)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_transferred_network_answers_as_before(name):
-    "Classes in another order, another number of channels: known classes keep their scores"
-    source, target = tiny(1, 4, name=name), tiny(2, 3, seed=1, name=name)
-    entry = BACKBONES[name]
-    report = transfer(
-        target, source.state_dict(), {"a": 1, "b": 2, "c": 3}, {"c": 1, "new": 2}, entry.heads, entry.stem
-    )
-    image = torch.randn(1, 1, 32, 32, 32)
-    with torch.no_grad():
-        before, after = source(image), target(image.expand(-1, 2, -1, -1, -1))
-    torch.testing.assert_close(after[:, [0, 1]], before[:, [0, 3]], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(after[:, 2], before[:, 2], atol=1e-3)
-    assert report.coverage == 1 and report.missing == () == report.skipped
-    assert any("1 -> 2" in note for note in report.notes.values())
-    assert any("classes kept: background, c" == note for note in report.notes.values())
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_new_classes_keep_their_fresh_rows(name):
-    source, target, fresh = tiny(name=name), tiny(seed=1, name=name), tiny(seed=1, name=name)
-    entry = BACKBONES[name]
-    transfer(target, source.state_dict(), {"a": 1, "b": 2}, {"x": 1, "b": 2}, entry.heads, entry.stem)
-    with torch.no_grad():
-        for model in (target, fresh, source):
-            for parameter, value in model.named_parameters():
-                if not parameter.startswith(entry.heads):
-                    value.fill_(0.01)
-        image = torch.randn(1, 1, 32, 32, 32)
-        scores, new, old = target(image), fresh(image), source(image)
-    torch.testing.assert_close(scores[:, 1], new[:, 1])
-    torch.testing.assert_close(scores[:, [0, 2]], old[:, [0, 2]])
-
-
-def test_square_head_is_read_along_the_right_axis():
-    "As many channels as classes: only the kind of layer tells which axis counts the classes"
-    source, target = create_model("tiny", 1, 4, width=4), create_model("tiny", 1, 4, width=4)
-    before = source.state_dict()["out_0.conv_out.weight"]
-    assert before.shape[:2] == (4, 4)
-    transfer(target, source.state_dict(), {"a": 1, "b": 2, "c": 3}, {"c": 1, "b": 2, "a": 3})
-    assert torch.equal(target.out_0.conv_out.weight.detach(), before[:, [0, 3, 2, 1]])
-
-
-def test_same_labels_load_everything():
-    source, target = tiny(), tiny(seed=1)
-    labels = {"a": 1, "b": 2}
-    report = transfer(target, source.state_dict(), labels, dict(reversed(labels.items())))
-    assert set(report.loaded) == set(source.state_dict()) and report.adapted == () and report.coverage == 1
-    assert all(torch.equal(v, source.state_dict()[k]) for k, v in target.state_dict().items())
-
-
-def test_unknown_labels_leave_heads_fresh():
-    source, target = tiny(), tiny(seed=1)
-    head = target.out_0.conv_out.weight.detach().clone()
-    report = transfer(target, source.state_dict())
-    assert torch.equal(target.out_0.conv_out.weight.detach(), head)
-    assert report.missing == report.skipped == ("out_0.conv_out.weight", "out_0.conv_out.bias")
-    assert 0.9 < report.coverage < 1
-
-
-def test_auxiliary_heads_come_and_go():
-    labels = {"a": 1, "b": 2}
-    plain, deep = tiny(), tiny(deep_supervision=True)
-    report = transfer(tiny(seed=1, deep_supervision=True), plain.state_dict(), labels, labels)
-    assert len(report.missing) == 8 and report.skipped == ()
-    report = transfer(tiny(seed=1), deep.state_dict(), labels, labels)
-    assert len(report.skipped) == 8 and report.missing == ()
-
-
-@pytest.mark.parametrize("fault", ["absent", "shape", "stem"])
-def test_body_that_does_not_fit_changes_nothing(fault):
-    target, state = tiny(seed=1), dict(tiny().state_dict())
-    name = "stem.weight" if fault == "stem" else "bottleneck.0.conv2.weight"
-    state[name] = torch.zeros(3, 1, 1, 1, 1)
-    if fault == "absent":
-        del state[name]
-    before = {k: v.clone() for k, v in target.state_dict().items()}
-    found = "none" if fault == "absent" else r"\(3, 1, 1, 1, 1\)"
-    with pytest.raises(ValueError, match=rf"1 tensors of the body.*{name}: wanted \(.*\), given {found}"):
-        transfer(target, state)
-    assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
-
-
-@pytest.mark.parametrize(("source", "target"), [({"a": 1}, {"a": 1, "b": 2}), ({"a": 1, "b": 2}, {"a": 1})])
-def test_labels_of_other_heads_are_refused(source, target):
-    with pytest.raises(ValueError, match="_labels name 1 classes and background, but out_0.* has 3 rows"):
-        transfer(tiny(), tiny(seed=1).state_dict(), source, target)
-
-
-def test_surplus_of_the_source_is_reported():
-    state = dict(tiny().state_dict()) | {"dummy_tensor": torch.ones(1)}
-    assert "dummy_tensor" in transfer(tiny(seed=1), state).skipped
-
-
-def test_half_precision_weights_are_taken():
-    source = {name: value.half() for name, value in tiny().state_dict().items()}
-    target = tiny(seed=1)
-    transfer(target, source, {"a": 1, "b": 2}, {"b": 1, "x": 2})
-    assert target.stem.weight.dtype == torch.float32
-    torch.testing.assert_close(target.stem.weight, tiny().stem.weight, rtol=1e-3, atol=1e-3)
-
-
-def test_match_classes():
-    assert match_classes({"a": 1}, None) == {} == match_classes(None, {"a": 1})
-    assert match_classes({"a": 2, "b": 1}, {"b": 1, "a": 2, "c": 3}) == {
-        "background": (0, 0), "b": (1, 1), "a": (2, 2)
-    }
-
-
 def test_report_table():
-    report = LoadReport(("a",), ("b",), ("c",), ("d",), {"b": "why"})
+    report = LoadReport(("a",), ("b",), ("c",), ("d",), {"b": "why"}, {"a": ((2,), (2,)), "d": ((3, 1), None)})
     table = report.table()
     assert table.outcome.tolist() == ["loaded", "adapted", "skipped", "missing"]
     assert table.note.tolist() == ["", "why", "", ""] and report.coverage == 2 / 3
+    assert table.model.tolist() == [(2,), None, None, (3, 1)] and table.source.tolist() == [(2,), None, None, None]
+
+
+@pytest.mark.parametrize(("allow", "left"), [((), "d.*c"), (("d",), "c"), (("[cd]",), None), (("*",), None)])
+def test_gaps_are_errors_unless_allowed_by_name(allow, left):
+    report = LoadReport(("a",), ("b",), ("c",), ("d",))
+    if left is None:
+        assert report.require(allow) is report
+    else:
+        with pytest.raises(ValueError, match=f"cover 66.7% of the model: .*{left}.*allow them by name"):
+            report.require(allow)
+
+
+def test_report_prints_every_class():
+    text = str(LoadReport(classes={"liver": "organ 5", "tumour": ""}))
+    assert "class liver   from organ 5" in text and "class tumour  new" in text
