@@ -7,11 +7,12 @@ __all__ = ['BROKEN', 'WRAPPINGS', 'FAMILIES', 'MAPS', 'STUNETS', 'UNKNOWN', 'NOR
            'harmless', 'check_archive', 'tensors_of', 'check_declared', 'refusal', 'read_pickle', 'read_safetensors',
            'read_content', 'Wrapping', 'unwrap', 'Family', 'find_family', 'strip', 'KeyMap', 'rename', 'to_mednext',
            'count', 'mednext_arch', 'guess_mednext', 'unet_arch', 'segresnet_arch', 'guess', 'Found',
-           'configuration_of', 'nnunet_axes', 'nnunet_normalisation', 'nnunet_labels', 'nnunet_facts',
-           'facts_nnunet_v2', 'facts_nnssl', 'facts_nnunet_v1', 'shape_at', 'found_in', 'inside_of', 'read_json',
-           'nnunet_checkpoint', 'found_in_nnunet', 'found_in_model', 'kind_of', 'read_checkpoint_file', 'detect',
-           'turned', 'widen', 'fit_mednext', 'fitted', 'named_for', 'fit_same', 'fill', 'Imported', 'build',
-           'import_checkpoint', 'card_of', 'import_model', 'listed', 'describe', 'layouts']
+           'configuration_of', 'nnunet_axes', 'nnunet_normalisation', 'nnunet_labels', 'odd_settings', 'nnunet_facts',
+           'facts_nnunet_v2', 'facts_nnssl', 'facts_nnunet_v1', 'shape_at', 'told_by', 'network_of', 'found_in',
+           'inside_of', 'read_json', 'nnunet_checkpoint', 'found_in_nnunet', 'found_in_model', 'kind_of',
+           'read_checkpoint_file', 'detect', 'turned', 'widen', 'fit_mednext', 'fitted', 'named_for', 'fit_same',
+           'fill', 'Imported', 'build', 'import_checkpoint', 'card_of', 'import_model', 'listed', 'told_lines',
+           'describe', 'layouts']
 
 # %% ../nbs/17_importers.ipynb #imports
 import json
@@ -162,9 +163,15 @@ class Wrapping:
 
 
 WRAPPINGS = {
-    "nnssl": Wrapping("nnssl pretraining", "network_weights", ("nnssl_adaptation_plan",), "nnssl 7044864, AbstractTrainer"),
-    "nnunet_v2": Wrapping("nnU-Net v2", "network_weights", ("init_args",), "nnunetv2 2.8.1, nnUNetTrainer.save_checkpoint"),
-    "nnunet_v1": Wrapping("nnU-Net v1", "state_dict", ("plot_stuff",), "MedNeXt 0b78ed8, NetworkTrainer.save_checkpoint"),
+    "nnssl": Wrapping(
+        "nnssl pretraining", "network_weights", ("nnssl_adaptation_plan",), "nnssl 7044864, AbstractTrainer"
+    ),
+    "nnunet_v2": Wrapping(
+        "nnU-Net v2", "network_weights", ("init_args",), "nnunetv2 2.8.1, nnUNetTrainer.save_checkpoint"
+    ),
+    "nnunet_v1": Wrapping(
+        "nnU-Net v1", "state_dict", ("plot_stuff",), "MedNeXt 0b78ed8, NetworkTrainer.save_checkpoint"
+    ),
     "run": Wrapping("a run of this library", "model", ("identity",), "trainer.save_checkpoint"),
     "model": Wrapping("scripts, and best.pt of a run", "model", (), "trainer.save_best"),
     "suprem": Wrapping("SuPreM", "net", (), "SuPreM 76e1a64, supervised_pretraining/train.py"),
@@ -422,9 +429,9 @@ def guess(
     if family == "segresnet":
         return family, segresnet_arch(state)
     if family == "unet":
-        filters = [state["input_block.conv1.conv.weight"].shape[0]]
-        filters += [state[f"downsamples.{i}.conv1.conv.weight"].shape[0] for i in range(count(state, r"downsamples\.(\d+)"))]
-        return family, {"filters": (*filters, state["bottleneck.conv1.conv.weight"].shape[0])}
+        levels = range(count(state, r"downsamples\.(\d+)"))
+        blocks = ["input_block", *(f"downsamples.{i}" for i in levels), "bottleneck"]
+        return family, {"filters": tuple(state[f"{block}.conv1.conv.weight"].shape[0] for block in blocks)}
     return None, {}
 
 # %% ../nbs/17_importers.ipynb #found
@@ -529,24 +536,31 @@ STANDARD = {  # Of nnU-Net's networks, and what shapes do not tell
     "norm_op_kwargs": {"eps": 1e-05, "affine": True},
     "dropout_op": None,
     "nonlin": "torch.nn.LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
 }
+
+
+def odd_settings(
+    architecture: dict | None,  # arch_kwargs of plans
+) -> tuple[str, ...]:
+    "Settings of an nnU-Net network that ours has not, and that its weights do not show"
+    given = architecture or {}
+    differing = [key for key, value in STANDARD.items() if key in given and given[key] != value]
+    return tuple(f"{key}={given[key]}" for key in differing)
 
 
 def nnunet_facts(
     plans: dict,  # Of plans.json
     name: str,  # Of the configuration
     dataset: dict,  # Of dataset.json
-) -> dict:  # Fields of a `Found`
+) -> dict:  # Fields of a `Found`, and `odd` settings of its network
     "What plans and data set say of a network"
     configuration, axes = configuration_of(plans, name), nnunet_axes(plans)
-    given = configuration.get("architecture", {}).get("arch_kwargs") or {}
-    odd = [f"{key}={given[key]}" for key, value in STANDARD.items() if key in given and given[key] != value]
     normalisation, reader = nnunet_normalisation(plans, configuration), plans.get("image_reader_writer")
     reoriented = reader == "NibabelIOWithReorient"
-    notes = [f"the network is not nnU-Net's standard: {', '.join(odd)}"] if odd else []
-    notes += [] if normalisation else [f"not a normalisation of ours: {configuration['normalization_schemes']}"]
-    notes += ["trained on images turned to RAS" if reoriented else
-              f"trained in the orientation of its files, which is not known (reader {reader}); ours is RAS"]
+    notes = [] if normalisation else [f"not a normalisation of ours: {configuration['normalization_schemes']}"]
+    own = f"trained in the orientation of its files, which is not known (reader {reader}); ours is RAS"
+    notes += ["trained on images turned to RAS" if reoriented else own]
     channels = dataset.get("channel_names", {})
     return nnunet_labels(dataset) | {
         "axes": axes,
@@ -554,6 +568,7 @@ def nnunet_facts(
         "patch": tuple(int(configuration["patch_size"][axis]) for axis in axes),
         "normalisation": normalisation,
         "channels": tuple(str(channels[key]) for key in sorted(channels, key=int)),
+        "odd": odd_settings(configuration.get("architecture", {}).get("arch_kwargs")),
         "notes": tuple(notes),
     }
 
@@ -573,8 +588,8 @@ def facts_nnssl(content: dict) -> dict:
     known = plan["pretrain_plan"]
     configuration = next(iter(known["configurations"].values()))
     axes = nnunet_axes(known)
-    what = plan["architecture_plans"]["arch_class_name"]
-    told = {"axes": axes, "trainer": content.get("trainer_name"), "epoch": content.get("current_epoch")}
+    what, odd = plan["architecture_plans"]["arch_class_name"], odd_settings(plan["architecture_plans"]["arch_kwargs"])
+    told = {"odd": odd, "axes": axes, "trainer": content.get("trainer_name"), "epoch": content.get("current_epoch")}
     for ours, theirs, kind in (("spacing", "spacing", float), ("patch", "patch_size", int)):
         if values := configuration.get(theirs):
             told[ours] = tuple(kind(values[axis]) for axis in axes)
@@ -610,35 +625,56 @@ def shape_at(
     return sizes[-1] if sizes else None
 
 
+def told_by(
+    wrapping: str,  # One of `WRAPPINGS`
+    content: dict,  # Of a file
+) -> dict:  # As from `FACTS`
+    "What stands beside the weights; only a note if it is not as its program writes it"
+    try:
+        return FACTS.get(wrapping, lambda _: {})(content)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        return {"notes": (f"what stands beside its weights is not understood ({type(error).__name__}: {error})",)}
+
+
+def network_of(
+    family: str,  # One of `FAMILIES`
+    state: dict[str, Tensor],  # Under that class's names
+    odd: tuple[str, ...] = (),  # From `odd_settings`
+    grn: str | None = None,  # Convention of GRN, if it is not the one of that class
+) -> tuple[dict, tuple[str, ...]]:  # Fields of a `Found`, and notes
+    "What the weights tell of a network, and which of ours it is, if any"
+    known = FAMILIES[family]
+    sizes = {
+        "in_channels": shape_at(state, re.escape(known.stem), 1),
+        "num_classes": shape_at(state, known.head, known.axis),
+    }
+    if odd and family in ("resenc", "nnunet_plain"):
+        return sizes, (f"not a network of ours: {', '.join(odd)}",)
+    try:
+        backbone, overrides = guess(family, state, grn)
+    except (LookupError, ValueError) as error:
+        return sizes, (f"not a network of ours: {error}",)
+    return sizes | {"backbone": backbone, "overrides": overrides}, ()
+
+
 def found_in(
     content: dict,  # Of a file
-    path: Path,
+    path: str | Path,
     prefix: str | None = None,  # See `find_family`
     grn: str | None = None,  # Convention of GRN, if it is not the one of that class
 ) -> Found:
     "What a dictionary of any wrapping and family holds"
-    wrapping, tensors = unwrap(content, path)
+    wrapping, tensors = unwrap(content, Path(path))
     family, state, outside = strip(tensors, prefix)
-    told, notes = {}, ()
-    try:
-        told = FACTS.get(wrapping, lambda _: {})(content)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        notes += (f"what stands beside its weights is not understood ({type(error).__name__}: {error})",)
-    backbone, overrides = None, {}
-    try:
-        backbone, overrides = guess(family, state, grn)
-    except (LookupError, ValueError) as error:
-        notes += (f"not a network of ours: {error}",)
-    known = FAMILIES.get(family)
-    keys = " and ".join(filter(None, (WRAPPINGS[wrapping].weights, *WRAPPINGS[wrapping].beside))) or "tensors only"
-    sizes = {
-        "in_channels": shape_at(state, re.escape(known.stem), 1) if known else None,
-        "num_classes": shape_at(state, known.head, known.axis) if known else None,
-    }
-    how = f"{WRAPPINGS[wrapping].title} by its keys ({keys}), {known.title} by {known.sign}" if known else f"keys: {keys}"
+    told, known = told_by(wrapping, content), WRAPPINGS[wrapping]
+    told, odd = {k: v for k, v in told.items() if k != "odd"}, told.get("odd", ())
+    network, notes = network_of(family, state, odd, grn) if family else ({}, ())
     told["notes"] = (*told.get("notes", ()), *notes)
-    return Found(str(path), f"{wrapping}/{family or 'unknown'}", family, state, how, outside, backbone, overrides,
-                 **sizes, **told)
+    how = f"{known.title} by its keys ({' and '.join(filter(None, (known.weights, *known.beside))) or 'tensors only'})"
+    how += f", {FAMILIES[family].title} by {FAMILIES[family].sign}" if family else ""
+    return Found(
+        str(path), f"{wrapping}/{family or 'unknown'}", family, state, how=how, outside=outside, **network, **told
+    )
 
 # %% ../nbs/17_importers.ipynb #places
 def inside_of(
@@ -802,19 +838,18 @@ def fit_mednext(
     "A parameter of a MedNeXt as it is, or converted without a change of the function"
     given, (block, _, leaf) = state.get(name), name.rpartition(".")
     if given is None:
-        absent = leaf in ("grn_gamma", "grn_beta") and f"{block}.conv2.weight" in state
+        absent = leaf.startswith("grn_") and f"{block}.conv2.weight" in state
         return (torch.zeros_like(fresh), "no GRN in the source: identity") if absent else (None, "")
+    if given.shape == fresh.shape and leaf == "grn_gamma" and source != target:
+        return convert_grn(given, 1e-6, source, target)[0], f"GRN from {source} to {target}; eps stays 1e-6"
     if given.shape == fresh.shape:
-        if leaf != "grn_gamma" or source == target:
-            return given, ""
-        gamma, _ = convert_grn(given, 1e-6, source, target)
-        return gamma, f"GRN from {source} to {target}; eps stays 1e-6"
+        return given, ""
     block, _, leaf = name.partition(".")
     axis = {"conv2.weight": 0, "conv2.bias": 0, "conv3.weight": 1}.get(leaf)
     if not block.startswith("down_") or axis is None or f"{block}.grn_gamma" in state:
         return None, ""
-    same = all(a == b for i, (a, b) in enumerate(zip(given.shape, fresh.shape)) if i != axis)
-    if not same or given.ndim != fresh.ndim or given.shape[axis] > fresh.shape[axis]:
+    others = [[*shape[:axis], *shape[axis + 1 :]] for shape in (given.shape, fresh.shape)]
+    if others[0] != others[1] or given.shape[axis] > fresh.shape[axis]:
         return None, ""
     note = f"expansion {given.shape[axis]} -> {fresh.shape[axis]}, new channels have no effect"
     return widen(fresh, given, axis, silent=leaf == "conv3.weight"), note
@@ -943,6 +978,11 @@ def card_of(
 ) -> Card:
     "The card of an imported network; ValueError names the fields that neither the file nor you gave"
     told = {name: getattr(found, name) for name in ("labels", "spacing", "patch", "normalisation")} | facts
+    if found.channels and len(found.channels) != found.in_channels:
+        raise ValueError(
+            f"{found.path} takes {found.in_channels} channels, and its data set has {', '.join(found.channels)}: "
+            "the second stage of a cascade is not supported"
+        )
     if lacking := [name for name, value in told.items() if value is None]:
         raise ValueError(f"{found.path} does not tell {', '.join(lacking)}: give them, as a card has them")
     recipe = {"imported": found.layout, "trainer": found.trainer or UNKNOWN, "epoch": found.epoch}
@@ -980,16 +1020,14 @@ def listed(
     return shown + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
-def describe(
-    path: str | Path,  # A file, or a folder
-    **options,  # Of `read_checkpoint_file`
-) -> str:  # Lines to print
-    "What a checkpoint is, how that was found out, and what is not known of it"
-    found = read_checkpoint_file(path, **options)
+def told_lines(
+    found: Found,
+) -> dict:  # Name to text; None for what is not known
+    "What is known of a checkpoint, in the order in which it is read"
     apart = {(value.data_ptr(), value.shape): value.numel() for value in found.state.values()}
     ends = [f"{name} {tuple(value.shape)}" for name, value in found.state.items()]
-    can = found.backbone in BACKBONES
-    told = {
+    place = "" if found.backbone in BACKBONES else " (not in the registry)"
+    return {
         "layout": f"{found.layout}: {found.how}",
         "weights": f"{sum(apart.values()):,} numbers in {len(found.state)} tensors, {ends[0]} to {ends[-1]}",
         "input channels": found.in_channels and " ".join(map(str, (found.in_channels, *found.channels))),
@@ -1001,13 +1039,23 @@ def describe(
         "trainer": found.trainer,
         "epoch": found.epoch,
         "licence": None if found.licence == UNKNOWN else found.licence,
-        "loads into": found.backbone and f"{found.backbone} {found.overrides or ''}{'' if can else ' (not in the registry)'}",
+        "loads into": found.backbone and f"{found.backbone} {found.overrides or ''}{place}".strip(),
     }
-    lines = [f"{name + ':':<16}{value}" for name, value in told.items() if value is not None]
-    lines += [f"{'outside:':<16}{len(found.outside)} tensors, e.g. {found.outside[0]}"] if found.outside else []
-    lines += [f"{'note:':<16}{note}" for note in found.notes]
-    unknown = [name for name, value in told.items() if value is None]
-    return "\n".join([*lines, f"{'not known:':<16}{', '.join(unknown)}"] if unknown else lines)
+
+
+def describe(
+    path: str | Path,  # A file, or a folder
+    **options,  # Of `read_checkpoint_file`
+) -> str:  # Lines to print
+    "What a checkpoint is, how that was found out, and what is not known of it"
+    found = read_checkpoint_file(path, **options)
+    told = told_lines(found)
+    lines = [(name, value) for name, value in told.items() if value is not None]
+    lines += [("outside", f"{len(found.outside)} tensors, e.g. {found.outside[0]}")] if found.outside else []
+    lines += [("note", note) for note in found.notes]
+    unknown = ", ".join(name for name, value in told.items() if value is None)
+    lines += [("not known", unknown)] if unknown else []
+    return "\n".join(f"{name + ':':<16}{value}" for name, value in lines)
 
 # %% ../nbs/17_importers.ipynb #layouts
 def layouts() -> pd.DataFrame:

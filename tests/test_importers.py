@@ -112,7 +112,7 @@ WRAPPED = {
 }
 
 
-PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod.", "module.backbone."]
+PREFIXES = ["", "_orig_mod.", "module._orig_mod.", "module.backbone."]
 
 
 @pytest.mark.parametrize("wrapping, prefix", [*((w, "module.") for w in WRAPPED), *(("plain", p) for p in PREFIXES)])
@@ -365,7 +365,8 @@ def test_exchanged_axes_are_the_same_function(family, forward):
 
 @pytest.mark.parametrize("newer", [False, True])
 def test_suprem_and_voco_give_the_same_output(newer, tmp_path):
-    networks = [shaken(SwinUNETR(in_channels=1, out_channels=3, feature_size=12, use_v2=newer)) for _ in range(3)]
+    options = dict(in_channels=1, out_channels=3, feature_size=12, depths=(1, 1, 1, 1), use_v2=newer)
+    networks = [shaken(SwinUNETR(**options)) for _ in range(3)]
     (source, *targets), image = networks, torch.randn(1, 1, 64, 32, 32)
     text = {"module.organ_embedding": torch.zeros(2), "module.precls_conv.0.weight": torch.ones(3)}
     suprem = {"net": {f"module.backbone.{n}": v for n, v in source.state_dict().items()} | text, "epoch": 1}
@@ -535,12 +536,29 @@ def test_a_normalisation_that_is_not_ours_is_not_made_up(change, expected):
     assert known is None if expected is None else known["nonzero"] is expected
 
 
-def test_settings_that_shapes_do_not_tell_are_checked():
+def test_settings_that_shapes_do_not_tell_are_checked(tmp_path, resenc):
     plans = json.loads(json.dumps(PLANS))
-    arch = {"norm_op": "torch.nn.modules.batchnorm.BatchNorm3d"}
-    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] = arch
-    notes = nnunet_facts(plans, "3d_fullres", DATASET)["notes"]
-    assert "not nnU-Net's standard: norm_op=torch.nn.modules.batchnorm.BatchNorm3d" in notes[0]
+    plans["configurations"]["3d_fullres"]["architecture"] = {"arch_kwargs": {"nonlin": "torch.nn.ReLU"}}
+    source, _ = dna(*DNA["resenc"])
+    place = nnunet_folder(tmp_path / "T__P__3d_fullres", source.state_dict(), plans)
+    assert "not a network of ours: nonlin=torch.nn.ReLU" in describe(place)
+    with pytest.raises(ValueError, match="does not tell its network"):
+        import_model(place, tmp_path / "ours")
+
+
+def test_the_second_stage_of_a_cascade_is_refused(tmp_path):
+    state = tiny().state_dict() | {"stem.weight": torch.ones(4, 3, 1, 1, 1)}
+    with pytest.raises(ValueError, match="takes 3 channels, and its data set has CT"):
+        import_model(nnunet_folder(tmp_path / "T__P__3d_fullres", state), tmp_path / "ours")
+
+
+def test_an_inherited_configuration_and_a_reoriented_reader():
+    plans = PLANS | {"image_reader_writer": "NibabelIOWithReorient"}
+    low = {"inherits_from": "3d_fullres", "patch_size": [8, 16, 24]}
+    plans["configurations"] = PLANS["configurations"] | {"3d_low": low}
+    facts = nnunet_facts(plans, "3d_low", DATASET)
+    assert facts["patch"] == (16, 24, 8) and facts["spacing"] == (1.0, 2.0, 3.0)
+    assert facts["notes"] == ("trained on images turned to RAS",)
 
 
 def test_a_card_needs_what_prediction_needs(tmp_path):
@@ -632,7 +650,8 @@ def test_a_file_without_weights(content, why, tmp_path):
 
 def test_weights_of_an_unknown_class_are_described_and_not_loaded(tmp_path):
     path = save(tmp_path / "a.pth", nn.Linear(2, 3).state_dict())
-    assert detect(path) == "plain/unknown" and "9 numbers in 2 tensors, weight (3, 2) to bias (3,)" in describe(path)
+    assert detect(path) == "plain/unknown"
+    assert "9 numbers in 2 tensors, weight (3, 2) to bias (3,)" in describe(path)
     with pytest.raises(ValueError, match="give a model"):
         import_checkpoint(path)
 
@@ -747,7 +766,7 @@ def test_a_compressed_archive_is_refused(tmp_path):
     {"w": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}},
     {"w": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 64]}},
     {"w": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 64]}},
-    {"w": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}, "v": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}},
+    dict.fromkeys("wv", {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}),
 ], ids=["beyond", "shape", "negative", "overlap"])
 def test_safetensors_with_a_lying_header(header, tmp_path):
     text = json.dumps(header).encode()
