@@ -6,10 +6,10 @@
 __all__ = ['BROKEN', 'WRAPPINGS', 'FAMILIES', 'MAPS', 'STUNETS', 'UNKNOWN', 'NORMALISATIONS', 'STANDARD', 'FACTS', 'SPARE',
            'harmless', 'check_archive', 'tensors_of', 'check_declared', 'refusal', 'read_pickle', 'read_safetensors',
            'read_content', 'Wrapping', 'unwrap', 'Family', 'find_family', 'strip', 'KeyMap', 'rename', 'to_mednext',
-           'count', 'mednext_arch', 'guess_mednext', 'unet_arch', 'segresnet_arch', 'guess', 'Found',
-           'configuration_of', 'nnunet_axes', 'nnunet_normalisation', 'nnunet_labels', 'odd_settings', 'nnunet_facts',
-           'facts_nnunet_v2', 'facts_nnssl', 'facts_nnunet_v1', 'shape_at', 'told_by', 'network_of', 'found_in',
-           'inside_of', 'read_json', 'nnunet_checkpoint', 'found_in_nnunet', 'found_in_model', 'kind_of',
+           'count', 'mednext_arch', 'guess_mednext', 'unet_arch', 'segresnet_arch', 'guess_stunet', 'guess_swin_unetr',
+           'guess', 'Found', 'configuration_of', 'nnunet_axes', 'nnunet_normalisation', 'nnunet_labels', 'odd_settings',
+           'nnunet_facts', 'facts_nnunet_v2', 'facts_nnssl', 'facts_nnunet_v1', 'shape_at', 'told_by', 'network_of',
+           'found_in', 'inside_of', 'read_json', 'nnunet_checkpoint', 'found_in_nnunet', 'found_in_model', 'kind_of',
            'read_checkpoint_file', 'detect', 'turned', 'widen', 'fit_mednext', 'fitted', 'named_for', 'fit_same',
            'fill', 'Imported', 'build', 'import_checkpoint', 'card_of', 'import_model', 'listed', 'told_lines',
            'describe', 'layouts']
@@ -224,7 +224,7 @@ FAMILIES = {
                      "encoder.stem.convs.0.conv.weight", r"decoder\.seg_layers\.\d+\.weight"),
     "nnunet_plain": Family("nnU-Net plain U-Net", "encoder.stages.0.0.convs.0.conv.weight",
                            "encoder.stages.0.0.convs.0.conv.weight", r"decoder\.seg_layers\.\d+\.weight"),
-    "swinunetr": Family("MONAI SwinUNETR", "swinViT.patch_embed.proj.weight", "swinViT.patch_embed.proj.weight",
+    "swin_unetr": Family("MONAI SwinUNETR", "swinViT.patch_embed.proj.weight", "swinViT.patch_embed.proj.weight",
                         r"out\.conv\.conv\.weight", turns=False),
     "unetr": Family("MONAI UNETR", "vit.patch_embedding.position_embeddings", "encoder1.layer.conv1.conv.weight",
                     r"out\.conv\.conv\.weight", turns=False),
@@ -407,7 +407,30 @@ def segresnet_arch(
     }
 
 
-STUNETS = {16: "stunet_s", 32: "stunet_b", 64: "stunet_l", 96: "stunet_h"}  # By the width of the first level
+STUNETS = {"small": (16, 1), "base": (32, 1), "large": (64, 2), "huge": (96, 3)}  # First width, blocks of a level
+
+
+def guess_stunet(
+    state: dict[str, Tensor],  # Under STU-Net's names
+) -> tuple[str, dict]:  # Name in the registry, overrides
+    "The size of a STU-Net; its widths and depths for one that was not published"
+    levels = range(count(state, r"conv_blocks_context\.(\d+)\."))
+    widths = tuple(state[f"conv_blocks_context.{i}.0.conv1.weight"].shape[0] for i in levels)
+    depths = tuple(count(state, rf"conv_blocks_context\.{i}\.(\d+)\.") for i in levels)
+    for size, (width, blocks) in STUNETS.items():
+        if (widths, depths) == (tuple(width * n for n in (1, 2, 4, 8, 16, 16)), (blocks,) * 6):
+            return f"stunet_{size}", {}
+    return "stunet_small", {"widths": widths, "depths": depths}
+
+
+def guess_swin_unetr(
+    state: dict[str, Tensor],  # Under MONAI's names
+) -> tuple[str, dict]:  # Name in the registry, overrides
+    "The version and width of a SwinUNETR, and its depths if they are not the usual ones"
+    newer = any(name.startswith("swinViT.layers1c.") for name in state)
+    depths = tuple(count(state, rf"swinViT\.layers{i}\.0\.blocks\.(\d+)\.") for i in (1, 2, 3, 4))
+    overrides = {"feature_size": state["swinViT.patch_embed.proj.weight"].shape[0]}
+    return "swin_unetr_v2" if newer else "swin_unetr", overrides | ({"depths": depths} if set(depths) != {2} else {})
 
 
 def guess(
@@ -421,11 +444,8 @@ def guess(
     if family in ("resenc", "nnunet_plain"):
         residual = family == "resenc"
         return "resenc_l" if residual else family, unet_arch(state, residual)
-    if family == "stunet":
-        return STUNETS.get(state[FAMILIES["stunet"].stem].shape[0]), {}
-    if family == "swinunetr":
-        newer = any(name.startswith("swinViT.layers1c.") for name in state)
-        return "swinunetr_v2" if newer else family, {"feature_size": state[FAMILIES[family].stem].shape[0]}
+    if family in ("stunet", "swin_unetr"):
+        return {"stunet": guess_stunet, "swin_unetr": guess_swin_unetr}[family](state)
     if family == "segresnet":
         return family, segresnet_arch(state)
     if family == "unet":
@@ -579,7 +599,8 @@ def facts_nnunet_v2(content: dict) -> dict:
     if "plans" in known:
         told |= nnunet_facts(known["plans"], known["configuration"], known["dataset_json"])
     mirrored = content.get("inference_allowed_mirroring_axes")
-    return told | {"notes": (*told.get("notes", ()), f"mirrored in inference along its axes: {mirrored}")}
+    notes = (f"mirrored in inference along its axes: {mirrored}",) if mirrored is not None else ()
+    return told | {"notes": (*told.get("notes", ()), *notes)}
 
 
 def facts_nnssl(content: dict) -> dict:
@@ -654,7 +675,8 @@ def network_of(
         backbone, overrides = guess(family, state, grn)
     except (LookupError, ValueError) as error:
         return sizes, (f"not a network of ours: {error}",)
-    return sizes | {"backbone": backbone, "overrides": overrides}, ()
+    notes = ("its strides are not in its weights: 2 at each level is assumed",) if family == "stunet" else ()
+    return sizes | {"backbone": backbone, "overrides": overrides}, notes
 
 
 def found_in(
@@ -894,7 +916,8 @@ def named_for(
     return {prefix + name: value for name, value in state.items()}, prefix
 
 
-SPARE = r"dummy_tensor$|out_[1-9]\d*\.|heads\.[1-9]"  # What a network may do without: no effect, or auxiliary heads
+# What a network may do without: a parameter of no effect, and auxiliary heads
+SPARE = r"dummy_tensor$|out_[1-9]\d*\.|heads\.[1-9]|decoder\.seg_layers\.|seg_outputs\."
 
 
 def fit_same(

@@ -374,8 +374,9 @@ def test_suprem_and_voco_give_the_same_output(newer, tmp_path):
     for layout, content, model in zip(("suprem", "plain"), (suprem, voco), targets):
         path = save(tmp_path / f"{layout}.pth", content)
         _, report, found = import_checkpoint(path, model)
-        assert found.layout == f"{layout}/swinunetr" and report.coverage == 1
-        assert (found.backbone, found.overrides) == ("swinunetr_v2" if newer else "swinunetr", {"feature_size": 12})
+        assert found.layout == f"{layout}/swin_unetr" and report.coverage == 1
+        assert found.backbone == ("swin_unetr_v2" if newer else "swin_unetr")
+        assert found.overrides == {"feature_size": 12, "depths": (1,) * 4}
         assert torch.equal(model(image), source(image))
     assert found_in(suprem, "a").outside == tuple(text)
 
@@ -422,14 +423,25 @@ class STUNet(nn.Module):
         self.seg_outputs = nn.ModuleList(nn.Conv3d(dims[-2 - u], classes, 1) for u in range(2))
 
 
-@pytest.mark.parametrize("width, size", [(16, "stunet_s"), (32, "stunet_b"), (24, None)])
-def test_stunet_in_a_v1_checkpoint(width, size, tmp_path):
-    source, model = STUNet(width), STUNet(width)
+def test_stunet_in_a_v1_checkpoint(tmp_path):
+    source, model = STUNet(), STUNet()
     path = save(tmp_path / "large_ep4k.model", V1 | {"state_dict": source.state_dict()})
     _, report, found = import_checkpoint(path, model)
-    assert found.layout == "nnunet_v1/stunet" and (found.num_classes, found.backbone) == (5, size)
+    assert (found.layout, found.num_classes) == ("nnunet_v1/stunet", 5)
+    assert (found.backbone, found.overrides) == ("stunet_small", {"widths": (16, 32, 64), "depths": (1, 1, 1)})
     assert report.coverage == 1 and not report.skipped
     assert all(torch.equal(v, source.state_dict()[n]) for n, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("size, width, depth", [("small", 16, 1), ("base", 32, 1), ("large", 64, 2), ("huge", 96, 3)])
+def test_published_stunets_are_told_by_their_size(size, width, depth):
+    "Depths and widths of STUNetTrainer_small to _huge (nnUNet-2.2, STUNetTrainer.py at 0652eaf)"
+    state = {
+        f"conv_blocks_context.{i}.{block}.conv1.weight": torch.empty(width * n, 1, 3, 3, 3, device="meta")
+        for i, n in enumerate((1, 2, 4, 8, 16, 16))
+        for block in range(depth)
+    }
+    assert guess("stunet", state) == (f"stunet_{size}", {})
 
 
 def test_nnssl_checkpoint_of_an_encoder_and_decoder(tmp_path):
@@ -466,6 +478,20 @@ def nnunet_folder(folder, state, plans=PLANS, dataset=DATASET, folds=("0",)):
     (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text(json.dumps(dataset))
     return folder
+
+
+@pytest.mark.parametrize("family", DNA)
+def test_auxiliary_heads_of_nnunet_may_stay_behind_but_not_the_last(family, tmp_path):
+    source, _ = dna(*DNA[family])
+    model, _ = dna(*DNA[family])
+    model.decoder.seg_layers[0] = nn.Identity()
+    path = save(tmp_path / "a.pth", V2 | {"network_weights": source.state_dict()})
+    report = import_checkpoint(path, model).report
+    assert report.skipped == ("decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias")
+    assert torch.equal(model(IMAGE), source(IMAGE))
+    model.decoder.seg_layers[1] = nn.Conv3d(4, 7, 1)
+    with pytest.raises(ValueError, match="decoder.seg_layers.1.weight"):
+        import_checkpoint(path, model)
 
 
 @pytest.fixture
@@ -874,6 +900,6 @@ def test_every_network_of_the_registry_is_told_and_rebuilt(tmp_path):
         depths = {} if kind == "unet" or name.endswith("large") else {"depths": (1,) * 9}
         source = create(name, 1, 3, **small[kind], **depths).eval()
         model, report, found = import_checkpoint(save(tmp_path / f"{name}.pth", source.state_dict()))
-        assert found.backbone.rpartition("_")[0] == name.rpartition("_")[0] and report.coverage == 1
+        assert found.backbone.split("_")[:2] == name.split("_")[:2] and report.coverage == 1
         shapes = [{n: v.shape for n, v in m.state_dict().items()} for m in (model, source)]
         assert shapes[0] == shapes[1]
