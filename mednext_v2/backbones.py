@@ -376,7 +376,7 @@ def swin_entry(name: str, title: str, v2: bool, published: Published | None = No
     return Backbone(
         name, title, partial(swin_unetr, use_v2=v2), heads=("out.",), stem=("swinViT.patch_embed.proj.", *TWO_STEMS),
         encoder=("swinViT.", "encoder"), decoder=("decoder",), auxiliary=False,
-        mini={"feature_size": 12, "depths": (1, 1, 1, 1)}, published=published, package="monai",
+        mini={"feature_size": 12, "depths": (1, 1, 1, 1), "window_size": 4}, published=published, package="monai",
     )
 
 
