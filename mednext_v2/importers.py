@@ -426,11 +426,14 @@ def guess_stunet(
 def guess_swin_unetr(
     state: dict[str, Tensor],  # Under MONAI's names
 ) -> tuple[str, dict]:  # Name in the registry, overrides
-    "The version and width of a SwinUNETR, and its depths if they are not the usual ones"
+    "The version and width of a SwinUNETR; its depths and windows if they are not the usual ones"
     newer = any(name.startswith("swinViT.layers1c.") for name in state)
     depths = tuple(count(state, rf"swinViT\.layers{i}\.0\.blocks\.(\d+)\.") for i in (1, 2, 3, 4))
     overrides = {"feature_size": state["swinViT.patch_embed.proj.weight"].shape[0]}
-    return "swin_unetr_v2" if newer else "swin_unetr", overrides | ({"depths": depths} if set(depths) != {2} else {})
+    overrides |= {"depths": depths} if set(depths) != {2} else {}
+    offsets = state["swinViT.layers1.0.blocks.0.attn.relative_position_bias_table"].shape[0]  # (2 window - 1)³
+    window = (round(offsets ** (1 / 3)) + 1) // 2
+    return "swin_unetr_v2" if newer else "swin_unetr", overrides | ({"window_size": window} if window != 7 else {})
 
 
 def guess(
