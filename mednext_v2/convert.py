@@ -23,6 +23,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -926,15 +927,14 @@ def take(
     link: bool,  # A hard link, where the file system can
 ) -> None:
     "A file under another name, there at once and whole"
+    if link:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.link(path.resolve(), target)
+            return
     with atomic_file(target) as temporary:
-        if link:
-            temporary.unlink()
-            try:
-                os.link(path.resolve(), temporary)
-            except OSError:
-                shutil.copyfile(path, temporary)
-        else:
-            shutil.copyfile(path, temporary)
+        shutil.copyfile(path, temporary)
 
 # %% ../nbs/23_convert.ipynb #converters
 @dataclass(frozen=True)
