@@ -9,7 +9,7 @@ __all__ = ['info', 'datasets', 'literal_pair', 'by_split', 'convert', 'doctor', 
 # %% ../nbs/52_cli.ipynb #imports
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from .core import ItemsFailed
@@ -138,49 +138,47 @@ def prepare(options: argparse.Namespace) -> str:
 # %% ../nbs/52_cli.ipynb #train-commands
 def train(options: argparse.Namespace) -> str:
     "Train a network on a prepared data set"
-    from mednext_v2.launch import RunEnded, launch
-    from mednext_v2.pipeline import train_by_name
+    from mednext_v2.launch import RunEnded
+    from mednext_v2.pipeline import train_in_processes
+    from mednext_v2.recipe import get_recipe
 
-    changes = dict(literal_pair(pair) for pair in options.set)
-    arguments = {
-        "data": str(options.data),
-        "out": str(options.out),
-        "backbone": options.backbone,
-        "recipe": options.recipe,
-        "changes": changes,
-        "folder": str(options.folder or f"{options.out}.run"),
-        "parent": str(options.parent) if options.parent else None,
-        "seed": options.seed,
-        "device": options.device,
-        "workers": options.workers,
-        "parallel": options.parallel,
-        "resume": options.resume,
-        "pictures": 1,
-        "overrides": dict(literal_pair(pair) for pair in options.network),
-    }
+    recipe = get_recipe(options.recipe, **dict(literal_pair(pair) for pair in options.set))
+    overrides = dict(literal_pair(pair) for pair in options.network)
     if not options.unchecked:
-        print(forecast_training(options, changes, arguments["overrides"]), file=sys.stderr)
-    if options.processes == 1:
-        train_by_name(**arguments)
-        return f"wrote {options.out}"
+        print(forecast_training(options, recipe, overrides), file=sys.stderr)
     try:
-        launch({"function": "mednext_v2.pipeline:train_by_name", "arguments": arguments}, options.processes)
+        train_in_processes(
+            options.processes,
+            data=str(options.data),
+            out=str(options.out),
+            backbone=options.backbone,
+            recipe=asdict(recipe),
+            folder=str(options.folder or f"{options.out}.run"),
+            overrides=overrides,
+            parent=str(options.parent) if options.parent else None,
+            init=options.parent.name if options.parent else "scratch",
+            seed=options.seed,
+            device=options.device,
+            workers=options.workers,
+            parallel=options.parallel,
+            resume=options.resume,
+            pictures=1,
+        )
     except RunEnded as ended:
         print(f"mednextv2: {ended}", file=sys.stderr)
         raise SystemExit(ended.code) from None
     return f"wrote {options.out}"
 
 
-def forecast_training(options: argparse.Namespace, changes: dict, overrides: dict) -> str:
+def forecast_training(options: argparse.Namespace, recipe, overrides: dict) -> str:
     "What the training will take, measured by a dry step; ValueError, with what would fit, if memory is too small"
     import torch
 
     from mednext_v2.launch import Step, check_memory
     from mednext_v2.pipeline import fit_patch
     from mednext_v2.prepare import Prepared
-    from mednext_v2.recipe import get_recipe
 
-    prepared, recipe = Prepared(options.data), get_recipe(options.recipe, **changes)
+    prepared = Prepared(options.data)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = found if options.device == "auto" else options.device
     step = Step(

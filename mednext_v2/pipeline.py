@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINING_MODULES', 'SCORE_COLUMNS', 'Plan', 'read_plan', 'notebook_parameters', 'run_notebook', 'Run', 'run_key',
-           'stop_workers', 'fit_patch', 'prepare_all', 'pretrained_folder', 'train_model', 'train_by_name', 'train_one',
-           'train_runs', 'learning_curves', 'evaluate_one', 'evaluate_runs', 'collect', 'run_stage', 'profiles',
-           'compose_params', 'readme']
+           'stop_workers', 'fit_patch', 'prepare_all', 'pretrained_folder', 'train_model', 'train_from_fields',
+           'train_in_processes', 'run_folder', 'is_made', 'train_one', 'train_runs', 'learning_curves', 'evaluate_one',
+           'evaluate_runs', 'collect', 'run_stage', 'profiles', 'compose_params', 'readme']
 
 # %% ../nbs/51_pipeline.ipynb #imports
 import json
@@ -26,6 +26,7 @@ from mednext_v2.core import (
     fingerprint_of,
     params,
     root,
+    sha256,
     write_csv,
     write_json,
 )
@@ -194,7 +195,7 @@ def pretrained_folder(profile: str, init: str, backbone: str) -> Path | None:
     "The model folder that fine-tuning starts from; None from scratch"
     return None if init == "scratch" else root() / "models" / profile / "pretrain" / init / backbone / f"{init}-s0"
 
-# %% ../nbs/51_pipeline.ipynb #train-one
+# %% ../nbs/51_pipeline.ipynb #train-model
 def train_model(
     data: str | Path,  # A prepared data set
     out: str | Path,  # Model folder that appears at the end
@@ -258,23 +259,72 @@ def train_model(
     return history
 
 
-def train_by_name(
+def train_from_fields(
     data: str,  # A prepared data set
     out: str,  # Model folder that appears at the end
     backbone: str,
-    recipe: str,  # Name of a recipe
-    changes: dict,  # Fields that differ from it
-    folder: str,  # Checkpoints, curves and run.json
+    recipe: dict,  # Fields of a `Recipe`
+    folder: str,  # Checkpoints, curves, run.json and, at the end, history.csv
+    overrides: dict | None = None,  # Changes to the backbone's published size
+    threads: int = 0,  # Of each process; as many as PyTorch takes if 0
     **options,  # Of `train_model`
 ) -> None:
-    "`train_model` with arguments that JSON can hold, as the command line and `launch` need"
-    from mednext_v2.launch import heartbeat
-    from mednext_v2.recipe import get_recipe
+    "`train_model` with arguments that JSON can hold, as a process of `launch` gets them"
+    import torch
 
-    parent = options.get("parent")
-    init = Path(parent).name if parent else "scratch"
-    built = get_recipe(recipe, **changes)
-    train_model(data, out, backbone, built, folder, init=init, on_step=heartbeat, **options)
+    from mednext_v2.launch import heartbeat
+    from mednext_v2.recipe import Recipe
+
+    if threads:
+        torch.set_num_threads(threads)
+    # JSON has lists only; configuration is made of tuples
+    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in (overrides or {}).items()}
+    built = build(Recipe, recipe, "recipe")
+    history = train_model(data, out, backbone, built, folder, changes, on_step=heartbeat, **options)
+    if int(os.environ.get("RANK", 0)) == 0:
+        write_csv(Path(folder) / "history.csv", history)
+
+
+def train_in_processes(
+    processes: int,  # Here if one; else started, watched and ended by `launch`
+    **arguments,  # Of `train_from_fields`
+) -> pd.DataFrame:  # The training history
+    "One training; RunEnded says which of several processes failed, and how"
+    from mednext_v2.launch import launch
+
+    if processes == 1:
+        train_from_fields(**arguments)
+    else:
+        launch({"function": "mednext_v2.pipeline:train_from_fields", "arguments": arguments}, processes)
+    return pd.read_csv(Path(arguments["folder"]) / "history.csv")
+
+# %% ../nbs/51_pipeline.ipynb #train-one
+def run_folder(
+    run: Run,
+    recipe,  # The trainer's Recipe
+    overrides: dict,  # Changes to the backbone's published size
+    data: Path,  # Folder of prepared tasks
+    parent: Path | None,  # Model folder whose weights it starts from; None from scratch
+) -> Path:
+    "Where a run keeps its checkpoints: `scratch/<key>`"
+    from mednext_v2.prepare import Prepared
+    from mednext_v2.weights import read_card
+
+    digest, source = Prepared(data / run.task).digest, read_card(parent).sha256 if parent else None
+    return root() / "scratch" / run_key(run, recipe, overrides, digest, source)
+
+
+def is_made(
+    key: str,  # Of a run
+    model: Path,  # Its model folder
+    curves: Path,  # Its logged curves
+) -> bool:
+    "Whether the model is there, whole, and was made by the run of that key"
+    try:
+        record = json.loads((curves / "made.json").read_text(encoding="utf-8"))
+        return record == {"key": key, "model": sha256(model / "model.safetensors")}
+    except (OSError, ValueError):
+        return False
 
 
 def train_one(
@@ -285,23 +335,30 @@ def train_one(
     parent: Path | None,  # Model folder whose weights it starts from; None from scratch
     out: Path,  # Folder that gets the model
     curves: Path,  # Folder that gets the logged curves
+    before: Path | None = None,  # Model folder of an earlier start of the stage: taken over if it is this run's
     device: str = "cpu",
-    threads: int = 1,
+    threads: int = 1,  # Of each process
+    processes: int = 1,  # That train together, one for each GPU
+    parallel: str = "ddp",  # Or fsdp
+    readers: int = 0,  # Processes that read ahead, for each process that trains
 ) -> pd.DataFrame:  # The training history
     "Train one model of the plan; an interrupted training of the same key goes on where it was"
-    import torch
-
-    from mednext_v2.prepare import Prepared
     from mednext_v2.weights import read_card
 
-    torch.set_num_threads(threads)
-    digest, source = Prepared(data / run.task).digest, read_card(parent).sha256 if parent else None
-    folder = root() / "scratch" / run_key(run, recipe, overrides, digest, source)
-    history = train_model(
-        data / run.task, out, run.backbone, recipe, folder, overrides, parent, run.seed, run.init,
-        provenance=f"profile {run.profile}: ", device=device, description=run.label,
+    folder = run_folder(run, recipe, overrides, data, parent)
+    if before and is_made(folder.name, before, curves):
+        shutil.copytree(before, out)
+        return pd.read_csv(curves / "history.csv")
+    history = train_in_processes(
+        processes, data=str(data / run.task), out=str(out), backbone=run.backbone, recipe=asdict(recipe),
+        folder=str(folder), overrides=overrides, threads=threads, parent=str(parent) if parent else None,
+        seed=run.seed, init=run.init, provenance=f"profile {run.profile}: ", device=device, workers=readers,
+        parallel=parallel, description=run.label,
     )
     shutil.copytree(folder / "live", curves, dirs_exist_ok=True)
+    for name in ("history.csv", "run.json"):
+        shutil.copy(folder / name, curves)
+    write_json(curves / "made.json", {"key": folder.name, "model": read_card(out).sha256})
     return history
 
 # %% ../nbs/51_pipeline.ipynb #train-runs
@@ -313,22 +370,24 @@ def train_runs(
     out: Path,  # Gets one model folder a run, named by it; appears, whole, when all have ended
     curves: Path,  # Gets one folder of logged curves a run
     parent: Path | None = None,  # Model folder to start from; None from scratch
-    device: str = "cpu",
-    workers: int = 1,
-    threads: int = 1,
+    workers: int = 1,  # Runs that are trained side by side
+    **options,  # Of `train_one`: device, threads, processes, parallel, readers
 ) -> pd.DataFrame:  # Histories of all runs, with a column `run`
-    "Train runs in a pool of processes"
+    "Train runs in a pool of processes; their checkpoints are removed when all models are there"
     from joblib import Parallel, delayed
 
+    out, curves = Path(out), Path(curves)
     with atomic_folder(out) as folder:
         jobs = (
             delayed(train_one)(
-                run, recipe, overrides, data, parent, folder / run.name, curves / run.name, device, threads
+                run, recipe, overrides, data, parent, folder / run.name, curves / run.name, out / run.name, **options
             )
             for run in runs
         )
         histories = Parallel(n_jobs=min(workers, len(runs)))(jobs)
     stop_workers()
+    for run in runs:
+        shutil.rmtree(run_folder(run, recipe, overrides, data, parent), ignore_errors=True)
     return pd.concat(
         [history.assign(run=run.name) for run, history in zip(runs, histories, strict=True)], ignore_index=True
     )
