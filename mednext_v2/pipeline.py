@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['TRAINING_MODULES', 'SCORE_COLUMNS', 'Plan', 'read_plan', 'notebook_parameters', 'run_notebook', 'Run', 'run_key',
-           'stop_workers', 'fit_patch', 'prepare_all', 'pretrained_folder', 'train_model', 'train_from_fields',
-           'train_in_processes', 'run_folder', 'is_made', 'train_one', 'train_runs', 'learning_curves', 'evaluate_one',
-           'evaluate_runs', 'collect', 'run_stage', 'profiles', 'compose_params', 'readme']
+           'stop_workers', 'fit_patch', 'prepare_all', 'pretrained_folder', 'TrainingData', 'read_data',
+           'transfer_from', 'head_rows', 'train_model', 'train_from_fields', 'train_in_processes', 'run_folder',
+           'is_made', 'train_one', 'train_runs', 'learning_curves', 'evaluate_one', 'evaluate_runs', 'collect',
+           'run_stage', 'profiles', 'compose_params', 'readme']
 
 # %% ../nbs/51_pipeline.ipynb #imports
 import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -195,64 +196,176 @@ def pretrained_folder(profile: str, init: str, backbone: str) -> Path | None:
     "The model folder that fine-tuning starts from; None from scratch"
     return None if init == "scratch" else root() / "models" / profile / "pretrain" / init / backbone / f"{init}-s0"
 
+# %% ../nbs/51_pipeline.ipynb #training-data
+@dataclass(frozen=True)
+class TrainingData:
+    "One or several prepared data sets, as one training reads them"
+
+    sets: dict  # `Prepared` by the task's name
+    space: object = None  # The `LabelSpace` of a mixture; None for one data set whose cases have all labels
+
+    @property
+    def task(self):
+        "Of the first data set"
+        return next(iter(self.sets.values())).task
+
+    @property
+    def in_channels(self) -> int:
+        return len(self.task.channels)
+
+    @property
+    def outputs(self) -> int:
+        "Output channels of a network"
+        return len(self.space.outputs) if self.space else self.task.num_classes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        "Median shape of the volumes, voxels; of several data sets the larger side"
+        return tuple(map(max, zip(*(one.fingerprint.shape for one in self.sets.values()))))
+
+    @property
+    def read_by_sampler(self):
+        "What a sampler is made from: the only data set, or all by name"
+        return self.sets if self.space else next(iter(self.sets.values()))
+
+    @property
+    def named_outputs(self) -> dict[str, int]:
+        "Outputs that stand for classes by name, as `weights.transfer` matches them"
+        if self.space is None or self.space.heads == "shared":
+            return self.space.labels if self.space else self.task.labels
+        return {name: row for row, name in enumerate(self.space.outputs) if row}
+
+    def card_fields(self) -> dict:
+        "What a card says of the data"
+        tasks = [one.task for one in self.sets.values()]
+        ranges = [one.fingerprint.normalisation() for one in self.sets.values()]
+        own = self.space is not None and self.space.heads == "own"
+        return dict(
+            labels=self.space.labels if self.space else self.task.labels,
+            groups=self.space.groups if self.space else self.task.groups,
+            regions=self.task.regions,
+            class_order=self.task.class_order,
+            heads={
+                task.name: dict(
+                    outputs=self.space.head(task.name), labels=task.labels, groups=task.groups,
+                    modality=task.modality, spacing=task.spacing, normalisation=known,
+                )
+                for task, known in zip(tasks, ranges)
+                if own
+            },
+            task="+".join(self.sets),
+            modality=" / ".join(dict.fromkeys(task.modality for task in tasks)),
+            spacing=self.task.spacing,
+            normalisation=ranges[0],
+            licence="; ".join(dict.fromkeys(task.licence for task in tasks)),
+        )
+
+
+def read_data(
+    data: str | Path | list | tuple,  # A prepared data set, or several
+    heads: str = "shared",  # Or own
+) -> TrainingData:
+    "Prepared data for a training; ValueError for overlapping regions where classes have to be told apart"
+    from mednext_v2.mixture import union_labels
+    from mednext_v2.prepare import Prepared
+
+    found = [Prepared(path) for path in (data if isinstance(data, (list, tuple)) else [data])]
+    tasks = [one.task for one in found]
+    if len(found) == 1 and not found[0].partial:
+        return TrainingData({tasks[0].name: found[0]})
+    space = union_labels(tasks, heads)  # Also finds a data set that is given twice
+    if overlapping := [task.name for task in tasks if task.regions]:
+        raise ValueError(
+            f"{overlapping[0]} has overlapping regions, which can be trained neither beside other data sets nor on "
+            "cases that lack labels: train on it alone, or take such cases out"
+        )
+    return TrainingData({task.name: one for task, one in zip(tasks, found)}, space)
+
 # %% ../nbs/51_pipeline.ipynb #train-model
+def transfer_from(
+    parent: str | Path,  # Model folder
+    model,  # Filled in place
+    backbone: str,
+    data: TrainingData,
+):  # The parent's `Card`
+    "Start from the weights of another model, its heads matched by the names of classes"
+    import torch
+
+    from mednext_v2.backbones import BACKBONES
+    from mednext_v2.weights import class_axis, read_card, read_state, transfer
+
+    source, info, state = read_card(parent), BACKBONES[backbone], read_state(parent)
+    own = model.state_dict()
+    if data.task.regions or source.regions:  # Outputs of regions have no class to be matched by
+        state = {name: value for name, value in state.items() if not name.startswith(info.heads)}
+    known, rows = head_rows(source, tuple(data.sets))
+    for name in state if rows else ():
+        if name.startswith(info.heads) and name in own:
+            axis = class_axis(model, name)
+            state[name] = state[name].index_select(axis, torch.tensor(rows))
+    transfer(model, state, known, data.named_outputs, heads=info.heads, stem=info.stem)
+    return source
+
+
+def head_rows(
+    card,  # A `Card`
+    wanted: tuple[str, ...],  # Data sets whose own head comes first
+) -> tuple[dict[str, int], list[int]]:  # Class to its row, and the output of each row; no outputs if all stay
+    "The classes of a model by their plain names; of several heads that know a class, the first one's"
+    labels, rows = {}, []
+    for name in sorted(card.heads, key=lambda name: name not in wanted):
+        head = card.heads[name]
+        rows = rows or [head["outputs"][0]]
+        for label, value in head["labels"].items():
+            if label not in labels:
+                labels[label] = len(rows)
+                rows.append(head["outputs"][value])
+    return labels or card.labels, rows
+
+
 def train_model(
-    data: str | Path,  # A prepared data set
+    data: str | Path | list | tuple,  # A prepared data set, or several
     out: str | Path,  # Model folder that appears at the end
     backbone: str,
-    recipe,  # A `Recipe`; its patch is made no larger than the data set's volumes
+    recipe,  # A `Recipe`; its patch is made no larger than the volumes of the data
     folder: str | Path,  # Checkpoints, curves and run.json; an interrupted training of the same identity goes on
     overrides: dict | None = None,  # Changes to the backbone's published size
     parent: str | Path | None = None,  # Model folder whose weights it starts from; None from scratch
     seed: int = 0,
     init: str = "scratch",  # What the card calls the start
     provenance: str = "",  # What the card says of the data, besides their name
+    weights: dict[str, float] | str = "sqrt",  # Of several data sets, by name; or a rule of `MixtureSampler`
+    heads: str = "shared",  # Or own: of several data sets, each keeps its labels and has outputs of its own
+    allow: tuple[str, ...] = (),  # Differences of several data sets that are meant, of `mixture.DIFFERENCES`
     **options,  # Of `fit`: device, workers, parallel, resume, ...
 ) -> pd.DataFrame:  # The training history
-    "Train a network on a prepared data set and keep it as a model folder"
-    from dataclasses import replace
-
+    "Train a network on prepared data and keep it as a model folder"
     import torch
 
-    from mednext_v2.backbones import BACKBONES, create
-    from mednext_v2.prepare import Prepared
+    from mednext_v2.backbones import create
     from mednext_v2.trainer import fit, patch_validation, training_sampler
-    from mednext_v2.weights import Card, read_card, read_state, save_model, transfer
+    from mednext_v2.weights import Card, save_model
 
-    prepared = Prepared(data)
-    task, overrides = prepared.task, overrides or {}
+    data, overrides = read_data(data, heads), overrides or {}
     torch.manual_seed(seed)
-    model = create(backbone, len(task.channels), task.num_classes, deep_supervision=recipe.deep_supervision, **overrides)
-    source = read_card(parent) if parent else None
-    if parent:
-        info, state = BACKBONES[backbone], read_state(parent)
-        if task.regions or source.regions:  # Outputs of regions have no class to be matched by
-            state = {name: value for name, value in state.items() if not name.startswith(info.heads)}
-        transfer(model, state, source.labels, task.labels, heads=info.heads, stem=info.stem)
-    recipe = replace(recipe, patch=fit_patch(recipe.patch, prepared.fingerprint.shape, model.stride))
-    validate = patch_validation(recipe, prepared) if recipe.validate_every else None
-    history = fit(
-        recipe, model, training_sampler(recipe, prepared, seed), folder, seed=seed, validate=validate, **options
-    )
+    model = create(backbone, data.in_channels, data.outputs, deep_supervision=recipe.deep_supervision, **overrides)
+    source = transfer_from(parent, model, backbone, data) if parent else None
+    recipe = replace(recipe, patch=fit_patch(recipe.patch, data.shape, model.stride))
+    what = dict(prepared=data.read_by_sampler, labels=data.space, allow=tuple(allow))
+    validate = patch_validation(recipe, **what) if recipe.validate_every else None
+    sampler = training_sampler(recipe, **what, seed=seed, weights=weights)
+    history = fit(recipe, model, sampler, folder, seed=seed, validate=validate, **options)
     card = Card(
         backbone=backbone,
         overrides=overrides,
-        in_channels=len(task.channels),
-        labels=task.labels,
-        groups=task.groups,
-        regions=task.regions,
-        class_order=task.class_order,
-        task=task.name,
-        modality=task.modality,
-        spacing=task.spacing,
+        in_channels=data.in_channels,
         patch=recipe.patch,
-        normalisation=prepared.fingerprint.normalisation(),
         recipe=asdict(recipe),
         init=init,
         parent=source.sha256 if source else None,
         seed=seed,
-        licence=task.licence,
-        provenance=f"{provenance}trained on {task.folder}",
+        provenance=f"{provenance}trained on {', '.join(one.task.folder for one in data.sets.values())}",
+        **data.card_fields(),
     )
     if int(os.environ.get("RANK", 0)) == 0:  # The first process has the weights
         save_model(out, model, card)
@@ -260,7 +373,7 @@ def train_model(
 
 
 def train_from_fields(
-    data: str,  # A prepared data set
+    data: str | list[str],  # A prepared data set, or several
     out: str,  # Model folder that appears at the end
     backbone: str,
     recipe: dict,  # Fields of a `Recipe`
@@ -431,11 +544,13 @@ def evaluate_one(
     from mednext_v2.inference import predict_prepared
     from mednext_v2.metrics import score_case
     from mednext_v2.prepare import Prepared
+    from mednext_v2.tasks import read_annotated
 
     torch.set_num_threads(threads)
     prepared = Prepared(data / run.task)
     model, card = load_model(model_folder)
     model.to(device)
+    known = read_annotated(prepared.manifest, prepared.task) if prepared.partial else {}
     rows = []
     for case in prepared.ids("test"):
         prediction = predict_prepared(model, prepared, case, card.patch, overlap)
@@ -443,6 +558,8 @@ def evaluate_one(
         with atomic_file(out / "predictions" / run.name / f"{case}.nii.gz") as path:
             nibabel.save(image, path)
         scores = score_case(prediction, np.asarray(prepared.label(case)), prepared.spacing, prepared.task)
+        if case in known:  # Of another label nobody knows whether it is there
+            scores = scores[scores.label.isin(known[case])]
         rows.append(
             scores.assign(
                 profile=run.profile,
