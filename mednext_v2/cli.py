@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['info', 'datasets', 'literal_pair', 'by_split', 'convert', 'doctor', 'prepare', 'train', 'mixture_weights',
-           'forecast_training', 'replay', 'predict', 'stage', 'compose', 'print_readme', 'parser', 'main']
+           'as_options', 'forecast_training', 'replay', 'predict', 'stage', 'compose', 'print_readme', 'parser', 'main']
 
 # %% ../nbs/52_cli.ipynb #imports
 import argparse
@@ -180,6 +180,20 @@ def mixture_weights(
     return words[0] if len(words) == 1 and "=" not in words[0] else dict(literal_pair(word) for word in words)
 
 
+def as_options(
+    change: dict,  # Fields of `launch.Step`
+    parts: int,  # In which a batch is put through networks: processes x accumulate
+) -> str:
+    "A change as options of `mednextv2 train`"
+    values = {name: ",".join(map(str, value)) if name == "patch" else value for name, value in change.items()}
+    if "batch" in values:
+        values["batch"] *= parts
+    network = [f"{name}={values.pop(name)}" for name in ("checkpointing",) if name in values]
+    recipe = [f"{name}={value}" for name, value in values.items()]
+    words = [["--set", *recipe]] * bool(recipe) + [["--network", *network]] * bool(network)
+    return " ".join(sum(words, []))
+
+
 def forecast_training(options: argparse.Namespace, recipe, overrides: dict) -> str:
     "What the training will take, measured by a dry step; ValueError, with what would fit, if memory is too small"
     import torch
@@ -189,16 +203,17 @@ def forecast_training(options: argparse.Namespace, recipe, overrides: dict) -> s
 
     data = read_data([options.data, *options.others], options.heads)
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    device = found if options.device == "auto" else options.device
+    device, parts = found if options.device == "auto" else options.device, options.processes * recipe.accumulate
+    others = dict(overrides)
     step = Step(
-        options.backbone, recipe.patch, max(1, recipe.batch // options.processes // recipe.accumulate), recipe.precision,
-        in_channels=data.in_channels, num_classes=data.outputs,
-        deep_supervision=recipe.deep_supervision, overrides=tuple(overrides.items()),
+        options.backbone, recipe.patch, max(1, recipe.batch // parts), recipe.precision,
+        checkpointing=others.pop("checkpointing", "none"), in_channels=data.in_channels, num_classes=data.outputs,
+        deep_supervision=recipe.deep_supervision, overrides=tuple(others.items()),
     )
     with torch.device("meta"):
         stride = step.create().stride
     step = replace(step, patch=fit_patch(recipe.patch, data.shape, stride))
-    need, seconds = check_memory(step, device, options.processes)
+    need, seconds = check_memory(step, device, options.processes, show=lambda change: as_options(change, parts))
     hours = seconds * recipe.steps * recipe.accumulate / 3600
     return f"forecast: {need / 1e9:.2f} GB a process, {seconds:.2g} s a step, {hours:.2g} h for {recipe.steps} steps"
 
@@ -338,8 +353,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--allow", nargs="+", default=[], metavar="DIFFERENCE", help=differences)
     command.add_argument("--backbone", default="mednext_v2_base", help="default: mednext_v2_base")
     command.add_argument("--recipe", default="finetune", help="pretrain, finetune, v1, nnunet, mini or smoke")
-    command.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of the recipe, e.g. lr=1e-4")
-    command.add_argument("--network", nargs="+", default=[], metavar="NAME=VALUE", help="changes to the backbone, e.g. width=16")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="fields of the recipe, e.g. lr=1e-4")
+    command.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="changes to the backbone, e.g. width=16 or checkpointing=block")
     command.add_argument("--from", dest="parent", type=Path, help="model folder whose weights it starts from")
     command.add_argument("--folder", type=Path, help="for checkpoints and curves (default: OUT.run)")
     command.add_argument("--seed", type=int, default=0)

@@ -166,8 +166,10 @@ def fit_patch(
     shape: tuple[int, ...],  # Median shape of the task's volumes, voxels
     stride: int,  # What the network needs each side to be a multiple of
 ) -> tuple[int, ...]:  # The patch to train with
-    "The largest patch that is not larger than the recipe's or the volumes; at least one stride a side"
-    return tuple(max(stride, min(p, s // stride * stride)) for p, s in zip(patch, shape, strict=True))
+    "The largest patch that is not larger than the recipe's or the volumes; at least one stride a side, two on one"
+    fitted = tuple(max(stride, min(p, s // stride * stride)) for p, s in zip(patch, shape, strict=True))
+    # A single voxel at the bottom cannot be normalised: small volumes are padded
+    return (2 * stride, *fitted[1:]) if set(fitted) == {stride} and max(patch) > stride > 1 else fitted
 
 # %% ../nbs/51_pipeline.ipynb #prepare-all
 def prepare_all(
@@ -329,7 +331,7 @@ def train_model(
     backbone: str,
     recipe,  # A `Recipe`; its patch is made no larger than the volumes of the data
     folder: str | Path,  # Checkpoints, curves and run.json; an interrupted training of the same identity goes on
-    overrides: dict | None = None,  # Changes to the backbone's published size
+    overrides: dict | None = None,  # Changes to the backbone's published size; `checkpointing` of a MedNeXt
     parent: str | Path | None = None,  # Model folder whose weights it starts from; None from scratch
     seed: int = 0,
     init: str = "scratch",  # What the card calls the start
@@ -357,7 +359,7 @@ def train_model(
     history = fit(recipe, model, sampler, folder, seed=seed, validate=validate, **options)
     card = Card(
         backbone=backbone,
-        overrides=overrides,
+        overrides={name: value for name, value in overrides.items() if name != "checkpointing"},  # No trait of weights
         in_channels=data.in_channels,
         patch=recipe.patch,
         recipe=asdict(recipe),

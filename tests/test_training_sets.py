@@ -1,8 +1,10 @@
 """From raw data to a model where not all is annotated: cases that lack labels, and several data sets at once."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -10,8 +12,8 @@ import pandas as pd
 import pytest
 import torch
 from data_toys_convert import write_cads
-from mednext_v2 import cli, trainer
-from mednext_v2.backbones import load_model
+from mednext_v2 import cli, launch, trainer
+from mednext_v2.backbones import BACKBONES, create, load_model
 from mednext_v2.convert import CADS_GROUPS, CADS_LEVELS, cads_annotated, convert
 from mednext_v2.core import ItemsFailed, write_csv
 from mednext_v2.doctor import doctor, fix
@@ -19,7 +21,7 @@ from mednext_v2.inference import predict
 from mednext_v2.mixture import union_labels
 from mednext_v2.pipeline import head_rows, read_data, train_model
 from mednext_v2.prepare import Prepared, prepare
-from mednext_v2.recipe import Recipe
+from mednext_v2.recipe import Recipe, get_recipe
 from mednext_v2.tasks import Task, get_task, partial_cases, write_dataset, write_volume
 from mednext_v2.trainer import patch_validation
 from mednext_v2.weights import read_card, read_state
@@ -215,6 +217,7 @@ def organs(path, card=None) -> dict[str, float]:
 
 
 LONG = Recipe(steps=70, validate_every=35, **SETTINGS)
+LONGER = replace(LONG, steps=140, validate_every=70)  # Own heads share what they learn in the body alone
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +228,7 @@ def shared(sets):
 
 @pytest.fixture(scope="module")
 def own(sets):
-    history = train([sets / "chest", sets / "belly"], sets / "own", LONG, heads="own")
+    history = train([sets / "chest", sets / "belly"], sets / "own", LONGER, heads="own")
     return sets / "own", history
 
 
@@ -334,3 +337,56 @@ def test_command_line_trains_on_two_sets(sets, tmp_path, capsys):
         cli.main(ask)
     with pytest.raises(SystemExit, match="weights are for chest, the data sets are chest, belly"):
         cli.main([*line[:2], str(tmp_path / "other"), *line[3:], "--weights", "chest=2", "--set", *settings])
+
+
+# ---- memory
+
+
+def literally(text: str) -> list[str]:
+    "A suggestion's options, as a user would copy them"
+    return shlex.split(text.strip().split(" (")[0])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path, monkeypatch, processes):
+    base = ["train", str(sets / "chest"), str(tmp_path / "model"), "--backbone", "mednext_v2_tiny", "--device", "cpu"]
+    base += ["--network", "width=4", "--processes", str(processes)]
+    recipe = ["batch=8", "patch=32,32,32", "steps=2"]
+    monkeypatch.setattr(Prepared, "fingerprint", SimpleNamespace(shape=(64, 64, 64)), raising=False)
+    monkeypatch.setattr(launch, "forecast", lambda *given: launch.Forecast(10**7, 1.0, 1e9))
+
+    def ask(*more: str, room: float) -> str:
+        monkeypatch.setattr(launch, "available_memory", lambda device: int(room * processes))
+        options = cli.parser().parse_args([*base, "--recipe", "smoke", "--set", *recipe, *more])
+        built = get_recipe("smoke", **dict(cli.literal_pair(pair) for pair in options.set))
+        return cli.forecast_training(options, built, dict(cli.literal_pair(pair) for pair in options.network))
+
+    need = float(ask(room=1e12).split()[1]) * 1e9
+    kinds = set()
+    for share in (0.8, 0.4, 0.3):
+        with pytest.raises(ValueError) as refused:
+            ask(room=share * need)
+        suggestions = str(refused.value).splitlines()[1:]
+        assert suggestions
+        for text in suggestions:
+            assert "forecast:" in ask(*literally(text), room=share * need), text
+            kinds |= {word.split("=")[0] for word in literally(text) if "=" in word}
+    assert kinds == {"checkpointing", "batch", "patch", "precision"}
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name.startswith("mednext")])
+def test_every_mednext_can_recompute(name):
+    with torch.device("meta"):
+        model = create(name, 1, 3, checkpointing="block")
+    blocks = [module for module in model.modules() if getattr(module, "checkpointing", None) is not None]
+    assert len(blocks) > 10 and {module.checkpointing for module in blocks} == {"block"}
+
+
+def test_training_with_recomputing_gives_the_same_weights_and_a_plain_card(sets, tmp_path):
+    recipe, kinds = replace(SHORT, patch=(32, 32, 32), batch=1), ("none", "expansion", "block")
+    for kind in kinds:
+        options = dict(overrides={"width": 4, "checkpointing": kind}, device="cpu", progress=False)
+        train_model(sets / "chest", tmp_path / kind, "mednext_v2_tiny", recipe, tmp_path / f"{kind}.run", **options)
+        assert read_card(tmp_path / kind).overrides == {"width": 4}
+    plain, *others = (read_state(tmp_path / kind) for kind in kinds)
+    assert all(torch.equal(value, other[name]) for other in others for name, value in plain.items())
