@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['NNUNET', 'RESENC_BLOCKS', 'PRIMUS', 'MEDNEXT_COUNTS', 'SHALLOW', 'MEDNEXT_MINI', 'UNET', 'PRIMUS_PAGE', 'DNA',
            'NNUNET_ENTRIES', 'STUNET_COUNTS', 'STUNET_ENTRIES', 'TWO_STEMS', 'OTHER_ENTRIES', 'KERNEL_5', 'BACKBONES',
-           'PLUGINS', 'PROMISED', 'PARTS', 'PlainUNet', 'check_image', 'as_list', 'declare', 'optional', 'topology',
-           'torch_class', 'nnunet_options', 'nnunet', 'need_patch', 'unetr', 'swin_unetr', 'segresnet', 'primus',
-           'Published', 'Backbone', 'mednext', 'nnunet_entry', 'swin_entry', 'primus_entry', 'load_plugin', 'plugins',
-           'get_backbone', 'create', 'overrides_of', 'part_of', 'parts', 'Cost', 'cost', 'backbone_table', 'load_model']
+           'PLUGINS', 'PROMISED', 'PARTS', 'HEAD_FIELDS', 'PlainUNet', 'check_image', 'as_list', 'declare', 'optional',
+           'topology', 'torch_class', 'nnunet_options', 'nnunet', 'need_patch', 'unetr', 'swin_unetr', 'segresnet',
+           'primus', 'Published', 'Backbone', 'mednext', 'nnunet_entry', 'swin_entry', 'primus_entry', 'load_plugin',
+           'plugins', 'get_backbone', 'create', 'overrides_of', 'part_of', 'parts', 'Cost', 'cost', 'backbone_table',
+           'OneHead', 'one_head', 'load_model']
 
 # %% ../nbs/16_backbones.ipynb #imports
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -573,9 +574,46 @@ def backbone_table(
     return pd.DataFrame(rows, columns=columns).set_index("name")
 
 # %% ../nbs/16_backbones.ipynb #load
+HEAD_FIELDS = ("labels", "groups", "modality", "spacing", "normalisation")  # Of a card, that are a head's own
+
+
+class OneHead(nn.Module):
+    "A network that gives the outputs of one data set's head, its background first"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        outputs: tuple[int, ...],  # Channels
+    ):
+        super().__init__()
+        self.network, self.outputs, self.num_classes = network, list(outputs), len(outputs)
+        self.stride, self.in_channels = network.stride, network.in_channels
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        found = self.network(image)
+        return found[:, self.outputs] if isinstance(found, Tensor) else [one[:, self.outputs] for one in found]
+
+
+def one_head(
+    model: nn.Module,
+    card: Card,
+    name: str | None,  # Of the data set whose labels are wanted
+) -> tuple[nn.Module, Card]:
+    "Network and card as if trained on that data set alone; ValueError lists the heads there are"
+    if not card.heads and name is None:
+        return model, card
+    if name not in card.heads:
+        there = f"a head for each of {', '.join(card.heads)}: name one" if card.heads else "one head, which has no name"
+        raise ValueError(f"the model of {card.task} has {there}, got head {name!r}")
+    head = card.heads[name]
+    own = {field: head[field] for field in HEAD_FIELDS}
+    return OneHead(model, head["outputs"]), replace(card, task=name, heads={}, **own)
+
+
 def load_model(
     folder: str | Path,  # A model folder, as `save_model` writes it
     deep_supervision: bool = False,  # Keep the auxiliary heads; they must be in the folder
+    head: str | None = None,  # Data set whose labels are wanted, if the card has a head for each of several
 ) -> tuple[nn.Module, Card]:  # In evaluation mode, on the CPU
     "The network and its card; ValueError if the weights are not those of the network the card names"
     card, state = read_card(folder), read_state(folder)
@@ -592,4 +630,4 @@ def load_model(
             f"e.g. {problems[0]}"
         )
     model.load_state_dict({name: state[name] for name in own})
-    return model.eval(), card
+    return one_head(model.eval(), card, head)

@@ -6,14 +6,14 @@
 __all__ = ['CADS_GROUPS', 'CADS_LEVELS', 'TEETH', 'TABLES', 'AXES', 'PASSED_OVER', 'CONVERTERS', 'RECORDS', 'COLUMNS', 'Origin',
            'Draft', 'safe_id', 'natural', 'first_folder', 'stems', 'pairs', 'unite', 'files_of', 'guard', 'same_grid',
            'relabel', 'ranges', 'compact', 'read_channels', 'table_of', 'read_files', 'cads_ranks', 'merge_parts',
-           'read_cads', 'read_test_list', 'plan_cads', 'set_aside', 'closed', 'plan_toothfairy2', 'plan_toothfairy3',
-           'read_cbct', 'half_turn', 'plan_panther', 'plan_ctspine1k', 'spine_name', 'read_spine_split', 'plan_amos',
-           'plan_kits', 'plan_lits', 'plan_btcv', 'plan_acdc', 'read_text', 'plan_brats', 'read_slices',
-           'read_slice_case', 'upright', 'plan_brainmetshare', 'read_array', 'axes_affine', 'stored_voxels',
-           'knee_mask', 'read_knee', 'knee_channel', 'plan_skm_tea', 'plan_pediatric', 'read_pediatric', 'is_raw',
-           'check_names', 'plan_raw', 'read_raw', 'take', 'Converter', 'options_of', 'part_of', 'case_key',
-           'read_record', 'write_draft', 'convert_case', 'named', 'sized', 'forget', 'choose', 'wrong_layout',
-           'make_plan', 'tidy', 'describe', 'convert', 'left_out']
+           'cads_annotated', 'read_cads', 'read_test_list', 'plan_cads', 'with_parts_there', 'set_aside', 'closed',
+           'plan_toothfairy2', 'plan_toothfairy3', 'read_cbct', 'half_turn', 'plan_panther', 'plan_ctspine1k',
+           'spine_name', 'read_spine_split', 'plan_amos', 'plan_kits', 'plan_lits', 'plan_btcv', 'plan_acdc',
+           'read_text', 'plan_brats', 'read_slices', 'read_slice_case', 'upright', 'plan_brainmetshare', 'read_array',
+           'axes_affine', 'stored_voxels', 'knee_mask', 'read_knee', 'knee_channel', 'plan_skm_tea', 'plan_pediatric',
+           'read_pediatric', 'is_raw', 'check_names', 'plan_raw', 'read_raw', 'take', 'Converter', 'options_of',
+           'part_of', 'case_key', 'read_record', 'write_draft', 'convert_case', 'named', 'sized', 'forget', 'choose',
+           'wrong_layout', 'make_plan', 'tidy', 'write_annotated', 'describe', 'convert', 'left_out']
 
 # %% ../nbs/23_convert.ipynb #imports
 import inspect
@@ -23,6 +23,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -47,6 +48,7 @@ from mednext_v2.dicom import (
     structure_names,
 )
 from mednext_v2.tasks import (
+    ANNOTATED,
     Task,
     Volume,
     check_finite,
@@ -55,6 +57,7 @@ from mednext_v2.tasks import (
     file_ending,
     load_image,
     load_tasks,
+    partial_cases,
     patient_of,
     present_values,
     raw_task,
@@ -85,6 +88,7 @@ class Draft:
     label: np.ndarray | None  # uint8 (X, Y, Z); None where none is published
     notes: list[str] = field(default_factory=list)  # What a user should know of this case
     links: dict[str, Path] = field(default_factory=dict)  # Instead of arrays: written name to file
+    annotated: tuple[str, ...] = ()  # Labels that were looked for, if not all were
 
 # %% ../nbs/23_convert.ipynb #names
 def safe_id(name: str) -> str:
@@ -313,11 +317,12 @@ def merge_parts(
     image: Volume,
     path: Path,  # The image's, for errors
     tolerance: float = 0.01,  # mm
+    groups: tuple[int, ...] = tuple(CADS_GROUPS),  # Of the parts
 ) -> tuple[np.ndarray, list[str], list[int]]:  # uint8 (X, Y, Z) with values 1..167, notes, hidden values
     "The parts as one map, one part in memory at a time; ValueError for a part that does not fit the image"
     ranks, values = cads_ranks()
     merged, notes, seen = np.zeros(image.voxels.shape, np.uint8), [], set()
-    for group, part in zip(CADS_GROUPS, parts):
+    for group, part in zip(groups, parts, strict=True):
         volume = read_volume(part)
         notes += same_grid(volume, image, part, path, tolerance)
         for target, slab in zip(merged, volume.voxels):
@@ -337,15 +342,31 @@ def merge_parts(
     return merged, notes, sorted(int(values[rank]) for rank in seen - kept)
 
 
+def cads_annotated(
+    task: Task,
+    groups: tuple[int, ...],  # That a case has
+) -> tuple[str, ...]:  # Empty if it has all
+    "Labels of a case that lacks groups, but the cavities and wholes that lie under what may be missing"
+    if len(groups) == len(CADS_GROUPS):
+        return ()
+    under = {(group, value) for level in (0, 1) for group, values in CADS_LEVELS[level].items() for value in values}
+    places = [(group, value) for group, size in CADS_GROUPS.items() for value in range(1, size + 1)]
+    names = sorted(task.labels, key=task.labels.get)
+    return tuple(name for name, place in zip(names, places) if place[0] in groups and place not in under)
+
+
 def read_cads(origin: Origin, task: Task, name: str, tolerance: float = 0.01) -> Draft:
     "A CADS case; ValueError names the part that does not fit"
     if len(task.labels) != sum(CADS_GROUPS.values()):
         raise ValueError(f"data set {task.name} has {len(task.labels)} labels, CADS has 167: correct it")
+    groups = tuple(origin.facts.get("groups", CADS_GROUPS))
     (image,), notes = read_channels(origin, tolerance)
-    label, more, hidden = merge_parts(origin.label, image, origin.images[0], tolerance)
+    label, more, hidden = merge_parts(origin.label, image, origin.images[0], tolerance, groups)
     names = {value: label for label, value in task.labels.items()}
     notes += more + ([f"hidden under others: {', '.join(names[v] for v in hidden)}"] if hidden else [])
-    return Draft([image.voxels], image.affine, label, notes)
+    if absent := [str(group) for group in CADS_GROUPS if group not in groups]:
+        notes.append(f"without part {', '.join(absent)}")
+    return Draft([image.voxels], image.affine, label, notes, annotated=cads_annotated(task, groups))
 
 # %% ../nbs/23_convert.ipynb #cads-plan
 def read_test_list(
@@ -368,6 +389,7 @@ def plan_cads(
     task: Task,
     test_list: str | Path | None = None,  # CADS' `image_ids_test_split.txt`, if it is not in `source`
     val_share: float = 0.01,  # Of the patients that are trained on; the paper's share is unknown
+    partial: bool = False,  # Take cases that lack some of the nine parts, and say in annotated.csv what they have
 ) -> dict[str, Origin]:
     "The cases of CADS; ValueError without its list of test images"
     folders = [p for p in sorted(source.iterdir()) if re.fullmatch(r"\d{4}_\w+", p.name) and p.is_dir()]
@@ -392,8 +414,17 @@ def plan_cads(
             excluded = (folder.name, id) in tested or ("", id) in tested
             image = found.get(id, images / f"{id}_0000.nii.gz")
             origin = Origin((image,), parts, "excluded" if excluded else "train")
+            origin = with_parts_there(origin) if partial else origin
             plan.append({safe_id(f"{folder.name[:4]}_{id}"): origin})
     return set_aside(unite(plan), task, val_share)
+
+
+def with_parts_there(origin: Origin) -> Origin:
+    "A case without the parts that it lacks; as it is if it has all, or none"
+    there = {group: path for group, path in zip(CADS_GROUPS, origin.label) if path.exists()}
+    if len(there) in (0, len(CADS_GROUPS)):
+        return origin
+    return replace(origin, label=tuple(there.values()), facts={"groups": list(there)})
 
 
 def set_aside(plan: dict[str, Origin], task: Task, share: float) -> dict[str, Origin]:
@@ -926,15 +957,14 @@ def take(
     link: bool,  # A hard link, where the file system can
 ) -> None:
     "A file under another name, there at once and whole"
+    if link:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.link(path.resolve(), target)
+            return
     with atomic_file(target) as temporary:
-        if link:
-            temporary.unlink()
-            try:
-                os.link(path.resolve(), temporary)
-            except OSError:
-                shutil.copyfile(path, temporary)
-        else:
-            shutil.copyfile(path, temporary)
+        shutil.copyfile(path, temporary)
 
 # %% ../nbs/23_convert.ipynb #converters
 @dataclass(frozen=True)
@@ -1089,6 +1119,7 @@ def convert_case(
         "sha256": ";".join(digests[:images]),
         "label_sha256": ";".join(digests[images:]),
         "warnings": "; ".join(draft.notes),
+        "annotated": " ".join(draft.annotated),
     }
     sizes = {file: (folder / file).stat().st_size for file in written}
     write_json(path, {"key": key, "files": sizes, "row": row}, sort_keys=False)
@@ -1182,6 +1213,21 @@ def tidy(folder: Path, plan: dict[str, Origin]) -> None:
             forget(path, folder)
 
 
+def write_annotated(
+    rows: list[dict],
+    folder: Path,
+    known: dict[str, tuple[str, ...]],  # What a raw data set that is copied says itself
+) -> None:
+    "annotated.csv, if not all cases have all labels"
+    import pandas as pd
+
+    texts = {row["case"]: row.get("annotated", "") or " ".join(known.get(row["case"], ())) for row in rows}
+    if listed := [(case, text) for case, text in texts.items() if text]:
+        write_csv(folder / ANNOTATED, pd.DataFrame(listed, columns=["case", "annotated"]))
+    else:
+        (folder / ANNOTATED).unlink(missing_ok=True)
+
+
 def describe(
     rows: list[dict],
     name: str,
@@ -1258,6 +1304,8 @@ def convert(
     if failed:
         (folder / "dataset.json").unlink(missing_ok=True)
         raise failed
+    known = partial_cases(task, source.parent if is_raw(source) else source) if converter == "raw" else {}
+    write_annotated([rows[id] for id in jobs], folder, known)
     describe(table.to_dict("records"), converter, task, source, folder, verbatim=name == "raw")
     return table
 

@@ -7,17 +7,17 @@ __all__ = ['FAULTS', 'COLUMNS', 'KEYS', 'ENDINGS', 'COMPANIONS', 'UNITS', 'UNREA
            'ROUNDED', 'REWRITTEN', 'WHOLE', 'ASIDE', 'Finding', 'Report', 'counted', 'account', 'tabulate', 'Declared',
            'whole', 'label_names', 'label_faults', 'read_object', 'brief', 'key_faults', 'declare', 'Files',
            'cut_ending', 'list_files', 'case_of', 'gather', 'case_faults', 'split_faults', 'read_fold', 'fold_faults',
-           'Layout', 'usual_ending', 'task_faults', 'survey', 'set_faults', 'count_faults', 'Head', 'Damaged', 'zipped',
-           'open_bytes', 'check_openable', 'first_bytes', 'parse_header', 'valid_affine', 'forms', 'best_affine',
-           'grid_faults', 'form_faults', 'show', 'storage_faults', 'size_faults', 'volume_shape', 'head_of',
-           'length_faults', 'opened_by_nibabel', 'read_nifti', 'is_nifti', 'read_other', 'read_head', 'compare_grids',
-           'Heads', 'check_heads', 'odd_heads', 'pieces', 'broken', 'pieces_other', 'scramble', 'Tally', 'count_values',
-           'Content', 'measure', 'scaled', 'image_faults', 'label_values_faults', 'Contents', 'check_voxels',
-           'absent_classes', 'by_digest', 'duplicates', 'leaks', 'read_digests', 'find_sets', 'number_faults',
-           'try_all', 'doctor', 'read_contents', 'compare_folders', 'Hopeless', 'plausible', 'mend_units', 'mend_forms',
-           'mend_affine', 'mend_grid', 'mend_scale', 'mend_dimensions', 'create_bytes', 'rewrite', 'Change',
-           'mend_file', 'case_files', 'mend_case', 'place_of', 'prune_splits', 'describe', 'fix_set', 'settle',
-           'remove_case', 'Mended', 'check_target', 'fix']
+           'Layout', 'usual_ending', 'task_faults', 'survey', 'set_faults', 'annotated_faults', 'count_faults', 'Head',
+           'Damaged', 'zipped', 'open_bytes', 'check_openable', 'first_bytes', 'parse_header', 'valid_affine', 'forms',
+           'best_affine', 'grid_faults', 'form_faults', 'show', 'storage_faults', 'size_faults', 'volume_shape',
+           'head_of', 'length_faults', 'opened_by_nibabel', 'read_nifti', 'is_nifti', 'read_other', 'read_head',
+           'compare_grids', 'Heads', 'check_heads', 'odd_heads', 'pieces', 'broken', 'pieces_other', 'scramble',
+           'Tally', 'count_values', 'Content', 'measure', 'scaled', 'image_faults', 'label_values_faults', 'Contents',
+           'check_voxels', 'absent_classes', 'by_digest', 'duplicates', 'leaks', 'read_digests', 'find_sets',
+           'number_faults', 'try_all', 'doctor', 'read_contents', 'compare_folders', 'Hopeless', 'plausible',
+           'mend_units', 'mend_forms', 'mend_affine', 'mend_grid', 'mend_scale', 'mend_dimensions', 'create_bytes',
+           'rewrite', 'Change', 'mend_file', 'case_files', 'mend_case', 'place_of', 'prune_splits', 'prune_annotated',
+           'describe', 'fix_set', 'settle', 'remove_case', 'Mended', 'check_target', 'fix']
 
 # %% ../nbs/24_doctor.ipynb #imports
 import glob
@@ -44,8 +44,8 @@ import pandas as pd
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import aff2axcodes, io_orientation, inv_ornt_aff
 
-from .core import ItemsFailed, atomic_folder, for_all, write_json
-from .tasks import displacement, load_image
+from .core import ItemsFailed, atomic_folder, for_all, write_csv, write_json
+from .tasks import ANNOTATED, displacement, load_image, parse_annotated
 
 # %% ../nbs/24_doctor.ipynb #faults-set
 FAULTS = {  # Code: severity, what to do
@@ -69,6 +69,8 @@ FAULTS = {  # Code: severity, what to do
     "splits-unknown": ("error", "take the id out of splits_final.json, or restore the case"),
     "splits-absent": ("warning", "add the case to a split, or it is never used"),
     "splits-overlap": ("error", "remove the case from one of the two"),
+    "annotated-csv": ("error", "correct annotated.csv (columns case and annotated; labels of dataset.json), or remove it"),
+    "annotated-unknown": ("error", "correct the name in annotated.csv, or remove the row (fix does)"),
     "case-shared": ("error", "remove the case from training, or rename it if it is another scan"),
 }
 
@@ -574,7 +576,26 @@ def set_faults(folder: Path, declared: Declared | None, meta: dict, cases: list[
         if case.part == "Tr" and case.id in ids["Ts"]:
             place = case.name(case.images.get(0) or case.label or folder / "imagesTr")
             findings.append(Finding(place, "case-shared", "the id is in training and in test", case.id))
+    findings += annotated_faults(folder, meta, set().union(*ids.values()))
     return findings + split_faults(folder, ids["Tr"], ids["Ts"])
+
+
+def annotated_faults(
+    folder: Path,  # A data set
+    meta: dict,  # dataset.json
+    cases: set[str],  # Ids that are there
+) -> list[Finding]:
+    "What is wrong with `annotated.csv`; it may be absent, then all cases have all labels"
+    path, labels = folder / ANNOTATED, meta.get("labels")
+    if not path.exists() or not isinstance(labels, dict):
+        return []
+    words = {str(name): (str(name),) for name in labels if name not in ("background", "ignore")}
+    try:
+        found = parse_annotated(path, words, folder.name)
+    except (OSError, ValueError) as error:
+        return [Finding(path.name, "annotated-csv", brief(error).removeprefix(f"{path}").removeprefix(", "))]
+    strange = sorted(set(found) - cases)
+    return [Finding(path.name, "annotated-unknown", f"names case {id}, which has no file", id) for id in strange]
 
 
 def count_faults(meta: dict, training: set[str]) -> list[Finding]:
@@ -1642,6 +1663,16 @@ def prune_splits(source: Path, target: Path, kept: set[str], test: set[str], nam
     return [Change(name, "", source.name, "mended", "splits", "absent and doubly named cases taken out")]
 
 
+def prune_annotated(source: Path, target: Path, kept: set[str], name: str) -> list[Change]:
+    "annotated.csv without cases that are not there"
+    table = pd.read_csv(source, dtype=str, keep_default_na=False)
+    known = table[table.case.isin(kept)]
+    write_csv(target, known)
+    if len(known) == len(table):
+        return []
+    return [Change(name, "", source.name, "mended", "annotated-unknown", "absent cases taken out")]
+
+
 def describe(layout: Layout, target: Path) -> list[Change]:
     "Everything in a data set's folder but the volumes"
     changes, tail = [], f"_0000{layout.declared.ending}"
@@ -1654,6 +1685,8 @@ def describe(layout: Layout, target: Path) -> list[Change]:
         new = target / path.name
         if path.name == "splits_final.json":
             changes += prune_splits(path, new, *ids, layout.name)
+        elif path.name == ANNOTATED:
+            changes += prune_annotated(path, new, set().union(*ids), layout.name)
         elif path.name == "dataset.json" and layout.meta["numTraining"] != number:
             write_json(new, layout.meta | {"numTraining": number}, sort_keys=False)
             what = f"numTraining set to {number}, it was {layout.meta['numTraining']}"
@@ -1663,8 +1696,8 @@ def describe(layout: Layout, target: Path) -> list[Change]:
     return changes
 
 
-WHOLE = ("folder-missing", "dataset-missing", "dataset-json", "dataset-keys", "labels-values", "labels-task")
-ASIDE = ("leak-id", "leak-content", "splits-overlap", "splits-unknown")  # No fault of the case's files
+WHOLE = ("folder-missing", "dataset-missing", "dataset-json", "dataset-keys", "labels-values", "labels-task", "annotated-csv")
+ASIDE = ("leak-id", "leak-content", "splits-overlap", "splits-unknown", "annotated-unknown")  # No fault of the case's files
 
 
 def fix_set(

@@ -135,13 +135,14 @@ def predict(
     image,  # NIfTI file or nibabel image; a list of them, one per channel, for several channels
     overlap: float = 0.5,  # Share of a window that its neighbour sees too
     device: str = "cpu",  # Where the network runs
+    head: str | None = None,  # Data set whose labels are wanted, if the model has a head for each of several
 ) -> nib.Nifti1Image:  # Label map on the image's own grid, orientation and affine
     "Label map of a scan; ValueError for a scan of the wrong shape, grid, values or channels"
     from mednext_v2.backbones import load_model
 
     images = list(image) if isinstance(image, (list, tuple)) else [image]
     scans = [read_scan(each) for each in images]
-    model, card = load_model(model_dir)
+    model, card = load_model(model_dir, head=head)
     if len(scans) != card.in_channels:
         raise ValueError(
             f"{model_dir} expects {card.in_channels} channel(s), got {len(scans)} image(s): "

@@ -7,7 +7,7 @@ __all__ = ['WATCH', 'SAVED', 'FAILED', 'HUNG', 'LOST', 'STARVED', 'SLACK', 'read
            'stop_when_orphaned', 'run_rank', 'agent', 'command', 'cgroup_room', 'available_memory', 'memory_kills',
            'RunEnded', 'read_reports', 'is_lost', 'stacks_of', 'kill', 'catching', 'supervise', 'memory_note',
            'verdict', 'copy_output', 'launch', 'Step', 'with_patch', 'dry_step', 'Forecast', 'forecast',
-           'smaller_patches', 'suggest', 'check_memory', 'main']
+           'smaller_patches', 'as_text', 'suggest', 'check_memory', 'main']
 
 # %% ../nbs/36_launch.ipynb #imports
 import argparse
@@ -567,10 +567,19 @@ def smaller_patches(patch: tuple[int, int, int], stride: int) -> Iterator[tuple[
         yield patch
 
 
+def as_text(
+    change: dict,  # Fields of a `Step`
+) -> str:
+    "A change in words"
+    shown = {**change, "patch": " x ".join(map(str, change["patch"]))} if "patch" in change else change
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
 def suggest(
     needed: Callable[[Step], int],  # Bytes for a step, as `Forecast.needed`
     step: Step,  # What does not fit
     available: int,  # Bytes
+    show: Callable[[dict], str] = as_text,  # How to ask for a change
 ) -> list[str]:
     "Changes that make it fit, each checked; empty if nothing does"
     import torch
@@ -596,9 +605,7 @@ def suggest(
         # Each needs less than the one before
         place = bisect_left(options, True, key=lambda change: size(change) <= available)
         for change in options[place : place + 1]:
-            shown = {**change, "patch": " x ".join(map(str, change["patch"]))} if "patch" in change else change
-            text = ", ".join(f"{name} {value}" for name, value in shown.items())
-            return [f"{text} ({size(change) / 1e9:.2f} GB)"]
+            return [f"{show(change)} ({size(change) / 1e9:.2f} GB)"]
         return []
 
     return sum(map(first_fit, alone), []) or first_fit(together)
@@ -610,6 +617,7 @@ def check_memory(
     processes: int = 1,  # That share this machine's memory; a GPU belongs to one
     available: int | None = None,  # Bytes for all processes; what is free now, if not given
     measured: Forecast | None = None,  # Of this network and device; measured now, if not given
+    show: Callable[[dict], str] = as_text,  # How to ask for a change
 ) -> tuple[int, float]:  # Bytes and seconds of a step
     "What a step needs; ValueError, with changes that help, if it is more than there is"
     measured = measured or forecast(step, device)
@@ -617,7 +625,7 @@ def check_memory(
     room = (available_memory(device) if available is None else available) // share
     if (need := measured.needed(step)) <= room:
         return need, measured.seconds(step)
-    helps = suggest(measured.needed, step, room)
+    helps = suggest(measured.needed, step, room, show)
     advice = "\n  ".join(helps or ["nothing but a smaller network, or more memory"])
     raise ValueError(
         f"a step of {step.network} needs about {need / 1e9:.2f} GB, but a process can have {room / 1e9:.2f} GB "

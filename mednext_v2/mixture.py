@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'NEVER', 'DIFFERENCES', 'LabelSpace', 'joined_group', 'check_rename', 'union_labels', 'look_alikes',
-           'consecutive_parts', 'read_annotated', 'select_outputs', 'known_only', 'whole_shares', 'allot', 'traits',
-           'check_alike', 'check_labels', 'channel_order', 'partial_masks', 'Drawn', 'MixtureSampler', 'mix']
+           'consecutive_parts', 'select_outputs', 'known_only', 'whole_shares', 'allot', 'traits', 'check_alike',
+           'check_labels', 'channel_order', 'partial_masks', 'Drawn', 'MixtureSampler', 'mix']
 
 # %% ../nbs/34_mixture.ipynb #imports
 import re
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .augment import PatchSampler, naming, vary
 from .core import fingerprint_of
-from .tasks import Task
+from .tasks import Task, read_annotated
 
 # %% ../nbs/34_mixture.ipynb #space
 HEADS = ("shared", "own")
@@ -170,30 +170,6 @@ def consecutive_parts(
     if sum(sizes.values()) != len(task.labels):
         raise ValueError(f"{task.name} has {len(task.labels)} labels, the parts have {sum(sizes.values())}")
     return {str(part): tuple(next(names) for _ in range(size)) for part, size in sizes.items()}
-
-
-def read_annotated(
-    table,  # A CSV, or a table such as a prepared manifest, with columns `case` and `annotated`
-    task: Task,
-    parts: dict[str, tuple[str, ...]] | None = None,  # Further words: a part to its labels
-) -> dict[str, tuple[str, ...]]:  # Case to its annotated labels; cases that have all are left out
-    "Which labels the cases of a data set have; ValueError names table, case and word"
-    where = "the table" if isinstance(table, pd.DataFrame) else str(table)
-    if not isinstance(table, pd.DataFrame):
-        table = pd.read_csv(table, dtype=str, keep_default_na=False)
-    if missing := {"case", "annotated"} - set(table.columns):
-        raise ValueError(f"{where} lacks column {', '.join(sorted(missing))}: it needs case and annotated")
-    words = {**{label: (label,) for label in task.labels}, **(parts or {})}
-    found = {}
-    for case, text in zip(table.case, table.annotated.astype(str)):
-        if case in found:
-            raise ValueError(f"{where} has case {case} twice: keep one row")
-        if unknown := [word for word in text.split() if word not in words]:
-            what = f"{unknown[0]!r} is no label of {task.name} and no part"
-            raise ValueError(f"{where}, case {case}: {what}; parts are given to `read_annotated`")
-        if named := {label for word in text.split() for label in words[word]}:
-            found[case] = tuple(label for label in task.labels if label in named)
-    return found
 
 # %% ../nbs/34_mixture.ipynb #heads
 NEVER = -1e4  # A score whose probability is exactly 0, and which half precision can hold
@@ -427,6 +403,10 @@ class MixtureSampler:
         name, at = self.member(step, index)
         case, start, seed = self.samplers[name].locate(*at)
         return f"{name}/{case}", start, seed
+
+    def places(self, step: int) -> list[tuple[str, tuple[int, ...], int]]:
+        "Data set and case, first voxel and seed of every patch of a step"
+        return [self.locate(step, index) for index in range(self.batch_size)]
 
     def region(self, step: int, index: int) -> tuple[Tensor, Tensor, Drawn]:
         "As of a `PatchSampler`, with the label in classes; RuntimeError names step, patch, data set and case"

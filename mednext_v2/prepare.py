@@ -24,7 +24,7 @@ from scipy import ndimage
 
 from .core import ItemsFailed, atomic_folder, build, fingerprint_of, for_all, sha256, write_csv, write_json
 from .storage import join, open_array, read_bytes, write_array
-from .tasks import SPLITS, Case, Scan, Task, list_cases, read_case
+from .tasks import SPLITS, Case, Scan, Task, list_cases, partial_cases, read_case
 
 # %% ../nbs/26_prepare.ipynb #crop
 def bounding_box(
@@ -405,7 +405,7 @@ def prepare(
 ) -> pd.DataFrame:  # The manifest, one row per case
     "A raw data set as training reads it; ItemsFailed names every case that is unfit, after the others are done"
     out = Path(out)
-    cases = {case.id: case for case in list_cases(task, raw)}
+    cases, partial = {case.id: case for case in list_cases(task, raw)}, partial_cases(task, raw)
     failures = {}
     try:
         measured = fingerprint(task, raw, workers, f"measuring {task.name}" if progress else "")
@@ -420,6 +420,8 @@ def prepare(
     if failures:
         raise ItemsFailed({id: failures[id] for id in cases if id in failures}, rows)
     manifest = pd.DataFrame(list(rows.values()))
+    if partial:
+        manifest["annotated"] = [" ".join(partial.get(case, ())) for case in manifest.case]
     write_json(out / "fingerprint.json", asdict(measured))
     write_json(out / "task.json", asdict(task), sort_keys=False)  # The order of regions counts
     write_csv(out / "manifest.csv", manifest)
@@ -460,7 +462,7 @@ class Prepared:
         self.task = build(Task, json.loads(files["task.json"]), "task.json")
         self.fingerprint = build(Fingerprint, json.loads(files["fingerprint.json"]), "fingerprint.json")
         # Names such as 001 or NA are names
-        text = {"case": str, "key": str, "sha256": str, "lowest": str}
+        text = {"case": str, "key": str, "sha256": str, "lowest": str, "annotated": str}
         self.manifest = pd.read_csv(io.BytesIO(files["manifest.csv"]), dtype=text, keep_default_na=False)
         self._rows = {row.case: (row.key, row.lowest) for row in self.manifest.itertuples()}
 
@@ -468,6 +470,11 @@ class Prepared:
     def spacing(self) -> tuple[float, float, float]:
         "Voxel size in mm"
         return self.task.spacing
+
+    @property
+    def partial(self) -> bool:
+        "Whether some case lacks labels: the manifest's column `annotated` lists what it has"
+        return "annotated" in self.manifest and bool(self.manifest.annotated.any())
 
     def ids(
         self,

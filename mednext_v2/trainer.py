@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +33,7 @@ from .checkpoint import check_identity, identity, read_checkpoint, save_checkpoi
 from .core import atomic_file, peak_bytes, write_json
 from .guard import write_bundle
 from .losses import deep_supervision_loss, finest, sum_over_processes
-from .mixture import select_outputs
+from .mixture import LabelSpace, MixtureSampler, known_only, mix, select_outputs
 from .recipe import Average, Recipe, learning_rate, make_optimizer
 
 # %% ../nbs/35_trainer.ipynb #engine
@@ -169,6 +169,7 @@ def overlaps(
     label: Tensor,  # (B, 1, *patch)
     regions: tuple = (),  # Values of each region, if the outputs are regions
     ignore: int | None = None,  # Value that does not count
+    annotated: Tensor | None = None,  # Boolean (B, C): another class in a sample is background; all if None
 ) -> Tensor:  # float64 (3, classes): right, true and predicted voxels
     "What Dice is made of, for each class but the background, or for each region"
     label = label[:, 0]
@@ -178,7 +179,9 @@ def overlaps(
         values = label[counted]
         true = torch.stack([torch.isin(values, torch.tensor(r, device=values.device)) for r in regions])
         return torch.stack([(true & predicted).sum(1), true.sum(1), predicted.sum(1)]).double()
-    predicted, label = logits.argmax(1)[counted], label[counted]
+    predicted = logits.argmax(1)
+    predicted = predicted if annotated is None else known_only(predicted, annotated)
+    predicted, label = predicted[counted], label[counted]
     volumes = (label[predicted == label], label, predicted)
     counts = [torch.bincount(volume, minlength=logits.shape[1]) for volume in volumes]
     return torch.stack(counts)[:, 1:].double()
@@ -189,21 +192,29 @@ class PatchValidation:
 
     def __init__(
         self,
-        batches: list[tuple[Tensor, ...]],  # Images (B, C, *patch) and labels (B, 1, *patch)
-        task=None,  # Whose regions and ignored value count
+        batches: list[tuple[Tensor, ...]],  # Images (B, C, *patch), labels (B, 1, *patch), perhaps annotated (B, C)
+        task=None,  # Whose regions and ignored value count; the `LabelSpace` of a mixture of data sets
     ):
-        self.batches = batches
+        self.batches, self.space = batches, task if isinstance(task, LabelSpace) else None
         self.options = {"regions": tuple(getattr(task, "regions", {}).values()), "ignore": getattr(task, "ignore", None)}
 
-    def __call__(self, model: nn.Module, engine=None) -> float:  # NaN if no patch shows any class
+    def scores(self, model: nn.Module, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        "Logits, label and annotated of a batch, on the network's device"
         device = next(model.parameters()).device
+        image, label, *rest = (tensor.to(device) for tensor in self.batches[index])
+        logits, annotated = finest(model(image)).float(), rest[0] if rest else None
+        if self.space is not None:
+            logits = select_outputs(self.space, logits, annotated)
+        return logits, label, annotated
+
+    def __call__(self, model: nn.Module, engine=None) -> float:  # NaN if no patch shows any class
         rank, world = (engine.process_index, engine.num_processes) if engine else (0, 1)
         counts = 0
         # Every process runs the network equally often, as sharded weights need; a repeated batch counts nothing
         for number in range(-(-len(self.batches) // world)):
             index = number * world + rank
-            image, label, *_ = self.batches[min(index, len(self.batches) - 1)]
-            found = overlaps(finest(model(image.to(device))).float(), label.to(device), **self.options)
+            logits, label, annotated = self.scores(model, min(index, len(self.batches) - 1))
+            found = overlaps(logits, label, **self.options, annotated=annotated)
             counts = counts + found * (index < len(self.batches))
         counts = engine.reduce(counts, "sum") if world > 1 else counts
         hits, true, predicted = counts
@@ -214,8 +225,8 @@ class PatchValidation:
         "The middle slice of each patch of the first batch, with truth and prediction"
         from matplotlib.figure import Figure
 
-        image, label, *_ = self.batches[0]
-        scores = finest(model(image.to(next(model.parameters()).device))).float().cpu()
+        image, label = self.batches[0][:2]
+        scores = self.scores(model, 0)[0].cpu()
         shown = scores.amax(1) > 0 if self.options["regions"] else scores.argmax(1)
         figure = Figure(figsize=(6, 2 * len(image)), layout="constrained")
         rows = figure.subplots(len(image), 3, squeeze=False)
@@ -232,24 +243,35 @@ class PatchValidation:
 
 def patch_validation(
     recipe: Recipe,
-    prepared,  # With a `val` split
-    batches: int = 4,  # How many of the recipe's size
+    prepared,  # With a `val` split; by data set if `labels` are given
+    batches: int = 4,  # How many of the recipe's size, for each data set
     seed: int = 0,
+    labels: LabelSpace | None = None,  # Of a mixture of data sets
+    allow: Collection[str] = (),  # Differences of the data sets that are meant
 ) -> PatchValidation:  # For `fit(validate=...)`
-    "Validation on fixed patches of the validation split, each centred on a class"
-    sampler = PatchSampler(prepared, "val", recipe.patch, recipe.batch, 1.0, "none", seed)
-    return PatchValidation([sampler.batch(step) for step in range(batches)], getattr(prepared, "task", None))
+    "Validation on fixed patches of the validation split, each centred on a class; of a mixture, equally many a set"
+    if labels is None:
+        sampler = PatchSampler(prepared, "val", recipe.patch, recipe.batch, 1.0, "none", seed)
+        return PatchValidation([sampler.batch(step) for step in range(batches)], getattr(prepared, "task", None))
+    sets = {name: one for name, one in prepared.items() if one.ids("val")} or prepared
+    options = dict(labels=labels, split="val", seed=seed, allow=allow, foreground=1.0, augment="none")
+    sampler = mix(sets, recipe.patch, recipe.batch, dict.fromkeys(sets, 1), **options)
+    return PatchValidation([sampler.batch(step) for step in range(batches * len(sets))], labels)
 
 
 def training_sampler(
     recipe: Recipe,
-    prepared,  # With a `train` split
+    prepared,  # With a `train` split; by data set if `labels` are given
     seed: int = 0,
-) -> PatchSampler:
+    labels: LabelSpace | None = None,  # Of a mixture of data sets
+    weights: dict[str, float] | str = "sqrt",  # By data set: see `MixtureSampler`
+    allow: Collection[str] = (),  # Differences of the data sets that are meant
+) -> PatchSampler | MixtureSampler:
     "The sampler that a recipe describes"
-    return PatchSampler(
-        prepared, "train", recipe.patch, recipe.batch, recipe.foreground, recipe.augment, seed
-    )
+    options = dict(foreground=recipe.foreground, augment=recipe.augment, seed=seed)
+    if labels is None:
+        return PatchSampler(prepared, "train", recipe.patch, recipe.batch, **options)
+    return mix(prepared, recipe.patch, recipe.batch, weights, labels, allow=allow, **options)
 
 # %% ../nbs/35_trainer.ipynb #state
 PREEMPTED = 75  # Exit code of a run that was told to end and has saved: start it again to go on (EX_TEMPFAIL)
@@ -485,6 +507,9 @@ class Share:
 
     def __init__(self, sampler, rank: int, count: int):
         self.sampler, self.indices, self.fingerprint = sampler, range(rank, sampler.batch_size, count), sampler.fingerprint
+
+    def places(self, step: int) -> list[tuple[str, tuple[int, ...], int]]:
+        return [self.sampler.locate(step, index) for index in self.indices]
 
     def __getitem__(self, step: int) -> tuple[Tensor, ...]:
         return tuple(map(torch.stack, zip(*(self.sampler.sample(step, index) for index in self.indices))))

@@ -39,6 +39,7 @@ class Card:
     recipe: dict  # How it was trained
     regions: dict = field(default_factory=dict)  # Overlapping classes: each an output of its own, with its values
     class_order: tuple[int, ...] = ()  # Value that a label map gets for each region
+    heads: dict = field(default_factory=dict)  # A head for each of several data sets: its outputs, labels, ... by name
     init: str = "scratch"  # Or the name of what it was pretrained on
     parent: str | None = None  # sha256 of the pretrained weights
     seed: int = 0
@@ -49,8 +50,8 @@ class Card:
 
     @property
     def num_classes(self) -> int:
-        "Output channels: background and labels, or one for each region"
-        return len(self.regions) or len(self.labels) + 1
+        "Output channels: background and labels, a background for each head, or one for each region"
+        return len(self.regions) or len(self.labels) + max(1, len(self.heads))
 
 
 def read_card(

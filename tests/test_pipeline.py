@@ -21,6 +21,8 @@ from mednext_v2.pipeline import (
     prepare_all,
     read_plan,
     run_key,
+    run_notebook,
+    run_stage,
     train_runs,
 )
 from mednext_v2.suite import build_task
@@ -257,16 +259,115 @@ def test_same_seed_same_weights_and_another_seed_others(prepared, workplace):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_finished_runs_of_a_failed_stage_are_not_trained_again(prepared, workplace):
+def test_finished_runs_of_a_failed_stage_are_not_trained_again(prepared, workplace, monkeypatch):
+    from mednext_v2 import trainer
+
     run = Run("smoke", "unet", "scratch", "brain_lesion_mr")
     missing = Run("smoke", "unet", "scratch", "no_such_task")
     with pytest.raises(FileNotFoundError, match="no_such_task"):
         train([run, missing], prepared, workplace / "first")
     assert not (workplace / "first").exists()
-    stamps = {path: path.stat().st_mtime_ns for path in (workplace / "scratch").rglob("last.pt")}
-    assert len(stamps) == 1
-    train([run], prepared, workplace / "second")
-    assert {path: path.stat().st_mtime_ns for path in (workplace / "scratch").rglob("last.pt")} == stamps
+    assert len(list((workplace / "scratch").rglob("last.pt"))) == 1
+    monkeypatch.setattr(trainer, "train_step", lambda *arguments: pytest.fail("it was trained again"))
+    assert len(train([run], prepared, workplace / "second")) and (workplace / "second" / run.name).is_dir()
+
+
+def weights(folder: Path) -> dict:
+    from mednext_v2.weights import read_state
+
+    return read_state(folder)
+
+
+def furthest(a: dict, b: dict) -> float:
+    assert set(a) == set(b)
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+TWO = Recipe(steps=3, batch=2, patch=(32, 32, 32), lr=1e-2, warmup=1, augment="light", checkpoint_every=2, validate_every=3)
+
+STAGE = """
+from pathlib import Path
+from mednext_v2.pipeline import Run, train_runs
+from mednext_v2.recipe import Recipe
+recipe = Recipe(**{recipe!r})
+history = train_runs([Run("smoke", "unet", "scratch", "corpus_ct")], recipe, {small!r}, Path({data!r}), Path("models"),
+                     Path("curves"), processes=int(processes))
+history.to_csv("seen.csv", index=False)
+"""
+
+
+def training_notebook(folder: Path, prepared: Path, recipe: Recipe) -> Path:
+    "A stage that trains in as many processes as its parameter says"
+    import nbformat
+    from dataclasses import asdict
+
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    )
+    code = STAGE.format(recipe=asdict(recipe), small=SMALL, data=str(prepared))
+    notebook.cells = [
+        nbformat.v4.new_code_cell("processes = '1'", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(code),
+    ]
+    nbformat.write(notebook, folder / "stage.ipynb")
+    return folder / "stage.ipynb"
+
+
+@pytest.mark.slow
+def test_two_processes_from_a_notebook_train_as_one(prepared, workplace):
+    history = train_runs(
+        [Run("smoke", "unet", "scratch", "corpus_ct")], TWO, SMALL, prepared, workplace / "one", workplace / "one-curves"
+    )
+    run_notebook(training_notebook(workplace, prepared, TWO), workplace / "out", processes="2")
+    found = pd.read_csv(workplace / "seen.csv")
+    assert np.allclose(found[["loss", "lr"]], history[["loss", "lr"]], atol=1e-5)
+    assert found.val_dice.dropna().tolist() == pytest.approx(history.val_dice.dropna().tolist(), abs=1e-2)
+    one, two = weights(workplace / "one/corpus_ct-s0"), weights(workplace / "models/corpus_ct-s0")
+    assert 0 < furthest(one, two) < 1e-5
+    for name in ("plots/metrics/loss.tsv", "history.csv", "run.json"):
+        assert (workplace / "curves/corpus_ct-s0" / name).is_file()
+    assert json.loads((workplace / "curves/corpus_ct-s0/run.json").read_text())["processes"] == 2
+    assert not list((workplace / "scratch").iterdir())
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_stage_with_its_message(prepared, workplace, capsys):
+    odd = Recipe(**vars(TWO) | {"batch": 1})
+    with pytest.raises(SystemExit) as ended:
+        run_stage(training_notebook(workplace, prepared, odd), workplace / "out", "processes=2")
+    assert "batch 1 must be divisible by 2" in str(ended.value) and "RunEnded" in str(ended.value)
+    assert not (workplace / "models").exists()
+
+
+def test_checkpoints_go_when_the_models_are_there_and_only_what_is_gone_is_trained(prepared, workplace, monkeypatch):
+    from mednext_v2 import trainer
+
+    runs, trained, fit = [Run("smoke", "unet", "scratch", "corpus_ct", seed) for seed in (0, 1)], [], trainer.fit
+
+    def watched(recipe, *arguments, **options):
+        trained.append(options["seed"])
+        return fit(recipe, *arguments, **options)
+
+    def again(recipe=RECIPE):
+        trained.clear()
+        history = train(runs, prepared, workplace / "models", recipe=recipe)
+        return list(trained), history, {run.seed: weights(workplace / "models" / run.name) for run in runs}
+
+    monkeypatch.setattr(trainer, "fit", watched)
+    seeds, history, before = again()
+    assert seeds == [0, 1] and not list((workplace / "scratch").iterdir())
+    seeds, same_history, _ = again()
+    assert seeds == []
+    pd.testing.assert_frame_equal(same_history, history)
+    shutil.rmtree(workplace / "models/corpus_ct-s1")  # One model is gone
+    seeds, _, after = again()
+    assert seeds == [1] and furthest(before[0], after[0]) == furthest(before[1], after[1]) == 0
+    damaged = workplace / "models/corpus_ct-s0/model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    assert again()[0] == [0]
+    shutil.rmtree(workplace / "models-curves")  # DVC takes away both before a stage runs
+    assert again()[0] == [0, 1]
+    assert again(Recipe(**vars(RECIPE) | {"lr": 2e-2}))[0] == [0, 1]
 
 
 def test_key_of_a_run_changes_with_all_it_is_made_of():
@@ -286,6 +387,8 @@ def test_key_of_a_run_changes_with_all_it_is_made_of():
         ((32, 32, 32), (80, 64, 24), 16, (32, 32, 16)),
         ((32, 32, 32), (80, 64, 24), 8, (32, 32, 24)),
         ((128, 128, 128), (100, 300, 5), 16, (96, 128, 16)),
+        ((32, 32, 32), (20, 20, 20), 16, (32, 16, 16)),
+        ((16, 32, 16), (20, 20, 20), 8, (16, 16, 16)),
     ],
 )
 def test_patch_fits_volume_and_stride(patch, shape, stride, expected):

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -218,22 +219,43 @@ def test_gradients_that_are_not_finite_leave_the_weights():
 # ---------------------------------------------------------------------------------------------- resume
 
 
+class Dies(Exception):
+    pass
+
+
+KILLED_AT = random.Random(0).sample(range(4, 38), 10)  # Ten different steps
+
+
+def dies_at(folder: Path, recipe: Recipe, step: int, wait: float) -> None:
+    "A run that kill -9 ends so many seconds after a step"
+
+    timer = threading.Timer(wait, os.kill, (os.getpid(), signal.SIGKILL))
+
+    def on_step(done: int) -> None:
+        if done >= step and not timer.is_alive():
+            timer.start()
+
+    toy_run(folder, recipe, on_step=on_step)
+
+
+def in_a_child(function, *arguments) -> int:
+    "Exit code of a forked process"
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
 def test_killed_runs_end_with_the_same_bits(tmp_path):
-    "kill -9 at random moments, again and again, against one run that is left alone"
-    recipe = toy_recipe(steps=40, checkpoint_every=3)
+    "kill -9 at ten random steps, and moments of them, against one run that is left alone"
+    recipe = toy_recipe(steps=60, checkpoint_every=3)
     whole, history = toy_run(tmp_path / "whole", recipe)
-    last, draw, kills = tmp_path / "killed" / "last.pt", random.Random(0), 0
-    for _ in range(6):
-        before = last.stat().st_mtime_ns if last.exists() else 0
-        process = multiprocessing.get_context("fork").Process(target=toy_run, args=(tmp_path / "killed", recipe))
-        process.start()
-        while process.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.06))
-        process.kill()
-        process.join()
-        kills += process.exitcode == -signal.SIGKILL
-    assert kills >= 2
+    draw, reached = random.Random(1), []
+    for step in sorted(KILLED_AT):
+        wait = draw.choice([0, draw.uniform(0, 0.02)])
+        assert in_a_child(dies_at, tmp_path / "killed", recipe, step, wait) == -signal.SIGKILL
+        reached.append(read_checkpoint(tmp_path / "killed")["progress"]["step"])
+    assert reached == sorted(reached) and len(set(reached)) > 4 and reached[-1] < 60
     resumed, its_history = toy_run(tmp_path / "killed", recipe)
     assert same(resumed, whole)
     pd.testing.assert_frame_equal(its_history, history)
@@ -242,38 +264,38 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
         assert (tmp_path / "killed" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
 
 
-class Dies(Exception):
-    pass
-
-
-@pytest.mark.parametrize("moment", ["while writing", "between the renames"])
-def test_dying_while_a_checkpoint_is_written(tmp_path, monkeypatch, moment):
-    recipe = toy_recipe()
-    whole, _ = toy_run(tmp_path / "whole", recipe)
-    saves = []
+def dies_while_saving(folder: Path, recipe: Recipe, moment: str) -> None:
+    "A run that kill -9 ends in its second checkpoint, once half is written or between the two renames"
+    saves, torch_save, os_replace = [], torch.save, os.replace
 
     def save(state, path):
-        saves.append(state["progress"]["step"])
-        if len(saves) == 2 and moment == "while writing":
-            Path(path).write_bytes(b"half")
-            raise Dies
         torch_save(state, path)
+        saves.append(path)
+        if len(saves) == 2 and moment == "while writing":
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def replace(source, target):
+        before = moment == "before the renames" and str(target).endswith("previous.pt")
+        if len(saves) == 2 and before:
+            os.kill(os.getpid(), signal.SIGKILL)
         os_replace(source, target)
         if len(saves) == 2 and str(target).endswith("previous.pt"):
-            raise Dies
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    torch_save, os_replace = torch.save, os.replace
-    with monkeypatch.context() as patched, pytest.raises(Dies):
-        patched.setattr(torch, "save", save)
-        if moment != "while writing":
-            patched.setattr(checkpoint.os, "replace", replace)
-        toy_run(tmp_path / "dies", recipe)
-    assert read_checkpoint(tmp_path / "dies")["progress"]["step"] == 4
-    assert [p.name for p in (tmp_path / "dies").iterdir() if p.name.startswith(".tmp")] == []
-    resumed, _ = toy_run(tmp_path / "dies", recipe)
-    assert same(resumed, whole)
+    torch.save, checkpoint.os.replace = save, replace
+    toy_run(folder, recipe)
+
+
+@pytest.mark.parametrize("moment", ["while writing", "before the renames", "between the renames"])
+def test_killed_while_a_checkpoint_is_written(tmp_path, moment):
+    recipe, folder = toy_recipe(), tmp_path / "killed"
+    whole, _ = toy_run(tmp_path / "whole", recipe)
+    assert in_a_child(dies_while_saving, folder, recipe, moment) == -signal.SIGKILL
+    assert [path.name for path in folder.glob(".tmp*")] == [".tmp-0-last.pt"]
+    assert read_checkpoint(folder)["progress"]["step"] == 4
+    resumed, _ = toy_run(folder, recipe)
+    assert same(resumed, whole) and not list(folder.glob(".tmp*"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit", "empty", "text"])

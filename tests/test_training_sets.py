@@ -1,0 +1,395 @@
+"""From raw data to a model where not all is annotated: cases that lack labels, and several data sets at once."""
+
+import json
+import shlex
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from data_toys_convert import write_cads
+from mednext_v2 import cli, launch, trainer
+from mednext_v2.backbones import BACKBONES, create, load_model
+from mednext_v2.convert import CADS_GROUPS, CADS_LEVELS, cads_annotated, convert
+from mednext_v2.core import ItemsFailed, write_csv
+from mednext_v2.doctor import doctor, fix
+from mednext_v2.inference import predict
+from mednext_v2.mixture import union_labels
+from mednext_v2.pipeline import head_rows, read_data, train_model
+from mednext_v2.prepare import Prepared, prepare
+from mednext_v2.recipe import Recipe, get_recipe
+from mednext_v2.tasks import Task, get_task, partial_cases, write_dataset, write_volume
+from mednext_v2.trainer import patch_validation
+from mednext_v2.weights import read_card, read_state
+
+SMALL = {"filters": (4, 8, 8)}
+SETTINGS = dict(batch=4, patch=(16, 16, 16), lr=2e-2, warmup=1, foreground=0.5, augment="none", checkpoint_every=100)
+SHORT = Recipe(steps=2, **SETTINGS)
+WORDS = {"liver": 400, "spleen": 100, "kidney": -200}  # Intensity of each
+CUBES = {"liver": (2, 2, 2), "spleen": (10, 2, 2), "kidney": (2, 10, 10)}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def task(name: str, number: int, labels: tuple[str, ...], **fields) -> Task:
+    settings = dict(
+        modality="MR", spacing=(1.0, 1.0, 1.0), patch=(16, 16, 16), nsd_tolerance=1.0, role="pretrain", licence="none",
+        citation="none", groups="organ", title=f"Toy {name}", name=name, dataset=number,
+    )
+    return Task(labels={label: value for value, label in enumerate(labels, 1)}, **settings | fields)
+
+
+CHEST, BELLY = task("chest", 901, ("spleen", "liver")), task("belly", 902, ("kidney", "spleen"))
+
+
+def scan(seed: int) -> tuple[np.ndarray, dict]:
+    "Three bright cubes in noise, and where they are"
+    rng = np.random.default_rng(seed)
+    image, places = rng.normal(-700, 30, (20, 20, 20)), {}
+    for name, start in CUBES.items():
+        at = np.array(start) + rng.integers(0, 2, 3)
+        places[name] = tuple(slice(a, a + 7) for a in at)
+        image[places[name]] += 700 + WORDS[name]
+    return image.astype(np.int16), places
+
+
+def write_raw(one: Task, raw, cases: int = 3, annotated: dict | None = None, shift: int = 0) -> None:
+    "A raw data set that shows all three organs, and labels its own"
+    folder, names = raw / one.folder, [f"{one.name}_{number}" for number in range(cases)]
+    for number, case in enumerate(names):
+        image, places = scan(number + 10 * one.dataset)
+        label = np.zeros(image.shape, np.uint8)
+        for name, value in one.labels.items():
+            if name in (annotated or {}).get(case, one.labels):
+                label[places[name]] = value
+        write_volume(folder / f"imagesTr/{case}_0000.nii.gz", image + np.int16(shift), np.eye(4))
+        write_volume(folder / f"labelsTr/{case}.nii.gz", label, np.eye(4))
+    write_dataset(one, folder, cases)
+    (folder / "splits_final.json").write_text(json.dumps([{"train": names[:-1], "val": names[-1:]}]))
+    if annotated:
+        rows = [(case, " ".join(labels)) for case, labels in annotated.items()]
+        write_csv(folder / "annotated.csv", pd.DataFrame(rows, columns=["case", "annotated"]))
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    "Both data sets, prepared"
+    folder = tmp_path_factory.mktemp("sets")
+    for one in (CHEST, BELLY):
+        write_raw(one, folder / "raw")
+        prepare(one, folder / "raw", folder / one.name)
+    return folder
+
+
+def train(data, out, recipe=SHORT, **options):
+    options = dict(overrides=SMALL, device="cpu", progress=False) | options
+    return train_model(data, out, "unet", recipe, f"{out}.run", **options)
+
+
+# ---- cases that lack labels
+
+
+def test_cads_with_missing_parts_is_refused_unless_it_is_meant(tmp_path):
+    write_cads(tmp_path / "source")
+    for case in ("0001_visceral_gc/segmentations/10000001/10000001", "0041_ctrate/segmentations/train_1_a_1/train_1_a_1"):
+        (tmp_path / f"source/{case}_part_552.nii.gz").unlink()
+    with pytest.raises(ItemsFailed, match="part_552.nii.gz is missing"):
+        convert("cads", tmp_path / "source", tmp_path / "raw", progress=False)
+    table = convert("cads", tmp_path / "source", tmp_path / "raw", progress=False, partial=True).set_index("case")
+    assert "without part 552" in table.warnings["0001_10000001"] and "without" not in table.warnings["0002_10000018"]
+    cads = get_task("cads")
+    found = partial_cases(cads, tmp_path / "raw")
+    wanted = cads_annotated(cads, tuple(group for group in CADS_GROUPS if group != 552))
+    assert found == {"0001_10000001": wanted, "0041_train_1_a_1": wanted}
+    assert doctor(tmp_path / "raw").table.code.str.startswith("annotated").sum() == 0
+    # The parts come back: so does the whole case
+    write_cads(tmp_path / "again")
+    for path in (tmp_path / "again").rglob("*_part_552.nii.gz"):
+        shutil.copy(path, tmp_path / "source" / path.relative_to(tmp_path / "again"))
+    convert("cads", tmp_path / "source", tmp_path / "raw", progress=False, partial=True)
+    assert partial_cases(cads, tmp_path / "raw") == {} and not list((tmp_path / "raw").rglob("annotated.csv"))
+
+
+def test_what_may_hide_a_missing_part_is_not_called_annotated():
+    cads = get_task("cads")
+    names = sorted(cads.labels, key=cads.labels.get)
+    places = [(group, value) for group, size in CADS_GROUPS.items() for value in range(1, size + 1)]
+    values = dict(zip(places, names, strict=True))
+    assert values[553, 9] == "brain" and values[559, 4] == "thoracic_cavity"
+    found = cads_annotated(cads, tuple(group for group in CADS_GROUPS if group != 551))
+    for (group, value), name in values.items():
+        low = any(value in CADS_LEVELS[level].get(group, ()) for level in (0, 1))
+        assert (name in found) == (group != 551 and not low), name
+
+
+def test_annotated_goes_from_raw_to_the_loss(tmp_path, monkeypatch):
+    annotated = {"chest_0": ("liver",), "chest_2": ("spleen",)}
+    write_raw(CHEST, tmp_path / "raw", annotated=annotated)
+    assert doctor(tmp_path / "raw" / CHEST.folder).clean
+    prepare(CHEST, tmp_path / "raw", tmp_path / "chest")
+    prepared = Prepared(tmp_path / "chest")
+    assert prepared.partial and prepared.manifest.set_index("case").annotated.to_dict() == {
+        "chest_0": "liver", "chest_1": "", "chest_2": "spleen"
+    }
+    seen, whole = [], trainer.deep_supervision_loss
+    monkeypatch.setattr(
+        trainer, "deep_supervision_loss", lambda *given, **more: seen.append(more["annotated"]) or whole(*given, **more)
+    )
+    train(tmp_path / "chest", tmp_path / "model", Recipe(steps=2, validate_every=2, **SETTINGS))
+    rows = {tuple(row) for masks in seen for row in masks.tolist()}
+    assert rows == {(True, False, True), (True, True, True)}  # The liver is class 2; chest_2 validates
+    card = read_card(tmp_path / "model")
+    assert card.labels == CHEST.labels and card.task == "chest" and card.heads == {}
+    # The digest tells the two apart
+    digest = prepared.digest
+    (tmp_path / "raw" / CHEST.folder / "annotated.csv").unlink()
+    prepare(CHEST, tmp_path / "raw", tmp_path / "chest")
+    assert not Prepared(tmp_path / "chest").partial and Prepared(tmp_path / "chest").digest != digest
+
+
+def test_validation_counts_known_classes_only():
+    space = union_labels([CHEST])
+    label = torch.zeros(2, 1, 2, 2, 2, dtype=torch.long)
+    label[0, 0, 0] = 1
+    label[1, 0, 1] = 2
+    scores = torch.full((2, 3, 2, 2, 2), -5.0).scatter(1, label, 5.0)
+    scores[1, 1, 0] = 9.0  # Sees class 1 where nobody looked for it
+    echo = torch.nn.Identity()
+    echo.weight = torch.nn.Parameter(torch.zeros(1))
+    annotated = torch.tensor([[True, True, True], [True, False, True]])
+    assert trainer.PatchValidation([(scores, label, annotated)], space)(echo) == 1
+    everything = torch.ones_like(annotated)
+    assert trainer.PatchValidation([(scores, label, everything)], space)(echo) < 0.9
+
+
+@pytest.mark.parametrize(
+    ("rows", "code", "word"),
+    [
+        ("case,annotated\nchest_0,livr\n", "annotated-csv", "'livr' is no label of"),
+        ("case,annotated\nchest_9,liver\n", "annotated-unknown", "chest_9"),
+        ("id,labels\nchest_0,liver\n", "annotated-csv", "lacks column annotated, case"),
+        ("case,annotated\nchest_0,liver\nchest_0,spleen\n", "annotated-csv", "chest_0 twice"),
+        ("", "annotated-csv", "No columns"),
+    ],
+)
+def test_bad_annotated_tables_are_found_by_doctor_and_stop_prepare(tmp_path, rows, code, word):
+    write_raw(CHEST, tmp_path / "raw")
+    (tmp_path / "raw" / CHEST.folder / "annotated.csv").write_text(rows)
+    report = doctor(tmp_path / "raw", quick=True)
+    assert report.table[["code", "severity"]].values.tolist() == [[code, "error"]] and word in report.table.what[0]
+    with pytest.raises(ValueError, match=word):
+        prepare(CHEST, tmp_path / "raw", tmp_path / "prepared")
+
+
+def test_a_mended_copy_keeps_what_is_known(tmp_path):
+    write_raw(CHEST, tmp_path / "raw", annotated={"chest_0": ("liver",), "chest_9": ("spleen",)})
+    fix(tmp_path / "raw", tmp_path / "mended")
+    assert partial_cases(CHEST, tmp_path / "mended") == {"chest_0": ("liver",)}
+
+
+def test_a_copied_raw_folder_keeps_what_is_known(tmp_path):
+    write_raw(CHEST, tmp_path / "raw", annotated={"chest_0": ("liver",)})
+    convert("raw", tmp_path / "raw" / CHEST.folder, tmp_path / "copy", progress=False)
+    assert partial_cases(CHEST, tmp_path / "copy") == {"chest_0": ("liver",)}
+
+
+# ---- several data sets
+
+
+def organs(path, card=None) -> dict[str, float]:
+    "Dice of a prediction on a new scan, by organ"
+    image, places = scan(5)
+    found = np.asarray(predict(path, nibabel.Nifti1Image(image, np.eye(4)), head=card and card.task).dataobj)
+    labels = card.labels if card else read_card(path).labels
+    dice = {}
+    for name, value in labels.items():
+        truth = np.zeros(found.shape, bool)
+        truth[places[name]] = True
+        dice[name] = 2 * (truth & (found == value)).sum() / (truth.sum() + (found == value).sum())
+    return dice
+
+
+LONG = Recipe(steps=70, validate_every=35, **SETTINGS)
+LONGER = replace(LONG, steps=90, validate_every=45)  # Own heads share what they learn in the body alone
+
+
+@pytest.fixture(scope="module")
+def shared(sets):
+    history = train([sets / "chest", sets / "belly"], sets / "shared", LONG)
+    return sets / "shared", history
+
+
+@pytest.fixture(scope="module")
+def own(sets):
+    history = train([sets / "chest", sets / "belly"], sets / "own", LONGER, heads="own", seed=2)
+    return sets / "own", history
+
+
+def test_shared_head_learns_what_each_set_teaches(shared, sets):
+    folder, history = shared
+    card = read_card(folder)
+    assert card.labels == {"spleen": 1, "liver": 2, "kidney": 3} and card.task == "chest+belly" and not card.heads
+    assert card.provenance.endswith(f"trained on {CHEST.folder}, {BELLY.folder}")
+    assert min(organs(folder).values()) > 0.7, organs(folder)
+    assert history.val_dice.dropna().iloc[-1] > 0.5
+
+
+def test_own_heads_predict_one_set_at_a_time(own, sets):
+    folder, history = own
+    card = read_card(folder)
+    assert card.labels == {"chest/spleen": 1, "chest/liver": 2, "belly/kidney": 3, "belly/spleen": 4}
+    assert card.heads["belly"]["outputs"] == (1, 4, 5) and card.num_classes == 6
+    dice = []
+    for one in (CHEST, BELLY):
+        model, narrowed = load_model(folder, head=one.name)
+        assert narrowed.labels == one.labels and narrowed.num_classes == 3 and not narrowed.heads
+        assert model(torch.zeros(1, 1, 16, 16, 16)).shape[1] == 3
+        dice += organs(folder, narrowed).values()
+    # So short a training leaves out one of the four with some seeds; a wrong row would spoil more
+    assert sum(one > 0.9 for one in dice) >= 3, dice
+    assert history.val_dice.dropna().iloc[-1] > 0.5
+    with pytest.raises(ValueError, match="a head for each of belly, chest: name one, got head None"):
+        load_model(folder)
+
+
+def test_one_head_has_no_name(shared):
+    with pytest.raises(ValueError, match="one head, which has no name, got head 'chest'"):
+        load_model(shared[0], head="chest")
+
+
+@pytest.mark.parametrize("target", ["chest", "belly"])
+def test_fine_tuning_takes_the_rows_of_its_classes(own, shared, sets, tmp_path, monkeypatch, target):
+    begun = {}
+
+    def stop(recipe, model, *arguments, **options):
+        begun.update({name: value.clone() for name, value in model.state_dict().items()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "fit", stop)
+    labels = {"chest": ("spleen", "liver"), "belly": ("kidney", "spleen")}[target]
+    for parent, rows in (
+        (shared[0], [0, *(read_card(shared[0]).labels[name] for name in labels)]),
+        (own[0], read_card(own[0]).heads[target]["outputs"]),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            train(sets / target, tmp_path / "tuned", parent=parent)
+        given = read_state(parent)
+        changed = [name for name in begun if begun[name].shape != given[name].shape]
+        assert changed  # The heads
+        for name in begun:
+            wanted = given[name][list(rows)] if name in changed else given[name]
+            assert torch.equal(begun[name], wanted), name
+
+
+def test_rows_of_several_heads_are_found_by_name(own):
+    labels, rows = head_rows(read_card(own[0]), ("elsewhere",))
+    assert set(labels) == {"spleen", "liver", "kidney"} and len(rows) == 4
+    labels, rows = head_rows(read_card(own[0]), ("chest",))  # The spleen of both: the wanted set's
+    assert rows[0] == 0 and [rows[labels[name]] for name in ("spleen", "liver", "kidney")] == [2, 3, 4]
+
+
+def test_every_set_with_validation_cases_is_looked_at(sets):
+    data = read_data([sets / "chest", sets / "belly"])
+    batches = patch_validation(SHORT, data.sets, batches=2, labels=data.space).batches
+    masks = torch.cat([annotated for _, _, annotated in batches])
+    assert len(batches) == 4 and masks[:, 2].sum() == masks[:, 3].sum() == 8
+
+
+def test_what_sets_must_have_in_common(sets, tmp_path):
+    for one, shift in ((CHEST, 0), (BELLY, 1000)):
+        one = replace(one, modality="CT", channels=("CT",))
+        write_raw(one, tmp_path / "raw", shift=shift)
+        prepare(one, tmp_path / "raw", tmp_path / one.name)
+    both = [tmp_path / "chest", tmp_path / "belly"]
+    with pytest.raises(ValueError, match="differ in normalisation"):
+        train(both, tmp_path / "model")
+    train(both, tmp_path / "model", heads="own", allow=("normalisation",))
+    card = read_card(tmp_path / "model")
+    ranges = [card.heads[name]["normalisation"]["mean"][0] for name in ("chest", "belly")]
+    assert ranges[1] - ranges[0] > 200 and load_model(tmp_path / "model", head="belly")[1].normalisation["mean"][0] == ranges[1]
+    with pytest.raises(ValueError, match="each data set once"):
+        train([sets / "chest", sets / "chest"], tmp_path / "twice")
+
+
+def test_regions_are_not_mixed(sets, tmp_path):
+    regions = task("nested", 903, ("spleen", "liver"), regions={"all": (1, 2), "liver": (2,)}, class_order=(1, 2))
+    write_raw(regions, tmp_path / "raw")
+    prepare(regions, tmp_path / "raw", tmp_path / "nested")
+    with pytest.raises(ValueError, match="nested has overlapping regions"):
+        read_data([sets / "chest", tmp_path / "nested"])
+
+
+def test_command_line_trains_on_two_sets(sets, tmp_path, capsys):
+    settings = ["steps=2", "batch=2", "patch=(16,16,16)", "warmup=1", "augment=none", "checkpoint_every=2"]
+    line = ["train", str(sets / "chest"), str(tmp_path / "model"), "--with", str(sets / "belly"), "--backbone", "unet"]
+    line += ["--recipe", "smoke", "--network", "filters=(4,8,8)", "--device", "cpu", "--workers", "0", "--unchecked"]
+    cli.main([*line, "--weights", "chest=2", "belly=1", "--heads", "own", "--set", *settings])
+    assert "wrote" in capsys.readouterr().out and set(read_card(tmp_path / "model").heads) == {"chest", "belly"}
+    write_volume(tmp_path / "scan.nii.gz", scan(5)[0], np.eye(4))
+    ask = ["predict", "-m", str(tmp_path / "model"), "-i", str(tmp_path / "scan.nii.gz"), "-o", str(tmp_path / "l.nii.gz")]
+    cli.main([*ask, "--head", "belly"])
+    assert set(np.unique(nibabel.load(tmp_path / "l.nii.gz").dataobj)) <= {0, 1, 2}
+    with pytest.raises(SystemExit, match="name one, got head None"):
+        cli.main(ask)
+    with pytest.raises(SystemExit, match="weights are for chest, the data sets are chest, belly"):
+        cli.main([*line[:2], str(tmp_path / "other"), *line[3:], "--weights", "chest=2", "--set", *settings])
+
+
+# ---- memory
+
+
+def literally(text: str) -> list[str]:
+    "A suggestion's options, as a user would copy them"
+    return shlex.split(text.strip().split(" (")[0])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path, monkeypatch, processes):
+    base = ["train", str(sets / "chest"), str(tmp_path / "model"), "--backbone", "mednext_v2_tiny", "--device", "cpu"]
+    base += ["--network", "width=4", "--processes", str(processes)]
+    recipe = ["batch=8", "patch=32,32,32", "steps=2"]
+    monkeypatch.setattr(Prepared, "fingerprint", SimpleNamespace(shape=(64, 64, 64)), raising=False)
+    monkeypatch.setattr(launch, "forecast", lambda *given: launch.Forecast(10**7, 1.0, 1e9))
+
+    def ask(*more: str, room: float) -> str:
+        monkeypatch.setattr(launch, "available_memory", lambda device: int(room * processes))
+        options = cli.parser().parse_args([*base, "--recipe", "smoke", "--set", *recipe, *more])
+        built = get_recipe("smoke", **dict(cli.literal_pair(pair) for pair in options.set))
+        return cli.forecast_training(options, built, dict(cli.literal_pair(pair) for pair in options.network))
+
+    need = float(ask(room=1e12).split()[1]) * 1e9
+    kinds = set()
+    for share in (0.8, 0.4, 0.3):
+        with pytest.raises(ValueError) as refused:
+            ask(room=share * need)
+        suggestions = str(refused.value).splitlines()[1:]
+        assert suggestions
+        for text in suggestions:
+            assert "forecast:" in ask(*literally(text), room=share * need), text
+            kinds |= {word.split("=")[0] for word in literally(text) if "=" in word}
+    assert kinds == {"checkpointing", "batch", "patch", "precision"}
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name.startswith("mednext")])
+def test_every_mednext_can_recompute(name):
+    with torch.device("meta"):
+        model = create(name, 1, 3, checkpointing="block")
+    blocks = [module for module in model.modules() if getattr(module, "checkpointing", None) is not None]
+    assert len(blocks) > 10 and {module.checkpointing for module in blocks} == {"block"}
+
+
+def test_training_with_recomputing_gives_the_same_weights_and_a_plain_card(sets, tmp_path):
+    recipe, kinds = replace(SHORT, patch=(32, 32, 32), batch=1), ("none", "expansion", "block")
+    for kind in kinds:
+        options = dict(overrides={"width": 4, "checkpointing": kind}, device="cpu", progress=False)
+        train_model(sets / "chest", tmp_path / kind, "mednext_v2_tiny", recipe, tmp_path / f"{kind}.run", **options)
+        assert read_card(tmp_path / kind).overrides == {"width": 4}
+    plain, *others = (read_state(tmp_path / kind) for kind in kinds)
+    assert all(torch.equal(value, other[name]) for other in others for name, value in plain.items())
