@@ -244,11 +244,12 @@ def freeze(
     if unknown := set(frozen) - set(PARTS):
         raise ValueError(f"no part {', '.join(sorted(unknown))}; a network has: {', '.join(PARTS)}")
     part_of, still = parts(model), []
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of[name] not in frozen)
+    for name, _ in model.named_parameters():
         still += [name] if part_of[name] in frozen else []
     if len(still) == len(list(model.parameters())):
         raise ValueError(f"nothing is left to train with {', '.join(frozen)} frozen")
+    for name in still:
+        model.get_parameter(name).requires_grad_(False)
     return still
 
 # %% ../nbs/19_adapt.ipynb #layers

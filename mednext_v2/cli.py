@@ -199,20 +199,21 @@ def forecast_training(options: argparse.Namespace, recipe, overrides: dict) -> s
     import torch
 
     from mednext_v2.launch import Step, check_memory
-    from mednext_v2.pipeline import fit_patch, read_data
+    from mednext_v2.backbones import get_backbone
+    from mednext_v2.pipeline import network_for, read_data
 
     data = read_data([options.data, *options.others], options.heads)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device, parts = found if options.device == "auto" else options.device, options.processes * recipe.accumulate
-    others = dict(overrides)
+    with torch.device("meta"):
+        _, patch = network_for(data, options.backbone, recipe, overrides)
+    others = {"spacing": data.task.spacing} if "spacing" in get_backbone(options.backbone).uses else {}
+    others |= overrides
     step = Step(
-        options.backbone, recipe.patch, max(1, recipe.batch // parts), recipe.precision,
+        options.backbone, patch, max(1, recipe.batch // parts), recipe.precision,
         checkpointing=others.pop("checkpointing", "none"), in_channels=data.in_channels, num_classes=data.outputs,
         deep_supervision=recipe.deep_supervision, overrides=tuple(others.items()),
     )
-    with torch.device("meta"):
-        stride = step.create().stride
-    step = replace(step, patch=fit_patch(recipe.patch, data.shape, stride))
     need, seconds = check_memory(step, device, options.processes, show=lambda change: as_options(change, parts))
     hours = seconds * recipe.steps * recipe.accumulate / 3600
     return f"forecast: {need / 1e9:.2f} GB a process, {seconds:.2g} s a step, {hours:.2g} h for {recipe.steps} steps"

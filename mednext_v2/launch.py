@@ -431,9 +431,11 @@ class Step:
 
     def create(self):
         "The network, with random weights"
-        from mednext_v2.backbones import create
+        from mednext_v2.backbones import create, get_backbone
 
         options = dict(self.overrides)
+        if "patch" in get_backbone(self.network).uses:
+            options = {"patch": self.patch} | options
         if self.checkpointing != "none":  # Not every network has it
             options["checkpointing"] = self.checkpointing
         return create(self.network, self.in_channels, self.num_classes, self.deep_supervision, **options)

@@ -46,13 +46,13 @@ class Plan:
     suites: tuple[str, ...] = ()  # Suites that are built from the seed scans; only for profiles that use them
 
     def __post_init__(self):
-        from mednext_v2.backbones import BACKBONES
+        from mednext_v2.backbones import BACKBONES, plugins
         from mednext_v2.tasks import load_tasks
 
         allowed = {
             "corpora": tuple(load_tasks()),
             "tasks": tuple(load_tasks()),
-            "backbones": tuple(BACKBONES),
+            "backbones": tuple(BACKBONES | plugins()),
             "inits": ("scratch", *self.corpora),
         }
         for axis, known in allowed.items():

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .adapt import freeze
 from .augment import PatchSampler, patch_loader
 from .checkpoint import check_identity, identity, read_checkpoint, save_checkpoint
 from .core import atomic_file, peak_bytes, write_json
@@ -38,8 +39,12 @@ from .recipe import Average, Recipe, learning_rate, make_optimizer
 
 # %% ../nbs/35_trainer.ipynb #engine
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-# What FSDP gathers and frees as one: blocks of MedNeXt and of MONAI's U-Net
-BLOCKS = ("MedNeXtBlock", "DownBlock", "UpBlock", "UnetBasicBlock", "UnetUpBlock")
+# What FSDP gathers and frees as one: blocks of MedNeXt, of MONAI's networks, of nnU-Net's, STU-Net's and Primus'
+BLOCKS = (
+    "MedNeXtBlock", "DownBlock", "UpBlock", "UnetBasicBlock", "UnetUpBlock", "UnetrBasicBlock", "UnetrUpBlock",
+    "UnetrPrUpBlock", "TransformerBlock", "SwinTransformerBlock", "ResBlock", "StackedConvBlocks", "BasicBlockD",
+    "ResidualBlock", "EvaBlock",
+)
 
 
 def sharding(model: nn.Module):  # accelerate.utils.FullyShardedDataParallelPlugin
@@ -468,11 +473,12 @@ def manifest(session) -> dict:
 # %% ../nbs/35_trainer.ipynb #fit-parts
 def check_run(recipe: Recipe, model: nn.Module, sampler) -> None:
     "ValueError if recipe, network and sampler do not belong together; checks what each of them declares"
-    stride = getattr(model, "stride", 1)
-    if any(size % stride for size in recipe.patch):
-        raise ValueError(f"recipe: patch {recipe.patch} must be divisible by {stride}, the network's stride")
-    if all(size <= stride for size in recipe.patch) and stride > 1:
-        raise ValueError(f"recipe: patch {recipe.patch} leaves one voxel at the network's stride, {stride}: enlarge it")
+    strides = getattr(model, "strides", (getattr(model, "stride", 1),) * 3)
+    shown = strides[0] if len(set(strides)) == 1 else strides
+    if any(size % stride for size, stride in zip(recipe.patch, strides)):
+        raise ValueError(f"recipe: patch {recipe.patch} must be divisible by {shown}, the network's stride")
+    if all(size <= stride for size, stride in zip(recipe.patch, strides)) and max(strides) > 1:
+        raise ValueError(f"recipe: patch {recipe.patch} leaves one voxel at the network's stride, {shown}: enlarge it")
     names = {"patch": "patch", "batch": "batch_size", "foreground": "foreground", "augment": "augment"}
     pairs = [(name, getattr(sampler, attribute, None), "sampler") for name, attribute in names.items()]
     pairs.append(("deep_supervision", getattr(model, "deep_supervision", None), "network"))
@@ -498,7 +504,7 @@ def set_step(
 ) -> None:
     "Learning rate and PyTorch's generator for one step, from nothing but the arguments"
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("share", 1.0)
     torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
@@ -576,6 +582,9 @@ class Session:
         self.recipe, self.engine, self.folder, self.who = recipe, engine, folder, who
         # Sharding takes a network apart: the caller's own stays whole, and gets the weights at the end
         network = copy.deepcopy(model) if engine.is_fsdp2 else model
+        self.learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        if recipe.freeze:
+            freeze(network, recipe.freeze)
         self.model, self.optimizer = engine.prepare(network.train(), make_optimizer(recipe, network))
         self.average = Average(self.network, recipe.ema) if recipe.ema else None
         self.progress, self.overflows = Progress(), 0
@@ -636,9 +645,11 @@ class Session:
         return self
 
     def __exit__(self, *_):
-        "accelerate replaces a network's `forward` for half precision; give it back, whatever happened"
+        "Give the network back as it came: accelerate replaces its `forward` for half precision, and parts may be frozen"
         network = self.engine.unwrap_model(self.model, keep_fp32_wrapper=False)
         vars(network).pop("forward", None)
+        for parameter in self.learning:
+            parameter.requires_grad_(True)
 
 # %% ../nbs/35_trainer.ipynb #guard
 MOST_SKIPPED = 100  # Steps in a row that fp16 may pass over while its scaler looks for a scale

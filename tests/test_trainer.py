@@ -30,6 +30,7 @@ from mednext_v2.trainer import (
     loss_options,
     make_engine,
     patch_validation,
+    set_step,
     train_step,
     training_sampler,
 )
@@ -735,3 +736,35 @@ def test_bundle_of_regions_and_ignored_voxels_replays_with_their_loss(tmp_path):
     options = loss_options(recipe) | {"regions": ((1, 2, 3), (2, 3), (3,)), "ignore": 4, "reduce": print}
     bundle = write_bundle(tmp_path, 3, "loss is nan", recipe, model, model.state_dict(), batch, options)
     assert replay(bundle).empty
+
+
+def test_frozen_parts_do_not_move_and_are_free_again(tmp_path):
+    from mednext_v2.backbones import parts
+
+    recipe = toy_recipe(freeze="encoder", precision="fp32")
+    torch.manual_seed(0)
+    before = {name: value.clone() for name, value in toy_model().state_dict().items()}
+    torch.manual_seed(0)
+    model, _ = toy_run(tmp_path, recipe)
+    moved = {part for name, part in parts(model).items() if not torch.equal(model.state_dict()[name], before[name])}
+    assert recipe.freeze == ("encoder",) and moved == {"stem", "decoder", "heads"}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_early_layers_learn_more_slowly():
+    recipe, model = toy_recipe(layer_decay=0.5), toy_model()
+    optimizer = make_optimizer(recipe, model)
+    set_step(optimizer, 1.0, 0, 1)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert named["out_0.conv_out.weight"] == 1 and named["stem.weight"] == min(named.values()) < 0.01
+    assert len(rates) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [("freeze", ("body",), "some of stem"), ("freeze", ("stem", "encoder", "decoder", "heads"), "some of"), ("layer_decay", 0.0, "above 0")],
+)
+def test_parts_and_decay_that_cannot_be_meant(field, value, rule):
+    with pytest.raises(ValueError, match=f"recipe: {field} must be .*{rule}"):
+        Recipe(steps=1, **{field: value})
