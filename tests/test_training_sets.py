@@ -366,11 +366,12 @@ def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path,
 
     need = float(ask(room=1e12).split()[1]) * 1e9
     kinds = set()
-    for share in (0.8, 0.4, 0.3):
+    for share in (0.8, 0.5, 0.35, 0.25, 0.2):
         with pytest.raises(ValueError) as refused:
             ask(room=share * need)
         suggestions = str(refused.value).splitlines()[1:]
-        assert suggestions
+        if "nothing but a smaller network" in suggestions[0]:
+            break
         for text in suggestions:
             assert "forecast:" in ask(*literally(text), room=share * need), text
             kinds |= {word.split("=")[0] for word in literally(text) if "=" in word}
