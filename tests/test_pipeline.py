@@ -382,17 +382,18 @@ def test_key_of_a_run_changes_with_all_it_is_made_of():
 
 
 @pytest.mark.parametrize(
-    ("patch", "shape", "stride", "expected"),
+    ("patch", "shape", "strides", "expected"),
     [
-        ((32, 32, 32), (80, 64, 24), 16, (32, 32, 16)),
-        ((32, 32, 32), (80, 64, 24), 8, (32, 32, 24)),
-        ((128, 128, 128), (100, 300, 5), 16, (96, 128, 16)),
-        ((32, 32, 32), (20, 20, 20), 16, (32, 16, 16)),
-        ((16, 32, 16), (20, 20, 20), 8, (16, 16, 16)),
+        ((32, 32, 32), (80, 64, 24), (16, 16, 16), (32, 32, 16)),
+        ((32, 32, 32), (80, 64, 24), (8, 8, 8), (32, 32, 24)),
+        ((128, 128, 128), (100, 300, 5), (16, 16, 16), (96, 128, 16)),
+        ((32, 32, 32), (20, 20, 20), (16, 16, 16), (32, 16, 16)),
+        ((16, 32, 16), (20, 20, 20), (8, 8, 8), (16, 16, 16)),
+        ((64, 64, 64), (80, 64, 7), (16, 16, 1), (64, 64, 7)),
     ],
 )
-def test_patch_fits_volume_and_stride(patch, shape, stride, expected):
-    assert fit_patch(patch, shape, stride) == expected
+def test_patch_fits_volume_and_strides(patch, shape, strides, expected):
+    assert fit_patch(patch, shape, strides) == expected
 
 
 def test_collect_keeps_case_names_and_needs_input(tmp_path):

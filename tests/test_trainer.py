@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -306,7 +307,9 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     last = tmp_path / "last.pt"
     data = bytearray(last.read_bytes())
     if damage == "bit":
-        data[len(data) // 2] ^= 1
+        with zipfile.ZipFile(last) as archive:  # Between the members lies padding, where a bit does no harm
+            member = max(archive.infolist(), key=lambda info: info.file_size)
+        data[data.index(archive_bytes := member.filename.encode()) + len(archive_bytes) + member.file_size // 2] ^= 1
     last.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "text": b"hello"}.get(damage, data))
     with pytest.warns(UserWarning, match="last.pt is damaged"):
         resumed, its_history = toy_run(tmp_path, recipe)
@@ -742,9 +745,7 @@ def test_frozen_parts_do_not_move_and_are_free_again(tmp_path):
     from mednext_v2.backbones import parts
 
     recipe = toy_recipe(freeze="encoder", precision="fp32")
-    torch.manual_seed(0)
     before = {name: value.clone() for name, value in toy_model().state_dict().items()}
-    torch.manual_seed(0)
     model, _ = toy_run(tmp_path, recipe)
     moved = {part for name, part in parts(model).items() if not torch.equal(model.state_dict()[name], before[name])}
     assert recipe.freeze == ("encoder",) and moved == {"stem", "decoder", "heads"}
@@ -757,7 +758,7 @@ def test_early_layers_learn_more_slowly():
     set_step(optimizer, 1.0, 0, 1)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     named = {name: rates[id(p)] for name, p in model.named_parameters()}
-    assert named["out_0.conv_out.weight"] == 1 and named["stem.weight"] == min(named.values()) < 0.01
+    assert named["heads.0.conv.conv.weight"] == 1 and named["input_block.conv1.conv.weight"] == min(named.values()) < 0.1
     assert len(rates) == len(list(model.parameters()))
 
 

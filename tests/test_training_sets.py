@@ -13,13 +13,14 @@ import pytest
 import torch
 from data_toys_convert import write_cads
 from mednext_v2 import cli, launch, trainer
+from mednext_v2.adapt import class_channels
 from mednext_v2.backbones import BACKBONES, create, load_model
 from mednext_v2.convert import CADS_GROUPS, CADS_LEVELS, cads_annotated, convert
 from mednext_v2.core import ItemsFailed, write_csv
 from mednext_v2.doctor import doctor, fix
 from mednext_v2.inference import predict
 from mednext_v2.mixture import union_labels
-from mednext_v2.pipeline import head_rows, read_data, train_model
+from mednext_v2.pipeline import read_data, train_model
 from mednext_v2.prepare import Prepared, prepare
 from mednext_v2.recipe import Recipe, get_recipe
 from mednext_v2.tasks import Task, get_task, partial_cases, write_dataset, write_volume
@@ -288,11 +289,11 @@ def test_fine_tuning_takes_the_rows_of_its_classes(own, shared, sets, tmp_path, 
             assert torch.equal(begun[name], wanted), name
 
 
-def test_rows_of_several_heads_are_found_by_name(own):
-    labels, rows = head_rows(read_card(own[0]), ("elsewhere",))
-    assert set(labels) == {"spleen", "liver", "kidney"} and len(rows) == 4
-    labels, rows = head_rows(read_card(own[0]), ("chest",))  # The spleen of both: the wanted set's
-    assert rows[0] == 0 and [rows[labels[name]] for name in ("spleen", "liver", "kidney")] == [2, 3, 4]
+def test_channels_of_several_heads_are_found_by_name(own):
+    channels = class_channels(read_card(own[0]), ("elsewhere",))
+    assert set(channels) == {"background", "spleen", "liver", "kidney"} and len(set(channels.values())) == 4
+    channels = class_channels(read_card(own[0]), ("chest",))  # The spleen of both: the wanted set's
+    assert channels["background"] == 0 and [channels[name] for name in ("spleen", "liver", "kidney")] == [2, 3, 4]
 
 
 def test_every_set_with_validation_cases_is_looked_at(sets):
