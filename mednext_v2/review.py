@@ -160,7 +160,7 @@ function fill() {
     if (row.picture) { const image = make("img", null, small); image.src = row.picture; image.alt = row.where; }
     for (const column of data.columns) {
       const cell = make("td", shown(column, row[column.key]), line);
-      if (column.digits !== null) cell.className = "number";
+      if (column.digits !== null) cell.className = row[column.key] === null ? "none" : "number";
       if (column.bar && row[column.key] !== null) cell.style.setProperty("--share", 100 * row[column.key] + "%");
     }
   }
@@ -275,9 +275,10 @@ h2{font-size:1rem;overflow-wrap:anywhere}main{display:flex;gap:1.5rem;align-item
 td,th{padding:2px 9px;text-align:left;border-bottom:1px solid #8884}#scores thead th{cursor:pointer;white-space:nowrap;
 position:sticky;top:0;background:Canvas}#scores tbody tr{cursor:pointer}#scores tbody tr:hover{background:#8882}
 td.number{text-align:right;font-variant-numeric:tabular-nums;background:linear-gradient(90deg,#4CC9F044
-var(--share,0%),transparent 0)}td img{height:64px;display:block}#detail img,canvas{max-width:100%;touch-action:none}
+var(--share,0%),transparent 0)}td img{height:64px;width:88px;object-fit:cover;display:block}#scores td{white-space:nowrap}td.none{opacity:.55;font-size:.85em}#detail img,canvas{max-width:100%;touch-action:none}
 th[aria-sort=ascending]::after{content:" \\25B2"}th[aria-sort=descending]::after{content:" \\25BC"}
-.truth{color:#0b84a5}.prediction{color:#c96f00}.note{opacity:.7}@media(max-width:70rem){main{flex-direction:column-reverse}}
+.truth{color:#0b84a5}.prediction{color:#c96f00}.note{opacity:.7}@media(max-width:70rem){main{flex-direction:column-reverse}
+#detail{position:static}}
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -413,10 +414,10 @@ def review(
                 row["note"] = f"no picture: {error}"
     columns = [
         dict(key=key, name=name, digits=digits, bar=bar, help=text)
-        for key, (name, digits, bar, text) in COLUMNS.items() if key in scores
+        for key, (name, digits, bar, text) in COLUMNS.items() if key in scores and scores[key].notna().any()
     ]
     data = dict(title=title, sort=sort, columns=columns, rows=rows, facts=list(conventions(task, tolerance).items()),
-                summary=f"{task.name}: {scores.case.nunique()} cases, {scores.label.nunique()} classes, worst {sort} first.",
+                summary=f"{task.name}: {scores.case.nunique()} cases, {scores.label.nunique()} classes, lowest {sort} first.",
                 colours=dict(truth=_rgb(TRUTH), prediction=_rgb(PREDICTION)))
     with atomic_file(out) as temporary:
         temporary.write_text(page(data), encoding="utf-8")
