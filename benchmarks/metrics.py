@@ -4,8 +4,8 @@
     python benchmarks/metrics.py --quick   20 classes on a small volume, one round, to see that it runs
 
 Contents: a synthetic label map of ellipsoids, up to 60 of them that do not overlap, radii 5 to 30 voxels, and a
-prediction of it with displaced edges and stray islands. Every round goes through all methods before the next begins. Each
-method uses one thread and is given what its users have: two label maps. What each computes is in METHODS. nnU-Net
+prediction of it with displaced edges and stray islands. Every round goes through all methods before the next begins.
+Each method uses one thread and is given what its users have: two label maps. What each computes is in METHODS. nnU-Net
 has no surface metric: its row is there for the part that it does compute.
 
 The part `difference` holds NSD by the definition used here (area of surface) beside MONAI's default (voxels at the
@@ -148,10 +148,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shape", type=int, nargs=3, default=(256, 256, 220))
     parser.add_argument("--out", type=Path, default=root() / "benchmarks/results/metrics.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    shape, classes, rounds = ((96, 96, 80), 20, 1) if options.quick else ((256, 256, 220), 60, options.rounds)
+    shape, classes, rounds = ((96, 96, 80), 20, 1) if options.quick else (tuple(options.shape), 60, options.rounds)
     prediction, truth = contents(shape, classes)
     classes = int(truth.max())
     cube = np.zeros((12, 12, 12), np.uint8)

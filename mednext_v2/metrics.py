@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PIECES', 'LESION_IOU', 'CONVENTIONS', 'ENDINGS', 'EXTRAS', 'dice', 'surface_areas', 'Surfaces', 'surface_distances',
            'surface_dice', 'hausdorff', 'count_lesions', 'conventions', 'score_masks', 'class_values', 'score_case',
-           'described_task', 'scoring_task', 'label_files', 'score_files', 'nnunet_metrics', 'summarise', 'evaluate']
+           'described_task', 'description_folders', 'scoring_task', 'label_files', 'matched_files', 'score_files',
+           'nnunet_metrics', 'summarise', 'evaluate']
 
 # %% ../nbs/41_metrics.ipynb #imports
 import itertools
@@ -298,6 +299,20 @@ def class_values(task) -> dict[str, tuple[int, ...]]:
     return dict(task.regions) or {label: (value,) for label, value in task.labels.items()}
 
 
+def _label_maps(prediction, truth, task) -> tuple[list[np.ndarray], int]:
+    "Both label maps without ignored voxels, and how many voxels count"
+    if np.shape(prediction) != np.shape(truth):
+        raise ValueError(
+            f"prediction and truth must have one shape, got {np.shape(prediction)} and {np.shape(truth)}"
+        )
+    known = (0, *sorted(task.labels.values()))
+    maps = [_label_map(prediction, "prediction", task, known), _label_map(truth, "truth", task, task.values)]
+    if task.ignore is None:
+        return maps, maps[1].size
+    counted = maps[1] != task.ignore
+    return [np.where(counted, labels, 0) for labels in maps], np.count_nonzero(counted)
+
+
 def score_case(
     prediction: np.ndarray,  # Label map (X, Y, Z)
     truth: np.ndarray,  # Label map of the same shape
@@ -306,20 +321,10 @@ def score_case(
     tolerance: float | None = None,  # For NSD, in mm; the task's own if not given
 ) -> pd.DataFrame:  # Columns label, group, dsc, nsd, n_voxels, n_predicted, ...; one row per class
     "Every metric of every class of a case; ValueError for unequal shapes or values unknown to the task"
-    if np.shape(prediction) != np.shape(truth):
-        raise ValueError(
-            f"prediction and truth must have one shape, got {np.shape(prediction)} and {np.shape(truth)}"
-        )
     tolerance = task.nsd_tolerance if tolerance is None else tolerance
     _check_tolerance(tolerance)
-    known = (0, *sorted(task.labels.values()))
-    maps = [_label_map(prediction, "prediction", task, known), _label_map(truth, "truth", task, task.values)]
-    counted = maps[1].size
-    if task.ignore is not None:
-        ignored = maps[1] == task.ignore
-        counted -= np.count_nonzero(ignored)
-        maps = [np.where(ignored, 0, labels) for labels in maps]
-    boxes = [ndimage.find_objects(labels, max(known)) for labels in maps]
+    maps, counted = _label_maps(prediction, truth, task)
+    boxes = [ndimage.find_objects(labels, max(task.labels.values())) for labels in maps]
     rows = []
     for label, values in class_values(task).items():
         box = _union(*[part[value - 1] for part in boxes for value in values])
@@ -354,13 +359,23 @@ def described_task(
     labels, regions, ignore = read_labels(known)
     named = known.get("groups") or {}
     values = dict(
-        name=str(known.get("name") or folder.resolve().name), dataset=1, title="described", modality="CT", labels=labels,
+        name=str(known.get("name") or folder.resolve().name), dataset=1, title="described", labels=labels,
+        modality="CT" if str(known["channel_names"].get("0")).upper() == "CT" else "MR",
         groups={name: named.get(name, "unspecified") for name in (*labels, *regions)},
         spacing=(1.0, 1.0, 1.0), patch=(8, 8, 8), nsd_tolerance=1.0, role="finetune",
         licence="not stated", citation="not stated",
         regions=regions, class_order=known.get("regions_class_order", ()), ignore=ignore,
     )
     return build(Task, values, str(folder / "dataset.json"))
+
+
+def description_folders(
+    predictions: str | Path,  # Folder or file
+    truths: str | Path,
+) -> list[Path]:
+    "Where a dataset.json is looked for: beside the predictions, beside the truths, one folder up"
+    folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in (predictions, truths)]
+    return [*folders, folders[1].resolve().parent]
 
 
 def scoring_task(
@@ -391,6 +406,19 @@ def label_files(
     if not found:
         raise FileNotFoundError(f"{path} holds no volume: a folder of {', '.join(ENDINGS)} or one such file is needed")
     return found
+
+
+def matched_files(
+    predictions: Path,  # Folder, or one file
+    truths: Path,
+) -> tuple[dict[str, tuple[Path, Path]], dict[str, str]]:  # Prediction and truth by case; what lacks a partner, and why
+    "Files of equal names; two single files need not have one name"
+    guesses, true = label_files(predictions), label_files(truths)
+    if predictions.is_file() and truths.is_file():
+        guesses = dict(zip(true, guesses.values()))
+    failures = {case: f"{truths} has no file of that name" for case in guesses if case not in true}
+    failures |= {case: f"{predictions} has no file of that name" for case in true if case not in guesses}
+    return {case: (guesses[case], true[case]) for case in guesses if case in true}, failures
 
 
 def score_files(
@@ -455,14 +483,8 @@ def evaluate(
 ) -> pd.DataFrame:  # Columns task, case and those of `score_case`
     "Score files of equal names; ItemsFailed, after all others are scored and written, names those that cannot be"
     predictions, truths = Path(predictions), Path(truths)
-    folders = [path if path.is_dir() else path.parent for path in (predictions, truths)]
-    task = scoring_task(task, *folders, folders[1].parent)
-    guesses, true = label_files(predictions), label_files(truths)
-    if predictions.is_file() and truths.is_file():  # Two files need not have one name
-        guesses = dict(zip(true, guesses.values()))
-    failures = {case: f"{truths} has no file of that name" for case in guesses if case not in true}
-    failures |= {case: f"{predictions} has no file of that name" for case in true if case not in guesses}
-    files = {case: (guesses[case], true[case]) for case in guesses if case in true}
+    task = scoring_task(task, *description_folders(predictions, truths))
+    files, failures = matched_files(predictions, truths)
     try:
         scored = for_all(score_files, {case: (*pair, task, tolerance) for case, pair in files.items()}, workers)
     except ItemsFailed as error:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLANES', 'TRUTH', 'PREDICTION', 'CELLS', 'SCRIPT', 'VIEWER', 'START', 'STYLE', 'POLICY', 'COLUMNS', 'telling_slice',
            'cut_out', 'grey', 'draw_slice', 'text64', 'mesh', 'page', 'score_rows', 'illustrate', 'read_triple',
-           'review']
+           'check_extras', 'page_data', 'review']
 
 # %% ../nbs/44_review.ipynb #imports
 import base64
@@ -19,7 +19,7 @@ import pandas as pd
 from scipy import ndimage
 
 from .core import atomic_file
-from .metrics import class_values, conventions, label_files, scoring_task
+from .metrics import class_values, conventions, description_folders, label_files, scoring_task
 from .tasks import check_grid, read_volume
 
 # %% ../nbs/44_review.ipynb #slice
@@ -90,9 +90,9 @@ def draw_slice(
     lengths = [(p.stop - p.start) * s for p, s in zip(part, spacing)]
     size = tuple(max(int(pixels * length / max(lengths)), 8) for length in lengths)
     rgb = np.repeat(_resized(_turned(image[part], axis), size, True)[..., None], 3, axis=2)
-    for mask, colour in zip(masks, (PREDICTION, TRUTH)):
+    for mask, colour, width in zip(masks, (PREDICTION, TRUTH), (2, 1)):  # Where both agree, both are seen
         large = _resized(_turned(mask[part], axis), size, False) > 0
-        rgb[large & ~ndimage.binary_erosion(large, iterations=2 if colour == PREDICTION else 1)] = ImageColor.getrgb(colour)
+        rgb[large & ~ndimage.binary_erosion(large, iterations=width)] = ImageColor.getrgb(colour)
     stream = io.BytesIO()
     Image.fromarray(rgb).save(stream, "JPEG", quality=82)
     return stream.getvalue()
@@ -149,7 +149,8 @@ function order(a, b) {
 }
 function keep() { history.replaceState(null, "", "#" + new URLSearchParams(state)); }
 function fill() {
-  const rows = data.rows.filter(r => (!state.label || r.label === state.label) && r.case.includes(state.find)).sort(order);
+  const wanted = row => (!state.label || row.label === state.label) && row.case.includes(state.find);
+  const rows = data.rows.filter(wanted).sort(order);
   body.replaceChildren();
   for (const row of rows) {
     const line = make("tr", null, body);
@@ -194,7 +195,8 @@ function draw(canvas, parts, yaw, pitch) {
       const [u, v] = [b, c].map(p => p.map((value, k) => value - a[k]));
       const normal = [u[1] * v[2] - u[2] * v[1], u[2] * v[0] - u[0] * v[2], u[0] * v[1] - u[1] * v[0]];
       const light = Math.abs(normal[2]) / (Math.hypot(...normal) || 1);
-      triangles.push([a[2] + b[2] + c[2], a, b, c, part.colour.map(value => Math.round(value * (0.35 + 0.65 * light)))]);
+      const shade = part.colour.map(value => Math.round(value * (0.35 + 0.65 * light)));
+      triangles.push([a[2] + b[2] + c[2], a, b, c, shade]);
     }
   }
   triangles.sort((a, b) => a[0] - b[0]);
@@ -275,10 +277,11 @@ h2{font-size:1rem;overflow-wrap:anywhere}main{display:flex;gap:1.5rem;align-item
 td,th{padding:2px 9px;text-align:left;border-bottom:1px solid #8884}#scores thead th{cursor:pointer;white-space:nowrap;
 position:sticky;top:0;background:Canvas}#scores tbody tr{cursor:pointer}#scores tbody tr:hover{background:#8882}
 td.number{text-align:right;font-variant-numeric:tabular-nums;background:linear-gradient(90deg,#4CC9F044
-var(--share,0%),transparent 0)}td img{height:64px;width:88px;object-fit:cover;display:block}#scores td{white-space:nowrap}td.none{opacity:.55;font-size:.85em}#detail img,canvas{max-width:100%;touch-action:none}
+var(--share,0%),transparent 0)}td img{height:64px;width:88px;object-fit:cover;display:block}
+#scores td{white-space:nowrap}td.none{opacity:.55;font-size:.85em}#detail img,canvas{max-width:100%;touch-action:none}
 th[aria-sort=ascending]::after{content:" \\25B2"}th[aria-sort=descending]::after{content:" \\25BC"}
-.truth{color:#0b84a5}.prediction{color:#c96f00}.note{opacity:.7}@media(max-width:70rem){main{flex-direction:column-reverse}
-#detail{position:static}}
+.truth{color:#0b84a5}.prediction{color:#c96f00}.note{opacity:.7}
+@media(max-width:70rem){main{flex-direction:column-reverse}#detail{position:static}}
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
@@ -295,7 +298,8 @@ def page(
 <p>{escape(data["summary"])} Outlines: <b class="truth">truth</b>, <b class="prediction">prediction</b>.</p>
 <p><label>class <select id="label"><option value="">all</option></select></label>
 <label>case <input id="find" type="search" placeholder="part of a name"></label> <span id="count"></span></p>
-<main><div id="list"><table id="scores"><thead><tr></tr></thead><tbody></tbody></table></div><aside id="detail"></aside></main>
+<main><div id="list"><table id="scores"><thead><tr></tr></thead><tbody></tbody></table></div>
+<aside id="detail"></aside></main>
 <details><summary>conventions</summary><table id="facts"><tbody></tbody></table></details>
 <noscript>The table needs JavaScript, which is part of this file.</noscript>
 <script type="application/json" id="data">{text}</script>
@@ -383,6 +387,42 @@ def read_triple(
     check_grid(image, volumes[1], path, true[case])
     return (*volumes, image)
 
+# %% ../nbs/44_review.ipynb #needs
+def check_extras() -> None:
+    "ValueError if the packages that draw the page are missing"
+    try:
+        import PIL  # noqa: F401
+        import skimage  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"the review page needs {error.name}: pip install 'mednext_v2[review]'") from error
+
+# %% ../nbs/44_review.ipynb #page-data
+def page_data(
+    scores: pd.DataFrame,  # Of one run
+    rows: list[dict],  # Of `score_rows`, illustrated
+    task,  # `Task`
+    title: str,
+    sort: str,  # Column whose lowest values come first
+    tolerance: float | None,  # Of the NSD, if it is not the task's own
+) -> dict:  # What `page` shows
+    "All that the page holds; columns without any value are left out"
+    columns = [
+        dict(key=key, name=name, digits=digits, bar=bar, help=text)
+        for key, (name, digits, bar, text) in COLUMNS.items()
+        if key in scores and scores[key].notna().any()
+    ]
+    counted = f"{scores.case.nunique()} cases, {scores.label.nunique()} classes"
+    colours = {"truth": TRUTH, "prediction": PREDICTION}
+    return dict(
+        title=title,
+        sort=sort,
+        columns=columns,
+        rows=rows,
+        facts=list(conventions(task, tolerance).items()),
+        summary=f"{task.name}: {counted}, lowest {sort} first.",
+        colours={name: [int(colour[at : at + 2], 16) for at in (1, 3, 5)] for name, colour in colours.items()},
+    )
+
 # %% ../nbs/44_review.ipynb #review
 def review(
     scores: pd.DataFrame | str | Path,  # As `evaluate` gives or writes them; of one run
@@ -398,10 +438,10 @@ def review(
     tolerance: float | None = None,  # Of the NSD, if it is not the task's own
 ) -> Path:  # The page
     "Write the review page of a run, one self-contained HTML file"
+    check_extras()
     if not isinstance(scores, pd.DataFrame):
         scores = pd.read_csv(scores, dtype={"case": str})
-    folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in (predictions, truths)]
-    task = scoring_task(task, *folders, folders[1].parent)
+    task = scoring_task(task, *description_folders(predictions, truths))
     rows = score_rows(scores, sort)
     files = [label_files(predictions), label_files(truths), label_files(images) if images else {}]
     chosen = [row for row in rows if row[sort] is not None][:pictures]
@@ -412,17 +452,6 @@ def review(
         except (ValueError, OSError) as error:
             for row in part:
                 row["note"] = f"no picture: {error}"
-    columns = [
-        dict(key=key, name=name, digits=digits, bar=bar, help=text)
-        for key, (name, digits, bar, text) in COLUMNS.items() if key in scores and scores[key].notna().any()
-    ]
-    data = dict(title=title, sort=sort, columns=columns, rows=rows, facts=list(conventions(task, tolerance).items()),
-                summary=f"{task.name}: {scores.case.nunique()} cases, {scores.label.nunique()} classes, lowest {sort} first.",
-                colours=dict(truth=_rgb(TRUTH), prediction=_rgb(PREDICTION)))
     with atomic_file(out) as temporary:
-        temporary.write_text(page(data), encoding="utf-8")
+        temporary.write_text(page(page_data(scores, rows, task, title, sort, tolerance)), encoding="utf-8")
     return Path(out)
-
-
-def _rgb(colour: str) -> list[int]:
-    return [int(colour[at : at + 2], 16) for at in (1, 3, 5)]

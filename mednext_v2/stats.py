@@ -124,7 +124,8 @@ def bootstrap(
     need(scores, ["task", cluster])
     parts = [list(part.groupby(cluster, sort=True)) for _, part in scores.groupby("task", sort=True)]
     parts = [[rows for _, rows in part] for part in parts]
-    value_of = _mean_of(scores, statistic, cluster) if isinstance(statistic, str) else _value_of(parts, statistic, cluster)
+    named = isinstance(statistic, str)
+    value_of = _mean_of(scores, statistic, cluster) if named else _value_of(parts, statistic, cluster)
     whole = [np.arange(len(part)) for part in parts]
     value = float(value_of(*whole))
     if not parts or min(map(len, parts)) < 2 or np.isnan(value):
@@ -265,7 +266,8 @@ def rank_stability(
     shared = scores[["task", "case"]].drop_duplicates()
     for name, part in groups:
         if len(part[["task", "case"]].drop_duplicates()) != len(shared):
-            raise ValueError(f"{' · '.join(map(str, name))} lacks cases that others have: score all methods on the same")
+            method = " · ".join(map(str, name))
+            raise ValueError(f"{method} lacks cases that others have: score all methods on the same")
     tables = [case_tables(part, metric) for _, part in groups]
     generator = np.random.default_rng(seed)
     weights = [generator.multinomial(len(t), np.full(len(t), 1 / len(t)), size=n) for t in tables[0]]

@@ -353,8 +353,8 @@ def test_summary_equals_nnunet(tmp_path, fields):
     regions = [v if len(v) > 1 else v[0] for v in task.regions.values()] or list(task.labels.values())
     cases = [
         module.compute_metrics(
-            str(tmp_path / f"truths/{case}.nii.gz"), str(tmp_path / f"predictions/{case}.nii.gz"), SimpleITKIO(), regions,
-            task.ignore,
+            str(tmp_path / f"truths/{case}.nii.gz"), str(tmp_path / f"predictions/{case}.nii.gz"), SimpleITKIO(),
+            regions, task.ignore,
         )
         for case in sorted(pairs)
     ]

@@ -21,8 +21,8 @@ from mednext_v2.tasks import Task, write_volume
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<script>document.title='pwned'<", "<img src=x onerror=document.title='pwned'>", "]]>&amp;"
 TASK = Task(
-    "toy", 999, "Toy", "CT", {"liver": 1, EVIL[1]: 2, "spleen": 3}, {"liver": "organ", EVIL[1]: "pathology", "spleen": "organ"},
-    (1, 1, 1), (8, 8, 8), 1.0, "finetune", "none", "none",
+    "toy", 999, "Toy", "CT", {"liver": 1, EVIL[1]: 2, "spleen": 3},
+    {"liver": "organ", EVIL[1]: "pathology", "spleen": "organ"}, (1, 1, 1), (8, 8, 8), 1.0, "finetune", "none", "none",
 )
 
 
@@ -138,10 +138,9 @@ def test_telling_slice_is_the_one_with_most_wrong_area():
     for spacing in ((1, 1, 1), (0.5, 2, 5)):
         a, b = (ndimage.gaussian_filter(generator.normal(size=(14, 12, 10)), 1.5) > 0 for _ in range(2))
         axis, index = telling_slice(a, b, spacing)
-        best = max(
-            ((a ^ b).take(i, x).sum() * np.prod(spacing) / spacing[x], x, i) for x in range(3) for i in range(a.shape[x])
-        )
-        assert (a ^ b).take(index, axis).sum() * np.prod(spacing) / spacing[axis] == pytest.approx(best[0])
+        faces = np.prod(spacing) / np.array(spacing)
+        best = max((a ^ b).take(i, x).sum() * faces[x] for x in range(3) for i in range(a.shape[x]))
+        assert (a ^ b).take(index, axis).sum() * faces[axis] == pytest.approx(best)
 
 
 def test_cut_out_holds_the_class_and_stays_inside():
@@ -183,7 +182,8 @@ class Browser:
 
     def __init__(self, folder, address: str):
         options = (
-            "--headless=new --no-sandbox --window-size=1400,1000 --disable-gpu --disable-dev-shm-usage --remote-allow-origins=*"
+            "--headless=new --no-sandbox --window-size=1400,1000 --disable-gpu --disable-dev-shm-usage "
+            "--remote-allow-origins=*"
         ).split()
         command = [CHROMIUM, *options, "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
