@@ -398,11 +398,17 @@ ENDINGS = (".nii.gz", ".nii", *ITK_ENDINGS)
 def label_files(
     path: str | Path,  # A folder, or one file
 ) -> dict[str, Path]:  # By name without the ending, sorted
-    "The volumes of a folder; FileNotFoundError if there is none"
+    "The volumes of a folder; FileNotFoundError if there is none, ValueError if two have one name"
     path = Path(path)
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    ending = {file: next((e for e in ENDINGS if file.name.endswith(e)), "") for file in files}
-    found = {file.name.removesuffix(ending[file]): file for file in files if ending[file]}
+    found: dict[str, Path] = {}
+    for file in files:
+        ending = next((e for e in ENDINGS if file.name.endswith(e)), None)
+        if ending and not file.name.startswith("."):  # Such are half-written or hidden
+            name = file.name.removesuffix(ending)
+            if name in found:
+                raise ValueError(f"{path} holds {found[name].name} and {file.name}: keep one of them")
+            found[name] = file
     if not found:
         raise FileNotFoundError(f"{path} holds no volume: a folder of {', '.join(ENDINGS)} or one such file is needed")
     return found

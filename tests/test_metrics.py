@@ -1,6 +1,7 @@
 """Metrics against nnU-Net, surface-distance, MONAI and written-out formulas; conventions; folders of files"""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -426,6 +427,23 @@ def test_lesions_equal_a_loop_over_all_pairs(iou):
         assert n > 3 and counted["lesion_f1"] == pytest.approx(2 * found / (n + found + invented))
 
 
+@pytest.mark.parametrize("iou", [0.1, 0.5])
+def test_lesions_equal_panoptica(iou):
+    panoptica = pytest.importorskip("panoptica")
+    theirs = panoptica.Panoptica_Evaluator(
+        expected_input=panoptica.InputType.SEMANTIC,
+        instance_approximator=panoptica.ConnectedComponentsInstanceApproximator(),
+        instance_matcher=panoptica.NaiveThresholdMatching(matching_threshold=iou),
+    )
+    for seed in range(3):
+        a, b = blob(seed, smooth=1.0, share=0.12), blob(seed, smooth=1.2, share=0.1)
+        (result,) = theirs.evaluate(a.astype(np.uint8), b.astype(np.uint8), verbose=False).values()
+        counted = count_lesions(a, b, iou)
+        found = (counted["n_found"], counted["n_invented"], counted["n_lesions"] - counted["n_found"])
+        assert found == (result.tp, result.fp, result.fn) and min(found) > 0
+        assert counted["lesion_f1"] == pytest.approx(result.rq, abs=1e-12)
+
+
 def test_one_large_prediction_finds_one_lesion_only():
     truth = box((1, 4), (1, 4), (1, 4)) | box((6, 9), (1, 4), (1, 4))
     counted = count_lesions(box((1, 9), (1, 4), (1, 4)), truth)
@@ -482,6 +500,16 @@ def test_evaluate_writes_nothing_if_no_case_can_be_scored(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(FileNotFoundError, match="nowhere holds no volume"):
         evaluate(tmp_path / "nowhere", tmp_path / "truths", make_task())
+
+
+def test_two_files_of_one_name_are_refused_and_hidden_ones_are_none(tmp_path):
+    pair = label_maps(0)
+    write_pairs(tmp_path, {"a": pair})
+    shutil.copy(tmp_path / "predictions/a.nii.gz", tmp_path / "predictions/.tmp-x.nii.gz")
+    assert len(evaluate(tmp_path / "predictions", tmp_path / "truths", make_task())) == 3
+    write_volume(tmp_path / "truths/a.nii", pair[1], np.eye(4))
+    with pytest.raises(ValueError, match="holds a.nii and a.nii.gz: keep one"):
+        evaluate(tmp_path / "predictions", tmp_path / "truths", make_task())
 
 
 def test_the_task_comes_from_a_dataset_json(tmp_path):
