@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_COLUMNS', 'METRICS', 'PROFILES', 'MISSING', 'COLUMN', 'PAGE', 'LOOKS', 'SPARE', 'TABLE_STYLE', 'WARM',
-           'COOL', 'published', 'declared_mean', 'bootstrap_interval', 'read_scores', 'case_tables', 'summary',
-           'counts', 'gains', 'caption', 'score_text', 'backbone_colour', 'backbone_title', 'house_style',
-           'save_figure', 'table_html', 'save_table', 'main_table', 'main_table_shown', 'label_colours', 'best_slice',
-           'show_slice']
+           'COOL', 'published', 'read_scores', 'summary', 'counts', 'gains', 'caption', 'score_text', 'backbone_colour',
+           'backbone_title', 'house_style', 'save_figure', 'table_html', 'save_table', 'main_table', 'main_table_shown',
+           'label_colours', 'best_slice', 'show_slice']
 
 # %% ../nbs/50_report.ipynb #imports
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .core import atomic_file, root, write_csv
+from .stats import bootstrap_interval, case_tables, declared_mean
 
 # %% ../nbs/50_report.ipynb #published
 PUBLISHED_COLUMNS = "model backbone pretraining init patch metric value source known".split()
@@ -39,49 +39,6 @@ def published(
         raise ValueError(f"{path}: line {unsourced[0] + 2} has a value and no source: name where it comes from")
     return table
 
-# %% ../nbs/50_report.ipynb #declared-mean
-def declared_mean(
-    tables: Sequence[np.ndarray],  # One (cases, classes) array per task
-    weights: Sequence[np.ndarray] | None = None,  # One (repeats, cases) array per task: how often a case counts
-) -> np.ndarray:  # One mean per repeat; NaN where no task has a score
-    "Mean over cases, then classes, then tasks, leaving out NaN at each level"
-    means = []
-    for index, table in enumerate(tables):
-        weight = np.ones((1, len(table))) if weights is None else weights[index]
-        counts = weight @ np.isfinite(table)
-        sums = weight @ np.where(np.isfinite(table), table, 0)
-        means.append(_mean(np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)))
-    return _mean(np.stack(means, axis=1))
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    "Mean over the last axis of what is not NaN; NaN without a warning where nothing is left"
-    counts = np.isfinite(values).sum(-1)
-    return np.divide(np.nansum(values, -1), counts, out=np.full(counts.shape, np.nan), where=counts > 0)
-
-# %% ../nbs/50_report.ipynb #bootstrap
-def bootstrap_interval(
-    values,  # Scores of cases: (cases,), (cases, classes), or a list of such arrays, one per task
-    level: float = 0.95,  # Share of resampled means that the interval holds
-    seed: int = 0,  # Same seed, same interval
-    repeats: int = 2000,  # Number of resampled means
-) -> tuple[float, float]:  # Lower and upper end; NaN if a task has fewer than two scored cases
-    "Percentile bootstrap of the declared mean, over cases within each task; ValueError for bad arguments"
-    if not 0 < level < 1 or repeats < 1:
-        raise ValueError(f"needs 0 < level < 1 and repeats >= 1, got {level} and {repeats}")
-    several = isinstance(values, (list, tuple)) and len(values) and np.ndim(values[0]) > 0
-    tables = [np.asarray(table, dtype=float) for table in (values if several else [values])]
-    if any(table.ndim not in (1, 2) for table in tables):
-        raise ValueError(f"needs (cases,) or (cases, classes), got {[table.shape for table in tables]}")
-    tables = [table if table.ndim == 2 else table[:, None] for table in tables]
-    tables = [table[np.isfinite(table).any(1)] for table in tables]
-    if not tables or any(len(table) < 2 for table in tables):
-        return float("nan"), float("nan")
-    generator = np.random.default_rng(seed)
-    weights = [generator.multinomial(n, np.full(n, 1 / n), size=repeats) for n in map(len, tables)]
-    ends = np.nanquantile(declared_mean(tables, weights), [(1 - level) / 2, (1 + level) / 2])
-    return float(ends[0]), float(ends[1])
-
 # %% ../nbs/50_report.ipynb #read-scores
 METRICS = ("dsc", "nsd")
 
@@ -96,18 +53,6 @@ def read_scores(
     return pd.read_csv(path, dtype={"case": str})  # A case named 001 keeps its name
 
 # %% ../nbs/50_report.ipynb #summary
-def case_tables(
-    scores: pd.DataFrame,  # Rows of `scores.csv`
-    metric: str,  # "dsc" or "nsd"
-) -> list[np.ndarray]:  # One (cases, classes) array per task
-    "Scores as one array per task, with a column for each class and seed"
-    # A class that is NaN throughout stays a column of NaN, and the declared mean leaves it out
-    return [
-        part.pivot_table(index="case", columns=["label", "seed"], values=metric, dropna=False, sort=True).to_numpy()
-        for _, part in scores.groupby("task", sort=True)
-    ]
-
-
 def summary(
     scores: pd.DataFrame,  # Rows of `scores.csv`
     by: Sequence[str],  # Columns to keep, e.g. ["task", "backbone", "init"]; all else is averaged over
