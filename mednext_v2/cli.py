@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['info', 'reading', 'import_weights', 'zoo_list', 'zoo_fetch', 'zoo_verify', 'datasets', 'literal_pair', 'by_split',
            'convert', 'doctor', 'prepare', 'train', 'mixture_weights', 'as_options', 'forecast_training', 'replay',
-           'predict', 'stage', 'compose', 'print_readme', 'registry', 'workers', 'zoo', 'cache', 'checkpoint',
-           'data_commands', 'model_commands', 'training_commands', 'prediction_commands', 'project_commands', 'parser',
-           'main']
+           'predict', 'evaluate', 'stage', 'compose', 'print_readme', 'registry', 'workers', 'zoo', 'cache',
+           'checkpoint', 'data_commands', 'model_commands', 'training_commands', 'prediction_commands',
+           'project_commands', 'parser', 'main']
 
 # %% ../nbs/52_cli.ipynb #imports
 import argparse
@@ -309,6 +309,37 @@ def predict(options: argparse.Namespace) -> str:
         nibabel.save(labels, path)
     return f"wrote {options.output}"
 
+
+def evaluate(options: argparse.Namespace) -> str:
+    "Score a folder of label maps against the truth"
+    import pandas as pd
+
+    from mednext_v2.metrics import conventions, description_folders, scoring_task
+    from mednext_v2.metrics import evaluate as score
+    from mednext_v2.stats import means
+
+    out = options.out or options.predictions.parent / f"{options.predictions.name}_scores"
+    task = scoring_task(options.task, *description_folders(options.predictions, options.truths))
+    print("\n".join(f"{name:30} {rule}" for name, rule in conventions(task, options.tolerance).items()))
+    failed = None
+    try:
+        score(options.predictions, options.truths, task, options.tolerance, options.workers, out)
+    except ItemsFailed as error:
+        if not error.results:
+            raise
+        failed = error
+    table = pd.read_csv(out / "scores.csv", dtype={"case": str})
+    if options.html:
+        from mednext_v2.review import review
+
+        page = out / "review.html"
+        review(table, options.predictions, options.truths, options.images, page, task, tolerance=options.tolerance)
+    shown = means(table, ["label"], ["dsc", "nsd", "hd95"], order=("case",))
+    print(shown.to_string(index=False, float_format="{:.3f}".format))
+    if failed:
+        raise failed
+    return f"scores.csv, summary.json{' and review.html' if options.html else ''} are in {out}"
+
 # %% ../nbs/52_cli.ipynb #pipeline-commands
 def stage(options: argparse.Namespace) -> str:
     "Run a stage notebook of the pipeline"
@@ -495,6 +526,16 @@ def prediction_commands(add: Callable) -> None:
     command.add_argument("-o", "--output", type=Path, required=True, help="label map to write, .nii.gz")
     head = "data set whose labels are wanted, of a model with a head for each of several"
     command.add_argument("--head", metavar="NAME", help=head)
+
+    command = add("evaluate", evaluate, "Score label maps against the truth.", "evaluate predictions labelsTs --html")
+    command.add_argument("predictions", type=Path, help="folder of label maps, or one file")
+    command.add_argument("truths", type=Path, help="the true ones, of the same names")
+    command.add_argument("--task", help="a data set's name or a dataset.json; looked for beside the files if not given")
+    command.add_argument("--tolerance", type=float, metavar="MM", help="of NSD; the data set's own if not given")
+    workers(command)
+    command.add_argument("-o", "--out", type=Path, help="folder for the scores (default: PREDICTIONS_scores)")
+    command.add_argument("--html", action="store_true", help="write a page to look through the worst cases as well")
+    command.add_argument("--images", type=Path, help="scans for that page")
 
 
 def project_commands(add: Callable) -> None:

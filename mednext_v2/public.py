@@ -14,8 +14,12 @@ HOMES = {
     "blocks": ["MedNeXtBlock", "DownBlock", "UpBlock"],
     "model": ["Arch", "MedNeXt"],
     "scaling": ["PRESETS", "create_model", "scale", "count_parameters", "count_flops", "estimate"],
-    "weights": ["Card", "LoadReport", "save_model", "transfer"],
-    "backbones": ["BACKBONES", "load_model"],
+    "weights": ["Card", "LoadReport", "save_model"],
+    "stunet": ["STUNet"],
+    "backbones": ["BACKBONES", "Backbone", "backbone_table", "create", "declare", "load_model"],
+    "importers": ["describe", "import_checkpoint", "import_model"],
+    "zoo": ["fetch", "verify", "zoo_table"],
+    "adapt": ["class_channels", "freeze", "transfer"],
     "tasks": ["Task", "get_task", "load_tasks", "raw_task"],
     "suite": ["build_suite"],
     "storage": ["open_array", "write_array"],
@@ -26,7 +30,8 @@ HOMES = {
     "mixture": ["MixtureSampler", "union_labels"],
     "trainer": ["fit"],
     "inference": ["predict", "sliding_window"],
-    "metrics": ["dice", "surface_dice", "score_case"],
+    "metrics": ["dice", "surface_dice", "hausdorff", "score_case", "evaluate"],
+    "stats": ["bootstrap", "compare", "compare_all", "means", "rank_stability", "seed_spread"],
 }
 HOME_OF = {name: module for module, names in HOMES.items() for name in names}
 
