@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(BIN):$(PATH)
+# Pretrainings side by side: DVC runs one stage at a time, and at this size a training uses one core
+JOBS ?= $(if $(filter paper,$(PROFILE)),1,2)
 # A notebook on two cores gains nothing from more threads, and results stay the same on machines with more
 export OMP_NUM_THREADS ?= 1
 SHELL := /bin/bash
@@ -29,6 +31,8 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt benchmarks/peers.
 
 repro: $(READY) ## Regenerate results, tables and figures of a profile with DVC
 	@mednextv2 params $(PROFILE)
+	@dvc stage list --name-only | grep '^prepare@' | xargs dvc repro
+	@dvc stage list --name-only | grep '^pretrain@' | xargs -P $(JOBS) -n 1 dvc repro
 	@dvc repro
 	@echo "scores, tables and figures: results/$(PROFILE)"
 

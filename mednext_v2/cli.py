@@ -274,7 +274,7 @@ def forecast_training(options: argparse.Namespace, recipe, overrides: dict) -> s
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device, parts = found if options.device == "auto" else options.device, options.processes * recipe.accumulate
     with torch.device("meta"):
-        _, patch = network_for(data, options.backbone, recipe, overrides)
+        _, patch = network_for(data, options.backbone, recipe, overrides, options.parent)
     others = {"spacing": data.task.spacing} if "spacing" in get_backbone(options.backbone).uses else {}
     others |= overrides
     step = Step(

@@ -299,23 +299,27 @@ def network_for(
     backbone: str,
     recipe,  # A `Recipe`
     overrides: dict,  # Changes to the backbone's published size
+    parent: str | Path | None = None,  # Model folder whose weights it will start from
 ):  # The network, and the patch it is to be trained with
-    "A fresh network for a training; some are built for their patch or spacing"
+    "A fresh network for a training; one that is built for its patch or spacing is built as its parent was"
     import torch
 
     from mednext_v2.backbones import create, get_backbone
+    from mednext_v2.weights import read_card
 
-    uses = get_backbone(backbone).uses
+    uses, source = get_backbone(backbone).uses, read_card(parent) if parent else None
+    known = source.overrides if source and source.backbone == backbone else {}
 
     def built(patch: tuple[int, ...]):
-        fixed = {"patch": patch, "spacing": data.task.spacing}
-        fixed = {name: value for name, value in fixed.items() if name in uses}
+        fixed = {"patch": patch, "spacing": data.task.spacing} | known
+        fixed = {name: fixed[name] for name in uses}
         return create(backbone, data.in_channels, data.outputs, recipe.deep_supervision, **fixed | overrides)
 
     with torch.device("meta"):
-        strides = built(recipe.patch).strides
-    patch = fit_patch(recipe.patch, data.shape, strides)
-    return built(patch), patch
+        trial = built(recipe.patch)
+    patch = fit_patch(recipe.patch, data.shape, trial.strides)
+    network = built(patch)
+    return network, getattr(network, "input_size", None) or patch
 
 
 def start_from(
@@ -370,7 +374,7 @@ def train_model(
 
     data = read_data(data, heads)
     torch.manual_seed(seed)
-    model, patch = network_for(data, backbone, recipe, overrides or {})
+    model, patch = network_for(data, backbone, recipe, overrides or {}, parent)
     recipe, source = replace(recipe, patch=patch), start_from(parent, model, data, start or {}, folder)
     what = dict(prepared=data.read_by_sampler, labels=data.space, allow=tuple(allow))
     validate = patch_validation(recipe, **what) if recipe.validate_every else None
@@ -595,7 +599,10 @@ def evaluate_one(
     return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/51_pipeline.ipynb #evaluate-runs
-SCORE_COLUMNS = "profile task case label group backbone init patch seed dsc nsd n_voxels n_predicted".split()
+SCORE_COLUMNS = (
+    "profile task case label group backbone init patch seed dsc nsd hd95 volume_error lesion_f1 "
+    "n_voxels n_predicted n_lesions n_found n_invented"
+).split()
 
 
 def evaluate_runs(
