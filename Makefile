@@ -32,8 +32,8 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt benchmarks/peers.
 repro: $(READY) ## Regenerate results, tables and figures of a profile with DVC
 	@mednextv2 params $(PROFILE)
 	@dvc stage list --name-only | grep '^prepare@' | xargs dvc repro
-	@dvc stage list --name-only | grep '^pretrain@' | xargs -P $(JOBS) -n 1 dvc repro
-	@dvc repro
+	@dvc stage list --name-only | grep '^pretrain@' | xargs -P $(JOBS) -I{} sh -c 'dvc repro -s {} || exit 1' || true
+	@dvc repro  # Whatever is left, and what two DVC processes did not get past each other
 	@echo "scores, tables and figures: results/$(PROFILE)"
 
 smoke: $(READY) ## Run the whole pipeline at toy size in a scratch copy
