@@ -57,8 +57,8 @@ def import_weights(options: argparse.Namespace) -> str:
 
     given = {name: getattr(options, name) for name in ("licence", "spacing", "patch", "modality")}
     facts = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
-    if options.labels:
-        facts["labels"] = json.loads(options.labels.read_text(encoding="utf-8"))
+    if options.facts:
+        facts = json.loads(options.facts.read_text(encoding="utf-8")) | facts
     origin = licence_of(options.checkpoint)
     if origin.licence:
         facts = {"licence": origin.licence, "provenance": origin.provenance} | facts
@@ -205,9 +205,12 @@ def train(options: argparse.Namespace) -> str:
     from mednext_v2.launch import RunEnded
     from mednext_v2.pipeline import train_in_processes
     from mednext_v2.recipe import get_recipe
+    from mednext_v2.weights import read_card
 
     recipe = get_recipe(options.recipe, **dict(literal_pair(pair) for pair in options.set))
     overrides = dict(literal_pair(pair) for pair in options.network)
+    if options.backbone is None:
+        options.backbone = read_card(options.parent).backbone if options.parent else "mednext_v2_base"
     if not options.unchecked:
         print(forecast_training(options, recipe, overrides), file=sys.stderr)
     try:
@@ -267,16 +270,16 @@ def forecast_training(options: argparse.Namespace, recipe, overrides: dict) -> s
     import torch
 
     from mednext_v2.launch import Step, check_memory
-    from mednext_v2.backbones import get_backbone
+    from mednext_v2.backbones import overrides_of
     from mednext_v2.pipeline import network_for, read_data
 
     data = read_data([options.data, *options.others], options.heads)
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device, parts = found if options.device == "auto" else options.device, options.processes * recipe.accumulate
     with torch.device("meta"):
-        _, patch = network_for(data, options.backbone, recipe, overrides, options.parent)
-    others = {"spacing": data.task.spacing} if "spacing" in get_backbone(options.backbone).uses else {}
-    others |= overrides
+        network, patch = network_for(data, options.backbone, recipe, overrides, options.parent)
+    others = overrides_of(network)
+    others.pop("patch", None)  # The step has its own
     step = Step(
         options.backbone, patch, max(1, recipe.batch // parts), recipe.precision,
         checkpointing=others.pop("checkpointing", "none"), in_channels=data.in_channels, num_classes=data.outputs,
@@ -458,7 +461,8 @@ def model_commands(add: Callable) -> None:
     command.add_argument("--modality", help="CT or MR")
     command.add_argument("--spacing", type=float, nargs=3, metavar="MM", help="if the checkpoint does not say")
     command.add_argument("--patch", type=int, nargs=3, metavar="VOXELS", help="if the checkpoint does not say")
-    command.add_argument("--labels", type=Path, metavar="JSON", help="names and values of the classes, if the checkpoint does not say")
+    told = "other fields of the card that the checkpoint does not tell: labels, groups, normalisation, ..."
+    command.add_argument("--facts", type=Path, metavar="JSON", help=told)
     checkpoint(command)
 
     command = add("zoo list", zoo_list, "The public pretrained models that are known by name.", "zoo list --long")
@@ -493,7 +497,7 @@ def training_commands(add: Callable) -> None:
     command.add_argument("--heads", choices=["shared", "own"], default="shared", help=heads)
     differences = "of data sets that is meant: channels, modality, spacing, normalisation"
     command.add_argument("--allow", nargs="+", default=[], metavar="DIFFERENCE", help=differences)
-    command.add_argument("--backbone", default="mednext_v2_base", help="default: mednext_v2_base")
+    command.add_argument("--backbone", help="default: that of --from, or mednext_v2_base")
     command.add_argument("--recipe", default="finetune", help="pretrain, finetune, v1, nnunet, mini or smoke")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="fields of the recipe, e.g. lr=1e-4")
     command.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="changes to the backbone, e.g. width=16 or checkpointing=block")

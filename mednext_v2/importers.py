@@ -11,8 +11,8 @@ __all__ = ['BROKEN', 'WRAPPINGS', 'FAMILIES', 'MAPS', 'STUNETS', 'UNKNOWN', 'NOR
            'nnunet_facts', 'facts_nnunet_v2', 'facts_nnssl', 'facts_nnunet_v1', 'shape_at', 'told_by', 'network_of',
            'found_in', 'inside_of', 'read_json', 'nnunet_checkpoint', 'found_in_nnunet', 'found_in_model', 'kind_of',
            'read_checkpoint_file', 'detect', 'turned', 'widen', 'fit_mednext', 'fitted', 'named_for', 'fit_same',
-           'fill', 'Imported', 'build', 'import_checkpoint', 'card_of', 'import_model', 'listed', 'told_lines',
-           'describe', 'layouts']
+           'fill', 'Imported', 'build', 'has_auxiliary_heads', 'import_checkpoint', 'card_of', 'import_model', 'listed',
+           'told_lines', 'describe', 'layouts']
 
 # %% ../nbs/17_importers.ipynb #imports
 import json
@@ -980,6 +980,13 @@ def build(
     return create(name, found.in_channels, found.num_classes, deep_supervision, **overrides)
 
 
+def has_auxiliary_heads(found: Found) -> bool:
+    "Whether the weights hold more than one head"
+    state = to_mednext(found.family, found.state) if found.family in MAPS else found.state
+    heads = [re.match(r"(?:out_|heads\.|decoder\.seg_layers\.|seg_outputs\.)(\d+)", name) for name in state]
+    return len({match[1] for match in heads if match}) > 1
+
+
 def import_checkpoint(
     path: str | Path,  # A file, or a folder
     model: nn.Module | str | None = None,  # To fill, or a name in the registry; built from the file if not given
@@ -988,12 +995,13 @@ def import_checkpoint(
     fold: str | None = None,  # Of a folder of nnU-Net v2
     prefix: str | None = None,  # If two networks are in one file: how the names of the wanted one begin
     grn: str | None = None,  # `mean` or `sum`: convention of GRN, if it is not the one of the class
-    deep_supervision: bool = False,  # Of a network that is built here
+    deep_supervision: bool | None = False,  # Of a network that is built here; None: if the file has such heads
 ) -> Imported:
     "Weights of another program in a network; ValueError unless they fill it. A model of your own keeps its axes"
     found = read_checkpoint_file(path, trust, fold, prefix, grn)
     if not isinstance(model, nn.Module):
         found = turned(found)
+        deep_supervision = has_auxiliary_heads(found) if deep_supervision is None else deep_supervision
         model = build(found, model, deep_supervision)
     return Imported(model, fill(model, found, allow, grn), found)
 
@@ -1029,8 +1037,8 @@ def import_model(
     facts: dict | None = None,  # Fields of `Card` that the file does not tell
     **options,  # Of `import_checkpoint`
 ) -> tuple[Card, LoadReport]:
-    "Turn a checkpoint into a model folder of this library; ValueError, and nothing written, if something is missing"
-    model, report, found = import_checkpoint(path, **options)
+    "Turn a checkpoint, with all of its heads, into a model folder; ValueError, and nothing written, if something is missing"
+    model, report, found = import_checkpoint(path, **{"deep_supervision": None} | options)
     source = Path(found.path)
     parent = sha256(source) if source.is_file() else None
     card = card_of(found, **{"parent": parent, "backbone": model.blueprint["name"]} | (facts or {}))

@@ -301,7 +301,7 @@ def network_for(
     overrides: dict,  # Changes to the backbone's published size
     parent: str | Path | None = None,  # Model folder whose weights it will start from
 ):  # The network, and the patch it is to be trained with
-    "A fresh network for a training; one that is built for its patch or spacing is built as its parent was"
+    "A fresh network for a training, of its parent's size where the overrides leave it open"
     import torch
 
     from mednext_v2.backbones import create, get_backbone
@@ -311,9 +311,8 @@ def network_for(
     known = source.overrides if source and source.backbone == backbone else {}
 
     def built(patch: tuple[int, ...]):
-        fixed = {"patch": patch, "spacing": data.task.spacing} | known
-        fixed = {name: fixed[name] for name in uses}
-        return create(backbone, data.in_channels, data.outputs, recipe.deep_supervision, **fixed | overrides)
+        fixed = {name: value for name, value in (("patch", patch), ("spacing", data.task.spacing)) if name in uses}
+        return create(backbone, data.in_channels, data.outputs, recipe.deep_supervision, **fixed | known | overrides)
 
     with torch.device("meta"):
         trial = built(recipe.patch)

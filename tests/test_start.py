@@ -1,0 +1,100 @@
+"From foreign weights to a model of one's own: import, train from it, predict"
+
+import contextlib
+import io
+import json
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mednext_v2 import cli
+from mednext_v2.prepare import prepare
+from mednext_v2.weights import read_card, read_state
+from test_importers import DNA, V2, dna, nnunet_folder
+from test_training_sets import CHEST, write_raw
+
+TRAIN = (
+    "train {data} {out} --from {parent} --recipe smoke --device cpu --workers 0 --unchecked "
+    "--set steps=2 patch=(16,16,16) checkpoint_every=2"
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chest")
+    write_raw(CHEST, folder / "raw")
+    prepare(CHEST, folder / "raw", folder / "chest")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imported")
+    with torch.no_grad():
+        source, _ = dna(*DNA["resenc"])
+    place = nnunet_folder(folder / "nnUNetTrainer__nnUNetPlans__3d_fullres", source.state_dict())
+    said = run(f"import {place} {folder / 'ours'} --licence CC-BY-NC-4.0")
+    assert "100.0% of the tensors filled" in said and "resenc_l" in said
+    return folder / "ours"
+
+
+def run(line: str) -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        cli.main(line.split())
+    return said.getvalue()
+
+
+@pytest.mark.slow
+def test_imported_network_is_trained_and_predicts(imported, prepared, tmp_path):
+    "The network is built as the parent's card says, heads go by name, the licence goes on"
+    out = tmp_path / "tuned"
+    run(TRAIN.format(data=prepared / "chest", out=out, parent=imported))
+    card, parent = read_card(out), read_card(imported)
+    for name in ("n_stages", "features_per_stage", "strides", "kernel_sizes"):
+        assert card.overrides[name] == parent.overrides[name]
+    assert card.backbone == "resenc_l" and card.parent == parent.sha256 and card.init == "ours"
+    assert "non-commercial" in card.licence.lower()
+    became = pd.read_csv(f"{out}.run/transfer.csv").set_index("name")
+    heads = became[became.index.str.contains("seg_layers") & (became.outcome != "skipped")]
+    assert set(heads.outcome) == {"adapted"} and "rows of 3 of 3 classes" in set(heads.note)  # Liver and spleen exchanged
+    scan = prepared / "raw" / CHEST.folder / "imagesTr" / "chest_0_0000.nii.gz"
+    run(f"predict -m {out} -i {scan} -o {tmp_path / 'labels.nii.gz'}")
+    labels = nibabel.load(tmp_path / "labels.nii.gz")
+    assert labels.shape == (20, 20, 20) and set(np.unique(labels.get_fdata())) <= {0, 1, 2}
+
+
+@pytest.mark.slow
+def test_encoder_alone_and_fresh_heads(imported, prepared, tmp_path):
+    line = TRAIN.format(data=prepared / "chest", out=tmp_path / "m", parent=imported) + " --scope encoder --set freeze=encoder"
+    run(line)
+    state, given = read_state(tmp_path / "m"), read_state(imported)
+    encoder = [name for name in state if name.startswith("encoder.") and "stem" not in name]
+    assert encoder and all(torch.equal(state[name], given[name]) for name in encoder)
+    became = pd.read_csv(tmp_path / "m.run" / "transfer.csv").set_index("name").outcome
+    assert set(became[became.index.str.startswith(("decoder.stages", "decoder.seg_layers"))]) == {"missing", "skipped"}
+
+
+def test_info_tells_model_folders_and_files(imported, tmp_path):
+    said = run(f"info {imported}")
+    assert "resenc_l" in said and "liver" in said and "CC-BY-NC" in said
+    torch.save({"a": torch.zeros(2)}, tmp_path / "odd.pth")
+    assert "not known" in run(f"info {tmp_path / 'odd.pth'}")
+    with pytest.raises(SystemExit, match="nothing.pth does not exist"):
+        run(f"info {tmp_path / 'nothing.pth'}")
+
+
+def test_import_of_labels_that_the_file_does_not_tell(tmp_path):
+    with torch.no_grad():
+        source, _ = dna(*DNA["resenc"])
+    torch.save(V2 | {"network_weights": source.state_dict()}, tmp_path / "a.pth")
+    zscore = {"schemes": ["zscore"], "mean": [0.0], "std": [1.0], "low": [0.0], "high": [0.0], "nonzero": False}
+    facts = {"labels": {"liver": 1, "spleen": 2}, "normalisation": zscore}
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    run(
+        f"import {tmp_path / 'a.pth'} {tmp_path / 'm'} --facts {tmp_path / 'facts.json'} --spacing 1 1 1 "
+        "--patch 32 32 32 --modality CT --licence CC0"
+    )
+    assert read_card(tmp_path / "m").labels == {"liver": 1, "spleen": 2}
