@@ -272,10 +272,10 @@ def test_the_label_map_opens_on_the_scan(tmp_path, raw_intensities):
 
 def test_channels_must_share_a_grid(raw_intensities):
     scan, moved = nifti(ball()), nifti(ball(), np.array([[1, 0, 0, 3], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]))
-    assert predict_scan(Echo(), card(), [scan, scan]).shape == scan.shape
+    assert predict_scan(Echo(), card(in_channels=2), [scan, scan]).shape == scan.shape
     for other in (moved, nifti(ball((30, 26, 21)))):
         with pytest.raises(ValueError, match="all channels must share one grid"):
-            predict_scan(Echo(), card(), [scan, other])
+            predict_scan(Echo(), card(in_channels=2), [scan, other])
 
 
 def test_read_scan_refuses(tmp_path):
