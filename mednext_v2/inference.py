@@ -6,9 +6,9 @@
 __all__ = ['check_windows', 'evaluating', 'device_of', 'sliding_window', 'finest_copy', 'taps', 'blend', 'turns',
            'resample_logits', 'labels_of', 'labels_on_grid', 'Axis', 'lay_windows', 'Cells', 'Budget', 'pass_windows',
            'pad_image', 'add_window', 'next_window', 'weight_of', 'finished', 'interpolate', 'joint', 'bounded_labels',
-           'out_of_memory', 'with_less_memory', 'averaged', 'predict_prepared', 'read_scan', 'from_array', 'Options',
-           'choose_device', 'Member', 'fold_folders', 'load_members', 'must_agree', 'Volume', 'read_volume',
-           'same_grid', 'region_mask', 'prepare_volume', 'modality_warnings', 'predict', 'predict_each',
+           'out_of_memory', 'with_less_memory', 'averaged', 'predict_prepared', 'read_scan', 'check_voxel_size',
+           'from_array', 'Options', 'choose_device', 'Member', 'fold_folders', 'load_members', 'must_agree', 'Volume',
+           'read_volume', 'same_grid', 'region_mask', 'prepare_volume', 'modality_warnings', 'predict', 'predict_each',
            'read_channels', 'is_channels', 'predict_scan', 'label_scan', 'check_channels', 'label_volume',
            'logits_like', 'member_labels', 'adding', 'temporary_array', 'label_image']
 
@@ -534,6 +534,7 @@ def read_scan(
         except (nib.filebasedimages.ImageFileError, OSError, EOFError, zlib.error) as error:
             reason = " ".join(str(error).replace(name, "").split()) or "it is empty"
             raise ValueError(f"{name} is not an image that nibabel can read: {reason}") from error
+        check_voxel_size(name, image)
     if not hasattr(image, "affine"):
         raise ValueError(f"an image must be a file, a nibabel image or (array, spacing), got {type(image).__name__}")
     if len(image.shape) != 3 or 0 in image.shape:
@@ -550,6 +551,16 @@ def read_scan(
         bad = finite.size - np.count_nonzero(finite)
         raise ValueError(f"{name} holds NaN or infinite values in {bad} of {finite.size} voxels")
     return image
+
+
+def check_voxel_size(name: str, image) -> None:
+    "ValueError for a NIfTI file whose grid rests on voxel sizes of 0; nibabel would take them for 1 mm"
+    if not isinstance(image, nib.Nifti1Pair) or image.header["sform_code"] > 0:
+        return
+    with nib.openers.ImageOpener(image.file_map.get("header", image.file_map["image"]).filename) as file:
+        sizes = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
+    if not (np.isfinite(sizes).all() and (sizes != 0).all()):
+        raise ValueError(f"{name} has no voxel size in its header (pixdim {sizes.tolist()}): set it, it decides all lengths")
 
 
 def from_array(
