@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_windows', 'evaluating', 'device_of', 'sliding_window', 'finest_copy', 'taps', 'blend', 'turns',
            'resample_logits', 'labels_of', 'labels_on_grid', 'Axis', 'lay_windows', 'Cells', 'Budget', 'pass_windows',
-           'pad_image', 'add_window', 'next_window', 'weight_of', 'finished', 'interpolate', 'joint', 'bounded_labels',
+           'pad_image', 'add_window', 'next_window', 'weight_of', 'finished', 'interpolate', 'bounded_labels',
            'out_of_memory', 'with_less_memory', 'averaged', 'predict_prepared', 'read_scan', 'check_voxel_size',
            'from_array', 'Options', 'choose_device', 'Member', 'fold_folders', 'load_members', 'must_agree', 'Volume',
            'read_volume', 'same_grid', 'region_mask', 'prepare_volume', 'modality_warnings', 'predict', 'predict_each',
@@ -109,8 +109,11 @@ def blend(
 ) -> Tensor:
     "Linear interpolation along one axis; each value depends on its two neighbours only, bit for bit"
     weight = torch.from_numpy(weight).to(values.device).reshape(-1, *(1,) * (values.ndim - axis - 1))
-    lower, upper = (torch.from_numpy(index).to(values.device) for index in (lower, upper))
-    below, above = values.index_select(axis, lower), values.index_select(axis, upper)
+    indices = [torch.from_numpy(index).to(values.device) for index in (lower, upper)]
+    if axis == values.ndim - 1:  # Half the time of `index_select` there
+        below, above = (values.gather(axis, index.expand(*values.shape[:-1], -1)) for index in indices)
+    else:
+        below, above = (values.index_select(axis, index) for index in indices)
     return below.mul_(1 - weight).add_(above.mul_(weight))
 
 
@@ -142,13 +145,15 @@ def labels_of(
         if best is None:
             labels = torch.zeros(channel.shape, dtype=torch.int32, device=channel.device)
             best = torch.full_like(channel, 0 if class_order else -torch.inf)
-        wins = channel > best
-        labels.masked_fill_(wins, class_order[number] if class_order else number)
+        value = torch.tensor(class_order[number] if class_order else number, dtype=torch.int32, device=channel.device)
+        labels = torch.where(channel > best, value, labels)
         if not class_order:
-            best = torch.where(wins, channel, best)
-    most = max(class_order) if class_order else number
+            torch.maximum(best, channel, out=best)
     if class_order and len(class_order) != number + 1:
         raise ValueError(f"class_order needs one value for each of {number + 1} regions, got {class_order}")
+    if best.isnan().any():
+        raise ValueError("the network gave logits that are not a number: check its weights and the scan's values")
+    most = max(class_order) if class_order else number
     return labels.cpu().numpy().astype(np.uint8 if most < 256 else np.uint16)
 
 
@@ -407,10 +412,13 @@ def finished(
     starts = [axis.inside(c)[0] - h for axis, c, h in zip(axes, cell, halo)]
     parts = [axis.part(c) for axis, c in zip(axes, cell)]
     for k, channel in enumerate(total):
-        values = channel[box] / weight
-        for turn in reversed(range(3)):
+        values = weight.new_empty([n + h for n, h in zip(weight.shape, halo)])
+        inner = tuple(slice(h, None) for h in halo)
+        torch.div(channel[box], weight, out=values[inner])
+        for turn in range(3):  # Each plane holds its edges and corners, which are the same in all three
             if halo[turn]:
-                values = torch.cat([before[turn][k][joint(turn, halo)], values], turn)
+                edge = values[tuple(slice(0, 1) if axis == turn else slice(None) for axis in range(3))]
+                edge.copy_(before[turn][k])
         for turn, plane in after.items():
             plane[k] = values.narrow(turn, values.shape[turn] - 1, 1)
         yield interpolate(values, axes, parts, starts)
@@ -431,11 +439,6 @@ def interpolate(
         lower, upper, weight = (some[parts[turn]] for some in axes[turn].taps)
         values = blend(values, turn, lower - starts[turn], upper - starts[turn], weight)
     return values
-
-
-def joint(turn: int, halo: list[int]) -> tuple[slice, ...]:
-    "The part of a plane that fits to what has been joined so far: later axes have their halo, earlier ones not"
-    return tuple(slice(halo[axis] if axis < turn else 0, None) for axis in range(3))
 
 # %% ../nbs/40_inference.ipynb #bounded-labels
 def bounded_labels(
