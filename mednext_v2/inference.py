@@ -310,7 +310,7 @@ TOGETHER = 2**18  # Voxels that are interpolated at once: calls outweigh the wor
 class Budget:
     "How finished windows are kept until their sums are complete"
 
-    memory: float = 2.0  # GB of sums before some wait in a file
+    memory: float = 1.0  # GB of sums before some wait in a file
     half: bool = False  # Sums in float16, which takes half of it; not exactly the same labels
     device: str | torch.device | None = None  # Where the sums are; where the windows come from if not given
 
@@ -592,7 +592,7 @@ class Options:
     fast: bool = False  # Overlap 0.25, no mirroring
     folds: tuple[str, ...] = ()  # Of a model folder that holds fold_0, fold_1, ...: which; all if empty
     device: str = "auto"  # auto, cpu, cuda or mps
-    memory: float = 2.0  # GB of logits before some wait in a temporary file
+    memory: float = 1.0  # GB of logits before some wait in a temporary file
     half: bool = False  # Logits summed in float16
 
     def __post_init__(self):
