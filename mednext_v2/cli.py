@@ -301,15 +301,21 @@ def replay(options: argparse.Namespace) -> str:
 
 # %% ../nbs/52_cli.ipynb #predict
 def predict(options: argparse.Namespace) -> str:
-    "Predict one NIfTI scan with a model folder; the label map lies on the scan's own grid"
-    import nibabel
+    "Label maps of a scan or of a folder of scans, on their own grids; what is there already is skipped"
+    from mednext_v2.inference import Options
+    from mednext_v2.labelmaps import predict_files
 
-    from mednext_v2.core import atomic_file
-    from mednext_v2.inference import predict as predict_image
-
-    labels = predict_image(options.model, options.input, head=options.head)
-    with atomic_file(options.output) as path:
-        nibabel.save(labels, path)
+    roi = options.roi
+    if roi:
+        roi = roi[0] if len(roi) == 1 else [int(number) for number in roi]
+    chosen = Options(
+        tta=options.tta, fast=options.fast, folds=tuple(options.folds), head=options.head, device=options.device,
+        memory=options.memory, half=options.half,
+    )
+    predict_files(
+        options.model, options.input, options.output, chosen, roi or None, options.save_probabilities,
+        options.overwrite, progress=True,
+    )
     return f"wrote {options.output}"
 
 
@@ -524,12 +530,25 @@ def training_commands(add: Callable) -> None:
 
 def prediction_commands(add: Callable) -> None:
     "Label maps"
-    command = add("predict", predict, "Predict one scan.", "predict -m MODEL -i scan.nii.gz -o labels.nii.gz")
-    command.add_argument("-m", "--model", type=Path, required=True, help="folder with model.safetensors, card.json")
-    command.add_argument("-i", "--input", type=Path, required=True, help="scan, .nii or .nii.gz")
-    command.add_argument("-o", "--output", type=Path, required=True, help="label map to write, .nii.gz")
+    command = add(
+        "predict", predict, "Label a scan, or a folder of scans; run again, it goes on where it was.",
+        "predict -m models/spleen -i scan.nii.gz -o labels.nii.gz",
+    )
+    model = "folder with model.safetensors, card.json, or with fold_0, fold_1, ...; several are an ensemble"
+    command.add_argument("-m", "--model", type=Path, nargs="+", required=True, help=model)
+    command.add_argument("-i", "--input", type=Path, required=True, help="scan, or a folder of scans: nnU-Net's names for channels")
+    command.add_argument("-o", "--output", type=Path, required=True, help="label map, or folder for label maps")
+    command.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto")
+    command.add_argument("--tta", action="store_true", help="average over mirrored windows: eight times the work")
+    command.add_argument("--fast", action="store_true", help="windows that overlap by a quarter instead of a half")
+    command.add_argument("--folds", nargs="+", default=[], metavar="N", help="of the model; all if not given")
     head = "data set whose labels are wanted, of a model with a head for each of several"
     command.add_argument("--head", metavar="NAME", help=head)
+    command.add_argument("--roi", nargs="+", metavar="ROI", help="mask, folder of masks, or x0 x1 y0 y1 z0 z1; outside is background")
+    command.add_argument("--save-probabilities", action="store_true", help="write them beside the label map")
+    command.add_argument("--overwrite", action="store_true", help="label scans again that have a label map")
+    command.add_argument("--memory", type=float, default=1.0, metavar="GB", help="of sums before some wait on the disk (default: 1)")
+    command.add_argument("--half", action="store_true", help="sum in half precision")
 
     command = add("evaluate", evaluate, "Score label maps against the truth.", "evaluate predictions labelsTs --html")
     command.add_argument("predictions", type=Path, help="folder of label maps, or one file")

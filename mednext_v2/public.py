@@ -30,6 +30,7 @@ HOMES = {
     "mixture": ["MixtureSampler", "union_labels"],
     "trainer": ["fit"],
     "inference": ["predict", "sliding_window"],
+    "labelmaps": ["predict_files"],
     "metrics": ["dice", "surface_dice", "hausdorff", "score_case", "evaluate"],
     "stats": ["bootstrap", "compare", "compare_all", "means", "rank_stability", "seed_spread"],
 }

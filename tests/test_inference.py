@@ -1,5 +1,6 @@
 """Windows against convolution over the whole scan, grids and orientations, and what bad scans get"""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -11,7 +12,12 @@ from torch import nn
 
 from mednext_v2 import inference
 from mednext_v2.inference import (
+    Budget,
+    averaged,
+    bounded_labels,
+    evaluating,
     labels_on_grid,
+    lay_windows,
     predict,
     predict_prepared,
     predict_scan,
@@ -272,10 +278,10 @@ def test_the_label_map_opens_on_the_scan(tmp_path, raw_intensities):
 
 def test_channels_must_share_a_grid(raw_intensities):
     scan, moved = nifti(ball()), nifti(ball(), np.array([[1, 0, 0, 3], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]))
-    assert predict_scan(Echo(), card(), [scan, scan]).shape == scan.shape
+    assert predict_scan(Echo(), card(in_channels=2), [scan, scan]).shape == scan.shape
     for other in (moved, nifti(ball((30, 26, 21)))):
         with pytest.raises(ValueError, match="all channels must share one grid"):
-            predict_scan(Echo(), card(), [scan, other])
+            predict_scan(Echo(), card(in_channels=2), [scan, other])
 
 
 def test_read_scan_refuses(tmp_path):
@@ -392,3 +398,275 @@ def test_predict_on_the_file_equals_predict_on_the_prepared_case(tmp_path):
     expected = predict_prepared(model, prepared, case, (16, 16, 16))
     assert nib.load(file).shape == expected.shape and len(np.unique(expected)) > 2
     np.testing.assert_array_equal(np.asarray(predict(tmp_path / "model", file).dataobj), expected)
+
+
+# Bounded memory
+
+
+class Smooth(nn.Module):
+    "Logits as a trained network has them: fields that vary over several voxels"
+
+    def __init__(self, classes, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.project = nn.Conv3d(1, classes, 5, padding=2)
+
+    def forward(self, x):
+        return 8 * nn.functional.avg_pool3d(self.project(x), 3, 1, 1)
+
+
+CASES = [
+    # Image, patch, overlap, wanted grid, classes
+    ((24, 20, 18), (16, 16, 16), 0.5, (24, 20, 18), 2),
+    ((33, 20, 18), (16, 8, 16), 0.5, (50, 31, 12), 7),
+    ((20, 41, 9), (16, 16, 16), 0.25, (13, 20, 27), 5),
+    ((17, 16, 40), (8, 16, 16), 0.6, (17, 50, 20), 3),
+    ((30, 26, 1), (16, 16, 16), 0.5, (30, 26, 3), 4),
+    ((1, 1, 1), (8, 8, 8), 0.5, (2, 1, 3), 2),
+    ((26, 26, 12), (16, 16, 8), 0.5, (52, 52, 5), 167),
+    ((25, 19, 16), (16, 16, 16), 0, (26, 18, 16), 300),
+]
+
+
+@pytest.mark.parametrize("shape, patch, overlap, wanted, classes", CASES)
+@pytest.mark.parametrize("regions", [False, True])
+def test_labels_cell_by_cell_are_those_of_the_full_logits(shape, patch, overlap, wanted, classes, regions):
+    model, order = Smooth(classes), tuple(range(1, classes + 1)) if regions else ()
+    image = np.random.default_rng(classes).normal(size=(1, *shape)).astype(np.float32)
+    full = labels_on_grid(sliding_window(model, image, patch, overlap), wanted, order)
+    axes = lay_windows(shape, patch, overlap, wanted)
+    with evaluating(model):
+        for memory in (1.0, 0.0):
+            found = bounded_labels(averaged([model]), image, axes, order, budget=Budget(memory))
+            np.testing.assert_array_equal(found, full)
+            assert found.dtype == full.dtype
+
+
+@pytest.mark.parametrize("shape, patch, overlap, wanted, classes", CASES[:6])
+def test_logits_cell_by_cell_are_those_of_monai_and_torch(shape, patch, overlap, wanted, classes):
+    from monai.inferers import sliding_window_inference
+
+    model = Smooth(classes)
+    image = torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = sliding_window_inference(image, patch, 1, model, overlap, "gaussian", padding_mode="replicate")
+        expected = nn.functional.interpolate(expected, wanted, mode="trilinear", align_corners=False)[0]
+    found = torch.full((classes, *wanted), torch.nan)
+
+    def visit(place, logits):
+        assert found[(slice(None), *place)].isnan().all()
+        found[(slice(None), *place)] = logits
+
+    with evaluating(model):
+        labels = bounded_labels(model, image[0], lay_windows(shape, patch, overlap, wanted), visit=visit)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    best = expected.topk(2, 0)[0]
+    sure = (best[0] - best[1]).numpy() > 1e-4
+    np.testing.assert_array_equal(labels[sure], expected.argmax(0).numpy()[sure])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_part_has_the_labels_of_the_whole(seed):
+    rng = np.random.default_rng(seed)
+    shape, wanted = tuple(rng.integers(6, 34, 3).tolist()), tuple(rng.integers(4, 50, 3).tolist())
+    image, model = rng.normal(size=(1, *shape)).astype(np.float32), Smooth(4)
+    ends = [sorted(rng.integers(0, n, 2).tolist()) for n in wanted]
+    box = tuple(slice(a, b + 1) for a, b in ends)
+    full = labels_on_grid(sliding_window(model, image, (8, 16, 8)), wanted)
+    expected = np.zeros_like(full)
+    expected[box] = full[box]
+    with evaluating(model):
+        found = bounded_labels(model, image, lay_windows(shape, (8, 16, 8), 0.5, wanted, box))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_half_precision_changes_less_than_two_voxels_in_a_thousand():
+    model, image = Smooth(20), np.random.default_rng(0).normal(size=(1, 40, 36, 30)).astype(np.float32)
+    axes = lay_windows((40, 36, 30), (16, 16, 16), 0.5, (60, 36, 20))
+    with evaluating(model):
+        exact, half = (bounded_labels(averaged([model]), image, axes, budget=Budget(1, half)) for half in (False, True))
+    assert 0 < (exact != half).mean() < 2e-3
+
+
+def test_cells_that_wait_stay_within_the_budget(monkeypatch):
+    most, parked = [0], []
+    real_put, real_park = inference.Cells.put, inference.Cells.park
+
+    def put(self, *arguments):
+        real_put(self, *arguments)
+        most[0] = max(most[0], self.size)
+
+    monkeypatch.setattr(inference.Cells, "put", put)
+    monkeypatch.setattr(inference.Cells, "park", lambda self, key: parked.append(key) or real_park(self, key))
+    model, image = Smooth(3), np.zeros((1, 40, 40, 40), np.float32)
+    with evaluating(model):
+        bounded_labels(averaged([model]), image, lay_windows((40,) * 3, (16,) * 3, 0.5), budget=Budget(5e-5))
+    assert most[0] <= 5e4 and parked
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_of_temporary_logits_is_one_line(monkeypatch):
+    # Writing to this device always meets a full disk
+    monkeypatch.setattr(inference.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))
+    model = Smooth(3)
+    with evaluating(model), pytest.raises(OSError, match="no space for .* GB of logits in .*set TMPDIR") as error:
+        bounded_labels(model, np.zeros((1, 24, 24, 24), np.float32), lay_windows((24,) * 3, (16,) * 3, 0.5), budget=Budget(0))
+    assert "\n" not in str(error.value)
+
+
+def test_only_a_full_accelerator_sends_sums_to_the_cpu(monkeypatch):
+    model, image = Smooth(3), np.random.default_rng(0).normal(size=(1, 20, 20, 20)).astype(np.float32)
+    axes = lay_windows((20,) * 3, (16,) * 3, 0.5)
+    real, places = inference.add_window, []
+
+    def failing(error):
+        def add(cells, logits, *rest):
+            places.append(len(places))
+            if len(places) == 3:
+                raise error
+            real(cells, logits, *rest)
+
+        places.clear()
+        monkeypatch.setattr(inference, "add_window", add)
+
+    with evaluating(model):
+        expected = bounded_labels(averaged([model]), image, axes)
+        for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("MPS backend out of memory (x)")):
+            failing(error)
+            with pytest.warns(UserWarning, match="too little memory .* in the computer's memory"):
+                np.testing.assert_array_equal(bounded_labels(averaged([model]), image, axes), expected)
+        failing(RuntimeError("CUDA error: an illegal memory access was encountered"))
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            bounded_labels(averaged([model]), image, axes)
+        failing(torch.OutOfMemoryError("CUDA out of memory"))
+        with pytest.raises(torch.OutOfMemoryError):
+            bounded_labels(averaged([model]), image, axes, budget=Budget(device="cpu"))
+
+
+MEASURE = """
+import sys, json
+import numpy as np, torch
+from mednext_v2 import inference
+from mednext_v2.core import peak_bytes
+
+torch.set_num_threads(1)
+shape, classes, patch, overlap = json.loads(sys.argv[1])
+model = torch.nn.Conv3d(1, classes, 1)
+image = np.random.default_rng(0).standard_normal((1, *shape), np.float32).astype(np.float16)
+small = np.zeros((1, 8, 8, 8), np.float32)
+with inference.evaluating(model):
+    axes = inference.lay_windows(shape, patch, overlap)
+    inference.bounded_labels(model, small, inference.lay_windows((8, 8, 8), (8, 8, 8), 0))  # What torch and MONAI hold
+    before = peak_bytes()
+    labels = inference.bounded_labels(inference.averaged([model]), image, axes, budget=inference.Budget(memory=0.05))
+weight, bias = (value.detach().numpy().ravel() for value in (model.weight, model.bias))
+thin = image[0, ::7, ::5, ::3, None].astype(np.float32) * weight + bias
+top = np.sort(thin, -1)
+sure = top[..., -1] - top[..., -2] > 1e-4
+right = (labels[::7, ::5, ::3] == thin.argmax(-1))[sure].mean()
+print(json.dumps([before, peak_bytes(), float(right), float(sure.mean())]))
+"""
+
+
+def measured(*arguments) -> list:
+    import json
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-c", MEASURE, json.dumps(arguments)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def test_memory_is_a_fraction_of_the_full_logits():
+    # The full logits would take 167 * 160 * 96 * 96 * 4 bytes = 0.98 GB
+    before, peak, right, sure = measured((160, 96, 96), 167, (32, 32, 32), 0.25)
+    assert right == 1 and sure > 0.5
+    assert peak - before < 0.3 * 167 * 160 * 96**2 * 4
+
+
+# Mirroring, options, arrays
+
+
+def test_mirroring_is_the_mean_over_all_mirror_images():
+    model, image = Smooth(3), np.random.default_rng(0).normal(size=(1, 8, 8, 8)).astype(np.float32)
+    x = torch.from_numpy(image)[None]
+    with torch.no_grad():
+        flips = [(), (2,), (3,), (4,), (2, 3), (2, 4), (3, 4), (2, 3, 4)]
+        expected = torch.stack([model(x.flip(f)).flip(f) for f in flips]).mean(0)
+        torch.testing.assert_close(averaged([model], (0, 1, 2))(x), expected, atol=1e-5, rtol=1e-5)
+        two = torch.stack([model(x.flip(f)).flip(f) for f in ((), (4,))]).mean(0)
+        torch.testing.assert_close(averaged([model], (2,))(x), two, atol=1e-5, rtol=1e-5)
+
+
+def test_mirror_axes_of_the_card_are_used(raw_intensities):
+    scan, model = nifti(ball()), Echo(False)
+    for axes, windows in ((None, 8), ((2,), 2)):
+        known = card(patch=(32, 32, 32))
+        known.mirror_axes = axes
+        model.modes.clear()
+        predict_scan(model, known, [scan], tta=True)
+        assert len(model.modes) == windows
+    model.modes.clear()
+    predict_scan(model, card(patch=(16, 16, 16)), [scan], fast=True)
+    fast = len(model.modes)
+    predict_scan(model, card(patch=(16, 16, 16)), [scan])
+    assert fast < len(model.modes) - fast
+
+
+def test_options_refuse():
+    for wrong, message in [({"overlap": 1.0}, "overlap < 1"), ({"memory": -1}, "memory >= 0"), ({"fast": True, "tta": True}, "fast or tta")]:
+        with pytest.raises(ValueError, match=message):
+            inference.Options(**wrong)
+    with pytest.raises(ValueError, match="device 'tpu' is not available here"):
+        inference.choose_device("tpu")
+
+
+def test_arrays_and_iterators(model_folder):
+    values = (100 + 10 * ball()).astype(np.float32)
+    scan = nifti(values, np.diag([1.5, 1.5, 2.0, 1]))
+    expected = predict(model_folder, scan, device="cpu").get_fdata()
+    for image in ((values, (1.5, 1.5, 2.0)), [(values, [1.5, 1.5, 2.0])]):
+        np.testing.assert_array_equal(predict(model_folder, image, device="cpu").get_fdata(), expected)
+    found = predict(model_folder, iter([scan, (values, (1.5, 1.5, 2.0)), [scan]]), device="cpu")
+    assert not isinstance(found, list)
+    for labels in found:
+        np.testing.assert_array_equal(labels.get_fdata(), expected)
+    for wrong, message in [(values, "got ndarray"), ((values, (1, 1)), "three positive sizes"), ((values, (1, 1, 0)), "three positive"), ([], "at least one")]:
+        with pytest.raises(ValueError, match=message):
+            predict(model_folder, wrong, device="cpu")
+
+
+def test_a_region_of_interest(model_folder):
+    scan = turned(nifti(100 + 10 * ball(), np.diag([1.5, 1.5, 2.0, 1])), "LPS")
+    whole = predict(model_folder, scan, device="cpu").get_fdata()
+    inside = np.zeros(scan.shape, bool)
+    inside[4:20, 3:17, 5:12] = True
+    assert len(np.unique(whole[inside])) > 1
+    for roi in ((4, 20, 3, 17, 5, 12), nib.Nifti1Image(inside.astype(np.uint8), scan.affine)):
+        found = predict(model_folder, scan, device="cpu", roi=roi).get_fdata()
+        np.testing.assert_array_equal(found, whole * inside)
+    for roi, message in [
+        ((0, 0, 0, 3, 0, 3), "holds no voxel"), ((1, 2, 3), "six voxel numbers"),
+        (nib.Nifti1Image(inside.astype(np.uint8), np.eye(4)), "must lie on the scan's grid"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            predict(model_folder, scan, device="cpu", roi=roi)
+
+
+@pytest.mark.parametrize("shape, spacing", [((20, 18, 1), (1, 1, 5)), ((20, 18, 4), (1, 1, 5)), ((3, 2, 2), (1, 1, 1))])
+@pytest.mark.parametrize("value", [0, 7])
+def test_odd_volumes_are_labelled_from_end_to_end(model_folder, shape, spacing, value):
+    values = np.full(shape, value, np.float32)
+    labels = predict(model_folder, nifti(values, np.diag([*spacing, 1.0])), device="cpu", tta=True)
+    assert labels.shape == shape and labels.get_data_dtype() == np.uint8
+
+
+def test_a_header_without_spacing_is_refused(tmp_path):
+    scan = nifti(np.ones((4, 4, 4), np.float32))
+    nib.save(scan, tmp_path / "scan.nii")
+    content = bytearray((tmp_path / "scan.nii").read_bytes())
+    content[80:92] = bytes(12)  # pixdim[1..3]
+    content[252:256] = bytes(4)  # qform_code, sform_code
+    (tmp_path / "scan.nii").write_bytes(content)
+    with pytest.raises(ValueError, match="scan.nii has no voxel size in its header"):
+        read_scan(tmp_path / "scan.nii")

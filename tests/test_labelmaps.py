@@ -1,0 +1,307 @@
+"""Files and folders: what is written, what is refused, and that one broken scan costs one label map"""
+
+import errno
+import json
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from mednext_v2 import inference, labelmaps
+from mednext_v2.core import ItemsFailed
+from mednext_v2.inference import Options, predict
+from mednext_v2.labelmaps import (
+    colour,
+    itksnap_table,
+    label_names,
+    list_jobs,
+    names_extension,
+    predict_files,
+    read_names,
+    slicer_table,
+)
+from mednext_v2.weights import Card, read_card, save_model
+
+torch.set_num_threads(1)
+CPU = Options(device="cpu")
+KNOWN = {"schemes": ["zscore"], "mean": [0], "std": [1], "low": [0], "high": [0], "nonzero": False}
+
+
+def save(folder, seed=0, **changes):
+    "A small U-Net with random weights"
+    from mednext_v2.backbones import create
+
+    about = dict(
+        backbone="unet", overrides={"filters": (4, 8, 8)}, in_channels=1, labels={"core": 1, "rim": 2},
+        groups={"core": "organ", "rim": "organ"}, task="toy", modality="MR", spacing=(2.0, 2.0, 2.0),
+        patch=(16, 16, 16), normalisation=KNOWN, recipe={},
+    )
+    torch.manual_seed(seed)
+    card = Card(**about | changes)
+    save_model(folder, create("unet", card.in_channels, card.num_classes, filters=(4, 8, 8)), card)
+    return folder
+
+
+def scan(path, seed=0, shape=(18, 14, 9), spacing=(1.5, 1.5, 3.0)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).normal(100, 20, shape).astype(np.float32)
+    nib.save(nib.Nifti1Image(values, np.diag([*spacing, 1.0])), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("models") / "one")
+
+
+def voxels(path):
+    return np.asarray(nib.load(path).dataobj)
+
+
+def everything(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Names
+
+
+def test_tables_of_names_are_read_back():
+    names = {1: "left kidney", 2: 'so "called"', 300: "spleen"}
+    rows = [line for line in itksnap_table(names).splitlines() if not line.startswith("#")]
+    fields = [line.split(maxsplit=7) for line in rows]
+    assert [int(row[0]) for row in fields] == [0, 1, 2, 300] and all(len(row) == 8 for row in fields)
+    assert fields[1][1:4] == [str(part) for part in colour(1)] and fields[1][7] == '"left kidney"'
+    assert all(row[7].count('"') == 2 for row in fields)
+    table = slicer_table(names)
+    rows = [line.split() for line in table.splitlines() if not line.startswith("#")]
+    assert table.startswith("# Color table file") and all(len(row) == 6 for row in rows)
+    assert rows[1] == ["1", "left_kidney", *map(str, colour(1)), "255"]
+
+
+def test_names_go_through_the_header(tmp_path):
+    names = {1: "a < b & c", 2: "Läsion"}
+    image = nib.Nifti1Image(np.arange(8, dtype=np.uint8).reshape(2, 2, 2), np.eye(4))
+    assert read_names(image) == {}
+    image.header.extensions.append(names_extension(names))
+    nib.save(image, tmp_path / "a.nii.gz")
+    again = nib.load(tmp_path / "a.nii.gz")
+    assert read_names(again) == names and (np.asarray(again.dataobj) == image.dataobj).all()
+
+
+def test_regions_are_named_by_the_value_they_are_painted_with(model):
+    card = replace(read_card(model), regions={"whole": (1, 2), "core": (2,)}, class_order=(1, 2))
+    assert label_names(card) == {1: "whole", 2: "core"}
+
+
+# A file
+
+
+def test_a_file(model, tmp_path):
+    source = scan(tmp_path / "in/anna.nii.gz")
+    done = predict_files(model, source, tmp_path / "out/labels.nii.gz", CPU)
+    assert done == {"anna": tmp_path / "out/labels.nii.gz"}
+    names = {"labels.nii.gz", "labels.json", "labels.txt", "labels.ctbl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    image = nib.load(done["anna"])
+    np.testing.assert_array_equal(np.asarray(image.dataobj), np.asarray(predict(model, source, device="cpu").dataobj))
+    assert image.get_data_dtype() == np.uint8 and read_names(image) == {1: "core", 2: "rim"}
+    np.testing.assert_array_equal(image.affine, nib.load(source).affine)
+    report = json.loads((tmp_path / "out/labels.json").read_text())
+    assert report["models"][0]["sha256"] == [read_card(model).sha256]
+    assert report["versions"]["torch"] == torch.__version__.split("+")[0] or report["versions"]["torch"] == torch.__version__
+    assert report["peak_bytes"] > 1e7 and report["seconds"]["network"] > 0 and report["device"] == "cpu"
+    assert report["voxels"] == {"core": int((voxels(done["anna"]) == 1).sum()), "rim": int((voxels(done["anna"]) == 2).sum())}
+
+
+def test_probabilities_are_those_of_the_labels(model, tmp_path):
+    source = scan(tmp_path / "anna.nii")
+    predict_files(model, source, tmp_path / "out", CPU, probabilities=True)
+    shares = np.load(tmp_path / "out/anna.npz")["probabilities"].astype(np.float32)
+    assert shares.shape == (3, 18, 14, 9)
+    np.testing.assert_allclose(shares.sum(0), 1, atol=2e-3)
+    sure = np.sort(shares, 0)[-1] - np.sort(shares, 0)[-2] > 2e-3
+    assert sure.mean() > 0.9
+    np.testing.assert_array_equal(shares.argmax(0)[sure], voxels(tmp_path / "out/anna.nii.gz")[sure])
+
+
+# Ensembles and folds
+
+
+def test_folds_average_logits_and_models_average_probabilities(model, tmp_path):
+    source = scan(tmp_path / "anna.nii.gz")
+    other = save(tmp_path / "other", 1)
+    for number, folder in enumerate((model, other)):
+        (tmp_path / "folds").mkdir(exist_ok=True)
+        (tmp_path / f"folds/fold_{number}").symlink_to(folder)
+    weights = [inference.load_members(folder, CPU)[0].models[0] for folder in (model, other)]
+    card = read_card(model)
+
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return (weights[0](x) + weights[1](x)) / 2
+
+    expected = inference.predict_scan(Mean(), card, [nib.load(source)])
+    for folds in ((), ("0", "1")):
+        found = predict(tmp_path / "folds", source, device="cpu", folds=folds)
+        np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(expected.dataobj))
+    single = predict(tmp_path / "folds", source, device="cpu", folds=("1",))
+    np.testing.assert_array_equal(np.asarray(single.dataobj), np.asarray(predict(other, source, device="cpu").dataobj))
+
+    shares = []
+    for folder in (model, other):
+        predict_files(folder, source, tmp_path / folder.name, CPU, probabilities=True)
+        shares.append(np.load(tmp_path / folder.name / "anna.npz")["probabilities"].astype(np.float32))
+    mean = sum(shares) / 2
+    together = np.asarray(predict([model, other], source, device="cpu").dataobj)
+    sure = np.sort(mean, 0)[-1] - np.sort(mean, 0)[-2] > 2e-3
+    np.testing.assert_array_equal(together[sure], mean.argmax(0)[sure])
+    assert (together != np.asarray(expected.dataobj)).mean() < 0.2
+
+
+def test_models_of_an_ensemble_may_differ_in_grid_but_not_in_labels(model, tmp_path):
+    source = scan(tmp_path / "anna.nii.gz")
+    coarse = save(tmp_path / "coarse", 2, spacing=(3.0, 3.0, 3.0), patch=(8, 8, 8))
+    assert predict([model, coarse], source, device="cpu").shape == (18, 14, 9)
+    others = save(tmp_path / "others", 3, labels={"core": 1, "edge": 2}, groups={"core": "organ", "edge": "organ"})
+    with pytest.raises(ValueError, match="labels differs between models"):
+        predict([model, others], source, device="cpu")
+    (tmp_path / "folds").mkdir()
+    (tmp_path / "folds/fold_0").symlink_to(model)
+    (tmp_path / "folds/fold_1").symlink_to(coarse)
+    with pytest.raises(ValueError, match="spacing differs"):
+        predict(tmp_path / "folds", source, device="cpu")
+    with pytest.raises(ValueError, match="has no fold 7; it has: 0, 1"):
+        predict(tmp_path / "folds", source, device="cpu", folds=(7,))
+    with pytest.raises(ValueError, match="no folds to choose"):
+        predict(model, source, device="cpu", folds=(0,))
+    with pytest.raises(FileNotFoundError, match="neither card.json nor fold_0"):
+        predict(tmp_path, source, device="cpu")
+
+
+# A folder
+
+
+def test_one_broken_scan_does_not_stop_the_rest(model, tmp_path):
+    for number, name in enumerate("abc"):
+        scan(tmp_path / f"in/{name}.nii.gz", number)
+    (tmp_path / "in/b.nii.gz").write_bytes((tmp_path / "in/b.nii.gz").read_bytes()[:3000])
+    values = np.full((4, 4, 4), np.nan, np.float32)
+    nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "in/d.nii.gz")
+    before = everything(tmp_path / "in")
+    with pytest.raises(ItemsFailed) as error:
+        predict_files(model, tmp_path / "in", tmp_path / "out", CPU)
+    assert set(error.value.failures) == {"b", "d"} and set(error.value.results) == {"a", "c"}
+    assert "NaN" in error.value.failures["d"] and all("\n" not in text for text in error.value.failures.values())
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"a.nii.gz", "a.json", "c.nii.gz", "c.json", "labels.txt", "labels.ctbl"}
+    assert everything(tmp_path / "in") == before
+    for name in "ac":
+        single = predict(model, tmp_path / f"in/{name}.nii.gz", device="cpu")
+        np.testing.assert_array_equal(voxels(tmp_path / f"out/{name}.nii.gz"), np.asarray(single.dataobj))
+
+
+def test_done_ones_are_skipped_and_others_are_not_overwritten(model, tmp_path, monkeypatch):
+    for number, name in enumerate("ab"):
+        scan(tmp_path / f"in/{name}.nii.gz", number)
+    predict_files(model, tmp_path / "in", tmp_path / "out", CPU)
+    before = everything(tmp_path / "out")
+    (tmp_path / "out/a.nii.gz").unlink()
+    labelled = []
+    real = labelmaps.label_volume
+    monkeypatch.setattr(labelmaps, "label_volume", lambda *args: labelled.append(1) or real(*args))
+    predict_files(model, tmp_path / "in", tmp_path / "out", CPU)
+    after = everything(tmp_path / "out")
+    assert labelled == [1]
+    same = [name for name in before if name.name != "a.json"]
+    assert all(before[name] == after[name] for name in same)
+    with pytest.raises(ItemsFailed, match="made in another way"):
+        predict_files(model, tmp_path / "in", tmp_path / "out", replace(CPU, overlap=0.25))
+    assert everything(tmp_path / "out") == after
+    predict_files(model, tmp_path / "in", tmp_path / "out", replace(CPU, overlap=0.25), overwrite=True)
+    assert json.loads((tmp_path / "out/a.json").read_text())["options"]["overlap"] == 0.25
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part(model, tmp_path, monkeypatch):
+    for name in "ab":
+        scan(tmp_path / f"in/{name}.nii.gz")
+    real = labelmaps.write_json
+
+    def full(path, *args, **kwargs):
+        if path.name == "a.json":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(labelmaps, "write_json", full)
+    with pytest.raises(ItemsFailed, match="No space left on device") as error:
+        predict_files(model, tmp_path / "in", tmp_path / "out", CPU)
+    assert list(error.value.failures) == ["a"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"b.nii.gz", "b.json", "labels.txt", "labels.ctbl"}
+
+
+def test_channels_of_a_folder(tmp_path):
+    known = {key: value * 2 if isinstance(value, list) else value for key, value in KNOWN.items()}
+    two = save(tmp_path / "two", in_channels=2, normalisation=known)
+    for channel in (0, 1):
+        scan(tmp_path / f"in/anna_000{channel}.nii.gz", channel)
+    scan(tmp_path / "in/ben_0000.nii.gz")
+    scan(tmp_path / "in/carl_0000.nii.gz")
+    scan(tmp_path / "in/carl_0001.nii.gz", shape=(18, 14, 8))
+    with pytest.raises(ItemsFailed) as error:
+        predict_files(two, tmp_path / "in", tmp_path / "out", CPU)
+    assert "expects 2 channel(s), got 1" in error.value.failures["ben"]
+    assert "share one grid" in error.value.failures["carl"] and list(error.value.results) == ["anna"]
+    scan(tmp_path / "plain/anna.nii.gz")
+    with pytest.raises(ValueError, match="needs files named case_0000"):
+        predict_files(two, tmp_path / "plain", tmp_path / "out2", CPU)
+
+
+def test_where_the_output_may_not_be(tmp_path):
+    source = scan(tmp_path / "in/a.nii.gz")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for wrong, target, kind, message in [
+        (tmp_path / "in", tmp_path / "in", ValueError, "scans are never overwritten"),
+        (tmp_path / "in", tmp_path / "link", ValueError, "scans are never overwritten"),
+        (source, source, ValueError, "scans are never overwritten"),
+        (source, tmp_path / "in", ValueError, "scans are never overwritten"),
+        (tmp_path / "in", tmp_path / "labels.nii.gz", ValueError, "the output must be a folder"),
+        (tmp_path / "empty", tmp_path / "out", FileNotFoundError, "holds no .nii"),
+        (tmp_path / "nowhere", tmp_path / "out", FileNotFoundError, "does not exist"),
+    ]:
+        with pytest.raises(kind, match=message):
+            list_jobs(wrong, target, 1)
+    scan(tmp_path / "in/a.nii")
+    with pytest.raises(ValueError, match="a is there as .nii and as .nii.gz"):
+        list_jobs(tmp_path / "in", tmp_path / "out", 1)
+
+
+def test_a_file_of_another_kind_is_no_table_of_names(model, tmp_path):
+    source = scan(tmp_path / "in/a.nii.gz")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/labels.txt").write_text("notes of mine")
+    with pytest.raises(ValueError, match="labels.txt is there and is no table"):
+        predict_files(model, source, tmp_path / "out", CPU)
+    assert (tmp_path / "out/labels.txt").read_text() == "notes of mine"
+
+
+def test_masks_of_a_folder_limit_the_labels(model, tmp_path):
+    source = scan(tmp_path / "in/a.nii.gz")
+    mask = np.zeros((18, 14, 9), np.uint8)
+    mask[3:12, 4:9, 2:6] = 1
+    (tmp_path / "masks").mkdir()
+    nib.save(nib.Nifti1Image(mask, nib.load(source).affine), tmp_path / "masks/a.nii.gz")
+    predict_files(model, source, tmp_path / "out", CPU, roi=tmp_path / "masks")
+    whole = np.asarray(predict(model, source, device="cpu").dataobj)
+    np.testing.assert_array_equal(voxels(tmp_path / "out/a.nii.gz"), whole * mask)
+    scan(tmp_path / "in/b.nii.gz")
+    with pytest.raises(ItemsFailed, match="holds no mask b.nii.gz"):
+        predict_files(model, tmp_path / "in", tmp_path / "out", CPU, roi=tmp_path / "masks")
+
+
+def test_ct_that_is_not_in_hu_is_warned_of(tmp_path):
+    known = KNOWN | {"schemes": ["ct"], "low": [-900.0], "high": [900.0], "std": [300.0]}
+    ct = save(tmp_path / "ct", modality="CT", normalisation=known)
+    with pytest.warns(UserWarning, match="does not look like CT in HU"):
+        predict_files(ct, scan(tmp_path / "in/a.nii.gz"), tmp_path / "out", CPU)
+    assert "HU" in json.loads((tmp_path / "out/a.json").read_text())["warnings"][0]
