@@ -203,7 +203,7 @@ def prepare(options: argparse.Namespace) -> str:
 def train(options: argparse.Namespace) -> str:
     "Train a network on prepared data"
     from mednext_v2.launch import RunEnded
-    from mednext_v2.pipeline import train_in_processes
+    from mednext_v2.fitting import train_in_processes
     from mednext_v2.recipe import get_recipe
     from mednext_v2.weights import read_card
 
@@ -271,7 +271,7 @@ def forecast_training(options: argparse.Namespace, recipe, overrides: dict) -> s
 
     from mednext_v2.launch import Step, check_memory
     from mednext_v2.backbones import overrides_of
-    from mednext_v2.pipeline import network_for, read_data
+    from mednext_v2.fitting import network_for, read_data
 
     data = read_data([options.data, *options.others], options.heads)
     found = "cuda" if torch.cuda.is_available() else "cpu"
