@@ -626,11 +626,11 @@ class Member:
     hashes: tuple[str, ...] = ()  # sha256 of the weights
 
     def mirror(self, options: Options) -> tuple[int, ...]:
-        "Axes to mirror: those that the card or its recipe names, or all"
+        "Axes to mirror: those that the card names, or all"
         if not options.tta:
             return ()
-        recipe = getattr(self.card, "recipe", None) or {}
-        return tuple(getattr(self.card, "mirror_axes", None) or recipe.get("mirror_axes") or (0, 1, 2))
+        axes = getattr(self.card, "mirror_axes", None)
+        return (0, 1, 2) if axes is None else tuple(axes)
 
 
 def fold_folders(

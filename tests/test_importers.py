@@ -517,10 +517,21 @@ def test_nnunet_folder_becomes_a_model_folder(tmp_path, resenc):
     }
     assert card.licence == "Apache-2.0" and "orientation" in card.provenance and len(card.parent) == 64
     model, read = load_model(tmp_path / "ours")
-    assert read.overrides["kernel_sizes"][0] == (3, 3, 1)
+    assert read.overrides["kernel_sizes"][0] == (3, 3, 1) and read.mirror_axes == (0, 1, 2)
     image = torch.randn(1, 1, 16, 24, 32)
     scores = source(image.permute(0, 1, 4, 2, 3)).permute(0, 1, 3, 4, 2)
     torch.testing.assert_close(model(image), scores, rtol=1e-4, atol=1e-5)
+
+
+def test_axes_of_mirroring_turn_with_the_network(tmp_path):
+    source, _ = dna(*DNA["resenc"])
+    place = nnunet_folder(tmp_path / "T__P__3d_fullres", source.state_dict())
+    path = place / "fold_0" / "checkpoint_final.pth"
+    save(path, V2 | {"network_weights": source.state_dict(), "inference_allowed_mirroring_axes": (0, 2)})
+    card, _ = import_model(place, tmp_path / "ours")
+    assert card.mirror_axes == (1, 2)  # Of the network's Z, X, Y the first and the last
+    save(path, V2 | {"network_weights": source.state_dict(), "inference_allowed_mirroring_axes": ()})
+    assert import_model(place, tmp_path / "ours")[0].mirror_axes == ()  # nnUNetTrainerNoMirroring
 
 
 def test_a_mednext_trained_by_nnunet_becomes_a_model_folder(tmp_path):

@@ -9,6 +9,7 @@ from mednext_v2.backbones import create
 from mednext_v2.weights import (
     Card,
     LoadReport,
+    add_scores,
     read_card,
     read_state,
     save_model,
@@ -46,7 +47,7 @@ def test_round_trip_is_bit_for_bit(folder):
     own = tiny().state_dict()
     assert state.keys() == own.keys() and all(torch.equal(state[name], own[name]) for name in own)
     card = read_card(folder)
-    assert dataclasses.replace(card, sha256="", version="") == CARD and len(card.sha256) == 64 and card.version
+    assert dataclasses.replace(card, sha256="", version="", grn=None) == CARD and card.grn == "mean" and len(card.sha256) == 64 and card.version
 
 
 def test_saving_twice_gives_equal_bytes(folder, tmp_path):
@@ -156,3 +157,11 @@ def test_gaps_are_errors_unless_allowed_by_name(allow, left):
 def test_report_prints_every_class():
     text = str(LoadReport(classes={"liver": "organ 5", "tumour": ""}))
     assert "class liver   from organ 5" in text and "class tumour  new" in text
+
+
+def test_scores_are_written_into_the_card_alone(folder):
+    before, weights = read_card(folder), (folder / "model.safetensors").read_bytes()
+    card = add_scores(folder, {"dsc": 0.5, "cases": 4}, "mednextv2 evaluate predictions labelsTs")
+    assert card == read_card(folder) and dataclasses.replace(card, scores={}) == before
+    assert card.scores == {"dsc": 0.5, "cases": 4, "command": "mednextv2 evaluate predictions labelsTs"}
+    assert (folder / "model.safetensors").read_bytes() == weights and read_state(folder)
