@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['info', 'reading', 'import_weights', 'zoo_list', 'zoo_fetch', 'zoo_verify', 'datasets', 'literal_pair', 'by_split',
-           'convert', 'doctor', 'prepare', 'train', 'mixture_weights', 'as_options', 'forecast_training', 'replay',
-           'predict', 'evaluate', 'stage', 'compose', 'print_readme', 'registry', 'workers', 'zoo', 'cache',
-           'checkpoint', 'data_commands', 'model_commands', 'training_commands', 'prediction_commands',
-           'project_commands', 'parser', 'main']
+           'convert', 'doctor', 'prepare', 'train', 'mixture_weights', 'forecast_training', 'replay', 'predict',
+           'evaluate', 'stage', 'compose', 'print_readme', 'registry', 'workers', 'zoo', 'cache', 'checkpoint',
+           'data_commands', 'model_commands', 'training_commands', 'prediction_commands', 'project_commands', 'parser',
+           'main']
 
 # %% ../nbs/52_cli.ipynb #imports
 import argparse
@@ -251,43 +251,12 @@ def mixture_weights(
     return words[0] if len(words) == 1 and "=" not in words[0] else dict(literal_pair(word) for word in words)
 
 
-def as_options(
-    change: dict,  # Fields of `launch.Step`
-    parts: int,  # In which a batch is put through networks: processes x accumulate
-) -> str:
-    "A change as options of `mednextv2 train`"
-    values = {name: ",".join(map(str, value)) if name == "patch" else value for name, value in change.items()}
-    if "batch" in values:
-        values["batch"] *= parts
-    network = [f"{name}={values.pop(name)}" for name in ("checkpointing",) if name in values]
-    recipe = [f"{name}={value}" for name, value in values.items()]
-    words = [["--set", *recipe]] * bool(recipe) + [["--network", *network]] * bool(network)
-    return " ".join(sum(words, []))
-
-
 def forecast_training(options: argparse.Namespace, recipe, overrides: dict) -> str:
-    "What the training will take, measured by a dry step; ValueError, with what would fit, if memory is too small"
-    import torch
-
-    from mednext_v2.launch import Step, check_memory
-    from mednext_v2.backbones import overrides_of
-    from mednext_v2.fitting import network_for, read_data
+    "What the training will take"
+    from mednext_v2.fitting import forecast_fit, read_data
 
     data = read_data([options.data, *options.others], options.heads)
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    device, parts = found if options.device == "auto" else options.device, options.processes * recipe.accumulate
-    with torch.device("meta"):
-        network, patch = network_for(data, options.backbone, recipe, overrides, options.parent)
-    others = overrides_of(network)
-    others.pop("patch", None)  # The step has its own
-    step = Step(
-        options.backbone, patch, max(1, recipe.batch // parts), recipe.precision,
-        checkpointing=others.pop("checkpointing", "none"), in_channels=data.in_channels, num_classes=data.outputs,
-        deep_supervision=recipe.deep_supervision, overrides=tuple(others.items()),
-    )
-    need, seconds = check_memory(step, device, options.processes, show=lambda change: as_options(change, parts))
-    hours = seconds * recipe.steps * recipe.accumulate / 3600
-    return f"forecast: {need / 1e9:.2f} GB a process, {seconds:.2g} s a step, {hours:.2g} h for {recipe.steps} steps"
+    return forecast_fit(data, options.backbone, recipe, overrides, options.parent, options.device, options.processes)
 
 
 def replay(options: argparse.Namespace) -> str:
