@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['raw_folder', 'check_raw', 'checkpoint_in', 'parent_folder', 'plan_task', 'held_out', 'planned_data', 'request_of',
            'check_request', 'predict_cases', 'score_cases', 'note_scores', 'Plan', 'make_plan', 'tell', 'fit_model',
-           'score_model', 'finetune']
+           'score_model', 'finetune', 'review_scores']
 
 # %% ../nbs/45_onestep.ipynb #imports
 import json
@@ -376,3 +376,22 @@ def finetune(
         write_json(out / "plan.json", request, sort_keys=False)
         fit_model(plan, processes, device=device, workers=workers)
     return score_model(plan, command, say, device, workers)
+
+# %% ../nbs/45_onestep.ipynb #review
+def review_scores(
+    out: str | Path,  # Folder of `finetune`, done
+) -> Path:  # The page
+    "Write `review.html`, a page to look through the worst held-out cases; ValueError if they lie in two folders"
+    from mednext_v2.core import build
+    from mednext_v2.review import review
+    from mednext_v2.tasks import Task
+
+    out = Path(out)
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    task = build(Task, plan["task"], "plan.json")
+    _, cases = held_out(task, Path(plan["data"]))
+    places = {(case.label.parent, case.images[0].parent) for case in cases}
+    if len(places) > 1:
+        raise ValueError(f"{plan['data']} has test cases in labelsTr and in labelsTs: a page needs them in one folder")
+    truths, images = places.pop()
+    return review(out / "scores.csv", out / "predictions", truths, images, out / "review.html", task, title=task.name)
