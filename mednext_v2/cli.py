@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['info', 'reading', 'import_weights', 'zoo_list', 'zoo_fetch', 'zoo_verify', 'datasets', 'literal_pair', 'by_split',
-           'convert', 'doctor', 'prepare', 'train', 'mixture_weights', 'as_options', 'forecast_training', 'replay',
-           'predict', 'evaluate', 'stage', 'compose', 'print_readme', 'registry', 'workers', 'zoo', 'cache',
-           'checkpoint', 'data_commands', 'model_commands', 'training_commands', 'prediction_commands',
-           'project_commands', 'parser', 'main']
+           'convert', 'doctor', 'prepare', 'train', 'raise_ended', 'starting', 'finetune', 'mixture_weights',
+           'forecast_training', 'replay', 'predict', 'evaluate', 'stage', 'compose', 'print_readme', 'registry',
+           'workers', 'zoo', 'cache', 'recipe', 'start', 'running', 'checkpoint', 'data_commands', 'model_commands',
+           'training_commands', 'prediction_commands', 'project_commands', 'parser', 'main']
 
 # %% ../nbs/52_cli.ipynb #imports
 import argparse
@@ -203,7 +203,7 @@ def prepare(options: argparse.Namespace) -> str:
 def train(options: argparse.Namespace) -> str:
     "Train a network on prepared data"
     from mednext_v2.launch import RunEnded
-    from mednext_v2.pipeline import train_in_processes
+    from mednext_v2.fitting import train_in_processes
     from mednext_v2.recipe import get_recipe
     from mednext_v2.weights import read_card
 
@@ -223,10 +223,7 @@ def train(options: argparse.Namespace) -> str:
             folder=str(options.folder or f"{options.out}.run"),
             overrides=overrides,
             parent=str(options.parent) if options.parent else None,
-            start=dict(
-                mapping=dict(pair.split("=", 1) for pair in options.mapping), heads=options.start_heads,
-                scope=options.scope, convert=options.convert,
-            ),
+            start=starting(options),
             init=options.parent.name if options.parent else "scratch",
             seed=options.seed,
             weights=mixture_weights(options.weights),
@@ -239,9 +236,47 @@ def train(options: argparse.Namespace) -> str:
             pictures=1,
         )
     except RunEnded as ended:
-        print(f"mednextv2: {ended}", file=sys.stderr)
-        raise SystemExit(ended.code) from None
+        raise_ended(ended)
     return f"wrote {options.out}"
+
+
+def raise_ended(
+    ended,  # `launch.RunEnded`
+) -> None:
+    "One line, and the exit code that says how a training ended"
+    print(f"mednextv2: {ended}", file=sys.stderr)
+    raise SystemExit(ended.code) from None
+
+
+def starting(options: argparse.Namespace) -> dict:
+    "How a network starts from the weights of another, as `adapt.transfer` takes it"
+    mapping = dict(pair.split("=", 1) for pair in options.mapping)
+    return dict(mapping=mapping, heads=options.start_heads, scope=options.scope, convert=options.convert)
+
+
+def finetune(options: argparse.Namespace) -> str:
+    "From a raw data set to a model folder and its scores"
+    import shlex
+
+    from mednext_v2.launch import RunEnded
+    from mednext_v2.onestep import finetune as make
+    from mednext_v2.onestep import review_scores
+    from mednext_v2.stats import means
+
+    same = ("backbone", "device", "processes", "recipe", "registry", "seed", "seed_task", "spacing", "workers")
+    try:
+        table = make(
+            options.data, options.model, options.out, changes=dict(literal_pair(pair) for pair in options.set),
+            overrides=dict(literal_pair(pair) for pair in options.network), start=starting(options),
+            check=not options.unchecked, reading=reading(options), command=shlex.join(["mednextv2", *sys.argv[1:]]),
+            **{name: getattr(options, name) for name in same},
+        )
+    except RunEnded as ended:
+        raise_ended(ended)
+    page = f", {review_scores(options.out)}" if options.html else ""
+    shown = means(table, ["split", "label"], ["dsc", "nsd", "hd95"], order=("case",))
+    print(shown.to_string(index=False, float_format="{:.3f}".format))
+    return f"{options.out / 'model'}, {options.out / 'scores.csv'}{page}; next: mednextv2 predict -m {options.out / 'model'} ..."
 
 
 def mixture_weights(
@@ -251,43 +286,12 @@ def mixture_weights(
     return words[0] if len(words) == 1 and "=" not in words[0] else dict(literal_pair(word) for word in words)
 
 
-def as_options(
-    change: dict,  # Fields of `launch.Step`
-    parts: int,  # In which a batch is put through networks: processes x accumulate
-) -> str:
-    "A change as options of `mednextv2 train`"
-    values = {name: ",".join(map(str, value)) if name == "patch" else value for name, value in change.items()}
-    if "batch" in values:
-        values["batch"] *= parts
-    network = [f"{name}={values.pop(name)}" for name in ("checkpointing",) if name in values]
-    recipe = [f"{name}={value}" for name, value in values.items()]
-    words = [["--set", *recipe]] * bool(recipe) + [["--network", *network]] * bool(network)
-    return " ".join(sum(words, []))
-
-
 def forecast_training(options: argparse.Namespace, recipe, overrides: dict) -> str:
-    "What the training will take, measured by a dry step; ValueError, with what would fit, if memory is too small"
-    import torch
-
-    from mednext_v2.launch import Step, check_memory
-    from mednext_v2.backbones import overrides_of
-    from mednext_v2.pipeline import network_for, read_data
+    "What the training will take"
+    from mednext_v2.fitting import forecast_fit, read_data
 
     data = read_data([options.data, *options.others], options.heads)
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    device, parts = found if options.device == "auto" else options.device, options.processes * recipe.accumulate
-    with torch.device("meta"):
-        network, patch = network_for(data, options.backbone, recipe, overrides, options.parent)
-    others = overrides_of(network)
-    others.pop("patch", None)  # The step has its own
-    step = Step(
-        options.backbone, patch, max(1, recipe.batch // parts), recipe.precision,
-        checkpointing=others.pop("checkpointing", "none"), in_channels=data.in_channels, num_classes=data.outputs,
-        deep_supervision=recipe.deep_supervision, overrides=tuple(others.items()),
-    )
-    need, seconds = check_memory(step, device, options.processes, show=lambda change: as_options(change, parts))
-    hours = seconds * recipe.steps * recipe.accumulate / 3600
-    return f"forecast: {need / 1e9:.2f} GB a process, {seconds:.2g} s a step, {hours:.2g} h for {recipe.steps} steps"
+    return forecast_fit(data, options.backbone, recipe, overrides, options.parent, options.device, options.processes)
 
 
 def replay(options: argparse.Namespace) -> str:
@@ -387,6 +391,31 @@ def zoo(command: argparse.ArgumentParser) -> None:
 def cache(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cache", type=Path, help="another folder than MEDNEXT_V2_CACHE or ~/.cache/mednext_v2")
     zoo(command)
+
+
+def recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--recipe", default="finetune", help="pretrain, finetune, v1, nnunet, mini or smoke")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="fields of the recipe, e.g. lr=1e-4")
+    command.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="changes to the backbone, e.g. width=16 or checkpointing=block")
+
+
+def start(
+    command: argparse.ArgumentParser,
+    source: str,  # Option that names the weights
+) -> None:
+    mapping = f"class of the data and class of {source} that it starts from, where the names differ"
+    command.add_argument("--mapping", nargs="+", default=[], metavar="NEW=OLD", help=mapping)
+    command.add_argument("--start-heads", choices=["by-name", "fresh"], default="by-name", help=f"of {source} (default: by-name)")
+    command.add_argument("--scope", choices=["all", "encoder"], default="all", help=f"which weights of {source} (default: all)")
+    conversions = f"of {source}: grn (v1 becomes v2), kernels (3 becomes 5)"
+    command.add_argument("--convert", nargs="+", choices=["grn", "kernels"], default=[], help=conversions)
+
+
+def running(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    command.add_argument("--processes", type=int, default=1, help="processes that train, one for each GPU (default: 1)")
+    command.add_argument("--unchecked", action="store_true", help="start without forecasting memory and time")
 
 
 def checkpoint(command: argparse.ArgumentParser) -> None:
@@ -504,24 +533,35 @@ def training_commands(add: Callable) -> None:
     differences = "of data sets that is meant: channels, modality, spacing, normalisation"
     command.add_argument("--allow", nargs="+", default=[], metavar="DIFFERENCE", help=differences)
     command.add_argument("--backbone", help="default: that of --from, or mednext_v2_base")
-    command.add_argument("--recipe", default="finetune", help="pretrain, finetune, v1, nnunet, mini or smoke")
-    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="fields of the recipe, e.g. lr=1e-4")
-    command.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="changes to the backbone, e.g. width=16 or checkpointing=block")
+    recipe(command)
     command.add_argument("--from", dest="parent", type=Path, help="model folder whose weights it starts from")
-    mapping = "class of the data and class of --from that it starts from, where the names differ"
-    command.add_argument("--mapping", nargs="+", default=[], metavar="NEW=OLD", help=mapping)
-    command.add_argument("--start-heads", choices=["by-name", "fresh"], default="by-name", help="of --from (default: by-name)")
-    command.add_argument("--scope", choices=["all", "encoder"], default="all", help="which weights of --from (default: all)")
-    conversions = "of --from: grn (v1 becomes v2), kernels (3 becomes 5)"
-    command.add_argument("--convert", nargs="+", choices=["grn", "kernels"], default=[], help=conversions)
+    start(command, "--from")
     command.add_argument("--folder", type=Path, help="for checkpoints and curves (default: OUT.run)")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    running(command)
     command.add_argument("--workers", type=int, default=2, help="processes that read ahead (default: 2)")
-    command.add_argument("--processes", type=int, default=1, help="processes that train, one for each GPU (default: 1)")
     command.add_argument("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp shards the weights")
     command.add_argument("--resume", choices=["auto", "never", "force"], default="auto", help="default: auto")
-    command.add_argument("--unchecked", action="store_true", help="start without forecasting memory and time")
+
+    command = add(
+        "finetune", finetune,
+        "One command from a raw data set to a model and its test scores; run again, it goes on where it was.",
+        "finetune -d data/raw/Dataset012_Spleen -m models/cads -o spleen",
+    )
+    command.add_argument("-d", "--data", type=Path, required=True, help="data set in nnU-Net's raw layout, or data/seeds")
+    model = "model folder or foreign checkpoint to start from; random weights if not given"
+    command.add_argument("-m", "--model", type=Path, help=model)
+    command.add_argument("-o", "--out", type=Path, required=True, help="folder for the model, the scores and all between")
+    command.add_argument("--backbone", help="default: that of --model, or mednext_v2_base")
+    recipe(command)
+    command.add_argument("--spacing", type=float, nargs=3, metavar="MM", help="voxel size; that of --model, or planned, if not given")
+    start(command, "--model")
+    running(command)
+    workers(command)
+    seeds = "of the mini suite, to build where DATA is data/seeds (default: abdomen_ct)"
+    command.add_argument("--seed-task", default="abdomen_ct", metavar="TASK", help=seeds)
+    command.add_argument("--html", action="store_true", help="write a page to look through the worst cases as well")
+    registry(command)
+    checkpoint(command)
 
     command = add("replay", replay, "Run a step again that failed.", "replay models/spleen.run/nonfinite-step0000120-rank0")
     command.add_argument("bundle", type=Path, help="folder that a failed training names")

@@ -4,17 +4,15 @@
 
 # %% auto #0
 __all__ = ['TRAINING_MODULES', 'SCORE_COLUMNS', 'Plan', 'read_plan', 'notebook_parameters', 'run_notebook', 'Run', 'run_key',
-           'stop_workers', 'fit_patch', 'prepare_all', 'pretrained_folder', 'TrainingData', 'read_data', 'network_for',
-           'start_from', 'train_model', 'train_from_fields', 'train_in_processes', 'run_folder', 'is_made', 'train_one',
-           'train_runs', 'learning_curves', 'evaluate_one', 'evaluate_runs', 'collect', 'run_stage', 'profiles',
-           'compose_params', 'readme']
+           'stop_workers', 'prepare_all', 'pretrained_folder', 'run_folder', 'is_made', 'train_one', 'train_runs',
+           'learning_curves', 'evaluate_one', 'evaluate_runs', 'collect', 'run_stage', 'profiles', 'compose_params',
+           'readme']
 
 # %% ../nbs/51_pipeline.ipynb #imports
 import json
-import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +29,7 @@ from mednext_v2.core import (
     write_csv,
     write_json,
 )
+from .fitting import train_in_processes
 
 # %% ../nbs/51_pipeline.ipynb #plan
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Run:
         return f"{self.backbone} · {self.init} · {self.name}"
 
 
-TRAINING_MODULES = "grn blocks model stunet scaling weights backbones adapt storage prepare augment losses recipe checkpoint guard mixture trainer".split()
+TRAINING_MODULES = "grn blocks model stunet scaling weights backbones zoo adapt storage prepare augment losses recipe checkpoint guard mixture trainer fitting".split()
 
 
 def run_key(
@@ -159,19 +158,6 @@ def stop_workers() -> None:
     from joblib.externals.loky import get_reusable_executor
 
     get_reusable_executor().shutdown(wait=True)
-
-# %% ../nbs/51_pipeline.ipynb #fit-patch
-def fit_patch(
-    patch: tuple[int, ...],  # The recipe's patch, voxels
-    shape: tuple[int, ...],  # Median shape of the task's volumes, voxels
-    strides: tuple[int, ...],  # What the network needs each side to be a multiple of
-) -> tuple[int, ...]:  # The patch to train with
-    "The largest patch that is not larger than the recipe's or the volumes; at least one stride a side, two on one"
-    fitted = tuple(max(n, min(p, s // n * n)) for p, s, n in zip(patch, shape, strides, strict=True))
-    # A single voxel at the bottom cannot be normalised: small volumes are padded
-    if fitted == tuple(strides) and max(patch) > max(strides) > 1:
-        return (2 * fitted[0], *fitted[1:])
-    return fitted
 
 # %% ../nbs/51_pipeline.ipynb #prepare-all
 def prepare_all(
@@ -199,241 +185,6 @@ def prepare_all(
 def pretrained_folder(profile: str, init: str, backbone: str) -> Path | None:
     "The model folder that fine-tuning starts from; None from scratch"
     return None if init == "scratch" else root() / "models" / profile / "pretrain" / init / backbone / f"{init}-s0"
-
-# %% ../nbs/51_pipeline.ipynb #training-data
-@dataclass(frozen=True)
-class TrainingData:
-    "One or several prepared data sets, as one training reads them"
-
-    sets: dict  # `Prepared` by the task's name
-    space: object = None  # The `LabelSpace` of a mixture; None for one data set whose cases have all labels
-
-    @property
-    def task(self):
-        "Of the first data set"
-        return next(iter(self.sets.values())).task
-
-    @property
-    def in_channels(self) -> int:
-        return len(self.task.channels)
-
-    @property
-    def outputs(self) -> int:
-        "Output channels of a network"
-        return len(self.space.outputs) if self.space else self.task.num_classes
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        "Median shape of the volumes, voxels; of several data sets the larger side"
-        return tuple(map(max, zip(*(one.fingerprint.shape for one in self.sets.values()))))
-
-    @property
-    def read_by_sampler(self):
-        "What a sampler is made from: the only data set, or all by name"
-        return self.sets if self.space else next(iter(self.sets.values()))
-
-    @property
-    def class_channels(self) -> dict[str, int]:
-        "Which output stands for which class, as `adapt.transfer` matches them"
-        from mednext_v2.adapt import class_channels
-
-        if self.space is None:
-            return class_channels(self.task)
-        return {name: row for row, name in enumerate(self.space.outputs)}
-
-    def card_fields(
-        self,
-        source=None,  # `Card` of the model that the training started from
-    ) -> dict:
-        "What a card says of the data; a licence of the source's weights goes on to what is made from them"
-        from mednext_v2.zoo import derived_licence
-
-        tasks = [one.task for one in self.sets.values()]
-        ranges = [one.fingerprint.normalisation() for one in self.sets.values()]
-        licence = "; ".join(dict.fromkeys(task.licence for task in tasks))
-        own = self.space is not None and self.space.heads == "own"
-        return dict(
-            labels=self.space.labels if self.space else self.task.labels,
-            groups=self.space.groups if self.space else self.task.groups,
-            regions=self.task.regions,
-            class_order=self.task.class_order,
-            heads={
-                task.name: dict(
-                    outputs=self.space.head(task.name), labels=task.labels, groups=task.groups,
-                    modality=task.modality, spacing=task.spacing, normalisation=known,
-                )
-                for task, known in zip(tasks, ranges)
-                if own
-            },
-            task="+".join(self.sets),
-            modality=" / ".join(dict.fromkeys(task.modality for task in tasks)),
-            spacing=self.task.spacing,
-            normalisation=ranges[0],
-            licence=derived_licence(source.licence, licence) if source else licence,
-        )
-
-
-def read_data(
-    data: str | Path | list | tuple,  # A prepared data set, or several
-    heads: str = "shared",  # Or own
-) -> TrainingData:
-    "Prepared data for a training; ValueError for overlapping regions where classes have to be told apart"
-    from mednext_v2.mixture import union_labels
-    from mednext_v2.prepare import Prepared
-
-    found = [Prepared(path) for path in (data if isinstance(data, (list, tuple)) else [data])]
-    tasks = [one.task for one in found]
-    if len(found) == 1 and not found[0].partial:
-        return TrainingData({tasks[0].name: found[0]})
-    space = union_labels(tasks, heads)  # Also finds a data set that is given twice
-    if overlapping := [task.name for task in tasks if task.regions]:
-        raise ValueError(
-            f"{overlapping[0]} has overlapping regions, which can be trained neither beside other data sets nor on "
-            "cases that lack labels: train on it alone, or take such cases out"
-        )
-    return TrainingData({task.name: one for task, one in zip(tasks, found)}, space)
-
-# %% ../nbs/51_pipeline.ipynb #train-model
-def network_for(
-    data: TrainingData,
-    backbone: str,
-    recipe,  # A `Recipe`
-    overrides: dict,  # Changes to the backbone's published size
-    parent: str | Path | None = None,  # Model folder whose weights it will start from
-):  # The network, and the patch it is to be trained with
-    "A fresh network for a training, of its parent's size where the overrides leave it open"
-    import torch
-
-    from mednext_v2.backbones import create, get_backbone
-    from mednext_v2.weights import read_card
-
-    uses, source = get_backbone(backbone).uses, read_card(parent) if parent else None
-    known = source.overrides if source and source.backbone == backbone else {}
-
-    def built(patch: tuple[int, ...]):
-        fixed = {name: value for name, value in (("patch", patch), ("spacing", data.task.spacing)) if name in uses}
-        return create(backbone, data.in_channels, data.outputs, recipe.deep_supervision, **fixed | known | overrides)
-
-    with torch.device("meta"):
-        trial = built(recipe.patch)
-    patch = fit_patch(recipe.patch, data.shape, trial.strides)
-    network = built(patch)
-    return network, getattr(network, "input_size", None) or patch
-
-
-def start_from(
-    parent: str | Path | None,  # Model folder
-    model,  # Filled in place
-    data: TrainingData,
-    options: dict,  # Of `adapt.transfer`
-    folder: str | Path,  # Gets transfer.csv: what became of each tensor
-):  # The parent's `Card`; None from scratch
-    "Start from the weights of another model, its heads matched by the names of classes"
-    if parent is None:
-        return None
-    from mednext_v2.adapt import class_channels, transfer
-    from mednext_v2.weights import read_card, read_state
-
-    source, target = read_card(parent), data.class_channels
-    known = class_channels(source, tuple(data.sets))
-    # A head of one of several data sets starts from the class without the data set's name
-    plain = {name: name.rpartition("/")[2] for name in target if name not in known}
-    mapping = {name: short for name, short in plain.items() if short != name and short in known}
-    options = options | {"mapping": mapping | options.get("mapping", {})}
-    report = transfer(model, read_state(parent), target, known, **options)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"starts from {parent}: {report}", file=sys.stderr)
-        write_csv(Path(folder) / "transfer.csv", report.table())
-    return source
-
-
-def train_model(
-    data: str | Path | list | tuple,  # A prepared data set, or several
-    out: str | Path,  # Model folder that appears at the end
-    backbone: str,
-    recipe,  # A `Recipe`; its patch is made no larger than the volumes of the data
-    folder: str | Path,  # Checkpoints, curves and run.json; an interrupted training of the same identity goes on
-    overrides: dict | None = None,  # Changes to the backbone's published size; `checkpointing` of a MedNeXt
-    parent: str | Path | None = None,  # Model folder whose weights it starts from; None from scratch
-    start: dict | None = None,  # How: options of `adapt.transfer`, e.g. mapping, scope, convert
-    seed: int = 0,
-    init: str = "scratch",  # What the card calls the start
-    provenance: str = "",  # What the card says of the data, besides their name
-    weights: dict[str, float] | str = "sqrt",  # Of several data sets, by name; or a rule of `MixtureSampler`
-    heads: str = "shared",  # Or own: of several data sets, each keeps its labels and has outputs of its own
-    allow: tuple[str, ...] = (),  # Differences of several data sets that are meant, of `mixture.DIFFERENCES`
-    **options,  # Of `fit`: device, workers, parallel, resume, ...
-) -> pd.DataFrame:  # The training history
-    "Train a network on prepared data and keep it as a model folder"
-    import torch
-
-    from mednext_v2.backbones import overrides_of
-    from mednext_v2.trainer import fit, patch_validation, training_sampler
-    from mednext_v2.weights import Card, save_model
-
-    data = read_data(data, heads)
-    torch.manual_seed(seed)
-    model, patch = network_for(data, backbone, recipe, overrides or {}, parent)
-    recipe, source = replace(recipe, patch=patch), start_from(parent, model, data, start or {}, folder)
-    what = dict(prepared=data.read_by_sampler, labels=data.space, allow=tuple(allow))
-    validate = patch_validation(recipe, **what) if recipe.validate_every else None
-    sampler = training_sampler(recipe, **what, seed=seed, weights=weights)
-    history = fit(recipe, model, sampler, folder, seed=seed, validate=validate, **options)
-    card = Card(
-        backbone=backbone,
-        overrides={name: value for name, value in overrides_of(model).items() if name != "checkpointing"},  # No trait of weights
-        in_channels=data.in_channels,
-        patch=recipe.patch,
-        recipe=asdict(recipe),
-        init=init,
-        parent=source.sha256 if source else None,
-        seed=seed,
-        provenance=f"{provenance}trained on {', '.join(one.task.folder for one in data.sets.values())}",
-        **data.card_fields(source),
-    )
-    if int(os.environ.get("RANK", 0)) == 0:  # The first process has the weights
-        save_model(out, model, card)
-    return history
-
-
-def train_from_fields(
-    data: str | list[str],  # A prepared data set, or several
-    out: str,  # Model folder that appears at the end
-    backbone: str,
-    recipe: dict,  # Fields of a `Recipe`
-    folder: str,  # Checkpoints, curves, run.json and, at the end, history.csv
-    overrides: dict | None = None,  # Changes to the backbone's published size
-    threads: int = 0,  # Of each process; as many as PyTorch takes if 0
-    **options,  # Of `train_model`
-) -> None:
-    "`train_model` with arguments that JSON can hold, as a process of `launch` gets them"
-    import torch
-
-    from mednext_v2.launch import heartbeat
-    from mednext_v2.recipe import Recipe
-
-    if threads:
-        torch.set_num_threads(threads)
-    # JSON has lists only; configuration is made of tuples
-    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in (overrides or {}).items()}
-    built = build(Recipe, recipe, "recipe")
-    history = train_model(data, out, backbone, built, folder, changes, on_step=heartbeat, **options)
-    if int(os.environ.get("RANK", 0)) == 0:
-        write_csv(Path(folder) / "history.csv", history)
-
-
-def train_in_processes(
-    processes: int,  # Here if one; else started, watched and ended by `launch`
-    **arguments,  # Of `train_from_fields`
-) -> pd.DataFrame:  # The training history
-    "One training; RunEnded says which of several processes failed, and how"
-    from mednext_v2.launch import launch
-
-    if processes == 1:
-        train_from_fields(**arguments)
-    else:
-        launch({"function": "mednext_v2.pipeline:train_from_fields", "arguments": arguments}, processes)
-    return pd.read_csv(Path(arguments["folder"]) / "history.csv")
 
 # %% ../nbs/51_pipeline.ipynb #train-one
 def run_folder(

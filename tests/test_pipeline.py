@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from mednext_v2.core import ItemsFailed, params, read_yaml
+from mednext_v2.fitting import fit_patch
 from mednext_v2.pipeline import (
     SCORE_COLUMNS,
     Run,
     collect,
     compose_params,
     evaluate_runs,
-    fit_patch,
     prepare_all,
     read_plan,
     run_key,

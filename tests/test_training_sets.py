@@ -18,9 +18,9 @@ from mednext_v2.backbones import BACKBONES, create, load_model
 from mednext_v2.convert import CADS_GROUPS, CADS_LEVELS, cads_annotated, convert
 from mednext_v2.core import ItemsFailed, write_csv
 from mednext_v2.doctor import doctor, fix
+from mednext_v2.fitting import read_data, train_model
 from mednext_v2.inference import predict
 from mednext_v2.mixture import union_labels
-from mednext_v2.pipeline import read_data, train_model
 from mednext_v2.prepare import Prepared, prepare
 from mednext_v2.recipe import Recipe, get_recipe
 from mednext_v2.tasks import Task, get_task, partial_cases, write_dataset, write_volume
