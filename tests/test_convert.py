@@ -383,7 +383,7 @@ def test_options_names_and_skips_that_do_not_exist(tmp_path):
         run("kits", source, tmp_path, unlabelled="maybe")
     with pytest.raises(FileNotFoundError, match="is no folder: unpack"):
         run("kits", tmp_path / "kits.zip", tmp_path)
-    assert set(options_of("cads")) == {"test_list", "val_share"}
+    assert set(options_of("cads")) == {"partial", "test_list", "val_share"}
 
 
 def test_cases_without_label_can_be_taken_for_a_test_set(tmp_path):
@@ -524,7 +524,7 @@ def test_merging_holds_one_part_in_memory(tmp_path):
         put(tmp_path / f"segmentations/a/a_part_{group}.nii.gz", label.astype(np.uint8), np.eye(4))
     paths = tuple(tmp_path / f"segmentations/a/a_part_{group}.nii.gz" for group in CADS_SIZES)
     image = Volume(np.broadcast_to(np.int16(0), shape), np.eye(4))
-    merge_parts(paths[:1], image, Path("image"))  # What is imported and cached once does not count
+    merge_parts(paths[:1], image, Path("image"), groups=tuple(CADS_SIZES)[:1])  # What is imported and cached once does not count
     tracemalloc.start()
     merge_parts(paths, image, Path("image"))
     peak = tracemalloc.get_traced_memory()[1]

@@ -18,6 +18,7 @@ from mednext_v2.stats import (
     means,
     paired,
     rank_stability,
+    scratch_predicts,
     seed_spread,
 )
 
@@ -279,3 +280,50 @@ def test_seed_spread_is_that_of_single_seeds():
         )
     assert (found.seeds == 3).all()
     assert np.isnan(seed_spread(scores[scores.seed == 0]).sd).all()
+
+
+def both_starts(backbones=4, cases=6, noise=0.01, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = [
+        dict(
+            task=task, case=f"{task}{case}", label="x", backbone=f"b{index}", init=init, seed=0,
+            dsc=0.3 + 0.08 * index + 0.1 * (init != "scratch") + noise * rng.normal(),
+        )
+        for task in "pq" for case in range(cases) for index in range(backbones) for init in ("scratch", "corpus")
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_correlation_over_backbones_is_that_of_the_means():
+    scores = both_starts(noise=0.1)
+    points, found = scratch_predicts(scores, n=200)
+    wanted = scores.groupby(["backbone", "init", "task"]).dsc.mean().groupby(["backbone", "init"]).mean().unstack()
+    np.testing.assert_allclose(points.set_index("backbone")[["scratch", "pretrained"]], wanted[["scratch", "corpus"]])
+    by_name = found.set_index("coefficient")
+    for name in ("pearsonr", "spearmanr", "kendalltau"):
+        value = getattr(scipy.stats, name)(points.scratch, points.pretrained).statistic
+        row = by_name.loc[{"pearsonr": "Pearson", "spearmanr": "Spearman", "kendalltau": "Kendall"}[name]]
+        assert row.value == pytest.approx(value) and row.low <= row.high and row.backbones == 4
+    without = [points.drop(at)[["scratch", "pretrained"]].corr().iloc[0, 1] for at in range(4)]
+    assert by_name.least_without_one["Pearson"] == pytest.approx(min(without))
+    assert by_name.most_without_one["Pearson"] == pytest.approx(max(without))
+
+
+def test_interval_of_a_correlation_narrows_with_cases():
+    wide, narrow = (scratch_predicts(both_starts(cases=cases, noise=0.15), n=300)[1] for cases in (4, 200))
+    assert (narrow.high - narrow.low)[0] < (wide.high - wide.low)[0]
+
+
+def test_two_backbones_tell_nothing():
+    _, found = scratch_predicts(both_starts(backbones=2), n=20)
+    assert found[["value", "low", "high", "least_without_one"]].isna().all().all()
+
+
+def test_correlation_needs_both_starts_of_every_backbone():
+    scores = both_starts()
+    with pytest.raises(ValueError, match="needs the same cases from scratch and after corpus"):
+        scratch_predicts(scores[(scores.backbone != "b1") | (scores.init == "scratch")])
+    with pytest.raises(ValueError, match="name the pretraining that is meant: corpus, more"):
+        scratch_predicts(pd.concat([scores, scores[scores.init == "corpus"].assign(init="more")]))
+    with pytest.raises(ValueError, match="there is none"):
+        scratch_predicts(scores[scores.init == "scratch"])
