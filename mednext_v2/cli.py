@@ -203,7 +203,7 @@ def prepare(options: argparse.Namespace) -> str:
 def train(options: argparse.Namespace) -> str:
     "Train a network on prepared data"
     from mednext_v2.launch import RunEnded
-    from mednext_v2.fitting import train_in_processes
+    from mednext_v2.fitting import drawn, train_in_processes
     from mednext_v2.recipe import get_recipe
     from mednext_v2.weights import read_card
 
@@ -233,7 +233,7 @@ def train(options: argparse.Namespace) -> str:
             workers=options.workers,
             parallel=options.parallel,
             resume=options.resume,
-            pictures=1,
+            pictures=drawn(),
         )
     except RunEnded as ended:
         raise_ended(ended)

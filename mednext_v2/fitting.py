@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['fit_patch', 'TrainingData', 'read_data', 'network_for', 'start_from', 'as_options', 'forecast_fit', 'train_model',
-           'train_from_fields', 'train_in_processes']
+           'train_from_fields', 'train_in_processes', 'drawn']
 
 # %% ../nbs/37_fitting.ipynb #imports
 import os
 import sys
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -308,3 +309,8 @@ def train_in_processes(
     else:
         launch({"function": "mednext_v2.fitting:train_from_fields", "arguments": arguments}, processes)
     return pd.read_csv(Path(arguments["folder"]) / "history.csv")
+
+# %% ../nbs/37_fitting.ipynb #drawn
+def drawn() -> int:
+    "Pictures of validation patches for `fit`: each time where matplotlib is there, else none"
+    return int(find_spec("matplotlib") is not None)

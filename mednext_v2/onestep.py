@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pandas as pd
 
 from .core import ItemsFailed, attempt, fingerprint_of, for_all, write_csv, write_json
-from .fitting import TrainingData, forecast_fit, network_for, start_from, train_in_processes
+from .fitting import TrainingData, drawn, forecast_fit, network_for, start_from, train_in_processes
 
 # %% ../nbs/45_onestep.ipynb #raw-folder
 def raw_folder(
@@ -308,7 +308,7 @@ def fit_model(
     network = plan.network | {"recipe": asdict(plan.network["recipe"])}
     train_in_processes(
         processes, data=str(prepared), out=str(plan.out / "model"), folder=str(plan.out / "run"), start=plan.start,
-        init=plan.init, seed=plan.seed, pictures=1, **network, **options,
+        init=plan.init, seed=plan.seed, pictures=drawn(), **network, **options,
     )
 
 
