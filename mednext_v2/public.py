@@ -31,6 +31,7 @@ HOMES = {
     "trainer": ["fit"],
     "inference": ["predict", "sliding_window"],
     "labelmaps": ["predict_files"],
+    "onestep": ["finetune"],
     "metrics": ["dice", "surface_dice", "hausdorff", "score_case", "evaluate"],
     "stats": ["bootstrap", "compare", "compare_all", "means", "rank_stability", "seed_spread"],
 }
