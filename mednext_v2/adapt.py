@@ -225,15 +225,7 @@ def transfer(
         more = f"; and {len(unfit) - 10} more" if len(unfit) > 10 else ""
         raise ValueError(f"{len(unfit)} tensors of the body do not fit the source: {'; '.join(unfit[:10])}{more}")
     model.load_state_dict(own | new)
-    return LoadReport(
-        loaded=tuple(name for name in new if name not in notes),
-        adapted=tuple(name for name in new if name in notes),
-        skipped=tuple(name for name in state if name not in new),
-        missing=tuple(name for name in own if name not in new),
-        notes={name: note for name, note in notes.items() if name in own},
-        shapes={name: tuple(tuple(t[name].shape) if name in t else None for t in (own, state)) for name in own | state},
-        classes=wanted or dict.fromkeys(classes or {}, ""),
-    )
+    return LoadReport.of(own, state, new, notes, wanted or dict.fromkeys(classes or {}, ""))
 
 # %% ../nbs/19_adapt.ipynb #freeze
 def freeze(

@@ -894,18 +894,7 @@ def fitted(
         if value is not None:
             new[name] = value
         notes |= {name: note} if note else {}
-    shapes = {
-        name: (tuple(own[name].shape) if name in own else None, tuple(state[name].shape) if name in state else None)
-        for name in [*own, *state]
-    }
-    return new, LoadReport(
-        loaded=tuple(name for name in new if name not in notes),
-        adapted=tuple(name for name in new if name in notes),
-        skipped=tuple(name for name in state if name not in new),
-        missing=tuple(name for name in own if name not in new),
-        notes=notes,
-        shapes=shapes,
-    )
+    return new, LoadReport.of(own, state, new, notes)
 
 
 def named_for(

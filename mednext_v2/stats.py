@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'COEFFICIENTS', 'declared_mean', 'need', 'means', 'case_tables', 'bootstrap_interval', 'Interval',
-           'bootstrap', 'holm', 'choose', 'paired', 'compare', 'compare_all', 'rank_stability', 'seed_spread',
-           'correlation', 'means_of_both', 'scratch_predicts']
+           'bootstrap', 'holm', 'choose', 'paired', 'compare', 'compare_all', 'shared_draws', 'rank_stability',
+           'seed_spread', 'correlation', 'means_of_both', 'scratch_predicts']
 
 # %% ../nbs/42_stats.ipynb #imports
 import warnings
@@ -252,6 +252,18 @@ def compare_all(
     return table.assign(p_holm=holm(table.p)) if rows else table
 
 # %% ../nbs/42_stats.ipynb #ranks
+def shared_draws(
+    methods: list[list[np.ndarray]],  # One (cases, classes) array per task, of each method
+    n: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:  # (methods,), (n, methods)
+    "Declared means of all cases, and of draws of cases that the methods share"
+    generator = np.random.default_rng(seed)
+    weights = [generator.multinomial(len(t), np.full(len(t), 1 / len(t)), size=n) for t in methods[0]]
+    whole = np.array([declared_mean(tables)[0] for tables in methods])
+    return whole, np.stack([declared_mean(tables, weights) for tables in methods], axis=1)
+
+
 def rank_stability(
     scores: pd.DataFrame,  # Rows of `scores.csv`
     by: Sequence[str] = ("backbone", "init"),  # Columns that tell methods apart
@@ -269,13 +281,9 @@ def rank_stability(
         if len(part[["task", "case"]].drop_duplicates()) != len(shared):
             method = " · ".join(map(str, name))
             raise ValueError(f"{method} lacks cases that others have: score all methods on the same")
-    tables = [case_tables(part, metric) for _, part in groups]
-    generator = np.random.default_rng(seed)
-    weights = [generator.multinomial(len(t), np.full(len(t), 1 / len(t)), size=n) for t in tables[0]]
+    whole, drawn = shared_draws([case_tables(part, metric) for _, part in groups], n, seed)
     sign = -1 if higher else 1
-    whole = np.array([declared_mean(table)[0] for table in tables])
     # A draw without a single score of a method says nothing of its rank
-    drawn = np.stack([declared_mean(table, weights) for table in tables], axis=1)
     drawn = drawn[np.isfinite(drawn).all(1)]
     ranks = scipy.stats.rankdata(sign * drawn, method="min", axis=1)
     taus = [scipy.stats.kendalltau(sign * whole, rank).statistic for rank in ranks] if len(groups) > 1 else []
@@ -324,12 +332,9 @@ def means_of_both(
     if len(cases) != 2 * len(names) or len(set(cases)) > 1:
         raise ValueError(f"every backbone needs the same cases from scratch and after {init}")
     parts = {key: part for key, part in _with_seed(scores).groupby(["backbone", "init"])}
-    tables = [[case_tables(parts[name, start], metric) for start in ("scratch", init)] for name in names]
-    generator = np.random.default_rng(seed)
-    weights = [generator.multinomial(len(t), np.full(len(t), 1 / len(t)), size=n) for t in tables[0][0]]
-    whole = np.array([[declared_mean(one)[0] for one in both] for both in tables])
-    drawn = np.array([[declared_mean(one, weights) for one in both] for both in tables])
-    return names, whole, drawn.transpose(2, 0, 1)
+    tables = [case_tables(parts[name, start], metric) for name in names for start in ("scratch", init)]
+    whole, drawn = shared_draws(tables, n, seed)
+    return names, whole.reshape(-1, 2), drawn.reshape(n, -1, 2)
 
 
 def scratch_predicts(

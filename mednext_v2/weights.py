@@ -157,6 +157,26 @@ class LoadReport:
     shapes: dict[str, tuple] = field(default_factory=dict)  # Shape in the model and in the source; None where it is not
     classes: dict[str, str] = field(default_factory=dict)  # Class of the model to the source's it starts from; "" is new
 
+    @classmethod
+    def of(
+        cls,
+        own: dict[str, Tensor],  # State of the model
+        state: dict[str, Tensor],  # Source, under the model's names
+        new: dict[str, Tensor],  # What is taken, by name in the model
+        notes: dict[str, str],  # How a tensor was adapted, or why it was not taken
+        classes: dict[str, str] | None = None,
+    ) -> "LoadReport":
+        "What becomes of each tensor: taken with a note is adapted"
+        return cls(
+            loaded=tuple(name for name in new if name not in notes),
+            adapted=tuple(name for name in new if name in notes),
+            skipped=tuple(name for name in state if name not in new),
+            missing=tuple(name for name in own if name not in new),
+            notes={name: note for name, note in notes.items() if name in own},
+            shapes={name: tuple(tuple(t[name].shape) if name in t else None for t in (own, state)) for name in own | state},
+            classes=classes or {},
+        )
+
     @property
     def coverage(self) -> float:
         "Share of the model's tensors that the source filled, wholly or in part"
