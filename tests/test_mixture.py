@@ -628,6 +628,24 @@ def test_own_heads_hold_in_half_precision_and_for_partial_cases():
     assert found[3] > 0 > found[0] and torch.allclose(found[0], found[1])  # Spleen and liver are unknown
 
 
+def test_a_failed_step_with_own_heads_replays_with_its_own_loss(tmp_path):
+    from mednext_v2.backbones import create
+    from mednext_v2.guard import read_bundle, replay, write_bundle
+    from mednext_v2.recipe import get_recipe
+    from mednext_v2.trainer import loss_options
+
+    sampler = mixture(labels=OWN, patch=(16, 16, 16))
+    network = create("unet", 1, len(OWN.outputs), deep_supervision=True, filters=(4, 8, 8))
+    recipe, batch = get_recipe("smoke", patch=(16, 16, 16)), sampler.batch(0)
+    options = loss_options(recipe, sampler)
+    weights = network.state_dict()
+    fine = write_bundle(tmp_path, 1, "loss is nan", recipe, network, weights, batch, options, sampler)
+    assert replay(fine).empty and read_bundle(fine)[0]["labels"]["heads"] == "own"
+    batch[0][0, 0, 0, 0, 0] = np.nan
+    broken = write_bundle(tmp_path, 2, "loss is nan", recipe, network, weights, batch, options, sampler)
+    assert replay(broken).stage.iloc[0] == "image" and "loss" in set(replay(broken).stage)
+
+
 def test_a_network_with_other_outputs_is_refused():
     for space, wanted in ((SPACE, 7), (OWN, 10)):
         speaks = torch.ones(1, space.num_classes, dtype=torch.bool)
