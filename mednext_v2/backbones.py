@@ -23,8 +23,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from monai.networks.blocks.dynunet_block import UnetOutBlock
-from monai.networks.nets import UNETR, DynUNet, SegResNet, SwinUNETR
 from torch import Tensor, nn
 
 from .scaling import PRESETS, count_flops, count_parameters, create_model
@@ -42,6 +40,9 @@ class PlainUNet(nn.Module):
         deep_supervision: bool = False,
         filters: tuple[int, ...] = (32, 64, 128, 256, 320, 320),  # Channels per level
     ):
+        from monai.networks.blocks.dynunet_block import UnetOutBlock  # Here: MONAI takes seconds to import
+        from monai.networks.nets import DynUNet
+
         super().__init__()
         filters = tuple(filters)
         if len(filters) < 3 or min(filters) < 1:
@@ -214,6 +215,8 @@ def need_patch(
 
 def unetr(in_channels, num_classes, deep_supervision=False, patch=None, **overrides) -> nn.Module:
     "MONAI's UNETR; overrides are its arguments"
+    from monai.networks.nets import UNETR
+
     patch = need_patch("UNETR", patch, 16)
     network = UNETR(in_channels, num_classes, img_size=patch, **overrides)
     for block in network.vit.blocks:  # Without cross-attention nothing passes here, and DDP waits for each gradient
@@ -223,6 +226,8 @@ def unetr(in_channels, num_classes, deep_supervision=False, patch=None, **overri
 
 def swin_unetr(in_channels, num_classes, deep_supervision=False, **overrides) -> nn.Module:
     "MONAI's SwinUNETR; overrides are its arguments"
+    from monai.networks.nets import SwinUNETR
+
     with torch.device("cpu"):  # Its constructor reads numbers out of a tensor, which a meta tensor does not have
         network = SwinUNETR(in_channels, num_classes, **{"feature_size": 48} | overrides)
     network = network.to(torch.get_default_device())
@@ -231,6 +236,8 @@ def swin_unetr(in_channels, num_classes, deep_supervision=False, **overrides) ->
 
 def segresnet(in_channels, num_classes, deep_supervision=False, **overrides) -> nn.Module:
     "MONAI's SegResNet; overrides are its arguments"
+    from monai.networks.nets import SegResNet
+
     options = {"init_filters": 32, "blocks_down": (1, 2, 2, 4), "blocks_up": (1, 1, 1)} | overrides
     network = SegResNet(in_channels=in_channels, out_channels=num_classes, **options)
     strides = (2 ** (len(options["blocks_down"]) - 1),) * 3
