@@ -147,13 +147,13 @@ PARTS = {"some": lambda work: compare("some", work), "many": lambda work: compar
 
 # ---------------------------------------------------------------- tables
 def side_by_side(results: dict) -> list[str]:
-    lines = heading("classes", "side", "seconds", "processor s", "peak MiB", "above start MiB", "time ratio", "memory ratio", "same labels")
+    lines = heading("classes", "side", "seconds", "processor s", "peak MiB", "above start MiB", "time ratio", "peak ratio", "above start ratio", "same labels")
     for found in results:
         values = found["measured"]
         for side in SIDES:
-            ratios = ["", "", ""]
+            ratios = ["", "", "", ""]
             if side != "ours":
-                ratios = [f"{values[f]['ours']['median'] / values[f][side]['median']:.2f}" for f in ("seconds", "peak_mib")]
+                ratios = [f"{values[f]['ours']['median'] / values[f][side]['median']:.2f}" for f in ("seconds", "peak_mib", "above_mib")]
                 ratios.append(f"{found['same_labels'][side]:.4%}")
             cells = [show(values[f][side], digits) for f, digits in (("seconds", 1), ("cpu_s", 1), ("peak_mib", 0), ("above_mib", 0))]
             lines.append(row(found["size"][0], side, *cells, *ratios))

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['TOGETHER', 'check_windows', 'evaluating', 'device_of', 'sliding_window', 'finest_copy', 'taps', 'blend', 'turns',
            'resample_logits', 'labels_of', 'labels_on_grid', 'Axis', 'lay_windows', 'Cells', 'Budget', 'pass_windows',
-           'pad_image', 'add_window', 'next_window', 'weight_of', 'finished', 'interpolate', 'bounded_labels',
-           'out_of_memory', 'with_less_memory', 'averaged', 'predict_prepared', 'read_scan', 'check_voxel_size',
-           'from_array', 'Options', 'choose_device', 'Member', 'fold_folders', 'load_members', 'must_agree', 'Volume',
-           'read_volume', 'same_grid', 'region_mask', 'prepare_volume', 'modality_warnings', 'predict', 'predict_each',
-           'read_channels', 'is_channels', 'predict_scan', 'label_scan', 'check_channels', 'label_volume',
-           'logits_like', 'member_labels', 'adding', 'temporary_array', 'label_image']
+           'gaussian', 'pad_image', 'add_window', 'next_window', 'weight_of', 'finished', 'interpolate',
+           'bounded_labels', 'out_of_memory', 'with_less_memory', 'averaged', 'predict_prepared', 'read_scan',
+           'check_voxel_size', 'from_array', 'Options', 'choose_device', 'Member', 'fold_folders', 'load_members',
+           'must_agree', 'Volume', 'read_volume', 'same_grid', 'region_mask', 'prepare_volume', 'modality_warnings',
+           'predict', 'predict_each', 'read_channels', 'is_channels', 'predict_scan', 'label_scan', 'check_channels',
+           'label_volume', 'logits_like', 'member_labels', 'adding', 'temporary_array', 'label_image']
 
 # %% ../nbs/40_inference.ipynb #imports
 import errno
+import math
 import tempfile
 import warnings
 import zlib
@@ -235,14 +236,13 @@ def lay_windows(
     box: tuple[slice, ...] | None = None,  # Part of the other grid; all of it if not given
 ) -> list[Axis]:
     "Where `sliding_window_inference` of MONAI puts its windows, axis by axis"
-    from monai.data.utils import dense_patch_slices
-
     wanted = tuple(wanted or shape)
     axes = []
     for size, side, new, part in zip(shape, patch, wanted, box or (slice(0, n) for n in wanted)):
         whole = max(size, side)
         step = side if side == whole else max(1, int(side * (1 - overlap)))
-        starts = tuple(int(where.start) for (where,) in dense_patch_slices((whole,), (side,), (step,)))
+        count = 1 + max(0, math.ceil((whole - side) / step))
+        starts = tuple(min(i * step, whole - side) for i in range(count))  # The last one ends with the image
         axes.append(Axis(size, side, starts, new, part.start, part.stop))
     return axes
 
@@ -324,11 +324,9 @@ def pass_windows(
     budget: Budget = Budget(),
 ) -> None:
     "Weighted sums of overlapping windows, cell by cell; every cell asked for is finished once, in order"
-    from monai.data.utils import compute_importance_map
-
     image = pad_image(torch.as_tensor(np.asarray(image)), axes)
     place = budget.device or device
-    weight = compute_importance_map(tuple(axis.patch for axis in axes), "gaussian", 0.125, device=place)
+    weight = gaussian(tuple(axis.patch for axis in axes), place)
     cells, planes = Cells(budget.memory * 1e9), {}
     try:
         for key in product(*(axis.windows for axis in axes)):
@@ -344,6 +342,16 @@ def pass_windows(
                 finish(where, channels) if all(p.start < p.stop for p in where) else deque(channels, 0)
     finally:
         cells.close()
+
+
+def gaussian(patch: tuple[int, int, int], device: str | torch.device = "cpu") -> Tensor:
+    "What a window's voxels count, (*patch): MONAI's map, whose sigma is an eighth of the window; never below 0.001"
+    total = torch.ones((), device=device)
+    for turn, side in enumerate(patch):
+        place = torch.arange(side, dtype=torch.float32, device=device) - (side - 1) / 2
+        curve = torch.exp(place**2 / (-2 * (0.125 * side) ** 2))
+        total = total[..., None] * curve if turn else curve
+    return total.clamp_(min=max(float(total.min()), 1e-3))
 
 
 def pad_image(image: Tensor, axes: list[Axis]) -> Tensor:

@@ -1,5 +1,8 @@
 """Windows against convolution over the whole scan, grids and orientations, and what bad scans get"""
 
+import itertools
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -670,3 +673,32 @@ def test_a_header_without_spacing_is_refused(tmp_path):
     (tmp_path / "scan.nii").write_bytes(content)
     with pytest.raises(ValueError, match="scan.nii has no voxel size in its header"):
         read_scan(tmp_path / "scan.nii")
+
+
+@pytest.mark.parametrize("side, size, overlap", list(itertools.product((1, 4, 7, 32), (1, 5, 31, 32, 33, 100), (0, 0.25, 0.5, 0.9))))
+def test_windows_start_where_monai_puts_them(side, size, overlap):
+    from monai.data.utils import dense_patch_slices
+
+    whole = max(size, side)
+    step = side if side == whole else max(1, int(side * (1 - overlap)))
+    expected = tuple(where.start for (where,) in dense_patch_slices((whole,), (side,), (step,)))
+    for axis in inference.lay_windows((size,) * 3, (side,) * 3, overlap):
+        assert axis.starts == expected
+
+
+@pytest.mark.parametrize("patch", [(1, 1, 1), (2, 3, 4), (16, 8, 5), (64, 32, 96)])
+def test_windows_weigh_what_monai_gives_them(patch):
+    from monai.data.utils import compute_importance_map
+
+    assert torch.equal(inference.gaussian(patch), compute_importance_map(patch, "gaussian", 0.125))
+
+
+def test_predicting_with_a_network_of_its_own_does_not_import_monai(tmp_path):
+    "Its import takes seconds, as long as many a scan"
+    code = (
+        "import sys, numpy, torch; from mednext_v2 import inference; from mednext_v2.backbones import create; "
+        "axes = inference.lay_windows((36, 36, 36), (32, 32, 32), 0.5); model = create('mednext_v2_tiny', 1, 3, width=4); "
+        "context = inference.evaluating(model); context.__enter__(); "
+        "inference.bounded_labels(inference.averaged([model]), numpy.zeros((1, 36, 36, 36)), axes); assert 'monai' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
