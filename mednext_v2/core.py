@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEFT', 'root', 'read_yaml', 'params', 'build', 'locked', 'is_named', 'remove_left', 'claim', 'claimed', 'permit',
-           'atomic_file', 'atomic_folder', 'write_json', 'write_csv', 'peak_bytes', 'sha256', 'fingerprint_of',
+           'atomic_file', 'atomic_folder', 'write_json', 'write_csv', 'room', 'peak_bytes', 'sha256', 'fingerprint_of',
            'ItemsFailed', 'attempt', 'for_all']
 
 # %% ../nbs/00_core.ipynb #imports
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -201,6 +202,19 @@ def write_csv(path: str | Path, table) -> None:
     "A pandas table without its index, to six significant digits, written atomically; the same bytes everywhere"
     with atomic_file(path) as temporary:
         table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+
+# %% ../nbs/00_core.ipynb #room
+def room(
+    folder: Path,  # It, or the nearest folder above it that is there, tells the disk
+    needed: int,  # Bytes
+    what: str,
+) -> None:
+    "OSError if a file of this size does not fit on the disk"
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{what} needs {needed} bytes, the disk of {folder} has {free} left: free some, then call again")
+
 
 # %% ../nbs/00_core.ipynb #digest
 def peak_bytes() -> int:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOGETHER', 'check_windows', 'evaluating', 'device_of', 'sliding_window', 'finest_copy', 'taps', 'blend', 'turns',
-           'resample_logits', 'labels_of', 'labels_on_grid', 'Axis', 'lay_windows', 'Cells', 'Budget', 'pass_windows',
-           'gaussian', 'pad_image', 'add_window', 'next_window', 'weight_of', 'finished', 'interpolate',
+           'resample_logits', 'labels_of', 'labels_on_grid', 'Axis', 'lay_windows', 'no_space', 'Cells', 'Budget',
+           'pass_windows', 'gaussian', 'pad_image', 'add_window', 'next_window', 'weight_of', 'finished', 'interpolate',
            'bounded_labels', 'out_of_memory', 'with_less_memory', 'averaged', 'predict_prepared', 'read_scan',
            'check_voxel_size', 'from_array', 'Options', 'choose_device', 'Member', 'fold_folders', 'load_members',
            'must_agree', 'Volume', 'read_volume', 'same_grid', 'region_mask', 'prepare_volume', 'modality_warnings',
@@ -15,6 +15,7 @@ __all__ = ['TOGETHER', 'check_windows', 'evaluating', 'device_of', 'sliding_wind
 # %% ../nbs/40_inference.ipynb #imports
 import errno
 import math
+import os
 import tempfile
 import warnings
 import zlib
@@ -247,6 +248,12 @@ def lay_windows(
     return axes
 
 # %% ../nbs/40_inference.ipynb #cells
+def no_space(size: int, what: str, error: OSError) -> OSError:
+    "What to say when the folder of temporary files is full"
+    text = f"no space for {size / 1e9:.1f} GB of {what} in {tempfile.gettempdir()}: free some, set TMPDIR to another folder"
+    return OSError(errno.ENOSPC, f"{text}, or allow more memory ({error.strerror})")
+
+
 class Cells:
     "Tensors by key; beyond `limit` bytes those that are needed last wait in a temporary file"
 
@@ -291,10 +298,7 @@ class Cells:
         try:
             value.tofile(self.file)
         except OSError as error:
-            raise OSError(
-                errno.ENOSPC, f"no space for {self.end / 1e9:.1f} GB of logits in {tempfile.gettempdir()}: free some, "
-                f"set TMPDIR to another folder, or allow more memory ({error})"
-            ) from error
+            raise no_space(self.end, "logits", error) from error
         self.parked[key] = place, value.shape, value.dtype, device
 
     def close(self) -> None:
@@ -918,8 +922,13 @@ def adding(scratch: np.ndarray, share: float, independent: bool) -> Callable:
 
 @contextmanager
 def temporary_array(shape: tuple[int, ...]):
-    "Zeros in a temporary file, which is removed afterwards"
+    "Zeros in a temporary file, which is removed afterwards; OSError if the disk has no room for all of them"
     with tempfile.TemporaryFile() as file:
+        size = 4 * math.prod(shape)
+        try:  # A mapped file without its blocks would end the process when the disk is full
+            os.posix_fallocate(file.fileno(), 0, size) if hasattr(os, "posix_fallocate") else file.truncate(size)
+        except OSError as error:
+            raise no_space(size, "probabilities", error) from error
         yield np.memmap(file, np.float32, "w+", shape=shape)
 
 

@@ -10,6 +10,7 @@ __all__ = ['SUFFIXES', 'label_names', 'colour', 'itksnap_table', 'slicer_table',
 # %% ../nbs/43_labelmaps.ipynb #imports
 import colorsys
 import json
+import math
 import platform
 import time
 import warnings
@@ -26,7 +27,7 @@ import nibabel as nib
 import numpy as np
 
 from . import __version__
-from .core import ItemsFailed, atomic_file, attempt, fingerprint_of, peak_bytes, write_json
+from .core import ItemsFailed, atomic_file, attempt, fingerprint_of, peak_bytes, room, write_json
 from mednext_v2.inference import (
     Member, Options, Volume, check_channels, device_of, label_image, label_volume, load_members, modality_warnings,
     read_scan, read_volume, temporary_array,
@@ -198,6 +199,8 @@ def read_job(job: Job, members: list[Member], wish: Wish) -> tuple[Volume | None
     begin = time.perf_counter()
     check_channels(members[0].card, len(job.images))
     scans = [read_scan(path) for path in job.images]
+    size = math.prod(scans[0].shape) * (2 * members[0].card.num_classes if wish.probabilities else 1)
+    room(job.output.parent, size, f"{job.output.name}, before compression,")
     key = identity(job, members, wish)
     done = is_done(job, key, wish)
     return None if done else read_volume(scans, wish.region(job)), key, time.perf_counter() - begin

@@ -39,7 +39,7 @@ from urllib.request import url2pathname
 import pandas as pd
 
 from . import __version__
-from .core import atomic_folder, build, fingerprint_of, read_yaml, sha256, write_json
+from .core import atomic_folder, build, fingerprint_of, read_yaml, room, sha256, write_json
 
 # %% ../nbs/18_zoo.ipynb #safe-parts
 def safe_parts(

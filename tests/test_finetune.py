@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 from contextlib import redirect_stdout
 
 import nibabel
@@ -103,6 +106,22 @@ def test_killed_training_goes_on_to_the_same_scores(done, raw, tmp_path, monkeyp
     table = finetune(raw, None, tmp_path / "out", **SETTINGS)
     assert steps == [5, 6] and times(tmp_path / "out/prepared") == before
     wanted, found = read_state(done[0] / "model"), read_state(tmp_path / "out/model")
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+    assert table.dsc.tolist() == done[1].dsc.tolist()
+
+
+def test_sigkill_in_the_middle_and_the_same_call_again(done, raw, tmp_path):
+    "The process is killed as the kernel does it, between two steps; nothing of it is left but its folder"
+    out = tmp_path / "out"
+    code = (
+        "import os, signal, torch; from mednext_v2 import launch; from mednext_v2.onestep import finetune; "
+        "torch.set_num_threads(1); launch.heartbeat = lambda step: step == 5 and os.kill(os.getpid(), signal.SIGKILL); "
+        f"finetune({str(raw)!r}, None, {str(out)!r}, **{SETTINGS!r})"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
+    assert ended.returncode == -signal.SIGKILL and not (out / "model").exists() and (out / "prepared/manifest.csv").is_file()
+    table = finetune(raw, None, out, **SETTINGS)
+    wanted, found = read_state(done[0] / "model"), read_state(out / "model")
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
     assert table.dsc.tolist() == done[1].dsc.tolist()
 

@@ -3,12 +3,13 @@
 import errno
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from mednext_v2 import inference, labelmaps
+from mednext_v2 import core, inference, labelmaps
 from mednext_v2.core import ItemsFailed
 from mednext_v2.inference import Options, predict
 from mednext_v2.labelmaps import (
@@ -237,6 +238,27 @@ def test_a_full_disk_is_one_line_and_leaves_no_part(model, tmp_path, monkeypatch
         predict_files(model, tmp_path / "in", tmp_path / "out", CPU)
     assert list(error.value.failures) == ["a"]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"b.nii.gz", "b.json", "labels.txt", "labels.ctbl"}
+
+
+def test_a_disk_without_room_is_found_before_the_network_works(model, tmp_path, monkeypatch):
+    scan(tmp_path / "in/a.nii.gz")
+    monkeypatch.setattr(core.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(labelmaps, "label_job", None)
+    with pytest.raises(ItemsFailed, match="a.nii.gz, before compression, needs .* has 1000 left") as error:
+        predict_files(model, tmp_path / "in/a.nii.gz", tmp_path / "new/folder/a.nii.gz", CPU)
+    assert list(error.value.failures) == ["a"] and not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(not hasattr(inference.os, "posix_fallocate"), reason="needs posix_fallocate")
+def test_probabilities_without_room_are_refused_and_do_not_end_the_process(model, tmp_path, monkeypatch):
+    def full(file, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    scan(tmp_path / "in/a.nii.gz")
+    monkeypatch.setattr(inference.os, "posix_fallocate", full)
+    with pytest.raises(ItemsFailed, match="no space for .* GB of probabilities .* TMPDIR"):
+        predict_files(model, tmp_path / "in", tmp_path / "out", CPU, probabilities=True)
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_channels_of_a_folder(tmp_path):
