@@ -6,9 +6,9 @@
 __all__ = ['UNKNOWN', 'SCHEMES', 'READERS', 'DAMAGE', 'TRIES', 'WAIT', 'TIMEOUT', 'PASSING', 'RECEIPT', 'SHOWN', 'safe_parts',
            'ZooEntry', 'check_entry', 'zoo_file', 'members_of', 'load_zoo', 'get_entry', 'zoo_table', 'Limits',
            'Member', 'Bounded', 'zip_members', 'tar_members', 'reader_of', 'claim', 'write_member', 'unpack', 'fill',
-           'Interrupted', 'ask', 'validator_of', 'read_note', 'Part', 'room', 'start_of', 'total_of', 'receive',
-           'attempt_web', 'get_web', 'bring', 'download', 'kind_of', 'derived_licence', 'cache_folder', 'read_receipt',
-           'Origin', 'licence_of', 'accepted', 'permit_use', 'intact', 'obtain', 'install', 'settle', 'write_receipt',
+           'Interrupted', 'ask', 'validator_of', 'read_note', 'Part', 'start_of', 'total_of', 'receive', 'attempt_web',
+           'get_web', 'bring', 'download', 'kind_of', 'derived_licence', 'cache_folder', 'read_receipt', 'Origin',
+           'licence_of', 'accepted', 'permit_use', 'intact', 'obtain', 'install', 'settle', 'write_receipt',
            'full_disk_named', 'check_available', 'fetch', 'check_files', 'verify']
 
 # %% ../nbs/18_zoo.ipynb #imports
@@ -402,17 +402,6 @@ class Part(NamedTuple):
     def whole(self, url: str) -> bool:
         "Whether all has arrived, though the process ended before it could say so"
         return self.size > 0 and self.about(url).get("total") == self.size
-
-
-def room(
-    folder: Path,
-    needed: int,  # Bytes
-    what: str,
-) -> None:
-    "OSError if a file of this size does not fit on the disk"
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(f"{what} needs {needed} bytes, the disk of {folder} has {free} left: free some, then call again")
 
 # %% ../nbs/18_zoo.ipynb #receive
 def start_of(
