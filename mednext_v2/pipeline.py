@@ -43,6 +43,8 @@ class Plan:
     tasks: tuple[str, ...]  # Tasks to fine-tune on
     seeds: tuple[int, ...]
     suites: tuple[str, ...] = ()  # Suites that are built from the seed scans; only for profiles that use them
+    further: tuple[str, ...] = ()  # Corpora that ablations alone pretrain on
+    ablations: tuple[str, ...] = ()  # Of those that `params.yaml` describes: which
 
     def __post_init__(self):
         from mednext_v2.backbones import BACKBONES, plugins
@@ -50,6 +52,7 @@ class Plan:
 
         allowed = {
             "corpora": tuple(load_tasks()),
+            "further": tuple(load_tasks()),
             "tasks": tuple(load_tasks()),
             "backbones": tuple(BACKBONES | plugins()),
             "inits": ("scratch", *self.corpora),
@@ -72,7 +75,7 @@ def read_plan(
             f"params.yaml holds the profile {composed!r}, not {profile!r}: run `make repro PROFILE={profile}`"
         )
     plan = build(Plan, {"profile": profile, "seeds": params("seeds"), **params("axes")}, "params.yaml:axes")
-    axis_of = {"backbone": "backbones", "init": "inits", "corpus": "corpora", "suite": "suites"}
+    axis_of = {"backbone": "backbones", "init": "inits", "corpus": "corpora", "suite": "suites", "ablation": "ablations"}
     for name, value in choice.items():
         known = (*plan.tasks, *plan.corpora) if name == "task" else getattr(plan, axis_of[name])
         if value not in known:
