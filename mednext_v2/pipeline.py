@@ -249,6 +249,8 @@ def train_one(
     shutil.copytree(folder / "live", curves, dirs_exist_ok=True)
     for name in ("history.csv", "run.json"):
         shutil.copy(folder / name, curves)
+    if (folder / "snapshots").is_dir():
+        shutil.copytree(folder / "snapshots", out / "snapshots", dirs_exist_ok=True)
     write_json(curves / "made.json", {"key": folder.name, "model": read_card(out).sha256})
     return history
 

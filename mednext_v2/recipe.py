@@ -48,6 +48,7 @@ class Recipe:
     layer_decay: float = 1.0  # Rate of a layer as a share of the next one's, see `adapt.layers`
     keep: str = "last"  # Or best: the weights that a run ends with
     checkpoint_every: int = 250  # Steps
+    snapshots: int = 0  # Weights kept along the way, equally far apart, the last at the end
 
     def __post_init__(self):
         for name in ("patch", "freeze"):
@@ -64,7 +65,7 @@ class Recipe:
 
         rules = {
             "a positive whole number": (("steps", "batch", "accumulate", "checkpoint_every"), lambda v: whole(v) and v > 0),
-            "a whole number, 0 or more": (("warmup", "validate_every", "patience"), lambda v: whole(v) and v >= 0),
+            "a whole number, 0 or more": (("warmup", "validate_every", "patience", "snapshots"), lambda v: whole(v) and v >= 0),
             "a positive number": (("lr", "power", "eps", "clip"), lambda v: real(v) and v > 0),
             "a number, 0 or more": (("weight_decay",), lambda v: real(v) and v >= 0),
             "a share from 0 to 1": (("foreground",), lambda v: real(v) and 0 <= v <= 1),

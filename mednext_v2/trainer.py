@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -630,6 +631,13 @@ class Session:
             with atomic_file(self.folder / "best.pt") as temporary:
                 torch.save({"model": model}, temporary)
 
+    def save_snapshot(self) -> None:
+        "The weights of now under the number of their step"
+        model, _ = whole_state(self.model, self.optimizer)
+        if self.engine.is_main_process:
+            with atomic_file(self.folder / "snapshots" / f"step{self.progress.step:07d}.safetensors") as temporary:
+                save_file({name: value.contiguous() for name, value in model.items()}, temporary)
+
     def finish(self, model: nn.Module) -> None:
         "Put the weights that the run ends with into the caller's network"
         state, _ = whole_state(self.model, self.optimizer)
@@ -733,6 +741,8 @@ def fit(
                 report.picture(validate, dice, pictures)
                 if at.look(dice, recipe.smooth):
                     session.save_best()
+            if recipe.snapshots and is_due(at.step, max(1, recipe.steps // recipe.snapshots), recipe):
+                session.save_snapshot()
             report.step(loss, dice)
             on_step(at.step)
             stop = told_to_stop(engine, signals)

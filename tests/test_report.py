@@ -361,7 +361,7 @@ def test_figures_are_the_same_bytes_in_another_process(tmp_path):
 
 def test_tables_round_trip_and_escape(tmp_path):
     table = pd.DataFrame({"model": ["a<b", "c"], "value": [1 / 3, np.nan]})
-    csv, html = save_table(table, tmp_path, "scores", "n < 5 & more")
+    csv, html, tex = save_table(table, tmp_path, "scores", "n < 5 & more")
     back = pd.read_csv(csv)
     assert back.value[0] == pytest.approx(1 / 3, abs=1e-6) and np.isnan(back.value[1])
     text = html.read_text()
