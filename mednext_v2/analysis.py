@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EFFECT_COLUMNS', 'STARTS', 'FEATURE_COLUMNS', 'effects', 'forest', 'group_gains', 'power_law', 'scaling_law',
-           'feature_statistics', 'network_features', 'per_class']
+           'feature_statistics', 'network_features', 'per_class', 'report_effects', 'effects_shown']
 
 # %% ../nbs/46_analysis.ipynb #imports
 from collections.abc import Sequence
@@ -206,3 +206,45 @@ def per_class(
     present = scores[scores.n_voxels > 0].groupby(key, sort=False)["case"].nunique()
     wide.insert(0, "cases", present.reindex(wide.index).fillna(0).astype(int))
     return wide.reset_index()
+
+# %% ../nbs/46_analysis.ipynb #report-effects
+def report_effects(
+    profile: str,
+    name: str,  # Of the ablation
+    reference: str,  # The variant that others are compared with
+    text: str,  # What it is about, for the caption
+    out: str = "",  # Folder; `results/<profile>/<name>` if not given
+):  # HTML of the table
+    "Write the picture and the table of an ablation; without rows of it both say that nothing is available"
+    from pathlib import Path
+
+    from IPython.display import HTML
+
+    from mednext_v2.core import root
+    from mednext_v2.report import caption, read_table, save_figure, save_table, table_html
+
+    table = read_table(profile, "ablations")
+    table = table[table.ablation == name]
+    found, folder = effects(table, reference), Path(out or root() / "results" / profile / name)
+    words = f"{text}. Paired differences in points, with 95 % bootstrap intervals over test cases within tasks; seeds are averaged"
+    words = caption(words, profile, table)
+    for metric in METRICS:
+        save_figure(forest(found, metric), folder, f"{name}_{metric}")
+    save_table(found, folder, "effects", words, effects_shown(found))
+    return HTML(table_html(effects_shown(found), words, escape_cells=False))
+
+
+def effects_shown(
+    table: pd.DataFrame,  # From `effects`
+) -> pd.DataFrame:
+    "Effects as a reader sees them, in points"
+    columns = ["start", "variant", "against", "metric", "difference (95 % interval)", "p (Wilcoxon)", "cases", "seeds"]
+    rows = [
+        (
+            row.init, row.variant, row.reference, row.metric.upper(),
+            f"{100 * row.difference:+.1f} ({100 * row.low:+.1f} to {100 * row.high:+.1f})".replace("-", "−"),
+            f"{row.p:.3f}", str(row.n), str(row.seeds),
+        )
+        for row in table.itertuples()
+    ]
+    return pd.DataFrame(rows or [["not available"] * len(columns)], columns=columns)
