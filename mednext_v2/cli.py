@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['info', 'reading', 'import_weights', 'zoo_list', 'zoo_fetch', 'zoo_verify', 'datasets', 'literal_pair', 'by_split',
            'convert', 'doctor', 'prepare', 'train', 'raise_ended', 'starting', 'finetune', 'mixture_weights',
-           'forecast_training', 'replay', 'predict', 'evaluate', 'stage', 'compose', 'print_readme', 'registry',
-           'workers', 'zoo', 'cache', 'recipe', 'start', 'running', 'checkpoint', 'data_commands', 'model_commands',
-           'training_commands', 'prediction_commands', 'project_commands', 'parser', 'main']
+           'forecast_training', 'replay', 'predict', 'evaluate', 'stage', 'compose', 'plan', 'results', 'print_readme',
+           'registry', 'workers', 'zoo', 'cache', 'recipe', 'start', 'running', 'checkpoint', 'data_commands',
+           'model_commands', 'training_commands', 'prediction_commands', 'project_commands', 'parser', 'main']
 
 # %% ../nbs/52_cli.ipynb #imports
 import argparse
@@ -369,6 +369,30 @@ def compose(options: argparse.Namespace) -> str:
     return f"{compose_params(options.profile).name} holds the profile {options.profile}"
 
 
+def plan(options: argparse.Namespace) -> str:
+    "What a profile will take: runs, memory, storage, and A100 hours extrapolated from a published training"
+    from mednext_v2.plan import plan_summary, plan_table
+
+    table = plan_table(options.profile)
+    shown = table.drop(columns=["flops"], errors="ignore") if options.all else plan_summary(table)
+    return shown.to_string(index=False, float_format="{:.1f}".format, na_rep="not available")
+
+
+def results(options: argparse.Namespace) -> str:
+    "Rows or means of a table of results"
+    from mednext_v2.report import read_table, select_rows, summary
+
+    table = select_rows(read_table(options.profile, options.table), [pair.split("=", 1) for pair in options.where])
+    if options.by:
+        by = options.by.split(",")
+        if options.table not in ("scores", "ablations"):
+            raise ValueError(f"--by gives means of scores and ablations, not of {options.table}: leave it out")
+        table = summary(table, by)
+    if options.csv:
+        return table.to_csv(index=False).rstrip("\n")
+    return table.to_string(index=False, float_format="{:.4g}".format, na_rep="not available")
+
+
 def print_readme(options: argparse.Namespace) -> str:
     "The README that nbs/index.ipynb makes"
     from mednext_v2.pipeline import readme
@@ -610,6 +634,17 @@ def project_commands(add: Callable) -> None:
 
     command = add("params", compose, "Compose params.yaml for a profile (conf/profile).", "params mini")
     command.add_argument("profile")
+    command = add("plan", plan, "What a profile will take, before it is started.", "plan --profile paper")
+    command.add_argument("--profile", default="paper", help="smoke, mini, study or paper (default)")
+    command.add_argument("--all", action="store_true", help="a row for each network and recipe, not for each stage")
+
+    example = "results --where init=scratch --by backbone"
+    command = add("results", results, "Show and filter the tables in results/<profile>.", example)
+    command.add_argument("--profile", default="mini")
+    command.add_argument("--table", default="scores", help="scores (default), ablations, models or features")
+    command.add_argument("--where", nargs="+", default=[], metavar="column=value", help="keep these rows")
+    command.add_argument("--by", metavar="column,column", help="means with 95 %% intervals over all else")
+    command.add_argument("--csv", action="store_true", help="as CSV")
     add("readme", print_readme, "Print the README that nbs/index.ipynb makes.", "readme > README.md")
 
 # %% ../nbs/52_cli.ipynb #parser

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_COLUMNS', 'METRICS', 'TABLES', 'PROFILES', 'MISSING', 'COLUMN', 'PAGE', 'LOOKS', 'SPARE', 'TABLE_STYLE',
-           'LATEX', 'WARM', 'COOL', 'published', 'read_table', 'read_scores', 'summary', 'counts', 'gains', 'caption',
-           'score_text', 'backbone_colour', 'backbone_title', 'house_style', 'save_figure', 'table_html', 'latex',
-           'table_latex', 'save_table', 'main_table', 'main_table_shown', 'label_colours', 'best_slice', 'show_slice']
+           'LATEX', 'WARM', 'COOL', 'published', 'read_table', 'select_rows', 'read_scores', 'summary', 'counts',
+           'gains', 'caption', 'score_text', 'backbone_colour', 'backbone_title', 'house_style', 'save_figure',
+           'table_html', 'latex', 'table_latex', 'save_table', 'main_table', 'main_table_shown', 'label_colours',
+           'best_slice', 'show_slice']
 
 # %% ../nbs/50_report.ipynb #imports
 import re
@@ -58,6 +59,21 @@ def read_table(
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `make repro PROFILE={profile}`")
     return pd.read_csv(path, dtype={"case": str})  # A case named 001 keeps its name
+
+
+def select_rows(
+    table: pd.DataFrame,
+    pairs: Sequence[tuple[str, str]],  # Column and value, as text
+) -> pd.DataFrame:
+    "Rows in which the columns have these values; ValueError names columns or values that exist"
+    for column, value in pairs:
+        if column not in table:
+            raise ValueError(f"there is no column {column!r}; there are: {', '.join(table)}")
+        text = table[column].astype("string").fillna("")
+        if not (text == value).any():
+            raise ValueError(f"no {column} is {value!r}; there are: {', '.join(sorted(set(text))[:20])}")
+        table = table[text == value]
+    return table
 
 
 def read_scores(

@@ -1,0 +1,200 @@
+"Ablations from pretraining to scores, what is trained once, what is refused, and the tables that come out"
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mednext_v2 import ablation as module
+from mednext_v2.ablation import (
+    MODEL_COLUMNS, Ablation, Places, Variant, fewer_cases, pretrainings, read_ablation, run_ablation, snapshot_features,
+)
+from mednext_v2.core import params
+from mednext_v2.pipeline import SCORE_COLUMNS, compose_params, prepare_all
+from mednext_v2.plan import plan_table, published_compute, settings, trainings
+from mednext_v2.prepare import Prepared
+from mednext_v2.suite import build_task
+from mednext_v2.weights import read_card
+
+ROOT = Path(__file__).parents[1]
+COMPUTE = dict(device="cpu", workers=1, threads=1, processes=1, parallel="ddp", readers=0)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    for name, cases in (("brain_lesion_mr", (2, 1, 1)), ("corpus_ct", (3, 1, 0))):
+        build_task(name, None, folder / "raw", cases)
+    prepare_all(("corpus_ct", "brain_lesion_mr"), folder / "raw", folder / "prepared")
+    return folder / "prepared"
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    "A project that holds the profile smoke"
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    (tmp_path / "data").mkdir()
+    for name in ("datasets.yaml", "published_compute.csv"):
+        shutil.copy(ROOT / "data" / name, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    compose_params("smoke")
+    return tmp_path
+
+
+def places(workplace, prepared) -> Places:
+    return Places(prepared, workplace / "models/smoke/ablate/grn", workplace / "runs/smoke/ablate/grn")
+
+
+def test_an_ablation_from_pretraining_to_scores_and_again(workplace, prepared, monkeypatch):
+    described, plan = read_ablation("smoke", "grn")
+    where = places(workplace, prepared)
+    table = run_ablation(described, plan, where, COMPUTE, 0.25)
+    assert list(table) == ["ablation", "variant", *SCORE_COLUMNS]
+    assert set(zip(table.variant, table.init)) == {(v, i) for v in ("without", "mean") for i in ("scratch", "corpus_ct")}
+    models = pd.read_csv(where.out / "models.csv")
+    assert list(models) == MODEL_COLUMNS and models.role.value_counts().to_dict() == {"finetune": 4, "pretrain": 2}
+    sizes = models.groupby("variant").parameters.max()
+    assert sizes["mean"] > sizes["without"] and models.flops.gt(0).all() and models.seconds.gt(0).all()
+    assert models[models.role == "pretrain"].scans.tolist() == [3, 3]
+    for variant in ("without", "mean"):
+        parent = where.models / "pretrain" / variant / "corpus_ct-s0"
+        child = where.models / "finetune" / variant / "corpus_ct/brain_lesion_mr-s0"
+        assert read_card(child).parent == read_card(parent).sha256
+        assert len(list((parent / "snapshots").glob("*.safetensors"))) == 2
+    assert not [path for path in (workplace / "scratch").iterdir()]
+
+    features = snapshot_features(where.models / "pretrain", prepared, "smoke", patches=1)
+    assert set(features.variant) == {"without", "mean"} and features.step.nunique() == 2
+    assert features.effective_rank.le(features.channels + 1e-6).all()
+    last = features[features.step == features.step.max()]
+    assert len(last) == 2 * 17
+
+    monkeypatch.setattr("mednext_v2.trainer.train_step", lambda *rest: pytest.fail("it was trained again"))
+    again = run_ablation(described, plan, where, COMPUTE, 0.25)
+    pd.testing.assert_frame_equal(again, table)
+
+
+def test_variants_that_share_a_pretraining_train_it_once_and_the_main_run_lends_its_own(workplace, prepared):
+    _, plan = read_ablation("smoke", "grn")
+    variants = dict(
+        main=Variant(), lr=Variant(finetune={"lr": 1e-3}), few=Variant(corpus_cases=2), same=Variant(corpus_cases=2, finetune={"lr": 1e-3}),
+        wide=Variant(overrides={"width": 6}),
+    )
+    described = Ablation("some", variants, plan.tasks, ("pretrained",), (0,))
+    found = pretrainings(described, plan, places(workplace, prepared), workplace / "new")
+    assert found["main"] == found["lr"] == workplace / "models/smoke/pretrain/corpus_ct/mednext_v2_tiny/corpus_ct-s0"
+    assert found["few"] is found["same"] and found["wide"] is not found["few"]
+    assert Prepared(found["few"].data / "corpus_ct").ids("train") == Prepared(prepared / "corpus_ct").ids("train")[:2]
+
+
+def test_fewer_cases_are_the_first_ones_and_are_read_as_before(prepared, tmp_path):
+    whole = Prepared(prepared / "corpus_ct")
+    few = Prepared(fewer_cases(prepared / "corpus_ct", 1, tmp_path / "few"))
+    assert few.ids("train") == whole.ids("train")[:1] and few.ids("val") == whole.ids("val") and few.digest != whole.digest
+    case = few.ids("train")[0]
+    assert np.array_equal(np.asarray(few.image(case)), np.asarray(whole.image(case)))
+    with pytest.raises(ValueError, match="has 3 training cases, 4 were asked for"):
+        fewer_cases(prepared / "corpus_ct", 4, tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"variants": {"a": {"finetune": {"rate": 1}}}}, "a recipe has no rate"),
+        ({"variants": {"a": {"backbone": "resnet"}}}, "resnet"),
+        ({"variants": {"a": {"corpus": "corpus_xr"}}}, "corpus 'corpus_xr' is none of corpus_ct, corpus_mr"),
+        ({"variants": {"a": {"overides": {}}}}, "Variant has no 'overides'"),
+        ({"variants": {"a": {}}, "tasks": ["pancreas"]}, "pancreas is none of the profile's tasks"),
+        ({"variants": {"a": {}}, "inits": ["imagenet"]}, "inits must be scratch or pretrained, got imagenet"),
+        ({"variants": {}}, "at least one variant"),
+    ],
+)
+def test_what_is_misspelt_is_refused_before_anything_is_trained(workplace, change, message):
+    import yaml
+
+    path = workplace / "params.yaml"
+    values = yaml.safe_load(path.read_text())
+    values["ablations"]["grn"] = change
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match=message):
+        read_ablation("smoke", "grn")
+
+
+def test_an_ablation_that_is_not_there_names_those_that_are(workplace):
+    with pytest.raises(ValueError, match="ablation 'depth' is not in params.yaml; it has: grn, scaling"):
+        read_ablation("smoke", "depth")
+
+
+def test_two_variants_that_are_the_same_are_refused(workplace, prepared):
+    _, plan = read_ablation("smoke", "grn")
+    described = Ablation("twice", {"a": Variant(), "b": Variant()}, plan.tasks[1:], ("scratch",), (0,))
+    with pytest.raises(ValueError, match="a and b train the same"):
+        run_ablation(described, plan, places(workplace, prepared), COMPUTE)
+    assert not (workplace / "models/smoke/ablate").exists() or not list((workplace / "models/smoke/ablate").iterdir())
+
+
+@pytest.mark.parametrize("profile", ["smoke", "mini", "study", "paper"])
+def test_every_variant_of_every_profile_can_be_built(profile, workplace):
+    "On the meta device; in the profile paper with the real sizes"
+    from mednext_v2.backbones import create
+
+    compose_params(profile)
+    for name in params("axes.ablations"):
+        described, _ = read_ablation(profile, name)
+        for variant in described.variants.values():
+            own = params("backbones").get(variant.backbone, {})
+            with torch.device("meta"):
+                network = create(variant.backbone, 1, 3, True, **{**own, **variant.overrides})
+            patch = (params("recipes.finetune") | variant.finetune)["patch"]
+            assert all(side % network.stride == 0 for side in patch)
+
+
+def test_the_paper_profile_fits_gpus_of_80_gb_and_counts_every_run():
+    table = plan_table("paper")
+    assert table.gpu_memory_gb.max() < 80 and table.gpu_memory_gb.notna().sum() > len(table) / 2
+    values = settings("paper")
+    tasks = len(values["axes"]["tasks"])
+    main = table[table.stage == "finetune"]
+    assert main.runs.tolist() == [tasks] * len(values["axes"]["backbones"])
+    grn = trainings("paper").query("stage == 'ablate grn'")
+    assert grn.runs.tolist() == [2 * tasks] * 3 + [1] * 3
+    # The reference itself is taken to need its published hours
+    row = published_compute().set_index("model").loc["MedNeXt-L k3"]
+    from mednext_v2.backbones import cost
+    from mednext_v2.plan import reference_rate
+
+    flops = cost("mednext_v1_large", (128, 128, 128)).flops
+    assert flops * 2 * 250_000 / reference_rate() == pytest.approx(row.a100_hours)
+
+
+def test_model_rows_say_what_a_training_took(tmp_path, workplace, prepared):
+    from mednext_v2.ablation import model_row
+    from mednext_v2.pipeline import Run, train_runs
+    from mednext_v2.recipe import Recipe
+
+    recipe = Recipe(steps=2, batch=1, patch=(32, 32, 32), warmup=1, augment="none", snapshots=2)
+    run = Run("smoke", "unet", "scratch", "brain_lesion_mr", 4)
+    train_runs([run], recipe, {"filters": (2, 4, 8)}, prepared, tmp_path / "models", tmp_path / "curves")
+    row = model_row(tmp_path / "models" / run.name, tmp_path / "curves" / run.name, role="finetune")
+    made = json.loads((tmp_path / "curves" / run.name / "run.json").read_text())
+    assert (row["steps"], row["seed"], row["backbone"], row["device"]) == (2, 4, "unet", "cpu") and row["seconds"] == made["seconds"]
+    assert [path.name for path in sorted((tmp_path / "models" / run.name / "snapshots").iterdir())] == [
+        "step0000001.safetensors", "step0000002.safetensors",
+    ]
+
+
+def test_collected_models_hold_main_runs_and_ablations(workplace, monkeypatch):
+    _, plan = read_ablation("smoke", "grn")
+    monkeypatch.setattr(module, "main_models", lambda *rest: [dict.fromkeys(MODEL_COLUMNS, 1)])
+    part = workplace / "runs/smoke/ablate/grn"
+    part.mkdir(parents=True)
+    pd.DataFrame([dict.fromkeys(MODEL_COLUMNS, 2)]).to_csv(part / "models.csv", index=False)
+    pd.DataFrame([dict.fromkeys(["ablation", "variant", *SCORE_COLUMNS], "001")]).to_csv(part / "scores.csv", index=False)
+    tables = module.collect_tables("smoke", plan)
+    assert tables["models"].steps.tolist() == [1, 2] and tables["ablations"].case.tolist() == ["001"] and len(tables["features"]) == 0
+    assert (workplace / "results/smoke/features.csv").is_file()
