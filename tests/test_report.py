@@ -496,8 +496,8 @@ def test_scratch_vs_pretrained_notebook(project):
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         f"{stem}.{suffix}"
         for stem, suffixes in {
-            "scratch_vs_pretrained": ("svg", "png"), "scores": ("csv", "html"), "gains": ("csv", "html"),
-            "gains_by_group": ("csv", "html"), "reported": ("csv", "html"),
+            "scratch_vs_pretrained": ("svg", "png"), "scores": ("csv", "html", "tex"), "gains": ("csv", "html", "tex"),
+            "gains_by_group": ("csv", "html", "tex"), "reported": ("csv", "html", "tex"),
         }.items()
         for suffix in suffixes
     )
@@ -525,7 +525,7 @@ def test_qualitative_notebook(project):
         assert all(isinstance(row["maps"][kind], np.ndarray) for kind in ("scratch", "corpus_ct"))
         assert row["maps"]["scratch"].shape == row["image"].shape
     folder = project / "results/mini/qualitative"
-    assert {path.name for path in folder.iterdir()} == {f"qualitative.{s}" for s in ("svg", "png", "csv", "html")}
+    assert {path.name for path in folder.iterdir()} == {f"qualitative.{s}" for s in ("svg", "png", "csv", "html", "tex")}
 
 
 def test_qualitative_notebook_without_a_prediction_says_so(project):
