@@ -109,7 +109,7 @@ def group_gains(
     cases["difference"] = sum(map(len, parts))
     rows = []
     for name, value in whole.items():
-        ready = np.isfinite(drawn[name]).any() and min(map(len, parts)) > 1
+        ready = np.isfinite(drawn[name]).any() and min(map(len, parts), default=0) > 1
         low, high = np.nanquantile(drawn[name], [0.025, 0.975]) if ready else (np.nan, np.nan)
         rows.append(dict(group=name, gain=float(value), low=float(low), high=float(high), cases=int(cases[name])))
     return pd.DataFrame(rows)

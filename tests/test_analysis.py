@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from table_toys import TASKS, toy_ablations, toy_models, toy_scores, write_tables
+from table_toys import toy_ablations, toy_models, toy_scores, write_tables
 from torch import nn
 
 from mednext_v2.analysis import effects, feature_statistics, forest, group_gains, network_features, scaling_law
@@ -54,6 +54,8 @@ def test_group_gains_equal_the_mean_written_out():
     assert (found.low < found.gain).all() and (found.gain < found.high).all() and found.cases.tolist() == [8, 8, 12]
     organs = group_gains(part[part.group == "organ"], {"init": "corpus_ct"}, {"init": "scratch"}).set_index("group")
     assert np.isfinite(organs.gain["organ"]) and np.isnan(organs.gain[["pathology", "difference"]]).all()
+    apart = part.assign(seed=part.seed + 5 * (part.init == "scratch"))  # No seed in common: nothing is paired
+    assert group_gains(apart, {"init": "corpus_ct"}, {"init": "scratch"}).gain.isna().all()
     single = group_gains(part[part.case.str.endswith("_0")], {"init": "corpus_ct"}, {"init": "scratch"})
     assert np.isfinite(single.gain).all() and np.isnan(single.low).all()
 
@@ -129,3 +131,10 @@ def test_notebook_runs_with_and_without_ablations(project, name, empty):
     assert "nan" not in pages.lower().replace("finan", "") and "n = " in pages
     if empty and name not in ("per_class", "pathology"):
         assert "not available" in pages
+
+
+def test_pathology_notebook_without_pretraining_says_so(project):
+    write_tables(project / "results/mini", empty=True)
+    scores = toy_scores()
+    scores[scores.init == "scratch"].to_csv(project / "results/mini/scores.csv", index=False)
+    assert run_paper("pathology")["table"].empty
