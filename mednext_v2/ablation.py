@@ -296,16 +296,16 @@ def snapshot_features(
     data: Path,  # Folder of prepared tasks
     profile: str,
     patches: int = 2,  # Validation patches that every snapshot is shown
-) -> pd.DataFrame:  # profile, variant, step, then as `analysis.network_features`
-    "Feature statistics of every snapshot of every variant"
+) -> tuple[pd.DataFrame, dict]:  # profile, variant, step, then as `network_features`; and `channel_maps` by variant
+    "Feature statistics of every snapshot of every variant, and channel maps of the last ones"
     import torch
 
-    from mednext_v2.analysis import network_features
+    from mednext_v2.analysis import channel_maps, network_features
     from mednext_v2.backbones import load_model
     from mednext_v2.prepare import Prepared
     from safetensors.torch import load_file
 
-    rows = []
+    rows, maps = [], {}
     for folder in sorted(path for path in models.glob("*/*") if (path / "snapshots").is_dir()):
         model, card = load_model(folder)
         images = torch.stack(middle_patches(Prepared(data / card.task), card.patch, patches))
@@ -315,11 +315,12 @@ def snapshot_features(
             model.load_state_dict({name: state[name] for name in own})
             step = int(path.stem.removeprefix("step"))
             rows.append(network_features(model, images).assign(profile=profile, variant=folder.parent.name, step=step))
+        maps[folder.parent.name] = channel_maps(model, images[:1])
     if not rows:
         raise FileNotFoundError(f"{models} holds no model with snapshots: set `snapshots` in the pretraining of ablation grn")
     table = pd.concat(rows, ignore_index=True)
     first = ["profile", "variant", "step"]
-    return table[[*first, *table.columns.difference(first, sort=False)]]
+    return table[[*first, *table.columns.difference(first, sort=False)]], maps
 
 
 def middle_patches(

@@ -67,11 +67,11 @@ def test_an_ablation_from_pretraining_to_scores_and_again(workplace, prepared, m
         assert len(list((parent / "snapshots").glob("*.safetensors"))) == 2
     assert not [path for path in (workplace / "scratch").iterdir()]
 
-    features = snapshot_features(where.models / "pretrain", prepared, "smoke", patches=1)
+    features, maps = snapshot_features(where.models / "pretrain", prepared, "smoke", patches=1)
     assert set(features.variant) == {"without", "mean"} and features.step.nunique() == 2
     assert features.effective_rank.le(features.channels + 1e-6).all()
     last = features[features.step == features.step.max()]
-    assert len(last) == 2 * 17
+    assert len(last) == 2 * 17 and {name: one.dtype for name, one in maps.items()} == dict.fromkeys(("mean", "without"), np.uint8)
 
     monkeypatch.setattr("mednext_v2.trainer.train_step", lambda *rest: pytest.fail("it was trained again"))
     again = run_ablation(described, plan, where, COMPUTE, 0.25)

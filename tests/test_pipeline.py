@@ -19,6 +19,7 @@ from mednext_v2.pipeline import (
     compose_params,
     evaluate_runs,
     prepare_all,
+    profiles,
     read_plan,
     run_key,
     run_notebook,
@@ -135,7 +136,7 @@ def test_stage_of_another_profile_is_refused(project):
 
 
 def test_unknown_profile_lists_the_known(project):
-    with pytest.raises(ValueError, match="no profile is called 'huge'; conf/profile holds: mini, paper, smoke"):
+    with pytest.raises(ValueError, match="no profile is called 'huge'; conf/profile holds: mini, paper, smoke, study"):
         compose_params("huge")
     assert params("profile") == "smoke", "and params.yaml is as it was"
 
@@ -411,6 +412,8 @@ def test_profiles_differ_in_numbers_only(tmp_path):
             return {prefix}
         return set().union(*(keys(item, f"{prefix}.{key}") for key, item in value.items()), {prefix})
 
-    composed = {name: read_yaml(compose_params(name, tmp_path / "p.yaml")) for name in ("mini", "smoke", "paper")}
-    shapes = {name: keys({k: v for k, v in value.items() if k != "backbones"}) for name, value in composed.items()}
-    assert shapes["mini"] == shapes["smoke"] == shapes["paper"] | {".recipes.pretrain.present_only", ".recipes.finetune.present_only"}
+    composed = {name: read_yaml(compose_params(name, tmp_path / "p.yaml")) for name in profiles()}
+    shapes = {name: keys({k: v for k, v in value.items() if k not in ("backbones", "ablations")}) for name, value in composed.items()}
+    assert shapes["mini"] == shapes["smoke"] == shapes["study"]
+    small = {".recipes.pretrain.present_only", ".recipes.finetune.present_only"}
+    assert shapes["mini"] - small == shapes["paper"] - {".recipes.finetune.accumulate"}
