@@ -26,7 +26,7 @@ RESULTS = HERE / "results" / "block.json"
 REPEATS = int(os.environ.get("BENCH_REPEATS", 5))
 BASE, TINY = (3, 4, 8, 8, 8, 8, 8, 4, 3), (1,) * 9
 PARTS = {
-    "mini": {"width": 8, "depths": TINY, "ratios": (2, 3, 4, 4, 4, 4, 4, 3, 2), "batch": 2, "side": 32},
+    "mini": {"width": 8, "depths": TINY, "ratios": (2,) * 9, "batch": 2, "side": 32},
     "width16": {"width": 16, "depths": BASE, "ratios": BASE, "batch": 1, "side": 64},
     "width32": {"width": 32, "depths": BASE, "ratios": BASE, "batch": 1, "side": 64},
 }

@@ -48,16 +48,19 @@ def moments(
     rows: Tensor,  # Shape `(N, S, C)`
     eps: float,  # Added to the variance
 ) -> tuple[Tensor, Tensor]:  # Mean and inverse standard deviation, each `(N, C)`
-    "What group norm with one group a channel divides by, in two passes; products sum columns faster than `var_mean`"
+    "What group norm with one group a channel divides by, by products, which sum columns faster than `var_mean`"
     count, channels = rows.shape[1:]
     ones, cuts = rows.new_ones(count), parts(count, channels)
     mean = torch.stack([torch.mv(sample.t(), ones) for sample in rows]) / count
-    variance = torch.zeros_like(mean)
-    for sample, center, total in zip(rows, mean, variance):
+    off, square = torch.zeros_like(mean), torch.zeros_like(mean)
+    for n, sample in enumerate(rows):
         for cut in cuts:
-            off = sample[cut] - center
-            total += torch.mv(off.mul_(off).t(), ones[cut])
-    return mean, (variance / count + eps).rsqrt()
+            centered = sample[cut] - mean[n]
+            off[n] += torch.mv(centered.t(), ones[cut])
+            square[n] += torch.mv(centered.mul_(centered).t(), ones[cut])
+    # A long sum loses digits: what the first pass missed of the mean, the second finds
+    off /= count
+    return mean + off, (square / count - off.square() + eps).rsqrt()
 
 # %% ../nbs/10b_fused.ipynb #expansion
 class Expansion(torch.autograd.Function):
@@ -71,21 +74,22 @@ class Expansion(torch.autograd.Function):
         most = cuts[0].stop
         mean, rstd = moments(d, eps)
         scale = rstd * norm_w
-        shift = norm_b - mean * scale
         y = d.new_empty(count, rows, len(w2))
         whole = grn and not stream
         v_all = d.new_empty(rows if whole else most, wide)
-        u_buf = d.new_empty(most, wide)
+        u_buf, centered = d.new_empty(most, wide), d.new_empty(most, d.shape[2])
         norms = d.new_zeros(count, wide)
 
         def activated(n, cut):
             size = cut.stop - cut.start
             v = v_all[cut] if whole else v_all[:size]
-            u = torch.addmm(b1s, d[n, cut], w1s, out=u_buf[:size])
+            # Folding the mean into the bias as well would cancel digits
+            rows = torch.sub(d[n, cut], mean[n], out=centered[:size])
+            u = torch.addmm(b1s, rows, w1s, out=u_buf[:size])
             return torch.ops.aten.gelu.out(u, out=v)
 
         for n in range(count):
-            w1s, b1s = (w1 * scale[n]).t().contiguous(), torch.addmv(b1, w1, shift[n])
+            w1s, b1s = (w1 * scale[n]).t().contiguous(), torch.addmv(b1, w1, norm_b)
             w2s, b2s = w2.t(), b2
             if grn:
                 for cut in cuts:
@@ -111,7 +115,6 @@ class Expansion(torch.autograd.Function):
         most, whole, over = cuts[0].stop, grn and not ctx.stream, torch.mean if ctx.mean_stat else torch.sum
         grad = grad.contiguous()
         scale = rstd * norm_w
-        shift = norm_b - mean * scale
         d_d, d_w1, d_b1, d_w2 = map(torch.empty_like, (d, w1, b1, w2))
         d_norm_w, d_norm_b, d_b2 = torch.zeros_like(norm_w), torch.zeros_like(norm_b), grad.sum((0, 1))
         d_gamma, d_beta = (torch.zeros_like(gamma), torch.zeros_like(beta)) if grn else (None, None)
@@ -119,13 +122,17 @@ class Expansion(torch.autograd.Function):
             total.zero_()
         u_all = d.new_empty(rows if whole else most, wide)
         v_buf, dv_buf = d.new_empty(most, wide), d.new_empty(most, wide)
+        center_buf = d.new_empty(most, d.shape[2])
+
+        def centered(n, cut):
+            return torch.sub(d[n, cut], mean[n], out=center_buf[: cut.stop - cut.start])
 
         def expanded(n, cut):
             u = u_all[cut] if whole else u_all[: cut.stop - cut.start]
-            return torch.addmm(b1s, d[n, cut], w1s, out=u)
+            return torch.addmm(b1s, centered(n, cut), w1s, out=u)
 
         for n in range(count):
-            w1n, b1s = w1 * scale[n], torch.addmv(b1, w1, shift[n])
+            w1n, b1s = w1 * scale[n], torch.addmv(b1, w1, norm_b)
             w1s, w2s = w1n.t().contiguous(), w2
             grad_v = torch.zeros_like(w2)  # Sum over voxels of the gradient times the activation
             if grn:
@@ -153,15 +160,14 @@ class Expansion(torch.autograd.Function):
                 else:
                     grad_v.addmm_(grad[n, cut].t(), v)
                 du = torch.ops.aten.gelu_backward.grad_input(dv, u, grad_input=v)
-                grad_d.addmm_(du.t(), d[n, cut])
+                grad_d.addmm_(du.t(), centered(n, cut))
                 sums += du.sum(0)
                 torch.mm(du, w1n, out=d_d[n, cut])
             if not grn:
                 d_w2 += grad_v
-            d_w1 += grad_d * scale[n] + torch.outer(sums, shift[n])
+            d_w1 += grad_d * scale[n] + torch.outer(sums, norm_b)
             d_b1 += sums
-            out, out_d = torch.mv(w1.t(), sums), (w1 * grad_d).sum(0)
-            out_x = (out_d - mean[n] * out) * rstd[n]
+            out, out_x = torch.mv(w1.t(), sums), (w1 * grad_d).sum(0) * rstd[n]
             d_norm_b += out
             d_norm_w += out_x
             slope = -scale[n] * rstd[n] * out_x / rows
