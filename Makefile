@@ -43,8 +43,8 @@ smoke: $(READY) ## Run the whole pipeline at toy size in a scratch copy
 test: $(READY) ## Run every test and every chapter
 	@python -m pytest -n 2 $(PYTEST)
 
-bench: $(READY) ## Measure storage, data, training, scores and label maps beside their peers (over an hour)
-	@for part in storage data trainer metrics inference; do python benchmarks/$$part.py || exit 1; done
+bench: $(READY) ## Measure storage, data, training, blocks, scores and label maps beside their peers (over an hour)
+	@for part in storage data trainer block metrics inference; do python benchmarks/$$part.py || exit 1; done
 
 params: $(READY) ## Compose params.yaml anew from conf/ (profile mini)
 	@mednextv2 params mini

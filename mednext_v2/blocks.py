@@ -8,6 +8,7 @@ __all__ = ['CHECKPOINTING', 'MedNeXtBlock', 'DownBlock', 'UpBlock', 'OutBlock']
 # %% ../nbs/11_blocks.ipynb #imports
 import torch
 import torch.nn.functional as F
+from .fused import can_fuse, fused_block
 from .grn import STATS, global_response_norm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +21,7 @@ class MedNeXtBlock(nn.Module):
     "Depthwise, norm, expand, GELU, GRN, compress, plus input; keeps `(X, Y, Z)`; ValueError for an unknown choice"
 
     convolution, stride = nn.Conv3d, 1
+    fused = False  # Without its expanded tensors, where `can_fuse` allows? See `use_fused`
 
     def __init__(
         self,
@@ -58,6 +60,8 @@ class MedNeXtBlock(nn.Module):
         return self.conv3(x)
 
     def _block(self, x: Tensor) -> Tensor:
+        if self.fused and can_fuse(self, x):
+            return fused_block(self, x, stream=self.checkpointing == "expansion")
         return self._run(self._expansion, self.conv1(x), "expansion") + self.res_conv(x)
 
     def _run(self, function, x: Tensor, part: str) -> Tensor:

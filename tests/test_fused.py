@@ -1,0 +1,149 @@
+"The fused block gives what the formula gives, under everything that training does to it"
+
+import copy
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from mednext_v2.blocks import DownBlock, MedNeXtBlock, UpBlock
+from mednext_v2.fused import can_fuse, use_fused
+from mednext_v2.model import Arch, MedNeXt
+from torch import nn
+
+ARCH = {"width": 4, "depths": (1, 1, 1), "ratios": (2, 3, 2)}
+
+
+def random_network(grn="mean", **options):
+    "A small network none of whose parameters is at its start"
+    torch.manual_seed(0)
+    model = MedNeXt(Arch(**ARCH, grn=grn), 1, 2, **options)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def run(model, x):
+    "Outputs, and gradients of parameters and input, of one scalar"
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    found = model(x)
+    outputs = found if isinstance(found, list) else [found]
+    sum((output.double().square().mean() for output in outputs), torch.zeros(())).backward()
+    return [output.detach() for output in outputs], [x.grad, *(p.grad.clone() for p in model.parameters())]
+
+
+def error(found, expected):
+    "Largest difference, relative to the largest value"
+    pairs = zip(found, expected)
+    return max(((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-9)).item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "expansion", "block"])
+@pytest.mark.parametrize("grn", ["mean", "sum", None])
+def test_network_equals_the_formula_in_float64(grn, checkpointing):
+    model = random_network(grn, deep_supervision=True, checkpointing=checkpointing)
+    x = torch.randn(2, 1, 16, 12, 16)
+    expected = run(copy.deepcopy(model).double(), x.double())
+    found = run(use_fused(model), x)
+    assert error(found[0], expected[0]) < 1e-5
+    # The biases before a norm have no gradient but rounding: compare with the largest of all
+    most = max(value.abs().max() for value in expected[1])
+    assert all((a.double() - b).abs().max() <= 1e-5 * max(b.abs().max(), 1e-2 * most) for a, b in zip(*(found[1], expected[1])))
+
+
+@pytest.mark.parametrize("cls", [MedNeXtBlock, DownBlock, UpBlock])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_block_equals_in_double_precision(cls, kernel):
+    block = cls(3, 4 if cls is not MedNeXtBlock else None, ratio=2, kernel=kernel).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 3, 5, 4, 6, dtype=torch.float64)
+    expected = run(block, x)
+    found = run(use_fused(block), x)
+    assert error(found[0], expected[0]) < 1e-10
+    most = max(value.abs().max() for value in expected[1])
+    assert all((a - b).abs().max() < 1e-10 * most for a, b in zip(found[1], expected[1]))
+
+
+def test_numerical_gradients_of_a_block():
+    block = use_fused(MedNeXtBlock(2, ratio=2, grn="sum")).double()
+    nn.init.normal_(block.grn_gamma)
+    x = torch.randn(1, 2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert can_fuse(block, x) and torch.autograd.gradcheck(block, (x,))
+
+
+def test_state_dict_is_unchanged():
+    model = random_network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    after = use_fused(model).state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(module.fused for module in use_fused(model, on=False).modules() if hasattr(module, "fused"))
+
+
+def test_autocast_gives_its_dtype_and_finite_gradients():
+    model = random_network()
+    x = torch.randn(1, 1, 16, 16, 16)
+    expected = run(copy.deepcopy(model).double(), x.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = run(model, x)
+        found = run(use_fused(model), x)
+    assert found[0][0].dtype == plain[0][0].dtype == torch.bfloat16
+    assert all(value.isfinite().all() for value in found[1])
+    assert error(found[0], expected[0]) <= 1.5 * error(plain[0], expected[0])
+
+
+@pytest.mark.parametrize("part", ["conv1", "norm", "conv2", "conv3", "res_conv"])
+def test_hooks_on_a_part_see_their_tensors(part):
+    block, seen = use_fused(DownBlock(4, 8)), []
+    x = torch.randn(1, 4, 8, 8, 8)
+    handle = block.get_submodule(part).register_forward_hook(lambda module, args, out: seen.append(out))
+    block(x)
+    assert len(seen) == 1 and not can_fuse(block, x)
+    handle.remove()
+    assert can_fuse(block, x)
+
+
+def test_replaced_parts_are_used():
+    block = use_fused(MedNeXtBlock(4))
+    block.norm = nn.Identity()
+    x = torch.randn(1, 4, 8, 8, 8)
+    assert not can_fuse(block, x)
+    assert torch.equal(block(x), use_fused(block, on=False)(x))
+
+
+def test_exporters_and_compilers_see_the_plain_form():
+    block, x = use_fused(MedNeXtBlock(4)).eval(), torch.randn(1, 4, 8, 8, 8)
+    expected = block(x)
+    exported = torch.export.export(block, (x,))
+    assert not any("Expansion" in str(node.target) for node in exported.graph.nodes)
+    for other in (exported.module(), torch.jit.trace(block, x), torch.compile(block, backend="eager", fullgraph=True)):
+        assert torch.allclose(other(x), expected, atol=1e-5)
+
+
+def parallel(rank, path, results):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(use_fused(random_network()))
+    torch.manual_seed(1)
+    x = torch.randn(2, 1, 8, 8, 8)
+    model(x[rank : rank + 1]).square().mean().backward()
+    if rank == 0:
+        results.put([parameter.grad.numpy() for parameter in model.parameters()])
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_average_their_gradients(tmp_path):
+    results = mp.get_context("spawn").SimpleQueue()
+    context = mp.spawn(parallel, (str(tmp_path / "store"), results), nprocs=2, join=False)
+    found = results.get()
+    while not context.join():
+        pass
+    torch.manual_seed(1)
+    model, x = random_network(), None
+    torch.manual_seed(1)
+    x = torch.randn(2, 1, 8, 8, 8)
+    model(x).square().mean().backward()
+    most = max(parameter.grad.abs().max() for parameter in model.parameters())
+    for value, parameter in zip(found, model.parameters()):
+        assert (torch.from_numpy(value) - parameter.grad).abs().max() < 1e-5 * most
