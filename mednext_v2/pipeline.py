@@ -143,7 +143,7 @@ class Run:
         return f"{self.backbone} · {self.init} · {self.name}"
 
 
-TRAINING_MODULES = "grn blocks model stunet scaling weights backbones zoo adapt storage prepare augment losses recipe checkpoint guard mixture trainer fitting".split()
+TRAINING_MODULES = "grn fused blocks model stunet scaling weights backbones zoo adapt storage prepare augment losses recipe checkpoint guard mixture trainer fitting".split()
 
 
 def run_key(

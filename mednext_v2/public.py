@@ -11,6 +11,7 @@ from importlib import import_module
 # %% ../nbs/53_public.ipynb #names
 HOMES = {
     "grn": ["GRN3d", "convert_grn"],
+    "fused": ["use_fused"],
     "blocks": ["MedNeXtBlock", "DownBlock", "UpBlock"],
     "model": ["Arch", "MedNeXt"],
     "scaling": ["PRESETS", "create_model", "scale", "count_parameters", "count_flops", "estimate"],
