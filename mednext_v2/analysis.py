@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['EFFECT_COLUMNS', 'STARTS', 'FEATURE_COLUMNS', 'effects', 'start_look', 'forest', 'group_gains', 'power_law',
-           'scaling_law', 'feature_statistics', 'network_features', 'channel_maps', 'per_class', 'points_text',
-           'report_effects', 'effects_shown']
+           'scaling_law', 'feature_statistics', 'look_at_channels', 'network_features', 'channel_maps', 'per_class',
+           'points_text', 'report_effects', 'effects_shown']
 
 # %% ../nbs/50a_analysis.ipynb #imports
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
+from .inference import evaluating
 from .report import COLUMN, METRICS, MISSING, backbone_title, house_style
 from .stats import case_tables, choose, compare, declared_mean, shared_draws
 
@@ -173,36 +174,39 @@ def feature_statistics(
 FEATURE_COLUMNS = "layer depth channels cosine_distance effective_rank dead_share".split()
 
 
+def look_at_channels(
+    model,  # A MedNeXt
+    images: "torch.Tensor",  # (N, C, X, Y, Z)
+    look: Callable,  # Called with the name of a block and its expanded activations, in the order of the forward pass
+) -> None:
+    "Run a network and look at what each block projects; ValueError for a network without such blocks"
+    from mednext_v2.blocks import MedNeXtBlock
+
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, MedNeXtBlock)}
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no MedNeXt block whose channels could be looked at")
+    handles = [
+        block.conv3.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0])) for name, block in blocks.items()
+    ]
+    try:
+        with evaluating(model):
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def network_features(
     model,  # A MedNeXt
     images: "torch.Tensor",  # (N, C, X, Y, Z)
 ) -> pd.DataFrame:  # One row per block, from input to output: FEATURE_COLUMNS
     "Statistics of the expanded channels of every block; ValueError for a network without such blocks"
-    import torch
+    rows = []
 
-    from mednext_v2.blocks import MedNeXtBlock
+    def look(name: str, maps) -> None:
+        rows.append(dict(layer=name, depth=len(rows), channels=maps.shape[1]) | feature_statistics(maps))
 
-    seen, handles = {}, []
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, MedNeXtBlock)}
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no MedNeXt block whose channels could be looked at")
-
-    def look(name: str):
-        def hook(module, inputs) -> None:
-            seen[name] = (inputs[0].shape[1], feature_statistics(inputs[0]))
-
-        return hook
-
-    training = model.training
-    try:
-        handles = [block.conv3.register_forward_pre_hook(look(name)) for name, block in blocks.items()]
-        with torch.no_grad():
-            model.eval()(images)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    rows = [dict(layer=name, depth=depth, channels=channels) | found for depth, (name, (channels, found)) in enumerate(seen.items())]
+    look_at_channels(model, images, look)
     return pd.DataFrame(rows, columns=FEATURE_COLUMNS)
 
 # %% ../nbs/50a_analysis.ipynb #channel-maps
@@ -212,22 +216,15 @@ def channel_maps(
     layer: str = "bottleneck.0",  # Name of a block, as in `network_features`
 ) -> np.ndarray:  # (channels, X, Y), uint8
     "Size of the expanded activations of a block in the middle slice, relative to the largest; ValueError names the blocks"
-    import torch
+    seen = {}
 
-    from mednext_v2.blocks import MedNeXtBlock
+    def look(name: str, maps) -> None:
+        seen[name] = maps if name == layer else None
 
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, MedNeXtBlock)}
-    if layer not in blocks:
-        raise ValueError(f"there is no block {layer!r}; there are: {', '.join(blocks) or 'none'}")
-    seen, training = [], model.training
-    handle = blocks[layer].conv3.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        with torch.no_grad():
-            model.eval()(image)
-    finally:
-        model.train(training)
-        handle.remove()
-    maps = seen[0][0].float().abs()
+    look_at_channels(model, image, look)
+    if layer not in seen:
+        raise ValueError(f"there is no block {layer!r}; there are: {', '.join(seen)}")
+    maps = seen[layer][0].float().abs()
     maps = maps[..., maps.shape[-1] // 2]
     return (255 * maps / maps.max().clamp_min(1e-12)).round().byte().numpy(force=True)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from .analysis import effects, group_gains
-from .report import MISSING, published
+from .report import MISSING, counts, published
 from .stats import choose, compare, compare_all, means, scratch_predicts
 
 # %% ../nbs/50b_claims.ipynb #evidence
@@ -58,9 +58,8 @@ MARGIN = 0.01  # Claim 7: one DSC point is what "negligible" means here
 
 def size(table: pd.DataFrame) -> dict[str, int]:
     "Seeds, cases and tasks behind a result"
-    return dict(
-        seeds=int(table.seed.nunique()), cases=len(table[["task", "case"]].drop_duplicates()), tasks=int(table.task.nunique())
-    )
+    found = counts(table)
+    return {name: found[name] for name in LEAST}
 
 
 def from_scratch(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAINING_MODULES', 'SCORE_COLUMNS', 'Plan', 'read_plan', 'notebook_parameters', 'run_notebook', 'Run', 'run_key',
-           'stop_workers', 'prepare_all', 'pretrained_folder', 'run_folder', 'is_made', 'train_one', 'train_runs',
-           'learning_curves', 'evaluate_one', 'evaluate_runs', 'collect', 'run_stage', 'profiles', 'compose_params',
-           'readme']
+           'stop_workers', 'in_pool', 'prepare_all', 'pretrained_folder', 'run_folder', 'is_made', 'train_one',
+           'train_runs', 'learning_curves', 'evaluate_one', 'evaluate_runs', 'collect', 'run_stage', 'profiles',
+           'compose_params', 'readme']
 
 # %% ../nbs/51_pipeline.ipynb #imports
 import json
@@ -162,6 +162,18 @@ def stop_workers() -> None:
 
     get_reusable_executor().shutdown(wait=True)
 
+
+def in_pool(
+    jobs: list,  # Of joblib's `delayed` calls
+    workers: int,
+) -> list:
+    "Results of calls in a pool of processes, which ends afterwards"
+    from joblib import Parallel
+
+    results = Parallel(n_jobs=max(1, min(workers, len(jobs))))(jobs)
+    stop_workers()
+    return results
+
 # %% ../nbs/51_pipeline.ipynb #prepare-all
 def prepare_all(
     tasks: tuple[str, ...],  # Names of tasks
@@ -267,18 +279,17 @@ def train_runs(
     **options,  # Of `train_one`: device, threads, processes, parallel, readers
 ) -> pd.DataFrame:  # Histories of all runs, with a column `run`
     "Train runs in a pool of processes; their checkpoints are removed when all models are there"
-    from joblib import Parallel, delayed
+    from joblib import delayed
 
     out, curves = Path(out), Path(curves)
     with atomic_folder(out) as folder:
-        jobs = (
+        jobs = [
             delayed(train_one)(
                 run, recipe, overrides, data, parent, folder / run.name, curves / run.name, out / run.name, **options
             )
             for run in runs
-        )
-        histories = Parallel(n_jobs=min(workers, len(runs)))(jobs)
-    stop_workers()
+        ]
+        histories = in_pool(jobs, workers)
     for run in runs:
         shutil.rmtree(run_folder(run, recipe, overrides, data, parent), ignore_errors=True)
     return pd.concat(
@@ -371,11 +382,10 @@ def evaluate_runs(
     threads: int = 1,
 ) -> pd.DataFrame:  # The scores, in the columns of `SCORE_COLUMNS`
     "Evaluate runs in a pool of processes"
-    from joblib import Parallel, delayed
+    from joblib import delayed
 
-    jobs = (delayed(evaluate_one)(models / run.name, data, out, run, overlap, device, threads) for run in runs)
-    scores = pd.concat(Parallel(n_jobs=min(workers, len(runs)))(jobs), ignore_index=True)[SCORE_COLUMNS]
-    stop_workers()
+    jobs = [delayed(evaluate_one)(models / run.name, data, out, run, overlap, device, threads) for run in runs]
+    scores = pd.concat(in_pool(jobs, workers), ignore_index=True)[SCORE_COLUMNS]
     write_csv(Path(out) / "scores.csv", scores)
     return scores
 

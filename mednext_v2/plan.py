@@ -10,6 +10,7 @@ __all__ = ['REFERENCE', 'A100_WATTS', 'published_compute', 'settings', 'training
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 
@@ -40,7 +41,7 @@ def trainings(
     profile: str,
 ) -> pd.DataFrame:  # stage, backbone, overrides, recipe, corpus or task, runs
     "All trainings that a profile asks for, those that differ in task and seed alone counted together"
-    from mednext_v2.ablation import Variant
+    from mednext_v2.ablation import Variant, own_pretraining
 
     values, rows = settings(profile), []
     axes, seeds = values["axes"], len(values["seeds"])
@@ -59,8 +60,8 @@ def trainings(
         count = len(described.get("tasks", axes["tasks"])) * len(described.get("seeds", values["seeds"]))
         own = {}
         for variant in (build(Variant, one or {}) for one in described["variants"].values()):
-            if "pretrained" in inits and (variant.overrides or variant.pretrain or variant.corpus_cases or variant.corpus):
-                own[repr((variant.backbone, variant.overrides, variant.pretrain, variant.corpus, variant.corpus_cases))] = variant
+            if "pretrained" in inits and (key := own_pretraining(variant, SimpleNamespace(**axes))):
+                own[key] = variant
             add(f"ablate {name}", variant.backbone, variant.overrides, values["recipes"]["finetune"] | variant.finetune, count * len(inits))
         for variant in own.values():
             add(f"ablate {name}", variant.backbone, variant.overrides, values["recipes"]["pretrain"] | variant.pretrain, 1)
