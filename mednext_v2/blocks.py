@@ -21,7 +21,7 @@ class MedNeXtBlock(nn.Module):
     "Depthwise, norm, expand, GELU, GRN, compress, plus input; keeps `(X, Y, Z)`; ValueError for an unknown choice"
 
     convolution, stride = nn.Conv3d, 1
-    fused = False  # Without its expanded tensors, where `can_fuse` allows? See `use_fused`
+    fused = True  # Without its expanded tensors, where `can_fuse` allows; `use_fused(model, False)` turns it off
 
     def __init__(
         self,
