@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from mednext_v2.blocks import DownBlock, MedNeXtBlock, OutBlock, UpBlock
+from mednext_v2.fused import use_fused
 from monai.networks.blocks import mednext_block as monai_blocks
 
 PAIRS = {
@@ -144,8 +145,8 @@ def test_a_zero_compression_leaves_the_shortcut(cls):
 
 
 def test_fresh_grn_changes_nothing():
-    with_grn = MedNeXtBlock(4, ratio=3)
-    without = MedNeXtBlock(4, ratio=3, grn=None)
+    with_grn = use_fused(MedNeXtBlock(4, ratio=3), False)
+    without = use_fused(MedNeXtBlock(4, ratio=3, grn=None), False)
     without.load_state_dict(with_grn.state_dict(), strict=False)
     x = torch.randn(1, 4, 5, 5, 5)
     assert torch.equal(with_grn(x), without(x))
@@ -190,7 +191,7 @@ def test_checkpointing_changes_no_number(cls, checkpointing, autocast):
 def test_checkpointing_keeps_less():
     kept = {}
     for checkpointing in ("none", "expansion", "block"):
-        block, seen = MedNeXtBlock(4, ratio=8, checkpointing=checkpointing), {}
+        block, seen = use_fused(MedNeXtBlock(4, ratio=8, checkpointing=checkpointing), False), {}
         own = {p.data_ptr() for p in block.parameters()}
 
         def pack(t):

@@ -43,7 +43,7 @@ def error(found, expected):
 def test_network_equals_the_formula_in_float64(grn, checkpointing):
     model = random_network(grn, deep_supervision=True, checkpointing=checkpointing)
     x = torch.randn(2, 1, 16, 12, 16)
-    expected = run(copy.deepcopy(model).double(), x.double())
+    expected = run(use_fused(copy.deepcopy(model).double(), on=False), x.double())
     found = run(use_fused(model), x)
     assert error(found[0], expected[0]) < 1e-5
     # The biases before a norm have no gradient but rounding: compare with the largest of all
@@ -58,7 +58,7 @@ def test_block_equals_in_double_precision(cls, kernel):
     for parameter in block.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(2, 3, 5, 4, 6, dtype=torch.float64)
-    expected = run(block, x)
+    expected = run(use_fused(block, on=False), x)
     found = run(use_fused(block), x)
     assert error(found[0], expected[0]) < 1e-10
     most = max(value.abs().max() for value in expected[1])
@@ -83,9 +83,9 @@ def test_state_dict_is_unchanged():
 def test_autocast_gives_its_dtype_and_finite_gradients():
     model = random_network()
     x = torch.randn(1, 1, 16, 16, 16)
-    expected = run(copy.deepcopy(model).double(), x.double())
+    expected = run(use_fused(copy.deepcopy(model).double(), on=False), x.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        plain = run(model, x)
+        plain = run(use_fused(model, on=False), x)
         found = run(use_fused(model), x)
     assert found[0][0].dtype == plain[0][0].dtype == torch.bfloat16
     assert all(value.isfinite().all() for value in found[1])
@@ -113,7 +113,8 @@ def test_replaced_parts_are_used():
 
 def test_exporters_and_compilers_see_the_plain_form():
     block, x = use_fused(MedNeXtBlock(4)).eval(), torch.randn(1, 4, 8, 8, 8)
-    expected = block(x)
+    expected = use_fused(block, on=False)(x)
+    use_fused(block)
     exported = torch.export.export(block, (x,))
     assert not any("Expansion" in str(node.target) for node in exported.graph.nodes)
     for other in (exported.module(), torch.jit.trace(block, x), torch.compile(block, backend="eager", fullgraph=True)):
@@ -140,7 +141,7 @@ def test_two_processes_average_their_gradients(tmp_path):
     while not context.join():
         pass
     torch.manual_seed(1)
-    model, x = random_network(), None
+    model = use_fused(random_network(), on=False)
     torch.manual_seed(1)
     x = torch.randn(2, 1, 8, 8, 8)
     model(x).square().mean().backward()
