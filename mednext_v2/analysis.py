@@ -15,7 +15,7 @@ import pandas as pd
 
 from .inference import evaluating
 from .report import COLUMN, METRICS, MISSING, backbone_title, house_style
-from .stats import case_tables, choose, compare, declared_mean, shared_draws
+from .stats import choose, compare, declared_mean, seed_draws, shared_draws
 
 # %% ../nbs/50a_analysis.ipynb #effects
 EFFECT_COLUMNS = "init variant reference metric difference low high p n tasks seeds".split()
@@ -97,13 +97,15 @@ def group_gains(
     sides = [choose(scores, method).groupby(key)[metric].mean() for method in (a, b)]
     gain = (sides[0] - sides[1]).dropna().reset_index(name="gain")
     rng, whole, drawn, cases = np.random.default_rng(0), {}, {}, {}
-    # Both groups of a task share its draws of cases
+    # Both groups of a task share its draws of cases and of seeds
     parts = [part.pivot(index="case", columns=["group", "label", "seed"], values="gain") for _, part in gain.groupby("task")]
     weights = [rng.multinomial(len(part), np.full(len(part), 1 / len(part)), n) for part in parts]
+    seeds = [seed_draws(part.columns.get_level_values("seed"), n, rng) for part in parts]
     for name in ("organ", "pathology"):
-        some = [(part[name].to_numpy(), w) for part, w in zip(parts, weights) if name in part]
+        of = [part.columns.get_level_values("group") == name for part in parts]
+        some = [(part.loc[:, c].to_numpy(), w, s[:, c]) for part, w, s, c in zip(parts, weights, seeds, of) if c.any()]
         cases[name] = gain[gain.group == name].groupby("task")["case"].nunique().sum()
-        whole[name] = declared_mean([table for table, _ in some])[0] if some else np.nan
+        whole[name] = declared_mean([table for table, *_ in some])[0] if some else np.nan
         drawn[name] = declared_mean(*map(list, zip(*some))) if some else np.full(n, np.nan)
     for which in (whole, drawn):
         which["difference"] = which["pathology"] - which["organ"]
@@ -133,15 +135,15 @@ def scaling_law(
     models: pd.DataFrame,  # Rows of models.csv
     x: str = "flops",  # Or parameters, peak_mib
     metric: str = "dsc",
-    n: int = 2000,  # Draws of cases
+    n: int = 2000,  # Draws of cases and seeds
 ) -> dict:  # exponent, low, high, factor, sizes; NaN for fewer than four different costs
-    "Exponent b and factor a of error = a x^-b over variants, and the 95 % interval of b over cases"
+    "Exponent b and factor a of error = a x^-b over variants, and the 95 % interval of b over cases and seeds"
     cost = models[(models.role == "finetune") & models.variant.isin(table.variant)].groupby("variant")[x].mean().dropna()
     names = [name for name in dict.fromkeys(table.variant) if name in cost]
     missing = dict.fromkeys(("exponent", "low", "high", "factor"), float("nan")) | dict(sizes=len({cost[name] for name in names}))
     if missing["sizes"] < 4:
         return missing
-    whole, drawn = shared_draws([case_tables(table[table.variant == name], metric) for name in names], n, 0)
+    whole, drawn = shared_draws([table[table.variant == name] for name in names], metric, n, 0)
     at = [cost[name] for name in names]
     low, high = np.nanquantile(power_law(at, 1 - drawn), [0.025, 0.975])
     exponent = float(power_law(at, 1 - whole))
@@ -271,12 +273,12 @@ def report_effects(
     from IPython.display import HTML
 
     from mednext_v2.core import root
-    from mednext_v2.report import caption, read_table, save_figure, save_table, table_html
+    from mednext_v2.report import caption, read_table, resampled, save_figure, save_table, table_html
 
     table = read_table(profile, "ablations")
     table = table[table.ablation == name]
     found, folder = effects(table, reference), Path(out or root() / "results" / profile / name)
-    words = f"{text}. Paired differences in points, with 95 % bootstrap intervals over test cases within tasks; seeds are averaged"
+    words = f"{text}. Paired differences in points, with 95 % bootstrap intervals over {resampled(table)} within tasks"
     words = caption(words, profile, table)
     for metric in METRICS:
         save_figure(forest(found, metric), folder, f"{name}_{metric}")

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PUBLISHED_COLUMNS', 'METRICS', 'TABLES', 'PROFILES', 'MISSING', 'COLUMN', 'PAGE', 'LOOKS', 'SPARE', 'TABLE_STYLE',
            'LATEX', 'WARM', 'COOL', 'published', 'read_table', 'select_rows', 'read_scores', 'summary', 'counts',
-           'gains', 'caption', 'score_text', 'backbone_colour', 'backbone_title', 'house_style', 'save_figure',
-           'table_html', 'latex', 'table_latex', 'save_table', 'main_table', 'main_table_shown', 'label_colours',
-           'best_slice', 'show_slice']
+           'gains', 'resampled', 'caption', 'score_text', 'backbone_colour', 'backbone_title', 'house_style',
+           'save_figure', 'table_html', 'latex', 'table_latex', 'save_table', 'main_table', 'main_table_shown',
+           'label_colours', 'best_slice', 'show_slice']
 
 # %% ../nbs/50_report.ipynb #imports
 import re
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .core import atomic_file, root, write_csv
-from .stats import bootstrap_interval, case_tables, declared_mean
+from .stats import mean_interval
 
 # %% ../nbs/50_report.ipynb #published
 PUBLISHED_COLUMNS = "model backbone pretraining init patch metric value source known".split()
@@ -102,9 +102,7 @@ def summary(
     for values, part in scores.groupby(by, sort=False):
         row = dict(zip(by, values))
         for metric in METRICS:
-            tables = case_tables(part, metric)
-            low, high = bootstrap_interval(tables, level)
-            row |= {metric: declared_mean(tables)[0], f"{metric}_low": low, f"{metric}_high": high}
+            row |= dict(zip((metric, f"{metric}_low", f"{metric}_high"), mean_interval(part, metric, level)))
         rows.append(row | counts(part))
     return pd.DataFrame(rows)
 
@@ -143,6 +141,13 @@ PROFILES = {
     "study": "small networks on deformed real scans, three seeds; not comparable with the reported column",
     "paper": "full networks on the published data sets",
 }
+
+
+def resampled(
+    scores: pd.DataFrame,  # The rows that an interval is made from
+) -> str:
+    "What its draws are over, in words"
+    return "test cases and seeds" if scores.seed.nunique() > 1 else "test cases"
 
 
 def caption(

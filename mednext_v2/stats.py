@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'COEFFICIENTS', 'declared_mean', 'need', 'means', 'case_tables', 'bootstrap_interval', 'Interval',
-           'bootstrap', 'holm', 'choose', 'paired', 'compare', 'compare_all', 'shared_draws', 'rank_stability',
-           'seed_spread', 'correlation', 'means_of_both', 'scratch_predicts']
+           'bootstrap', 'seed_weights', 'seed_draws', 'shared_draws', 'mean_interval', 'holm', 'choose', 'paired',
+           'compare', 'compare_all', 'rank_stability', 'seed_spread', 'correlation', 'means_of_both',
+           'scratch_predicts']
 
 # %% ../nbs/42_stats.ipynb #imports
 import warnings
@@ -21,6 +22,7 @@ import scipy.stats
 def declared_mean(
     tables: Sequence[np.ndarray],  # One (cases, classes) array per task
     weights: Sequence[np.ndarray] | None = None,  # One (repeats, cases) array per task: how often a case counts
+    columns: Sequence[np.ndarray] | None = None,  # One (repeats, classes) array per task: how often a column counts
 ) -> np.ndarray:  # One mean per repeat; NaN where no task has a score
     "Mean over cases, then classes, then tasks, leaving out NaN at each level"
     means = []
@@ -28,14 +30,15 @@ def declared_mean(
         weight = np.ones((1, len(table))) if weights is None else weights[index]
         counts = weight @ np.isfinite(table)
         sums = weight @ np.where(np.isfinite(table), table, 0)
-        means.append(_mean(np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)))
+        by_class = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+        means.append(_mean(by_class, 1 if columns is None else columns[index]))
     return _mean(np.stack(means, axis=1))
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
+def _mean(values: np.ndarray, weights: np.ndarray | int = 1) -> np.ndarray:
     "Mean over the last axis of what is not NaN; NaN without a warning where nothing is left"
-    counts = np.isfinite(values).sum(-1)
-    return np.divide(np.nansum(values, -1), counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+    counts = (np.isfinite(values) * weights).sum(-1)
+    return np.divide(np.nansum(values * weights, -1), counts, out=np.full(counts.shape, np.nan), where=counts > 0)
 
 # %% ../nbs/42_stats.ipynb #means
 ORDER = ("case", "label", "task")
@@ -74,11 +77,16 @@ def case_tables(
     metric: str,  # "dsc" or "nsd"
 ) -> list[np.ndarray]:  # One (cases, classes) array per task
     "Scores as one array per task, with a column for each class and seed"
+    scores = _with_seed(scores)
     # A class that is NaN throughout stays a column of NaN, and the declared mean leaves it out
     return [
         part.pivot_table(index="case", columns=["label", "seed"], values=metric, dropna=False, sort=True).to_numpy()
         for _, part in scores.groupby("task", sort=True)
     ]
+
+
+def _with_seed(scores: pd.DataFrame) -> pd.DataFrame:
+    return scores if "seed" in scores else scores.assign(seed=0)
 
 # %% ../nbs/42_stats.ipynb #bootstrap
 def bootstrap_interval(
@@ -146,7 +154,7 @@ def bootstrap(
 def _mean_of(scores: pd.DataFrame, metric: str, cluster: str) -> Callable:
     "The declared mean of drawn cases; fast, since nothing is grouped anew"
     need(scores, ["label", metric])
-    tables = case_tables(_with_seed(scores).assign(case=scores[cluster]), metric)
+    tables = case_tables(scores.assign(case=scores[cluster]), metric)
     return lambda *drawn: declared_mean([table[index] for table, index in zip(tables, drawn)])[0]
 
 
@@ -164,8 +172,61 @@ def _value_of(parts: list[list[pd.DataFrame]], statistic: Callable, cluster: str
     return value
 
 
-def _with_seed(scores: pd.DataFrame) -> pd.DataFrame:
-    return scores if "seed" in scores else scores.assign(seed=0)
+# %% ../nbs/42_stats.ipynb #draws
+def seed_weights(
+    scores: pd.DataFrame,  # Rows of `scores.csv`
+    n: int,  # Draws
+    generator: np.random.Generator,
+) -> list[np.ndarray] | None:  # For each array of `case_tables`, how often each column counts: (n, columns); None for one seed
+    "Draws of training seeds within each task, with all their classes"
+    scores = _with_seed(scores)
+    if scores.seed.nunique() < 2:
+        return None
+    drawn = []
+    for _, part in scores.groupby("task", sort=True):
+        # In `case_tables` the seeds of a class stand side by side
+        drawn.append(seed_draws(np.tile(np.sort(part.seed.unique()), part.label.nunique()), n, generator))
+    return drawn
+
+
+def seed_draws(
+    seeds: Sequence,  # The seed of each column
+    n: int,  # Draws
+    generator: np.random.Generator,
+) -> np.ndarray:  # (n, columns): how often a column counts
+    "Of S training seeds S - 1, with all columns that belong to them; all ones for a single seed"
+    names, index = np.unique(seeds, return_inverse=True)
+    return generator.multinomial(max(len(names) - 1, 1), np.full(len(names), 1 / len(names)), size=n)[:, index]
+
+
+def shared_draws(
+    methods: list[pd.DataFrame],  # Rows of `scores.csv` of each, on the same cases
+    metric: str,
+    n: int,  # Draws
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:  # (methods,), (n, methods)
+    "Declared means as they are, and of draws: of cases that the methods share, and of the seeds of each if it has several"
+    tables, generator = [case_tables(method, metric) for method in methods], np.random.default_rng(seed)
+    weights = [generator.multinomial(len(t), np.full(len(t), 1 / len(t)), size=n) for t in tables[0]]
+    whole = np.array([declared_mean(one)[0] for one in tables])
+    drawn = [declared_mean(one, weights, seed_weights(method, n, generator)) for one, method in zip(tables, methods)]
+    return whole, np.stack(drawn, axis=1)
+
+
+def mean_interval(
+    scores: pd.DataFrame,  # Rows of `scores.csv`, of one method
+    metric: str = "dsc",
+    level: float = 0.95,  # Share that the interval holds
+    seed: int = 0,  # Of the draws
+) -> Interval:
+    "The declared mean with its percentile interval over cases, and over seeds if there are several"
+    tables = case_tables(scores, metric)
+    value = float(declared_mean(tables)[0])
+    low, high = bootstrap_interval(tables, level, seed)
+    if np.isfinite(low) and _with_seed(scores).seed.nunique() > 1:
+        _, drawn = shared_draws([scores], metric, 2000, seed)
+        low, high = map(float, np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2]))
+    return Interval(value, low, high)
 
 # %% ../nbs/42_stats.ipynb #holm
 def holm(
@@ -215,15 +276,31 @@ def compare(
     level: float = 0.95,  # Of the interval
     seed: int = 0,  # Of the bootstrap
 ) -> dict:  # difference (a - b), low, high, p, n, a_better, b_better
-    "Paired difference of two methods over cases, with its interval and Wilcoxon's signed-rank test (two-sided)"
+    "Paired difference of two methods over cases, with its interval (over seeds too) and Wilcoxon's signed-rank test (two-sided)"
     pairs = paired(scores, a, b, metric)
     difference = pairs.a - pairs.b
     value, low, high = bootstrap(pairs.assign(label="", difference=difference), "difference", 2000, level, seed)
+    sides = [choose(scores, method) for method in (a, b)]
+    if np.isfinite(low) and any("seed" in side and side.seed.nunique() > 1 for side in sides):
+        low, high = _over_seeds(sides, metric, level, seed)
     # Rounding must not turn equal scores into a signed rank
     exact = difference.round(12)
     p = float(scipy.stats.wilcoxon(exact).pvalue) if exact.any() else 1.0
     counts = dict(n=len(pairs), a_better=int((exact > 0).sum()), b_better=int((exact < 0).sum()))
     return dict(difference=value, low=low, high=high, p=p) | counts
+
+
+def _over_seeds(sides: list[pd.DataFrame], metric: str, level: float, seed: int, n: int = 2000) -> tuple[float, float]:
+    "Percentiles of the paired difference over draws of cases, and of the seeds of each side"
+    key = ["task", "case", "label"]
+    rated = [set(side.dropna(subset=[metric]).set_index(key).index) for side in sides]
+    shared = pd.MultiIndex.from_tuples(sorted(set.intersection(*rated)), names=key)
+    # One column a seed: the mean over the classes of a case
+    sides = [_with_seed(side).set_index(key).loc[shared].reset_index() for side in sides]
+    sides = [side.groupby(["task", "case", "seed"])[metric].mean().reset_index().assign(label="") for side in sides]
+    _, drawn = shared_draws(sides, metric, n, seed)
+    low, high = np.nanquantile(drawn[:, 0] - drawn[:, 1], [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 # %% ../nbs/42_stats.ipynb #compare-all
 def compare_all(
@@ -252,27 +329,15 @@ def compare_all(
     return table.assign(p_holm=holm(table.p)) if rows else table
 
 # %% ../nbs/42_stats.ipynb #ranks
-def shared_draws(
-    methods: list[list[np.ndarray]],  # One (cases, classes) array per task, of each method
-    n: int,
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray]:  # (methods,), (n, methods)
-    "Declared means of all cases, and of draws of cases that the methods share"
-    generator = np.random.default_rng(seed)
-    weights = [generator.multinomial(len(t), np.full(len(t), 1 / len(t)), size=n) for t in methods[0]]
-    whole = np.array([declared_mean(tables)[0] for tables in methods])
-    return whole, np.stack([declared_mean(tables, weights) for tables in methods], axis=1)
-
-
 def rank_stability(
     scores: pd.DataFrame,  # Rows of `scores.csv`
     by: Sequence[str] = ("backbone", "init"),  # Columns that tell methods apart
     metric: str = "dsc",
     higher: bool = True,  # Whether more is better
-    n: int = 2000,  # Draws of cases
+    n: int = 2000,  # Draws of cases and seeds
     seed: int = 0,
 ) -> pd.DataFrame:  # `by`, the metric's mean, rank, "rank 1" ... (shares of draws), kendall_tau (mean over draws)
-    "How often each method takes each rank if other cases had been drawn; ValueError if methods lack cases"
+    "How often each method takes each rank if other cases (and seeds) had been drawn; ValueError if methods lack cases"
     by = list(by)
     need(scores, [*by, "task", "case", "label", metric])
     groups = list(_with_seed(scores).groupby(by, sort=False))
@@ -281,7 +346,7 @@ def rank_stability(
         if len(part[["task", "case"]].drop_duplicates()) != len(shared):
             method = " · ".join(map(str, name))
             raise ValueError(f"{method} lacks cases that others have: score all methods on the same")
-    whole, drawn = shared_draws([case_tables(part, metric) for _, part in groups], n, seed)
+    whole, drawn = shared_draws([part for _, part in groups], metric, n, seed)
     sign = -1 if higher else 1
     # A draw without a single score of a method says nothing of its rank
     drawn = drawn[np.isfinite(drawn).all(1)]
@@ -323,17 +388,16 @@ def means_of_both(
     scores: pd.DataFrame,  # Of two starts
     init: str,  # The one that is not from scratch
     metric: str,
-    n: int,  # Draws of cases
+    n: int,  # Draws of cases and seeds
     seed: int,
 ) -> tuple[list[str], np.ndarray, np.ndarray]:  # Backbones, (backbones, 2), (n, backbones, 2)
-    "Declared means from scratch and pretrained, of all cases and of draws that all backbones share"
+    "Declared means from scratch and pretrained, as they are and of draws of cases that all backbones share"
     cases = [len(part[["task", "case"]].drop_duplicates()) for _, part in scores.groupby(["backbone", "init"])]
     names = list(dict.fromkeys(scores.backbone))
     if len(cases) != 2 * len(names) or len(set(cases)) > 1:
         raise ValueError(f"every backbone needs the same cases from scratch and after {init}")
     parts = {key: part for key, part in _with_seed(scores).groupby(["backbone", "init"])}
-    tables = [case_tables(parts[name, start], metric) for name in names for start in ("scratch", init)]
-    whole, drawn = shared_draws(tables, n, seed)
+    whole, drawn = shared_draws([parts[name, start] for name in names for start in ("scratch", init)], metric, n, seed)
     return names, whole.reshape(-1, 2), drawn.reshape(n, -1, 2)
 
 
@@ -341,7 +405,7 @@ def scratch_predicts(
     scores: pd.DataFrame,  # Rows of `scores.csv`
     init: str | None = None,  # What was pretrained on; the only one if not given
     metric: str = "dsc",
-    n: int = 2000,  # Draws of cases
+    n: int = 2000,  # Draws of cases and seeds
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # backbone, scratch, pretrained; and a row for each coefficient

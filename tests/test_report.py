@@ -11,9 +11,7 @@ import pytest
 from mednext_v2 import report
 from mednext_v2.core import root
 from mednext_v2.report import (
-    bootstrap_interval,
     caption,
-    declared_mean,
     gains,
     main_table,
     main_table_shown,
@@ -23,6 +21,7 @@ from mednext_v2.report import (
     score_text,
     summary,
 )
+from mednext_v2.stats import bootstrap_interval, declared_mean
 from mednext_v2.storage import write_array
 from mednext_v2.tasks import Task
 

@@ -15,11 +15,13 @@ from mednext_v2.stats import (
     compare,
     compare_all,
     holm,
+    mean_interval,
     means,
     paired,
     rank_stability,
     scratch_predicts,
     seed_spread,
+    shared_draws,
 )
 
 
@@ -327,3 +329,66 @@ def test_correlation_needs_both_starts_of_every_backbone():
         scratch_predicts(pd.concat([scores, scores[scores.init == "corpus"].assign(init="more")]))
     with pytest.raises(ValueError, match="there is none"):
         scratch_predicts(scores[scores.init == "scratch"])
+
+
+# ---- Several seeds
+
+def crossed(generator, difference=0.0, cases=12, seeds=3, of_case=0.05, of_seed=0.05, rest=0.02):
+    "Two methods with effects of cases, which they share, and of seeds, which they do not"
+    case = generator.normal(0.6, of_case, cases)
+    return pd.concat(
+        one_task(case + shift + generator.normal(0, of_seed) + generator.normal(0, rest, cases), backbone=name, seed=seed)
+        for name, shift in {"old": 0.0, "new": difference}.items()
+        for seed in range(seeds)
+    )
+
+
+def test_intervals_over_seeds_hold_the_truth_where_those_over_cases_do_not():
+    generator, hits, narrow = np.random.default_rng(0), [], []
+    for _ in range(150):
+        scores = crossed(generator, difference=0.1)
+        found = compare(scores, {"backbone": "new"}, {"backbone": "old"})
+        hits.append(found["low"] < 0.1 < found["high"])
+        averaged = scores.groupby(["task", "case", "label", "backbone"], as_index=False).dsc.mean()
+        found = compare(averaged, {"backbone": "new"}, {"backbone": "old"})
+        narrow.append(found["low"] < 0.1 < found["high"])
+    # Percentiles of three seeds a side stay somewhat short of 95 %: few seeds have no tails
+    assert np.mean(hits) > 0.8 and np.mean(narrow) < 0.6
+
+
+@pytest.mark.parametrize("share_nan", [0, 0.2])
+def test_draws_of_seeds_have_the_variance_of_a_mean(share_nan):
+    scores = make_scores(methods=("one",), seeds=(0, 1, 2), cases=40, share_nan=share_nan, tasks={"a": ("x",)})
+    scores["dsc"] += 0.3 * scores.seed  # Far more than cases give
+    found, single = mean_interval(scores), means(scores, ["seed"], ["dsc"]).dsc
+    error = single.std(ddof=1) / np.sqrt(3)
+    assert found.value == pytest.approx(means(scores, [], ["dsc"]).dsc[0], abs=0.01)
+    # Two of three seeds, drawn with replacement, give few values: their range and spread are known
+    assert found.low == pytest.approx(single.min(), abs=0.15) and found.high == pytest.approx(single.max(), abs=0.15)
+    _, drawn = shared_draws([scores], "dsc", 4000, 0)
+    assert drawn.std() == pytest.approx(error, rel=0.1)
+
+
+def test_a_difference_over_seeds_equals_a_loop_over_draws():
+    scores = make_scores(seeds=(0, 1, 2), share_nan=0, cases=5)
+    one, other = {"backbone": "one"}, {"backbone": "two"}
+    found, generator, drawn = compare(scores, one, other), np.random.default_rng(5), []
+    sides = [choose(scores, method).groupby(["task", "case", "seed"]).dsc.mean() for method in (one, other)]
+    for _ in range(1500):
+        by_task = []
+        for task in ("a", "b"):
+            cases = generator.integers(5, size=5)
+            a, b = (side[task].unstack().to_numpy()[cases][:, generator.integers(3, size=2)] for side in sides)
+            by_task.append(a.mean() - b.mean())
+        drawn.append(np.mean(by_task))
+    assert [found["low"], found["high"]] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.03)
+    assert found["difference"] == pytest.approx(paired(scores, one, other).groupby("task")[["a", "b"]].mean().mean().diff().b * -1)
+
+
+def test_one_seed_changes_nothing_and_seeds_may_differ_in_number():
+    scores = make_scores(seeds=(0,))
+    plain = scores.drop(columns="seed")
+    assert compare(scores, {"backbone": "one"}, {"backbone": "two"}) == compare(plain, {"backbone": "one"}, {"backbone": "two"})
+    assert mean_interval(scores[scores.backbone == "one"]) == mean_interval(plain[plain.backbone == "one"])
+    more = pd.concat([scores, make_scores(seed=1, methods=("one",), seeds=(1, 2))])
+    assert np.isfinite(compare(more, {"backbone": "one"}, {"backbone": "two"})["low"])
