@@ -19,7 +19,7 @@ import pandas as pd
 
 from .core import atomic_folder, build, params, root, write_csv
 from mednext_v2.pipeline import (
-    SCORE_COLUMNS, Plan, Run, evaluate_one, in_pool, pretrained_folder, read_plan, run_folder, train_one,
+    SCORE_COLUMNS, Plan, Run, evaluate_one, finetuning_runs, in_pool, pretrained_folder, read_plan, run_folder, train_one,
 )
 
 # %% ../nbs/51b_ablation.ipynb #variant
@@ -104,20 +104,14 @@ def fewer_cases(
     out: Path,  # Gets the same data set with fewer cases, as links
 ) -> Path:
     "A prepared data set with its first training cases and all others; ValueError if it has not as many"
-    from mednext_v2.prepare import Prepared
+    from mednext_v2.prepare import Prepared, view
 
     manifest = Prepared(prepared).manifest
     train = sorted(manifest.case[manifest.split == "train"])
     if not 0 < count <= len(train):
         raise ValueError(f"{prepared} has {len(train)} training cases, {count} were asked for")
     gone = set(train[count:])
-    if not (out / "manifest.csv").is_file():
-        with atomic_folder(out) as folder:
-            for path in sorted(prepared.iterdir()):
-                if path.name != "manifest.csv":
-                    (folder / path.name).symlink_to(path.resolve())
-            write_csv(folder / "manifest.csv", manifest[~manifest.case.isin(gone)])
-    return out
+    return view(prepared, manifest[~manifest.case.isin(gone)], out)
 
 # %% ../nbs/51b_ablation.ipynb #training
 @dataclass(frozen=True)
@@ -363,9 +357,13 @@ def main_models(
             run, part = Run(profile, backbone, "scratch", corpus), f"pretrain/{corpus}-{backbone}"
             add("pretrain", corpus, pretrained_folder(profile, corpus, backbone), base / "runs" / profile / part / run.name)
         for init in plan.inits:
-            for run in (Run(profile, backbone, init, task, seed) for task in plan.tasks for seed in plan.seeds):
+            for run in finetuning_runs(plan, backbone, init):
                 folder = base / "models" / profile / "finetune" / init / backbone / run.name
                 add("finetune", run.task, folder, base / "runs" / profile / f"finetune/{init}-{backbone}" / run.name)
+    for name in plan.released:
+        tuned = next(path for path in (base / "models" / profile / "released" / name).iterdir() if path.name != "parent")
+        for run in finetuning_runs(plan, tuned.name, name):
+            add("finetune", run.task, tuned / run.name, base / "runs" / profile / "evaluate" / name / "curves" / run.name)
     return rows
 
 

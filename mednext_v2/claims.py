@@ -68,9 +68,11 @@ def from_scratch(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def pretrained(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    "Main scores after the first pretraining"
+    "Main scores after the first pretraining of our own"
+    from mednext_v2.zoo import load_zoo
+
     scores = tables["scores"]
-    inits = [init for init in dict.fromkeys(scores.init) if init != "scratch"]
+    inits = [init for init in dict.fromkeys(scores.init) if init != "scratch" and init not in load_zoo()]
     return scores[scores.init == inits[0]] if inits else scores.iloc[:0]
 
 

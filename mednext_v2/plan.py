@@ -42,9 +42,13 @@ def trainings(
 ) -> pd.DataFrame:  # stage, backbone, overrides, recipe, corpus or task, runs
     "All trainings that a profile asks for, those that differ in task and seed alone counted together"
     from mednext_v2.ablation import Variant, own_pretraining
+    from mednext_v2.pipeline import Plan, finetuning_runs
+    from mednext_v2.zoo import get_entry
 
     values, rows = settings(profile), []
-    axes, seeds = values["axes"], len(values["seeds"])
+    axes = values["axes"]
+    plan = build(Plan, {"profile": profile, "seeds": values["seeds"], **axes}, f"profile {profile}")
+    tuned = len(finetuning_runs(plan, "", ""))  # Of one backbone and start
 
     def add(stage: str, backbone: str, overrides: dict, recipe: dict, runs: int) -> None:
         own = values["backbones"].get(backbone, {})
@@ -52,8 +56,10 @@ def trainings(
 
     for backbone in axes["backbones"]:
         add("pretrain", backbone, {}, values["recipes"]["pretrain"], len(axes["corpora"]))
-        add("scratch", backbone, {}, values["recipes"]["finetune"], len(axes["tasks"]) * seeds)
-        add("finetune", backbone, {}, values["recipes"]["finetune"], len(axes["corpora"]) * len(axes["tasks"]) * seeds)
+        add("scratch", backbone, {}, values["recipes"]["finetune"], tuned)
+        add("finetune", backbone, {}, values["recipes"]["finetune"], len(axes["corpora"]) * tuned)
+    for name in axes["released"]:
+        add("released", get_entry(name).backbone, {}, values["recipes"]["finetune"], tuned)
     for name in axes["ablations"]:
         described = values["ablations"][name]
         inits = described.get("inits", ("scratch", "pretrained"))

@@ -78,9 +78,13 @@ def select_rows(
 
 def read_scores(
     profile: str,  # Which profile's results
+    released: bool = False,  # Also those that started from public pretrained models?
 ) -> pd.DataFrame:  # Rows of `results/<profile>/scores.csv`
     "The scores of the main runs of a profile; FileNotFoundError says how to make them"
-    return read_table(profile, "scores")
+    from mednext_v2.zoo import load_zoo
+
+    scores = read_table(profile, "scores")
+    return scores if released else scores[~scores.init.isin(list(load_zoo()))]
 
 # %% ../nbs/50_report.ipynb #summary
 def summary(

@@ -7,8 +7,9 @@ __all__ = ['MODALITIES', 'GROUPS', 'ROLES', 'SPLIT_RULES', 'ITK_ENDINGS', 'SPLIT
            'own_values', 'Task', 'registry', 'load_tasks', 'parse_tasks', 'get_task', 'Volume', 'load_image',
            'read_volume', 'write_volume', 'read_description', 'plan_spacing', 'header_grids', 'read_channels',
            'read_labels', 'raw_task', 'find_task', 'file_ending', 'write_dataset', 'Case', 'patient_of', 'deal_out',
-           'read_folds', 'read_splits', 'list_cases', 'parse_annotated', 'read_annotated', 'partial_cases', 'Scan',
-           'check_finite', 'distinct', 'present_values', 'displacement', 'check_labels', 'check_grid', 'read_case']
+           'read_folds', 'read_splits', 'count_folds', 'list_cases', 'parse_annotated', 'read_annotated',
+           'partial_cases', 'Scan', 'check_finite', 'distinct', 'present_values', 'displacement', 'check_labels',
+           'check_grid', 'read_case']
 
 # %% ../nbs/20_tasks.ipynb #imports
 import gzip
@@ -439,6 +440,7 @@ def deal_out(
     task: Task,
     ids: list[str],  # Cases of imagesTr
     held_back: bool = False,  # Whether there are labelled test cases besides them
+    fold: int = 0,  # Of a task with five: which fifth is tested
 ) -> dict[str, list[str]]:
     "Train, validation and test cases by the task's rule, whole patients each; ValueError if too few"
     patients = sorted({patient_of(task, id) for id in ids})
@@ -448,7 +450,9 @@ def deal_out(
     order = np.arange(len(patients))
     if task.split == "fivefold":  # As scikit-learn's KFold(5, shuffle=True, random_state=12345), which nnU-Net uses
         np.random.RandomState(12345).shuffle(order)
-        tested, watching = -(-len(order) // 5), max(1, round(len(order) / 20))
+        fifths = np.array_split(order, 5)
+        order = np.concatenate(fifths[fold:] + fifths[:fold])
+        tested, watching = len(fifths[fold]), max(1, round(len(order) / 20))
         if held_back:
             tested, watching = 0, tested
     else:
@@ -461,11 +465,11 @@ def deal_out(
     return {split: [id for id in ids if patient_of(task, id) in chosen[split]] for split in SPLITS}
 
 
-def read_folds(path: Path) -> dict[str, list[str]]:
-    "Fold 0 of a splits_final.json; ValueError if it is not one"
+def read_folds(path: Path, fold: int = 0) -> dict[str, list[str]]:
+    "A fold of a splits_final.json; ValueError if it is not one"
     try:
-        fold = json.loads(path.read_text(encoding="utf-8"))[0]
-        return {"train": list(fold["train"]), "val": list(fold["val"]), "test": list(fold.get("test", ()))}
+        found = json.loads(path.read_text(encoding="utf-8"))[fold]
+        return {"train": list(found["train"]), "val": list(found["val"]), "test": list(found.get("test", ()))}
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not a list of folds with 'train' and 'val' ({error!r}): write it again") from error
 
@@ -473,6 +477,7 @@ def read_folds(path: Path) -> dict[str, list[str]]:
 def read_splits(
     task: Task,
     raw: str | Path,  # Folder that holds the data set's folder
+    fold: int = 0,
 ) -> dict[str, list[str]]:  # Case ids by split
     "Who trains, validates and tests; ValueError for an empty split or one that overlaps another"
     folder = Path(raw) / task.folder
@@ -482,11 +487,11 @@ def read_splits(
         return {file.name.removesuffix(ending)[: -len(tail) or None] for file in folder.glob(f"{part}/*{tail}{ending}")}
 
     if path.is_file():
-        splits = read_folds(path)
+        splits = read_folds(path, fold)
     elif task.split == "files":
         raise FileNotFoundError(f"{path} is missing: build the data set, or write [{{'train': [...], 'val': [...]}}] there")
     else:
-        splits = deal_out(task, sorted(ids("labelsTr", "")), bool(ids("labelsTs", "")))
+        splits = deal_out(task, sorted(ids("labelsTr", "")), bool(ids("labelsTs", "")), fold)
     if (folder / "labelsTs").is_dir():  # Test images without labels are nobody's to score
         splits["test"] = sorted({*splits["test"], *ids("labelsTs", ""), *ids("imagesTs", "_0000")})
     for split in SPLITS if task.role == "finetune" else SPLITS[:2]:
@@ -496,6 +501,20 @@ def read_splits(
         if both := sorted(set(splits[one]) & set(splits[other])):
             raise ValueError(f"{path}: {', '.join(both[:3])} is in {one} and in {other}: remove it from one of them")
     return splits
+
+
+def count_folds(
+    task: Task,
+    raw: str | Path,  # Folder that holds the data set's folder
+) -> int:
+    "Into how many folds a data set is dealt: those of its splits_final.json, or of its rule; 1 with test cases of its own"
+    folder = Path(raw) / task.folder
+    if (folder / "labelsTs").is_dir():
+        return 1
+    path = folder / "splits_final.json"
+    if path.is_file():
+        return len(json.loads(path.read_text(encoding="utf-8")))
+    return 5 if task.split == "fivefold" else 1
 
 
 def list_cases(

@@ -248,6 +248,86 @@ def test_pretrained_weights_are_what_finetuning_starts_from(prepared, workplace,
     assert not (workplace / "finetune").exists(), "an interrupted stage leaves no models"
 
 
+def test_every_fold_is_trained_on_its_own_cases_and_all_cases_are_scored_once(prepared, workplace):
+    from mednext_v2.prepare import FOLDS, Prepared
+    from mednext_v2.weights import read_card
+
+    data = shutil.copytree(prepared, workplace / "prepared")
+    task = data / "brain_lesion_mr"
+    first = Prepared(task)
+    tested, others = first.ids("test"), [case for case in first.manifest.case if case not in first.ids("test")]
+    splits = [first.manifest.set_index("case").split.to_dict(), dict.fromkeys(tested, "train") | dict.fromkeys(others[:1], "val")]
+    splits[1] |= dict.fromkeys(others[1:], "test")
+    (task / FOLDS).write_text(json.dumps(splits))
+    runs = [Run("smoke", "unet", "scratch", "brain_lesion_mr", 0, fold) for fold in (0, 1)]
+    assert [run.name for run in runs] == ["brain_lesion_mr-s0", "brain_lesion_mr-s0-f1"]
+    train(runs, data, workplace / "models")
+    assert len({read_card(workplace / "models" / run.name).sha256 for run in runs}) == 2
+    scores = evaluate_runs(runs, workplace / "models", data, workplace / "evaluate/one")
+    assert sorted(scores.case.unique()) == sorted({*tested, *others[1:]}) and not scores.duplicated(["case", "label"]).any()
+    with pytest.raises(ValueError, match=r"brain_lesion_mr has 2 fold\(s\), fold 2 was asked for"):
+        train([Run("smoke", "unet", "scratch", "brain_lesion_mr", 0, 2)], data, workplace / "more")
+
+
+def test_folds_are_those_of_tasks_that_are_dealt(project):
+    from mednext_v2.pipeline import finetuning_runs
+
+    change_params(project / "params.yaml", "  - abdomen_ct", "  - panther")
+    change_params(project / "params.yaml", "  folds:\n  - 0\n", "  folds:\n  - 0\n  - 4\n")
+    runs = finetuning_runs(read_plan("smoke"), "unet", "scratch")
+    assert [(run.task, run.fold) for run in runs] == [("panther", 0), ("panther", 4), ("brain_lesion_mr", 0)]
+    change_params(project / "params.yaml", "  - 4\n", "  - 5\n")
+    with pytest.raises(ValueError, match="axes.folds must be some of 0 to 4, got 0, 5"):
+        read_plan("smoke")
+
+
+def test_data_that_are_dealt_keep_all_folds_and_with_test_cases_of_their_own_none(raw, tmp_path):
+    import dataclasses
+
+    from mednext_v2.prepare import FOLDS, prepare
+    from mednext_v2.tasks import count_folds, read_splits
+
+    task = dataclasses.replace(get_task("corpus_ct"), split="fivefold", role="pretrain")
+    folder = shutil.copytree(raw / task.folder, tmp_path / "raw" / task.folder)
+    (folder / "splits_final.json").unlink()
+    for path in [*folder.glob("labelsTr/*.nii.gz"), *folder.glob("imagesTr/*.nii.gz")]:
+        shutil.copy(path, path.with_name(f"again_{path.name}"))
+    prepare(task, tmp_path / "raw", tmp_path / "prepared")
+    folds = json.loads((tmp_path / "prepared" / FOLDS).read_text())
+    assert len(folds) == 5 and len({id for one in folds for id, split in one.items() if split == "test"}) == len(folds[0])
+    assert folds[3] == {id: split for split, ids in read_splits(task, tmp_path / "raw", 3).items() for id in ids}
+    shutil.copytree(folder / "labelsTr", folder / "labelsTs")
+    assert count_folds(task, tmp_path / "raw") == 1
+
+
+def test_a_released_model_is_tuned_and_scored_like_ours(prepared, workplace, monkeypatch):
+    from mednext_v2 import pipeline
+    from mednext_v2.pipeline import Plan, run_released
+    from mednext_v2.weights import read_card
+    from mednext_v2.zoo import RECEIPT
+
+    name, compute = "suprem_unet", dict(device="cpu", workers=1, threads=1, processes=1, parallel="ddp", readers=0)
+    plan = Plan("smoke", ("corpus_ct",), ("unet",), ("scratch",), ("brain_lesion_mr",), (0,), released=(name,))
+    monkeypatch.setenv("MEDNEXT_V2_CACHE", str(workplace / "cache"))
+    places = dict(data=prepared, models=workplace / "models/smoke/released" / name, out=workplace / "runs/smoke/evaluate" / name)
+    with pytest.raises(FileNotFoundError, match="then `mednextv2 zoo fetch suprem_unet`"):
+        run_released(plan, name, RECIPE, **places, compute=compute)
+    train([Run("smoke", "unet", "scratch", "corpus_ct")], prepared, workplace / "pretrain")
+    model = shutil.copytree(workplace / "pretrain/corpus_ct-s0", workplace / "cache/zoo" / name / "model")
+    (model / RECEIPT).write_text("{}")
+    scores = run_released(plan, name, RECIPE, **places, compute=compute)
+    assert set(scores.init) == {name} and set(scores.backbone) == {"unet"}
+    assert read_card(places["models"] / "unet/brain_lesion_mr-s0").parent == read_card(model).sha256
+    assert len(collect(workplace / "runs/smoke/evaluate", workplace / "results")) == len(scores)
+    from mednext_v2 import ablation
+
+    (workplace / "data/prepared").mkdir()
+    shutil.copytree(prepared, workplace / "data/prepared/smoke")
+    rows = ablation.main_models("smoke", Plan("smoke", (), (), ("scratch",), ("brain_lesion_mr",), (0,), released=(name,)))
+    assert [(row["task"], row["init"], row["backbone"]) for row in rows] == [("brain_lesion_mr", name, "unet")]
+    assert pipeline.released_model(name, workplace / "other") == model
+
+
 def test_same_seed_same_weights_and_another_seed_others(prepared, workplace):
     from mednext_v2.weights import read_card
 

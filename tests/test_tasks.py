@@ -389,11 +389,11 @@ def test_five_folds_are_those_of_nnunet():
     task = dataclasses.replace(DEMO, split="fivefold")
     for n in (5, 13, 52):
         ids = [f"case{i:03d}" for i in range(n)]
-        rest, tested = next(KFold(5, shuffle=True, random_state=12345).split(ids))
-        dealt = deal_out(task, ids)
-        assert dealt["test"] == [ids[i] for i in tested]
-        assert sorted(dealt["train"] + dealt["val"]) == [ids[i] for i in rest]
-        assert len(dealt["val"]) == max(1, round(n / 20))
+        for fold, (rest, tested) in enumerate(KFold(5, shuffle=True, random_state=12345).split(ids)):
+            dealt = deal_out(task, ids, fold=fold)
+            assert dealt["test"] == [ids[i] for i in tested]
+            assert sorted(dealt["train"] + dealt["val"]) == [ids[i] for i in rest]
+            assert len(dealt["val"]) == max(1, round(n / 20))
 
 
 @pytest.mark.parametrize("rule", ["fivefold", "holdout"])
