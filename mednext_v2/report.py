@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_COLUMNS', 'METRICS', 'TABLES', 'PROFILES', 'MISSING', 'COLUMN', 'PAGE', 'LOOKS', 'SPARE', 'TABLE_STYLE',
-           'LATEX', 'WARM', 'COOL', 'published', 'read_table', 'select_rows', 'read_scores', 'summary', 'counts',
-           'gains', 'resampled', 'caption', 'score_text', 'backbone_colour', 'backbone_title', 'house_style',
-           'save_figure', 'table_html', 'latex', 'table_latex', 'save_table', 'main_table', 'main_table_shown',
-           'label_colours', 'best_slice', 'show_slice']
+           'LATEX', 'METHOD', 'WARM', 'COOL', 'published', 'read_table', 'select_rows', 'read_scores', 'summary',
+           'counts', 'gains', 'resampled', 'caption', 'score_text', 'backbone_colour', 'backbone_title', 'house_style',
+           'save_figure', 'table_html', 'latex', 'table_latex', 'save_table', 'with_side', 'main_table', 'told_apart',
+           'main_table_shown', 'label_colours', 'best_slice', 'show_slice']
 
 # %% ../nbs/50_report.ipynb #imports
 import re
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .core import atomic_file, root, write_csv
-from .stats import mean_interval
+from .stats import compare, mean_interval
 
 # %% ../nbs/50_report.ipynb #published
 PUBLISHED_COLUMNS = "model backbone pretraining init patch metric value source known".split()
@@ -293,7 +293,7 @@ def table_html(
 
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}", "–": "--", "×": r"$\times$", "±": r"$\pm$", "·": r"$\cdot$", "³": r"\textsuperscript{3}", "−": "$-$",
+    "^": r"\textasciicircum{}", "–": "--", "×": r"$\times$", "±": r"$\pm$", "·": r"$\cdot$", "³": r"\textsuperscript{3}", "−": "$-$", "≈": r"$\approx$",
 }
 
 
@@ -344,27 +344,76 @@ def save_table(
     return paths
 
 # %% ../nbs/50_report.ipynb #main-table
+METHOD = ["backbone", "init", "side"]
+
+
+def with_side(
+    scores: pd.DataFrame,  # Rows of `scores.csv` or `ablations.csv`
+    by: Sequence[str] = ("backbone", "init"),
+) -> pd.DataFrame:
+    "A column `side` more: of the patch that was asked for, its largest side over tasks, as small volumes get smaller patches"
+    sides = scores.patch.map({patch: max(map(int, patch.split("x"))) for patch in scores.patch.unique()})
+    return scores.assign(side=sides.groupby([scores[name] for name in by]).transform("max"))
+
+
 def main_table(
     scores: pd.DataFrame,  # Rows of `scores.csv`
     reported: pd.DataFrame,  # From `published`
-) -> pd.DataFrame:  # One row per model and start; scores as fractions, the paper's in percent
+    further: pd.DataFrame | None = None,  # Rows of `ablations.csv` at other patches, perhaps of some tasks alone
+) -> pd.DataFrame:  # One row per model, start and side of its patch; scores as fractions, the paper's in percent
     "Regenerated scores with intervals, per task and in the mean, beside the paper's reported means"
-    key, ends = ["backbone", "init"], [f"{m}{end}" for m in METRICS for end in ("", "_low", "_high")]
-    mean = summary(scores, key).set_index(key)[ends].add_prefix("mean_")
-    parts = [
-        summary(part, key).set_index(key)[ends].add_prefix(f"{task}_")
-        for task, part in scores.groupby("task", sort=False)
-    ]
-    ours = pd.concat([*parts, mean], axis=1).reindex(mean.index).reset_index()
+    scores = with_side(scores)
+    known = set(scores[METHOD].itertuples(index=False, name=None))
+    if further is not None and len(further):
+        further = with_side(further, ["backbone", "init", "variant"])
+        new = [row not in known for row in further[METHOD].itertuples(index=False, name=None)]
+        scores = pd.concat([scores, further[new]], ignore_index=True)
+    tasks = dict(list(scores.groupby("task", sort=False)))
+    whole = scores[scores.groupby(METHOD).task.transform("nunique") == len(tasks)]  # A mean is over all tasks, or none
+    ours = scores[METHOD].drop_duplicates(ignore_index=True)
+    for name, part in {**tasks, "mean": whole}.items():
+        columns = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
+        found = summary(part, METHOD)[[*METHOD, *columns]]
+        for metric in METRICS:
+            found[f"{metric}_apart"] = told_apart(part, found, metric)
+        ours = ours.merge(found.rename(columns={c: f"{name}_{c}" for c in found if c not in METHOD}), "left", METHOD)
     ours.insert(0, "start", np.where(ours.init == "scratch", "scratch", "pretrained"))
     theirs = _reported_rows(reported)
-    # Only the first of several rows with one backbone and start has a partner: the others differ in patch or corpus
-    ours["turn"] = -ours.groupby(["backbone", "start"]).cumcount()
-    theirs["turn"] = theirs.groupby(["backbone", "start"]).cumcount()
-    key = ["backbone", "start", "turn"]
-    further = theirs.merge(ours[key], "left", key, indicator=True).query("_merge == 'left_only'")
-    both = pd.concat([ours.merge(theirs, "left", key), further.drop(columns="_merge")], ignore_index=True)
-    return both.drop(columns="turn")
+    ours["partner"] = _partners(ours, theirs)
+    both = ours.merge(theirs.drop(columns=["backbone", "start"]), "left", left_on="partner", right_index=True)
+    further_rows = theirs.drop(index=ours.partner.dropna().astype(int))
+    return pd.concat([both.drop(columns="partner"), further_rows], ignore_index=True)
+
+
+def told_apart(
+    scores: pd.DataFrame,  # Rows of `scores.csv`
+    found: pd.DataFrame,  # Methods and their means
+    metric: str,
+) -> list:  # For each method; None for the best itself, and where there is no interval
+    "Whether the paired difference from the best has an interval, at 95 % for all comparisons together, without zero"
+    if found[metric].isna().all() or len(found) < 2:
+        return [None] * len(found)
+    best, level, apart = found[metric].idxmax(), 1 - 0.05 / (len(found) - 1), []
+    for at, method in zip(found.index, found[METHOD].to_dict("records")):
+        gap = None if at == best else compare(scores, found.loc[best, METHOD].to_dict(), method, metric, level)
+        apart.append(None if gap is None or np.isnan(gap["low"]) else bool(gap["low"] > 0))
+    return apart
+
+
+def _partners(ours: pd.DataFrame, theirs: pd.DataFrame) -> list:
+    "For each of our rows the reported one of the same network and start: at the same patch, else the first; each once"
+    partners = {}
+    for same_patch in (True, False):
+        for row in ours.itertuples():
+            some = theirs[(theirs.backbone == row.backbone) & (theirs.start == row.start) & ~theirs.index.isin(list(partners.values()))]
+            if same_patch:
+                some = some[some.reported_patch.astype("string") == str(row.side)]
+            twin = not same_patch and any(
+                (other.backbone, other.start) == (row.backbone, row.start) for other in ours[: row.Index].itertuples()
+            )
+            if row.Index not in partners and len(some) and not twin:
+                partners[row.Index] = some.index[0]
+    return [partners.get(at) for at in ours.index]
 
 
 def _reported_rows(reported: pd.DataFrame) -> pd.DataFrame:
@@ -384,21 +433,24 @@ def main_table_shown(
     titles: dict[str, str],  # Task name to title
     profile: str,  # Which profile made it
 ) -> pd.DataFrame:  # Text, for `table_html(..., escape=False)`; two header rows
-    "The main table as a reader sees it: DSC above NSD in percent with intervals, the best of a column bold"
+    "The main table as a reader sees it: DSC above NSD in percent with intervals, the best of a column bold, ≈ what equals it"
     ran, columns = table.init.notna(), {}
     models = table.backbone.map(backbone_title).where(ran, table.get("reported_model"))
     starts = ("pretrained: " + table.init).where(table.init != "scratch", "scratch").where(ran, table.start)
     columns["", "model"] = [escape(str(model)) for model in models]
     columns["", "start"] = [escape(str(start)) for start in starts]
+    columns["", "patch"] = [f"{side:.0f}³" if side > 0 else MISSING for side in table.side]
     for name in [column[:-4] for column in table if column.endswith("_dsc")]:
         lines = []
         for metric in METRICS:
             values = table[[f"{name}_{metric}{end}" for end in ("", "_low", "_high")]].to_numpy(float)
             best = np.nanmax(values[:, 0]) if np.isfinite(values[:, 0]).any() else None
-            texts = [score_text(*row) for row in values]
+            apart = table[f"{name}_{metric}_apart"]
+            texts = [score_text(*row) + (" ≈" if told is not None and told == False else "") for row, told in zip(values, apart)]  # noqa: E712
             lines.append([f"<b>{t}</b>" if row[0] == best else t for t, row in zip(texts, values)])
         title = "mean of tasks" if name == "mean" else escape(titles.get(name, name))
         cells = ["<br>".join(pair) if pair[0] != pair[1] else pair[0] for pair in zip(*lines)]
+        cells = [cell if np.isfinite(value) else "not run" for cell, value in zip(cells, table[f"{name}_dsc"])]
         columns[f"regenerated, profile {profile}: DSC over NSD, %", title] = np.where(ran, cells, "not run")
     group = "reported in the paper: mean of its six data sets, %"
     columns[group, "model"] = [escape(t) if isinstance(t, str) else MISSING for t in table.reported_model]
@@ -406,6 +458,7 @@ def main_table_shown(
         MISSING if not isinstance(m, str) else escape(t) if t else "–"
         for m, t in zip(table.reported_model, table.reported_pretraining)
     ]
+    columns[group, "patch"] = [f"{p}³" if isinstance(p, str) and p else MISSING for p in table.reported_patch.astype("string").astype(object)]
     for metric in METRICS:
         values = table[f"reported_{metric}_percent"]
         columns[group, metric.upper()] = [MISSING if np.isnan(v) else f"{v:.2f}" for v in values]

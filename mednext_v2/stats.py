@@ -279,9 +279,11 @@ def compare(
     "Paired difference of two methods over cases, with its interval (over seeds too) and Wilcoxon's signed-rank test (two-sided)"
     pairs = paired(scores, a, b, metric)
     difference = pairs.a - pairs.b
-    value, low, high = bootstrap(pairs.assign(label="", difference=difference), "difference", 2000, level, seed)
     sides = [choose(scores, method) for method in (a, b)]
-    if np.isfinite(low) and any("seed" in side and side.seed.nunique() > 1 for side in sides):
+    if all(_with_seed(side).seed.nunique() < 2 for side in sides):
+        value, low, high = bootstrap(pairs.assign(label="", difference=difference), "difference", 2000, level, seed)
+    else:
+        value = float(difference.groupby(pairs.task).mean().mean())
         low, high = _over_seeds(sides, metric, level, seed)
     # Rounding must not turn equal scores into a signed rank
     exact = difference.round(12)
@@ -291,13 +293,15 @@ def compare(
 
 
 def _over_seeds(sides: list[pd.DataFrame], metric: str, level: float, seed: int, n: int = 2000) -> tuple[float, float]:
-    "Percentiles of the paired difference over draws of cases, and of the seeds of each side"
+    "Percentiles of the paired difference over draws of cases, and of the seeds of each side; NaN for a task of one case"
     key = ["task", "case", "label"]
     rated = [set(side.dropna(subset=[metric]).set_index(key).index) for side in sides]
     shared = pd.MultiIndex.from_tuples(sorted(set.intersection(*rated)), names=key)
     # One column a seed: the mean over the classes of a case
     sides = [_with_seed(side).set_index(key).loc[shared].reset_index() for side in sides]
     sides = [side.groupby(["task", "case", "seed"])[metric].mean().reset_index().assign(label="") for side in sides]
+    if sides[0].groupby("task").case.nunique().min() < 2:
+        return float("nan"), float("nan")
     _, drawn = shared_draws(sides, metric, n, seed)
     low, high = np.nanquantile(drawn[:, 0] - drawn[:, 1], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

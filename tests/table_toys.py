@@ -30,6 +30,11 @@ def toy_scores(seeds=(0, 1), cases=4, seed=0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def toy_released(name="cads_open_551", backbone="resenc_l", seeds=(0, 1), cases=4, seed=3) -> pd.DataFrame:
+    "Rows of scores.csv of a public pretrained model"
+    return pd.DataFrame(_rows(np.random.default_rng(seed), 0.1, backbone, name, seeds, cases))
+
+
 def toy_ablations(seeds=(0, 1), cases=4, seed=1, names=tuple(VARIANTS)) -> pd.DataFrame:
     "Rows of ablations.csv"
     generator, rows = np.random.default_rng(seed), []
@@ -90,6 +95,8 @@ def write_tables(folder: Path, empty: bool = False) -> None:
     if empty:
         models = tables["models"]
         tables |= dict(ablations=ablations.iloc[:0], models=models[models.ablation.isna()], features=tables["features"][["profile", "variant", "step"]][:0])
+    else:
+        tables["scores"] = pd.concat([scores, toy_released()], ignore_index=True)
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv", index=False)

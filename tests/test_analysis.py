@@ -138,3 +138,12 @@ def test_pathology_notebook_without_pretraining_says_so(project):
     scores = toy_scores()
     scores[scores.init == "scratch"].to_csv(project / "results/mini/scores.csv", index=False)
     assert run_paper("pathology")["table"].empty
+
+
+@pytest.mark.parametrize("name", ["backbones", "claims", "main_table", "scratch_predicts_pretrained", "scratch_vs_pretrained", "study_design"])
+def test_a_released_model_is_in_the_main_table_and_mixed_into_nothing_else(project, name):
+    (project / "data/published.csv").write_text((HERE / "data/published.csv").read_text())
+    write_tables(project / "results/mini")
+    run_paper(name)
+    pages = "".join(path.read_text() for path in (project / "results/mini" / name).glob("*.html"))
+    assert ("cads_open_551" in pages) == (name in ("main_table", "claims"))

@@ -287,6 +287,41 @@ def test_main_table_of_two_corpora_gives_the_reported_figure_once():
     assert (table.reported_dsc_percent == 82.95).sum() == 1
 
 
+def test_rows_at_another_patch_have_no_mean_unless_all_tasks_ran():
+    scores = make_scores(share_nan=0)
+    small = scores[scores.backbone == "mednext_v2_tiny"].assign(ablation="scaling", variant="context", patch="48x48x16")
+    everything = main_table(scores, published(), small)
+    assert everything[everything.side == 48].mean_dsc.notna().all() and (everything.side == 48).sum() == 2
+    part = main_table(scores, published(), small[small.task == "abdomen_ct"])
+    rows = part[part.side == 48]
+    assert rows.mean_dsc.isna().all() and rows.liver_lesion_ct_dsc.isna().all() and rows.abdomen_ct_dsc.notna().all()
+    assert rows.reported_dsc_percent.isna().all()
+    cells = main_table_shown(part, {}, "mini")[("regenerated, profile mini: DSC over NSD, %", "liver_lesion_ct")]
+    assert cells[part.side == 48].eq("not run").all() and not cells[part.side == 32].eq("not run").any()
+    # What was run as a main run is not shown twice
+    again = scores[scores.backbone == "mednext_v2_tiny"].assign(ablation="scaling", variant="base")
+    assert len(main_table(scores, published(), again)) == len(main_table(scores, published()))
+
+
+def test_reported_rows_stand_beside_the_same_patch():
+    wide = make_scores(backbones=("mednext_v2_base",)).assign(patch="192x192x96")
+    narrow = wide[wide.init == "corpus_ct"].assign(patch="128x128x96", ablation="scaling", variant="base")
+    table = main_table(wide, published(), narrow).query("backbone == 'mednext_v2_base' and init == 'corpus_ct'").set_index("side")
+    assert table.reported_dsc_percent.to_dict() == {192: 83.70, 128: 82.95}
+
+
+def test_what_cannot_be_told_from_the_best_is_marked():
+    scores = make_scores(share_nan=0, cases=12, seeds=(0, 1, 2))
+    clear = scores.backbone == "unet"
+    scores.loc[clear, "dsc"] = 0.01 * scores.dsc[clear]
+    table = main_table(scores, published()).query("init.notna()")
+    apart = dict(zip(zip(table.backbone, table.init), table.mean_dsc_apart))
+    assert apart["unet", "scratch"] is True and apart["unet", "corpus_ct"] is True
+    assert {apart["mednext_v2_tiny", init] for init in ("scratch", "corpus_ct")} == {None, False}
+    cells = main_table_shown(table, {}, "mini")[("regenerated, profile mini: DSC over NSD, %", "mean of tasks")]
+    assert [" ≈<br>" in cell for cell in cells] == [told == False for told in table.mean_dsc_apart]  # noqa: E712
+
+
 def test_main_table_shown_says_what_is_missing():
     scores = make_scores(share_nan=0)
     scores.loc[scores.backbone == "unet", "dsc"] = 0.123
@@ -439,6 +474,7 @@ def project(tmp_path, monkeypatch):
     scores = make_scores(tasks={name: tuple(task.labels) for name, task in tasks.items()}, cases=3)
     scores["group"] = [tasks[task].groups[label] for task, label in zip(scores.task, scores.label)]
     (tmp_path / "results/mini").mkdir(parents=True)
+    pd.DataFrame(columns=["ablation", "variant", *scores]).to_csv(tmp_path / "results/mini/ablations.csv", index=False)
     scores.to_csv(tmp_path / "results/mini/scores.csv", index=False)
     generator = np.random.default_rng(0)
     for name, task in tasks.items():
