@@ -147,3 +147,17 @@ def test_a_released_model_is_in_the_main_table_and_mixed_into_nothing_else(proje
     run_paper(name)
     pages = "".join(path.read_text() for path in (project / "results/mini" / name).glob("*.html"))
     assert ("cads_open_551" in pages) == (name in ("main_table", "claims"))
+
+
+def test_rows_of_shorter_trainings_are_not_in_the_main_table(project):
+    (project / "data/published.csv").write_text((HERE / "data/published.csv").read_text())
+    write_tables(project / "results/mini")
+    at = project / "results/mini/ablations.csv"
+    table = pd.read_csv(at)
+    table.loc[table.variant == "context", "patch"] = "48x48x16"
+    table.to_csv(at, index=False)
+    assert (run_paper("main_table")["table"].side == 48).sum() == 2
+    models = pd.read_csv(project / "results/mini/models.csv")
+    models.loc[models.ablation == "scaling", "steps"] = 60
+    models.to_csv(project / "results/mini/models.csv", index=False)
+    assert not (run_paper("main_table")["table"].side == 48).any()

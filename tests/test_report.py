@@ -475,6 +475,7 @@ def project(tmp_path, monkeypatch):
     scores["group"] = [tasks[task].groups[label] for task, label in zip(scores.task, scores.label)]
     (tmp_path / "results/mini").mkdir(parents=True)
     pd.DataFrame(columns=["ablation", "variant", *scores]).to_csv(tmp_path / "results/mini/ablations.csv", index=False)
+    pd.DataFrame(columns=["ablation", "variant", "role", "steps"]).to_csv(tmp_path / "results/mini/models.csv", index=False)
     scores.to_csv(tmp_path / "results/mini/scores.csv", index=False)
     generator = np.random.default_rng(0)
     for name, task in tasks.items():
