@@ -308,8 +308,8 @@ def table_latex(
     table: pd.DataFrame,  # As a reader should see it; column levels become header rows
     caption: str,
     label: str,
-) -> str:  # Needs \\usepackage{booktabs}
-    "A table for LaTeX; NaN reads \"not available\""
+) -> str:  # Needs \\usepackage{booktabs,graphicx}
+    "A table for LaTeX, as wide as the page at most; NaN reads \"not available\""
     def shown(value) -> str:
         if isinstance(value, float):
             return MISSING if np.isnan(value) else f"{value:.2f}"
@@ -322,7 +322,16 @@ def table_latex(
     titles = list(map(title, table.columns))
     titles = pd.MultiIndex.from_tuples(titles) if table.columns.nlevels > 1 else titles
     text = pd.DataFrame(cells, columns=titles, dtype=object)
-    return text.to_latex(index=False, escape=False, caption=latex(caption), label=f"tab:{label}", position="tb")
+    # Sentences are set as paragraphs; scores with intervals are long too, and stay on a line
+    sentences = [column.str.contains(r"[a-z]{2,} [a-z]{2,} .*[a-z]{2,}").any() and column.str.len().max() > 45 for _, column in text.items()]
+    kinds = "".join("p{4cm}" if is_text else "l" for is_text in sentences)
+    lines = text.to_latex(
+        index=False, escape=False, caption=latex(caption), label=f"tab:{label}", position="tb", column_format=kinds, multicolumn_format="c"
+    )
+    if len(kinds) > 7:
+        begin, end = r"\begin{tabular}", r"\end{tabular}"
+        lines = lines.replace(begin, r"\resizebox{\linewidth}{!}{" + begin).replace(end, end + "}")
+    return lines
 
 
 def save_table(

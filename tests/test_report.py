@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 
 import matplotlib
 import numpy as np
@@ -586,3 +588,19 @@ def test_read_scores_says_how_to_make_them(project):
     assert "001" in set(report.read_scores("mini").case)
     with pytest.raises(FileNotFoundError, match="run `make repro PROFILE=paper`"):
         report.read_scores("paper")
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX here")
+def test_latex_compiles_and_stays_on_the_page(tmp_path):
+    scores = make_scores()
+    shown = main_table_shown(main_table(scores, published()), {"abdomen_ct": "Abdomen_<CT> & 50 %"}, "mini")
+    words = pd.DataFrame({"claim": ["One ≈ sentence that is far longer than any column of a page can be, ± 3 · 10³"] * 2, "n": [1.0, float("nan")]})
+    for name, table in {"wide": shown, "words": words}.items():
+        save_table(table, tmp_path, name, "A caption with 95 % – and _more_", table)
+        (tmp_path / f"{name}_page.tex").write_text(
+            "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\\input{%s.tex}\\end{document}" % name
+        )
+        command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", f"{name}_page.tex"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:]
+        assert "too wide" not in done.stdout
