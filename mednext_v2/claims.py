@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST', 'VERDICTS', 'MARGIN', 'CLAIMS', 'Evidence', 'verdict', 'size', 'from_scratch', 'pretrained', 'ablation_of',
            'suboptimal', 'predicts', 'representation', 'released', 'stronger', 'pathology', 'modality', 'Claim',
-           'reported', 'ledger', 'ledger_shown']
+           'reported', 'ledger', 'ledger_shown', 'ledger_markdown']
 
 # %% ../nbs/50b_claims.ipynb #imports
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from .analysis import effects, group_gains
+from .core import root
 from .report import MISSING, counts, published
 from .stats import choose, compare, compare_all, means, scratch_predicts
 
@@ -267,3 +268,16 @@ def ledger_shown(
             "verdict": [f"<b>{word}</b>" for word in table.verdict],
         }
     )
+
+
+def ledger_markdown(
+    profile: str,  # Whose `results/<profile>/claims/claims.csv` is read
+) -> str:  # A table
+    "The ledger of a profile for a page in Markdown; FileNotFoundError says how to make it"
+    path = root() / "results" / profile / "claims/claims.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run `make repro PROFILE={profile}`")
+    table = ledger_shown(pd.read_csv(path).fillna({"of": "", "reported": MISSING}))
+    table = table.drop(columns=["reported in the paper, DSC %", "rule"])
+    rows = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(str(cell).replace("<b>", "**").replace("</b>", "**").replace("|", "\\|") for cell in row) + " |" for row in rows)

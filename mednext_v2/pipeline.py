@@ -529,6 +529,9 @@ def readme(
 
     notebook = nbformat.read(notebook or root() / "nbs/index.ipynb", as_version=4)
     notebook.cells = [cell for cell in notebook.cells if not cell.source.startswith("#| hide")]
+    shown = [cell for cell in notebook.cells if cell.source.startswith("#| echo: false")]  # Quarto's word for: its output alone
+    for cell in shown:
+        cell.cell_type, cell.source = "markdown", "\n\n".join(one["data"]["text/markdown"] for one in cell.outputs)
     notebook.metadata["language_info"] = {"name": "python"}
     text, _ = MarkdownExporter().from_notebook_node(notebook)
     return "<!-- Written by `make readme` from nbs/index.ipynb: edit that -->\n" + text.replace("](../", "](").replace('("../', '("')
