@@ -1,0 +1,92 @@
+"Numbers in the README and in the prose of the paper's notebooks: each is a name, or is counted here anew"
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from mednext_v2.backbones import BACKBONES
+from mednext_v2.claims import CLAIMS, ledger_markdown
+from mednext_v2.plan import settings
+from mednext_v2.report import published
+from mednext_v2.scaling import count_parameters, create_model
+from mednext_v2.tasks import get_task
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+WORDS = dict(zip("one two three four five six seven eight nine ten".split(), range(1, 11)))
+NAMES = (
+    r"MedNeXt-v[12]|MedNeXtv[12]|mednext_v2|\bv[12]\b|\b3D\b|arXiv:[\d.]+|Roy et al\., \d{4}|Python 3\.\d+|HDF5|Apache-2\.0|A100"
+    r"|ResEnc-L|100 − DSC|95 % (bootstrap )?interval"
+)
+
+
+def prose(text: str) -> str:
+    "Text without code, outputs, tables, targets of links and names that have a digit"
+    text = re.sub(r"```.*?```|^    .*?$|^\|.*?$", "", text, flags=re.S | re.M)
+    return re.sub(NAMES, "", re.sub(r"`[^`]*`|\]\([^)]*\)|https?://\S+|<!--.*?-->", "", text))
+
+
+def wide() -> int:
+    with torch.device("meta"):
+        return count_parameters(create_model("wide", 1, 3))
+
+
+def hours(profile: str) -> float:
+    "Of training, two side by side"
+    return pd.read_csv(ROOT / "results" / profile / "models.csv").seconds.sum() / 2 / 3600
+
+
+FACTS = {  # What the README says, and what it is
+    r"\(([\d,]+) parameters\)": lambda: f"{wide():,}",
+    r"\b(\d+) steps show that": lambda: re.search(r"--set steps=(\d+)", README)[1],
+    r"scans at (\d+) mm": lambda: f"{get_task('abdomen_ct').spacing[0]:g}",
+    r"made on (\d+),000 scans": lambda: re.search(r"CADS \((\d+)k CT\)", " ".join(published().query("backbone == 'mednext_v2_base'").pretraining))[1],
+    r"\b(\d+) networks stand in one registry": lambda: str(len(BACKBONES)),
+}
+COUNTED = {  # The same for numbers in words
+    r"on (\w+) real scans": lambda: len(list((ROOT / "data/seeds").glob("*_label.nii.gz"))),
+    r"deformed into (\w+) tasks": lambda: len(settings("mini")["axes"]["tasks"]),
+    r"(\w+) networks of similar size": lambda: len(settings("study")["axes"]["backbones"]),
+    r"deformed scans, (\w+) seeds": lambda: len(settings("study")["seeds"]),
+    r"with (\w+) seeds and more test cases": lambda: len(settings("study")["seeds"]),
+    r"own settings, (\w+) folds": lambda: len(settings("paper")["axes"]["folds"]),
+    r"folds and (\w+) public pretrained": lambda: len(settings("paper")["axes"]["released"]),
+    r"the paper's (\w+) claims": lambda: len(CLAIMS),
+}
+
+
+@pytest.mark.parametrize("pattern", FACTS)
+def test_a_number_of_the_readme_is_what_it_counts(pattern):
+    assert set(re.findall(pattern, prose(README))) == {FACTS[pattern]()}
+
+
+@pytest.mark.parametrize("pattern", COUNTED)
+def test_a_number_in_words_is_what_it_counts(pattern):
+    found = re.findall(pattern, prose(README))
+    assert found and {WORDS[word.lower()] for word in found} == {COUNTED[pattern]()}
+
+
+def test_the_readme_has_no_other_number():
+    text = prose(README)
+    for pattern in FACTS:
+        text = re.sub(pattern, "", text)
+    assert not re.findall(r".{0,30}\d.{0,30}", text)
+
+
+def test_the_ledger_of_the_readme_is_that_of_the_study():
+    assert ledger_markdown("study") in README
+
+
+def test_the_forecast_of_the_readme_is_near_what_the_trainings_took():
+    said = re.search(r"in about (half an hour|an hour) on two", README)[1]
+    assert {"half an hour": 0.5, "an hour": 1}[said] == pytest.approx(hours("mini"), rel=0.4)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs/paper").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_prose_beside_a_figure_holds_no_number(path):
+    cells = json.loads(path.read_text())["cells"]
+    text = prose("\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"))
+    assert not re.findall(r".{0,30}\d.{0,30}", text)
