@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from .inference import evaluating
 from .report import COLUMN, METRICS, MISSING, backbone_title, house_style
 from .stats import choose, compare, declared_mean, seed_draws, shared_draws
 
@@ -183,6 +182,7 @@ def look_at_channels(
 ) -> None:
     "Run a network and look at what each block projects; ValueError for a network without such blocks"
     from mednext_v2.blocks import MedNeXtBlock
+    from mednext_v2.inference import evaluating
 
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, MedNeXtBlock)}
     if not blocks:
