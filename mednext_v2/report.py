@@ -200,9 +200,9 @@ LOOKS = {  # Name in the registry: title for readers, colour
     "mednext_v1_medium_k5": ("MedNeXt-v1 Medium (kernel 5)", "#7A9E7E"),
     "mednext_v1_large_k5": ("MedNeXt-v1 Large (kernel 5)", "#C2C26B"),
     "nnunet_plain": ("nnU-Net (plain)", "#004C80"),
-    "resenc_m": ("nnU-Net ResEnc-M", "#7FB8DA"),
-    "resenc_l": ("nnU-Net ResEnc-L", "#3A8FC4"),
-    "resenc_xl": ("nnU-Net ResEnc-XL", "#1B5E8C"),
+    "resenc_m": ("nnU-Net ResEnc-M", "#A5D8F3"),
+    "resenc_l": ("nnU-Net ResEnc-L", "#56B4E9"),
+    "resenc_xl": ("nnU-Net ResEnc-XL", "#2A8CC4"),
     "stunet_small": ("STU-Net-S", "#BCA9DD"),
     "stunet_base": ("STU-Net-B", "#9779C7"),
     "stunet_large": ("STU-Net-L", "#7149AD"),
@@ -216,7 +216,7 @@ LOOKS = {  # Name in the registry: title for readers, colour
     "primus_m": ("Primus-M", "#C94040"),
     "primus_l": ("Primus-L", "#8E1B1B"),
 }
-SPARE = ("#56B4E9", "#332288", "#777777", "#AA3377", "#661100", "#6699CC")
+SPARE = ("#DDAA33", "#332288", "#777777", "#AA3377", "#661100", "#6699CC")
 
 
 def backbone_colour(
@@ -273,7 +273,7 @@ def save_figure(
 
 TABLE_STYLE = (
     "table{border-collapse:collapse;font:13px/1.5 sans-serif}caption{text-align:left;max-width:60em;padding:6px 0}"
-    "th,td{padding:3px 10px;text-align:left;white-space:nowrap}thead tr:last-child th{border-bottom:1px solid}"
+    "th,td{padding:3px 10px;text-align:left;white-space:nowrap}td.long{white-space:normal;min-width:15em;max-width:24em}thead tr:last-child th{border-bottom:1px solid}"
     "thead tr:first-child th{border-top:2px solid}tbody tr:last-child td,tbody tr:last-child th{border-bottom:2px solid}"
 )
 
@@ -287,6 +287,7 @@ def table_html(
     body = table.to_html(
         index=False, na_rep=MISSING, border=0, float_format="{:.2f}".format, escape=escape_cells
     ).replace(' halign="left"', "")
+    body = re.sub(r"<td>(?=[^<]{46})", '<td class="long">', body)
     head, rest = body.split(">", 1)
     return f"<style>{TABLE_STYLE}</style>\n{head}>\n  <caption>{escape(caption)}</caption>{rest}\n"
 
