@@ -8,7 +8,7 @@ __all__ = ['CHECKPOINTING', 'MedNeXtBlock', 'DownBlock', 'UpBlock', 'OutBlock']
 # %% ../nbs/11_blocks.ipynb #imports
 import torch
 import torch.nn.functional as F
-from .fused import can_fuse, fused_block
+from .fused import can_fuse, fused_block, pointwise
 from .grn import STATS, global_response_norm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -92,6 +92,8 @@ class UpBlock(MedNeXtBlock):
 class OutBlock(nn.Module):
     "Scores per class: `(N, C, X, Y, Z)` to `(N, num_classes, X, Y, Z)`"
 
+    fused = True
+
     def __init__(
         self,
         channels: int,  # Channels that come in
@@ -101,4 +103,4 @@ class OutBlock(nn.Module):
         self.conv_out = nn.ConvTranspose3d(channels, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv_out(x)
+        return pointwise(self.conv_out, x) if self.fused else self.conv_out(x)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from .blocks import DownBlock, MedNeXtBlock, OutBlock, UpBlock
+from .fused import pointwise
 from .grn import STATS
 from torch import Tensor, nn
 
@@ -100,6 +101,8 @@ def check_input(
 class MedNeXt(nn.Module):
     "`(N, in_channels, X, Y, Z)` to scores `(N, num_classes, X, Y, Z)`; with deep supervision a list, finest first"
 
+    fused = True  # The stem; `use_fused` turns it off with the blocks
+
     def __init__(
         self,
         arch: Arch,  # What it looks like
@@ -138,7 +141,7 @@ class MedNeXt(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_input(x.shape, self.in_channels, self.stride)
         levels, skips = self.arch.levels, []
-        x = self.stem(x)
+        x = pointwise(self.stem, x) if self.fused else self.stem(x)
         for i in range(levels):
             x = self.get_submodule(f"enc_block_{i}")(x)
             skips.append(x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from mednext_v2.blocks import DownBlock, MedNeXtBlock, UpBlock
-from mednext_v2.fused import can_fuse, use_fused
+from mednext_v2.fused import can_fuse, pointwise, use_fused
 from mednext_v2.model import Arch, MedNeXt
 from torch import nn
 
@@ -90,6 +90,50 @@ def test_autocast_gives_its_dtype_and_finite_gradients():
     assert found[0][0].dtype == plain[0][0].dtype == torch.bfloat16
     assert all(value.isfinite().all() for value in found[1])
     assert error(found[0], expected[0]) <= 1.5 * error(plain[0], expected[0])
+
+
+@pytest.mark.parametrize("conv", [
+    nn.Conv3d(3, 5, 1), nn.Conv3d(3, 5, 1, stride=2), nn.ConvTranspose3d(3, 5, 1), nn.ConvTranspose3d(3, 5, 1, stride=2),
+    nn.Conv3d(3, 5, 1, bias=False), nn.Conv3d(3, 6, 1, groups=3), nn.Conv3d(3, 5, 3, padding=1), nn.ConvTranspose3d(3, 5, 1, stride=3),
+    nn.Conv3d(3, 5, 1, stride=(1, 2, 1)), nn.Conv3d(3, 5, 1, padding=1), nn.Identity(),
+])
+def test_pointwise_is_the_convolution(conv):
+    conv, x = conv.double(), torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
+    expected, found = run(conv, x), run(network_of(conv), x)
+    assert all(torch.allclose(a, b) for a, b in zip(found[0] + found[1], expected[0] + expected[1]))
+    seen = []
+    conv.register_forward_hook(lambda module, args, out: seen.append(out))
+    pointwise(conv, x)
+    assert len(seen) == 1
+
+
+def network_of(conv):
+    "A network that is `pointwise` of a convolution"
+
+    class Pointwise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x):
+            return pointwise(self.conv, x)
+
+    return Pointwise()
+
+
+def test_gradients_stay_channels_last_and_work_memory_is_shared_by_inference():
+    from mednext_v2 import fused
+
+    model, seen = random_network(), []
+    for name, module in model.named_modules():
+        if isinstance(module, MedNeXtBlock):
+            module.register_full_backward_hook(lambda module, into, out: seen.append(out[0]))
+    x = torch.randn(1, 1, 16, 16, 16)
+    with torch.inference_mode():
+        expected = model(x).clone()
+    model(x).square().mean().backward()  # Memory that inference mode made could not be written to here
+    assert seen and all(grad.is_contiguous(memory_format=torch.channels_last_3d) for grad in seen)
+    assert torch.equal(model(x), expected) and fused.KEPT.__dict__[torch.float32].numel() > 0
 
 
 @pytest.mark.parametrize("part", ["conv1", "norm", "conv2", "conv3", "res_conv"])
