@@ -456,7 +456,7 @@ def main_table_shown(
             values = table[[f"{name}_{metric}{end}" for end in ("", "_low", "_high")]].to_numpy(float)
             best = np.nanmax(values[:, 0]) if np.isfinite(values[:, 0]).any() else None
             apart = table[f"{name}_{metric}_apart"]
-            texts = [score_text(*row) + (" ≈" if told is not None and told == False else "") for row, told in zip(values, apart)]  # noqa: E712
+            texts = [score_text(*row) + (" ≈" if told is False else "") for row, told in zip(values, apart)]
             lines.append([f"<b>{t}</b>" if row[0] == best else t for t, row in zip(texts, values)])
         title = "mean of tasks" if name == "mean" else escape(titles.get(name, name))
         cells = ["<br>".join(pair) if pair[0] != pair[1] else pair[0] for pair in zip(*lines)]

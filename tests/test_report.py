@@ -321,7 +321,7 @@ def test_what_cannot_be_told_from_the_best_is_marked():
     assert apart["unet", "scratch"] is True and apart["unet", "corpus_ct"] is True
     assert {apart["mednext_v2_tiny", init] for init in ("scratch", "corpus_ct")} == {None, False}
     cells = main_table_shown(table, {}, "mini")[("regenerated, profile mini: DSC over NSD, %", "mean of tasks")]
-    assert [" ≈<br>" in cell for cell in cells] == [told == False for told in table.mean_dsc_apart]  # noqa: E712
+    assert [" ≈<br>" in cell for cell in cells] == [told is False for told in table.mean_dsc_apart]
 
 
 def test_main_table_shown_says_what_is_missing():
