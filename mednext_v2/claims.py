@@ -15,7 +15,7 @@ import pandas as pd
 
 from .analysis import effects, group_gains
 from .core import root
-from .report import MISSING, counts, published
+from .report import MISSING, backbone_title, counts, published
 from .stats import choose, compare, compare_all, means, scratch_predicts
 
 # %% ../nbs/50b_claims.ipynb #evidence
@@ -96,7 +96,7 @@ def suboptimal(tables) -> Evidence | None:
     found = compare_all(scores, ["backbone"], against={"backbone": "unet"})
     best = found.loc[found.difference.idxmax()]
     holds = bool(best.low > 0 and best.p_holm < 0.05)
-    return Evidence(best.difference, best.low, best.high, holds, **size(scores), detail=f"{best.a} less unet, DSC from scratch")
+    return Evidence(best.difference, best.low, best.high, holds, **size(scores), detail=f"{backbone_title(best.a)} less {backbone_title('unet')}, DSC from scratch")
 
 
 def predicts(tables) -> Evidence | None:
@@ -154,7 +154,7 @@ def stronger(tables) -> Evidence | None:
     best, worst = order[-1], order[0]
     found = compare(later, {"backbone": best}, {"backbone": worst})
     both = later[later.backbone.isin([best, worst])]
-    detail = f"{best} less {worst} after pretraining; the order is that from scratch"
+    detail = f"{backbone_title(best)} less {backbone_title(worst)} after pretraining; the order is that from scratch"
     return Evidence(found["difference"], found["low"], found["high"], found["low"] > 0, **size(both), detail=detail)
 
 
