@@ -192,3 +192,12 @@ def test_two_processes_average_their_gradients(tmp_path):
     most = max(parameter.grad.abs().max() for parameter in model.parameters())
     for value, parameter in zip(found, model.parameters()):
         assert (torch.from_numpy(value) - parameter.grad).abs().max() < 1e-5 * most
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "expansion", "block"])
+def test_a_compiled_network_is_one_graph(checkpointing):
+    from torch import _dynamo
+
+    _dynamo.reset()
+    found = _dynamo.explain(random_network(deep_supervision=True, checkpointing=checkpointing))(torch.randn(1, 1, 16, 16, 16))
+    assert found.graph_count == 1 and found.graph_break_count == 0
