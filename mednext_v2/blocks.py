@@ -60,8 +60,6 @@ class MedNeXtBlock(nn.Module):
         return self.conv3(x)
 
     def _block(self, x: Tensor) -> Tensor:
-        if self.fused and can_fuse(self, x):
-            return fused_block(self, x, stream=self.checkpointing == "expansion")
         return self._run(self._expansion, self.conv1(x), "expansion") + self.res_conv(x)
 
     def _run(self, function, x: Tensor, part: str) -> Tensor:
@@ -71,6 +69,8 @@ class MedNeXtBlock(nn.Module):
         return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused and can_fuse(self, x):
+            return fused_block(self, x)  # Keeps its input alone, so there is nothing left to checkpoint
         return self._run(self._block, x, "block")
 
 # %% ../nbs/11_blocks.ipynb #resample

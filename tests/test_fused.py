@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from mednext_v2.blocks import DownBlock, MedNeXtBlock, UpBlock
+from mednext_v2 import fused
 from mednext_v2.fused import can_fuse, pointwise, use_fused
 from mednext_v2.model import Arch, MedNeXt
 from torch import nn
@@ -121,19 +122,74 @@ def network_of(conv):
     return Pointwise()
 
 
-def test_gradients_stay_channels_last_and_work_memory_is_shared_by_inference():
-    from mednext_v2 import fused
-
+def test_gradients_stay_channels_last_and_inference_is_the_same():
     model, seen = random_network(), []
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, MedNeXtBlock):
             module.register_full_backward_hook(lambda module, into, out: seen.append(out[0]))
     x = torch.randn(1, 1, 16, 16, 16)
     with torch.inference_mode():
         expected = model(x).clone()
-    model(x).square().mean().backward()  # Memory that inference mode made could not be written to here
+    model(x).square().mean().backward()
     assert seen and all(grad.is_contiguous(memory_format=torch.channels_last_3d) for grad in seen)
-    assert torch.equal(model(x), expected) and fused.KEPT.__dict__[torch.float32].numel() > 0
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("grn", ["mean", "sum", None])
+@pytest.mark.parametrize("cls", [MedNeXtBlock, DownBlock, UpBlock])
+def test_large_samples_and_many_portions_are_the_same(cls, grn, monkeypatch):
+    "Rows come in portions, and what is held for small samples is worked out anew for large ones"
+    block = cls(3, 4 if cls is not MedNeXtBlock else None, ratio=2, grn=grn)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 3, 8, 7, 6)
+    expected = run(use_fused(copy.deepcopy(block).double(), on=False), x.double())
+    most = max(value.abs().max() for value in expected[1])
+    for held in (fused.HELD, 0):
+        monkeypatch.setattr(fused, "HELD", held)
+        for portion in (fused.EXPANDED, 6 * 64):
+            monkeypatch.setattr(fused, "EXPANDED", portion)
+            found = run(use_fused(block), x)
+            assert error(found[0], expected[0]) < 1e-5
+            assert all((a.double() - b).abs().max() < 1e-5 * most for a, b in zip(found[1], expected[1]))
+
+
+@pytest.mark.parametrize("scale, shift", [(1, 0), (1e-3, 10), (1, 1e4), (0, 3)])
+def test_moments_whatever_the_rows_that_are_looked_at_first(scale, shift):
+    torch.manual_seed(0)
+    x = scale * torch.randn(3001, 4, dtype=torch.float64) + shift
+    x[:: 3001 // 256 | 1, 1] += 1e3 * scale  # All of the first, and nothing else
+    x[1:, 2] = shift
+    mean, rstd = fused.moments(x.float(), 1e-5)
+    exact = x.float().double()
+    assert torch.allclose(mean.double(), exact.mean(0), rtol=1e-6, atol=1e-6 * scale)
+    # A sum of squares keeps what float32 keeps of a value less the mean
+    expected = (exact.var(0, correction=0) + 1e-5).rsqrt()
+    assert torch.allclose(rstd.double(), expected, rtol=1e-4 if shift == 1e4 else 1e-5)
+
+
+@pytest.mark.parametrize("rows, columns, out", [(1, 1, 1), (4000, 40, 50), (4000, 8, 50), (1000, 600, 3)])
+def test_products_in_every_shape(rows, columns, out):
+    a, weight, bias = torch.randn(rows, columns), torch.randn(out, columns), torch.randn(out)
+    for w in (weight, weight.t().contiguous().t()):
+        assert error([fused.products(a, w, bias)], [a.double() @ w.double().t() + bias]) < 1e-6
+    assert error([fused.outer_products(a, a @ weight.t())], [a.double().t() @ (a @ weight.t()).double()]) < 1e-5
+
+
+def test_a_block_keeps_its_input_alone(monkeypatch):
+    monkeypatch.setattr(fused, "HELD", 0)
+    model, kept = random_network(), {}
+    x = torch.randn(1, 1, 32, 32, 32)
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes if not isinstance(tensor, nn.Parameter) else 0
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    finest = ARCH["width"] * 32**3 * 4
+    # Two blocks, the way down and the head at the finest level; the stem has one channel, and other levels are an eighth and less
+    assert 4 * finest < sum(kept.values()) < 5 * finest
 
 
 @pytest.mark.parametrize("part", ["conv1", "norm", "conv2", "conv3", "res_conv"])
@@ -160,7 +216,7 @@ def test_exporters_and_compilers_see_the_plain_form():
     expected = use_fused(block, on=False)(x)
     use_fused(block)
     exported = torch.export.export(block, (x,))
-    assert not any("Expansion" in str(node.target) for node in exported.graph.nodes)
+    assert not any("Block" in str(node.target) for node in exported.graph.nodes)
     for other in (exported.module(), torch.jit.trace(block, x), torch.compile(block, backend="eager", fullgraph=True)):
         assert torch.allclose(other(x), expected, atol=1e-5)
 
