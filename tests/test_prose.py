@@ -81,8 +81,9 @@ def test_the_ledger_of_the_readme_is_that_of_the_study():
 
 
 def test_the_forecast_of_the_readme_is_near_what_the_trainings_took():
-    said = re.search(r"in about (half an hour|an hour) on two", README)[1]
-    assert {"half an hour": 0.5, "an hour": 1}[said] == pytest.approx(hours("mini"), rel=0.4)
+    "Trainings are about half of what there is to do"
+    said = re.search(r"in less than (half an hour|an hour) on two", README)[1]
+    assert hours("mini") < 0.8 * {"half an hour": 0.5, "an hour": 1}[said] < 3 * hours("mini")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs/paper").glob("*.ipynb")), ids=lambda path: path.stem)
