@@ -141,13 +141,14 @@ def expand(
 
 def expand_gradients(
     grad: Tensor,  # Shape `(S, out)`: of the result
+    d_d: Tensor,  # Shape `(S, C)`: where the gradient of `d` goes
     d: Tensor,  # As `expand` had it, like all that follow
     mean: Tensor,
     rstd: Tensor,
     norms: Tensor | None,
     weights: tuple,
     mean_stat: bool,
-) -> tuple:  # Of `d` and of `weights`, None for what is not there
+) -> tuple:  # Of `weights`, None for what is not there
     "Exact gradients of `expand`; that of the shortcut is `grad` itself"
     norm_w, norm_b, w1, b1, gamma, beta, w2, b2 = weights
     count, wide = len(d), len(w1)
@@ -180,7 +181,7 @@ def expand_gradients(
     else:
         d_w2 = grad_v
     back, back_d = w2.t(), (w1n * rstd).t()
-    d_d, grad_hat, d_b1 = torch.empty_like(d), torch.zeros_like(w1), torch.zeros_like(b1)
+    grad_hat, d_b1 = torch.zeros_like(w1), torch.zeros_like(b1)
     for place, cut in enumerate(cuts):
         if held:
             hat, u, v = held.pop(place)
@@ -202,7 +203,7 @@ def expand_gradients(
     level = -norm_w * out * rstd / count - slope * mean
     for cut in cuts:
         d_d[cut].addcmul_(d[cut], slope).add_(level)
-    return d_d, out_hat, out, grad_hat * norm_w + torch.outer(d_b1, norm_b), d_b1, d_gamma, d_beta, d_w2, d_b2
+    return out_hat, out, grad_hat * norm_w + torch.outer(d_b1, norm_b), d_b1, d_gamma, d_beta, d_w2, d_b2
 
 # %% ../nbs/10b_fused.ipynb #depthwise
 def spread_out(x: Tensor) -> Tensor:
@@ -291,7 +292,7 @@ class Block(torch.autograd.Function):
         d_d, totals = torch.empty_like(d), None
         for n in range(len(d)):
             mean, rstd, norms = stats[3 * n : 3 * n + 3]
-            d_d[n], *found = expand_gradients(rows[n], d[n], mean, rstd, norms, weights, ctx.mean_stat)
+            found = expand_gradients(rows[n], d_d[n], d[n], mean, rstd, norms, weights, ctx.mean_stat)
             totals = found if totals is None else [a if a is None else a.add_(b) for a, b in zip(totals, found)]
         del d
         d_x, d_weight = depthwise_gradients(volume(d_d, size), x, weight, ctx.kind)

@@ -12,6 +12,7 @@ from math import prod
 
 import pandas as pd
 import torch
+from .fused import parts, small
 from .model import Arch, MedNeXt, check_input
 from torch import nn
 from torch.func import functional_call
@@ -126,7 +127,7 @@ class Estimate:
     gradient_bytes: int
     optimizer_bytes: int  # AdamW's two running averages
     activation_bytes: int  # Kept from the forward pass for backward
-    working_bytes: int  # Needed for a moment in backward: gradients and what is recomputed
+    working_bytes: int  # Needed besides at the worst moment of backward: gradients of activations, and what is recomputed
 
     @property
     def total_bytes(self) -> int:
@@ -136,13 +137,41 @@ class Estimate:
 
 
 def _block_bytes(block: tuple, grn: str | None, size: int, checkpointing: str) -> tuple[int, int]:
-    "Bytes that a block keeps for backward, and bytes that its backward needs besides"
+    "Bytes that a sample of a block keeps for backward, and bytes that its backward needs besides"
     channels, ratio, outside, inside = block
     entry, middle = channels * outside * size, channels * inside * size
     expanded = ratio * middle
     everything = entry + channels * inside * 4 + middle + (3 if grn else 2) * expanded
     kept = {"none": everything, "expansion": entry + middle, "block": entry}[checkpointing]
     return kept, everything - kept + 2 * expanded  # The gradients on both sides of an operation
+
+
+def _fused_bytes(block: tuple, grn: str | None, batch: int) -> tuple[int, int]:
+    "The same of a batch in the fused form, in `float32`"
+    channels, ratio, outside, inside = block
+    entry, middle, expanded = channels * outside, channels * inside, ratio * channels * inside
+    held, portion = small(inside, ratio * channels), parts(inside, ratio * channels)[0].stop * ratio * channels
+    down, up = inside < outside, inside > outside
+    kept = batch * (entry + held * middle + down * middle)  # On the way down, the rows of the shortcut
+    end = batch * (2 * middle if down else middle // 2 if up else middle)  # What goes out has half or twice the channels
+    expanding = batch * (2 - held) * middle + 5 * portion + (middle + 2 * expanded if held and grn else 0)
+    convolving = batch * (middle + (2 if down else 1) * entry)  # What a stride spreads out is as large as what comes in
+    weights = 12 * ratio * channels**2  # The two of the expansion, scaled, and their gradients on the way
+    return 4 * kept, 4 * (end + weights + max(expanding, convolving))
+
+
+def _waiting(arch: Arch, patch: tuple[int, int, int], deep_supervision: bool) -> list[int]:
+    "For each block of `walk`, the values of gradients that wait, while it goes backward, for blocks that come later"
+    level_size = [width * prod(patch) // 8**level for level, width in enumerate(arch.channels)]
+    waiting = []
+    for place, depth in enumerate(arch.depths):
+        level = min(place, 2 * arch.levels - place)
+        skips, decoder = sum(level_size[:level]), place > arch.levels
+        heads = sum(level_size[level + 1 :]) if deep_supervision and place >= arch.levels else 0
+        if place:  # The block between two levels: on the way up, the skip of its own level waits as well
+            waiting.append(skips + heads + (level_size[level] if decoder else 0))
+        waiting += [skips + heads] * depth
+    return waiting
 
 
 def estimate(
@@ -154,24 +183,32 @@ def estimate(
     in_channels: int = 1,  # Channels of the image
     num_classes: int = 3,  # Classes, background included
     deep_supervision: bool = False,  # A head at every level?
+    fused: bool = False,  # As blocks run on a CPU, in `float32` and whatever the checkpointing? Else as on a GPU
 ) -> Estimate:
     "What a training step costs, from sizes alone; ValueError for an unknown precision or a patch that does not fit"
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    size, voxels = PRECISIONS[precision], prod(patch)
+    size, voxels, blocks = PRECISIONS[precision], prod(patch), walk(arch, patch)
     with torch.device("meta"):
         model = MedNeXt(arch, in_channels, num_classes, deep_supervision, checkpointing)
-    parameters = count_parameters(model)
-    costs = [_block_bytes(block, arch.grn, size, checkpointing) for block in walk(arch, patch)]
-    stem_and_head = (in_channels + arch.width) * voxels * size
+    if fused:
+        size, costs = 4, [_fused_bytes(block, arch.grn, batch) for block in blocks]
+    else:
+        costs = [[batch * cost for cost in _block_bytes(block, arch.grn, size, checkpointing)] for block in blocks]
+    kept = [batch * in_channels * voxels * size, *(cost for cost, _ in costs)]
+    head = batch * arch.width * voxels * size
+    # What is kept goes away block by block, from the last to the first
+    waiting = [batch * size * count for count in _waiting(arch, patch, deep_supervision)]
+    peak = max(sum(kept[: place + 2]) + working + waiting[place] for place, (_, working) in enumerate(costs))
+    parameters, activations = count_parameters(model), sum(kept) + head
     return Estimate(
         parameters=parameters,
         flops=batch * count_flops(model, patch),
         weight_bytes=parameters * (4 if precision == "fp32" else 6),
         gradient_bytes=parameters * 4,
         optimizer_bytes=parameters * 8,
-        activation_bytes=batch * (stem_and_head + sum(kept for kept, _ in costs)),
-        working_bytes=batch * max(working for _, working in costs),
+        activation_bytes=activations,
+        working_bytes=max(peak - activations, 0),
     )
 
 # %% ../nbs/13_scaling.ipynb #overview
