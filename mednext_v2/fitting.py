@@ -130,6 +130,8 @@ def network_for(
     recipe,  # A `Recipe`
     overrides: dict,  # Changes to the backbone's published size
     parent: str | Path | None = None,  # Model folder whose weights it will start from
+    device: str = "cpu",  # Whose free memory decides, where `checkpointing` is `auto`
+    processes: int = 1,  # That train together
 ):  # The network, and the patch it is to be trained with
     "A fresh network for a training, of its parent's size where the overrides leave it open"
     import torch
@@ -139,6 +141,9 @@ def network_for(
 
     uses, source = get_backbone(backbone).uses, read_card(parent) if parent else None
     known = source.overrides if source and source.backbone == backbone else {}
+    overrides, auto = dict(overrides), overrides.get("checkpointing") == "auto"
+    if auto:
+        del overrides["checkpointing"]
 
     def built(patch: tuple[int, ...]):
         fixed = {name: value for name, value in (("patch", patch), ("spacing", data.task.spacing)) if name in uses}
@@ -147,6 +152,16 @@ def network_for(
     with torch.device("meta"):
         trial = built(recipe.patch)
     patch = fit_patch(recipe.patch, data.shape, trial.strides)
+    if auto and hasattr(trial, "arch"):
+        from mednext_v2.launch import available_memory
+        from mednext_v2.scaling import cheapest_checkpointing
+
+        gpu = device.startswith("cuda")
+        overrides["checkpointing"] = cheapest_checkpointing(
+            trial.arch, patch, int(0.8 * available_memory(device)) // (1 if gpu else processes),
+            batch=max(1, recipe.batch // (processes * recipe.accumulate)), precision=recipe.precision, in_channels=data.in_channels,
+            num_classes=data.outputs, deep_supervision=recipe.deep_supervision, fused=not gpu,
+        )
     network = built(patch)
     return network, getattr(network, "input_size", None) or patch
 
@@ -209,7 +224,7 @@ def forecast_fit(
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device, parts = found if device == "auto" else device, processes * recipe.accumulate
     with torch.device("meta"):
-        network, patch = network_for(data, backbone, recipe, overrides, parent)
+        network, patch = network_for(data, backbone, recipe, overrides, parent, device, processes)
     others = overrides_of(network)
     others.pop("patch", None)  # The step has its own
     step = Step(
@@ -228,7 +243,7 @@ def train_model(
     backbone: str,
     recipe,  # A `Recipe`; its patch is made no larger than the volumes of the data
     folder: str | Path,  # Checkpoints, curves and run.json; an interrupted training of the same identity goes on
-    overrides: dict | None = None,  # Changes to the backbone's published size; `checkpointing` of a MedNeXt
+    overrides: dict | None = None,  # Changes to the backbone's published size; `checkpointing` of a MedNeXt, `auto` for what memory allows
     parent: str | Path | None = None,  # Model folder whose weights it starts from; None from scratch
     start: dict | None = None,  # How: options of `adapt.transfer`, e.g. mapping, scope, convert
     seed: int = 0,
@@ -248,7 +263,10 @@ def train_model(
 
     data = read_data(data, heads)
     torch.manual_seed(seed)
-    model, patch = network_for(data, backbone, recipe, overrides or {}, parent)
+    device = options.get("device", "auto")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, patch = network_for(data, backbone, recipe, overrides or {}, parent, device, int(os.environ.get("WORLD_SIZE", 1)))
     recipe, source = replace(recipe, patch=patch), start_from(parent, model, data, start or {}, folder)
     what = dict(prepared=data.read_by_sampler, labels=data.space, allow=tuple(allow))
     validate = patch_validation(recipe, **what) if recipe.validate_every else None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PRECISIONS', 'get_arch', 'create_model', 'count_parameters', 'scale', 'count_flops', 'walk', 'Estimate',
-           'estimate', 'overview']
+           'estimate', 'cheapest_checkpointing', 'overview']
 
 # %% ../nbs/13_scaling.ipynb #imports
 from dataclasses import dataclass, fields, replace
@@ -12,6 +12,7 @@ from math import prod
 
 import pandas as pd
 import torch
+from .blocks import CHECKPOINTING
 from .fused import parts, small
 from .model import Arch, MedNeXt, check_input
 from torch import nn
@@ -210,6 +211,19 @@ def estimate(
         activation_bytes=activations,
         working_bytes=max(peak - activations, 0),
     )
+
+# %% ../nbs/13_scaling.ipynb #cheapest
+def cheapest_checkpointing(
+    arch: Arch,  # The network
+    patch: tuple[int, int, int],  # Sides of a training patch
+    budget: int,  # Bytes for the whole step
+    **options,  # Further arguments of `estimate`
+) -> str:  # `none`, `expansion` or `block`
+    "What recomputes least and fits; `block` if nothing does"
+    for checkpointing in CHECKPOINTING:
+        if estimate(arch, patch, checkpointing=checkpointing, **options).total_bytes <= budget:
+            break
+    return checkpointing
 
 # %% ../nbs/13_scaling.ipynb #overview
 def overview(

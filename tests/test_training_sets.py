@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from data_toys_convert import write_cads
-from mednext_v2 import cli, launch, trainer
+from mednext_v2 import cli, fitting, launch, trainer
 from mednext_v2.adapt import class_channels
 from mednext_v2.backbones import BACKBONES, create, load_model
 from mednext_v2.convert import CADS_GROUPS, CADS_LEVELS, cads_annotated, convert
@@ -23,6 +23,7 @@ from mednext_v2.inference import predict
 from mednext_v2.mixture import union_labels
 from mednext_v2.prepare import Prepared, prepare
 from mednext_v2.recipe import Recipe, get_recipe
+from mednext_v2.scaling import estimate
 from mednext_v2.tasks import Task, get_task, partial_cases, write_dataset, write_volume
 from mednext_v2.trainer import patch_validation
 from mednext_v2.weights import read_card, read_state
@@ -351,13 +352,13 @@ def literally(text: str) -> list[str]:
     return shlex.split(text.strip().split(" (")[0])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path, monkeypatch, processes):
+@pytest.mark.parametrize("processes, fused", [(1, False), (2, False), (1, True)])
+def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path, monkeypatch, processes, fused):
     base = ["train", str(sets / "chest"), str(tmp_path / "model"), "--backbone", "mednext_v2_tiny", "--device", "cpu"]
     base += ["--network", "width=4", "--processes", str(processes)]
     recipe = ["batch=8", "patch=32,32,32", "steps=2"]
     monkeypatch.setattr(Prepared, "fingerprint", SimpleNamespace(shape=(64, 64, 64)), raising=False)
-    monkeypatch.setattr(launch, "forecast", lambda *given: launch.Forecast(10**7, 1.0, 1e9))
+    monkeypatch.setattr(launch, "forecast", lambda *given: launch.Forecast(10**7, 1.0, 1e9, fused))
 
     def ask(*more: str, room: float) -> str:
         monkeypatch.setattr(launch, "available_memory", lambda device: int(room * processes))
@@ -376,7 +377,27 @@ def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path,
         for text in suggestions:
             assert "forecast:" in ask(*literally(text), room=share * need), text
             kinds |= {word.split("=")[0] for word in literally(text) if "=" in word}
-    assert kinds == {"checkpointing", "batch", "patch", "precision"}
+    # Fused blocks keep their input alone, and sums are float32
+    assert kinds in ([{"batch"}, {"batch", "patch"}] if fused else [{"checkpointing", "batch", "patch", "precision"}])
+
+
+def test_checkpointing_auto_is_what_free_memory_allows(sets, tmp_path, monkeypatch):
+    data, recipe = fitting.read_data(sets / "chest"), replace(SHORT, patch=(32, 32, 32), batch=2)
+    network, patch = fitting.network_for(data, "mednext_v2_tiny", recipe, {"width": 4})
+    options = dict(batch=2, in_channels=data.in_channels, num_classes=data.outputs, deep_supervision=recipe.deep_supervision)
+    kinds = ("none", "expansion", "block")
+    for free, device, expected in [
+        *((estimate(network.arch, patch, checkpointing=kind, **options).total_bytes / 0.8 + 9, "cuda", kind) for kind in kinds),
+        (0, "cuda", "block"), (estimate(network.arch, patch, fused=True, **options).total_bytes / 0.8 + 9, "cpu", "none"),
+    ]:
+        monkeypatch.setattr(launch, "available_memory", lambda device: int(free))
+        found = fitting.network_for(data, "mednext_v2_tiny", recipe, {"width": 4, "checkpointing": "auto"}, device=device)
+        assert found[0].checkpointing == expected
+    monkeypatch.undo()
+    others = dict(overrides={"width": 4, "checkpointing": "auto"}, device="cpu", progress=False)
+    train_model(sets / "chest", tmp_path / "model", "mednext_v2_tiny", recipe, tmp_path / "run", **others)
+    assert read_card(tmp_path / "model").overrides == {"width": 4}
+    fitting.network_for(data, "unet", recipe, SMALL | {"checkpointing": "auto"})  # Has no such choice
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name.startswith("mednext")])
