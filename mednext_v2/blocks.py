@@ -8,7 +8,7 @@ __all__ = ['CHECKPOINTING', 'MedNeXtBlock', 'DownBlock', 'UpBlock', 'OutBlock']
 # %% ../nbs/11_blocks.ipynb #imports
 import torch
 import torch.nn.functional as F
-from .fused import can_fuse, fused_block, pointwise
+from .fused import BACKENDS, can_fuse, pointwise
 from .grn import STATS, global_response_norm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -70,7 +70,7 @@ class MedNeXtBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused and can_fuse(self, x):
-            return fused_block(self, x)  # Keeps its input alone, so there is nothing left to checkpoint
+            return BACKENDS[x.device.type](self, x)  # Keeps its input alone, so there is nothing left to checkpoint
         return self._run(self._block, x, "block")
 
 # %% ../nbs/11_blocks.ipynb #resample

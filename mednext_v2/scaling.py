@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PRECISIONS', 'get_arch', 'create_model', 'count_parameters', 'scale', 'count_flops', 'walk', 'Estimate',
-           'estimate', 'cheapest_checkpointing', 'overview']
+           'estimate', 'Meter', 'cheapest_checkpointing', 'overview']
 
 # %% ../nbs/13_scaling.ipynb #imports
+import weakref
 from dataclasses import dataclass, fields, replace
 from math import prod
 
 import pandas as pd
 import torch
-from .blocks import CHECKPOINTING
+from .blocks import CHECKPOINTING, MedNeXtBlock
 from .fused import parts, small
 from .model import Arch, MedNeXt, check_input
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/13_scaling.ipynb #presets
@@ -128,7 +131,7 @@ class Estimate:
     gradient_bytes: int
     optimizer_bytes: int  # AdamW's two running averages
     activation_bytes: int  # Kept from the forward pass for backward
-    working_bytes: int  # Needed besides at the worst moment of backward: gradients of activations, and what is recomputed
+    working_bytes: int  # Besides, at the worst moment of backward, less what is not there yet or any more
 
     @property
     def total_bytes(self) -> int:
@@ -155,9 +158,9 @@ def _fused_bytes(block: tuple, grn: str | None, batch: int) -> tuple[int, int]:
     down, up = inside < outside, inside > outside
     kept = batch * (entry + held * middle + down * middle)  # On the way down, the rows of the shortcut
     end = batch * (2 * middle if down else middle // 2 if up else middle)  # What goes out has half or twice the channels
-    expanding = batch * (2 - held) * middle + 5 * portion + (middle + 2 * expanded if held and grn else 0)
+    expanding = batch * (2 - held) * middle + (middle + 2 * expanded + 2 * portion if held and grn else 5 * portion)
     convolving = batch * (middle + (2 if down else 1) * entry)  # What a stride spreads out is as large as what comes in
-    weights = 12 * ratio * channels**2  # The two of the expansion, scaled, and their gradients on the way
+    weights = (8 if grn else 4) * ratio * channels**2  # The two of the expansion, scaled, and their gradients on the way
     return 4 * kept, 4 * (end + weights + max(expanding, convolving))
 
 
@@ -200,8 +203,12 @@ def estimate(
     head = batch * arch.width * voxels * size
     # What is kept goes away block by block, from the last to the first
     waiting = [batch * size * count for count in _waiting(arch, patch, deep_supervision)]
-    peak = max(sum(kept[: place + 2]) + working + waiting[place] for place, (_, working) in enumerate(costs))
-    parameters, activations = count_parameters(model), sum(kept) + head
+    # while the gradients of weights come
+    sizes = [4 * count_parameters(module) for module in model.modules() if isinstance(module, MedNeXtBlock)]
+    moments = (
+        sum(kept[: place + 2]) + working + waiting[place] + sum(sizes[place + 1 :]) for place, (_, working) in enumerate(costs)
+    )
+    parameters, activations, peak = count_parameters(model), sum(kept) + head, max(moments)
     return Estimate(
         parameters=parameters,
         flops=batch * count_flops(model, patch),
@@ -209,8 +216,45 @@ def estimate(
         gradient_bytes=parameters * 4,
         optimizer_bytes=parameters * 8,
         activation_bytes=activations,
-        working_bytes=max(peak - activations, 0),
+        working_bytes=max(peak - activations - 4 * parameters, 0),
     )
+
+# %% ../nbs/13_scaling.ipynb #meter
+def _tensors(tree) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class Meter(TorchDispatchMode):
+    "Within it, counts bytes: `peak` of what operators made and is alive at once, `moved` by reading and writing"
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.moved, self._sizes = 0, 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = function(*args, **kwargs)
+        outs = {argument.name for argument in function._schema.arguments if argument.is_out}
+        read = _tensors((args, [value for name, value in kwargs.items() if name not in outs]))
+        known = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        new = [tensor for tensor in _tensors(made) if tensor.untyped_storage()._cdata not in known]
+        if function._schema.is_mutable:
+            self.moved += sum(tensor.nbytes for tensor in read + _tensors(made))
+        elif new:  # Else it gave a view, without touching a number
+            self.moved += sum(tensor.nbytes for tensor in read + new)
+        for tensor in new:
+            self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self.alive)
+        return made
+
+    def _add(self, storage):
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = storage.nbytes()
+            self.alive += storage.nbytes()
+            weakref.finalize(storage, self._drop, storage._cdata)
+
+    def _drop(self, key):
+        self.alive -= self._sizes.pop(key)
 
 # %% ../nbs/13_scaling.ipynb #cheapest
 def cheapest_checkpointing(

@@ -1,6 +1,5 @@
 "Presets, counts and estimates: against numbers written down, formulas by hand, and what autograd really keeps"
 
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from mednext_v2.fused import use_fused
 from mednext_v2.model import Arch, MedNeXt
 from mednext_v2.scaling import (
+    Meter,
     PRESETS,
     count_flops,
     count_parameters,
@@ -17,8 +17,6 @@ from mednext_v2.scaling import (
     scale,
     walk,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 MINI = Arch(width=4, depths=(1, 2, 1, 2, 1), ratios=(2, 3, 4, 2, 3))
 ONE, TINY, BASE = (1,) * 9, PRESETS["tiny"].ratios, PRESETS["base"].ratios
@@ -240,36 +238,11 @@ def test_activations_in_mixed_precision(checkpointing):
     assert cost.activation_bytes + copies == pytest.approx(kept, rel=0.1)
 
 
-class Peak(TorchDispatchMode):
-    "Bytes of all tensors alive at once that operators made"
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.sizes = 0, 0, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def add(self, storage):
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self.drop, storage._cdata)
-
-    def drop(self, key):
-        self.now -= self.sizes.pop(key)
-
-
 def peak_of_a_step(arch, patch, batch=1, fused=False, checkpointing="none"):
     "Bytes at the worst moment of a step, with gradients and, on top, the weights"
     model, volume = MedNeXt(arch, 1, 3, True, checkpointing), torch.randn(batch, 1, *patch)
     use_fused(model, fused)
-    with Peak() as memory:
+    with Meter() as memory:
         outputs = model(volume)
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
     return memory.peak + 4 * count_parameters(model)
