@@ -13,14 +13,13 @@ needs two peaks, measured in the same process: a large product of matrices, and 
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from data import heading, log, machine, row, spread  # noqa: E402
+from data import child, heading, log, machine, row, spread  # noqa: E402
 from nnunet_peer import peak_mib  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -191,19 +190,10 @@ def child_time(part: str) -> dict:
 CHILDREN = {"memory": child_memory, "time": child_time, "flops": child_flops, "peaks": child_peaks}
 
 
-def child(name: str, **arguments) -> dict:
-    "Runs one of `CHILDREN` in a process of its own"
-    command = [sys.executable, __file__, "--child", name, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name} {arguments} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure(part: str) -> dict:
     "All sides of a part"
-    found = {name: {side: child(name, side=side, part=part) for side in SIDES} for name in ("memory", "flops")}
-    return {"case": PARTS[part], "peaks": child("peaks"), "seconds": child("time", part=part), **found}
+    found = {name: {side: child(name, __file__, side=side, part=part) for side in SIDES} for name in ("memory", "flops")}
+    return {"case": PARTS[part], "peaks": child("peaks", __file__), "seconds": child("time", __file__, part=part), **found}
 
 
 def over(values: list, base: list) -> str:

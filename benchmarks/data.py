@@ -147,9 +147,9 @@ def child_loader(folder: str, augment: str, steps: int) -> dict:
 CHILDREN = {"prepare": child_prepare, "case": child_case, "loader": child_loader}
 
 
-def child(name: str, **arguments) -> dict:
-    "Runs one of `CHILDREN` in a process of its own; adds the seconds of the whole command"
-    command = [sys.executable, __file__, "--child", name, json.dumps(arguments)]
+def child(name: str, script: str = __file__, /, **arguments) -> dict:
+    "Runs one of a script's `CHILDREN` in a process of its own; adds the seconds of the whole command"
+    command = [sys.executable, script, "--child", name, json.dumps(arguments)]
     begin = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -1,0 +1,269 @@
+"""What the fused block is made of, each beside what was tried in its place, and what whole networks gain from other settings.
+
+    python benchmarks/tried.py              # all of it, about ten minutes
+    python benchmarks/tried.py table        # the table, from benchmarks/results/tried.json
+
+Processor seconds of one thread; the ways of a question take turns, and the table gives each as a multiple of the one that is kept.
+Sizes are those of the finest level: 16 channels, 64³ voxels, expansion by 3. `BENCH_REPEATS=1` makes a short run.
+"""
+
+import ctypes
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from block import PARTS, batch, network, step  # noqa: E402
+from data import child, heading, log, machine, row, spread  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parent / "results" / "tried.json"
+REPEATS = int(os.environ.get("BENCH_REPEATS", 7))
+CHANNELS, SIDE, RATIO = 16, 64, 3
+
+
+def take_turns(ways: dict) -> dict:
+    "Seconds of each function, in turns; the first round warms up"
+    found = {name: [] for name in ways}
+    for _ in range(REPEATS + 1):
+        for name, way in ways.items():
+            begin = time.process_time()
+            way()
+            found[name].append(time.process_time() - begin)
+    return {name: values[1:] for name, values in found.items()}
+
+
+def volume_of(channels: int, side: int):
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return torch.randn(1, channels, side, side, side).contiguous(memory_format=torch.channels_last_3d)
+
+
+# ---------------------------------------------------------------- questions: a function gives the ways, the kept one first
+def expand_product():
+    import torch
+    from mednext_v2 import fused
+    from torch.nn import functional as F
+
+    x, wide = volume_of(CHANNELS, SIDE), CHANNELS * RATIO
+    rows, weight, bias = fused.tokens(x)[0], torch.randn(wide, CHANNELS), torch.randn(wide)
+    cuts = fused.parts(len(rows), wide)
+    return {
+        "oneDNN, in portions": lambda: [fused.products(rows[cut], weight, bias) for cut in cuts],
+        "MKL, in portions": lambda: [torch.addmm(bias, rows[cut], weight.t()) for cut in cuts],
+        "oneDNN, all rows at once": lambda: fused.products(rows, weight, bias),
+        "a convolution of kernel 1": lambda: F.conv3d(x, weight.view(wide, CHANNELS, 1, 1, 1), bias),
+    }
+
+
+def norm_statistics():
+    import torch
+    from mednext_v2 import fused
+
+    x = volume_of(CHANNELS, SIDE)
+    rows = fused.tokens(x)[0]
+    return {
+        "moments: one pass, shifted": lambda: fused.moments(rows, 1e-5),
+        "var_mean": lambda: torch.var_mean(rows, 0),
+        "native_group_norm, with its output": lambda: torch.native_group_norm(x, None, None, 1, CHANNELS, SIDE**3, CHANNELS, 1e-5),
+    }
+
+
+def depthwise_forward():
+    import itertools
+
+    import torch
+    from mednext_v2 import fused
+    from torch.nn import functional as F
+
+    x, weight = volume_of(CHANNELS, SIDE), torch.randn(CHANNELS, 1, 3, 3, 3)
+    plain = x.contiguous()
+
+    def shifted():
+        wide, total = F.pad(plain, (1,) * 6), torch.zeros_like(plain)
+        for place in itertools.product(range(3), repeat=3):
+            a, b, c = (slice(n, n + SIDE) for n in place)
+            total.addcmul_(wide[:, :, a, b, c], weight[:, 0, place[0], place[1], place[2]].view(1, -1, 1, 1, 1))
+        return total
+
+    return {
+        "convolution, channels last": lambda: fused.depthwise(x, weight, None, "same"),
+        "convolution, channels first": lambda: F.conv3d(plain, weight, padding=1, groups=CHANNELS),
+        "27 shifted sums": shifted,
+    }
+
+
+def depthwise_gradient():
+    import torch
+    from mednext_v2 import fused
+
+    x, weight = volume_of(CHANNELS, SIDE), torch.randn(CHANNELS, 1, 3, 3, 3)
+    options = ([CHANNELS], [1] * 3, [1] * 3, [1] * 3, False, [0] * 3, CHANNELS, [True, True, False])
+    return {
+        "planes and a mirrored convolution": lambda: fused.depthwise_gradients(x, x, weight, "same"),
+        "PyTorch's own, channels last": lambda: torch.ops.aten.convolution_backward(x, x, weight, *options),
+    }
+
+
+def transposed_depthwise():
+    import torch
+    from mednext_v2 import fused
+    from torch.nn import functional as F
+
+    x, weight = volume_of(2 * CHANNELS, SIDE // 2), torch.randn(2 * CHANNELS, 1, 3, 3, 3)
+
+    def by_parity():
+        sides = [2 * side - 1 for side in x.shape[2:]]
+        y = x.new_empty(1, *sides, x.shape[1]).permute(0, 4, 1, 2, 3)
+        for place in range(8):
+            odd, part = [place >> axis & 1 for axis in range(3)], weight
+            for axis, one in enumerate(odd):
+                part = part.index_select(2 + axis, torch.tensor([2, 0] if one else [1]))
+            y[:, :, odd[0] :: 2, odd[1] :: 2, odd[2] :: 2] = F.conv3d(x, part, groups=x.shape[1])
+        return y
+
+    return {
+        "zeros between, then a convolution": lambda: fused.depthwise(x, weight, None, "up"),
+        "conv_transpose3d": lambda: F.conv_transpose3d(x, weight, stride=2, padding=1, groups=x.shape[1]),
+        "eight small convolutions, interleaved": by_parity,
+    }
+
+
+def block_step(**settings):
+    "A step of a block, with constants of `fused` set"
+    import torch
+    from mednext_v2 import fused
+    from mednext_v2.blocks import MedNeXtBlock
+
+    x, block = volume_of(CHANNELS, SIDE).requires_grad_(), MedNeXtBlock(CHANNELS, ratio=RATIO)
+
+    def way():
+        before = {name: getattr(fused, name) for name in settings}
+        for name, value in settings.items():
+            setattr(fused, name, value)
+        y = block(x)
+        y.backward(torch.ones_like(y))
+        for name, value in before.items():
+            setattr(fused, name, value)
+
+    return way
+
+
+def portions():
+    from mednext_v2.fused import EXPANDED
+
+    sizes = [EXPANDED, *(2**power for power in (14, 16, 20, 22) if 2**power != EXPANDED)]
+    return {f"{size * 4 // 1024} KiB at a time": block_step(EXPANDED=size) for size in sizes}
+
+
+def holding():
+    return {
+        "large samples expanded anew": block_step(),
+        "every expanded sample held between passes": block_step(HELD=2**40),
+    }
+
+
+def whole(name: str, compiled: bool = False, half: bool = False, last: bool = False):
+    "A step of the mini network"
+    import torch
+
+    model, x = network(name, PARTS["mini"]), batch(PARTS["mini"])
+    if last:
+        model, x = model.to(memory_format=torch.channels_last_3d), x.contiguous(memory_format=torch.channels_last_3d)
+    if compiled:
+        model = torch.compile(model)
+
+    def way():
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            step(model, x)
+
+    return way
+
+
+def network_settings():
+    "torch.compile needs a C++ compiler; the fused form is taken apart by it"
+    return {
+        "fused": whole("fused"),
+        "plain": whole("plain"),
+        "plain, channels last": whole("plain", last=True),
+        "plain, autocast to bfloat16": whole("plain", half=True),
+        "fused, autocast to bfloat16": whole("fused", half=True),
+        "compiled": whole("plain", compiled=True),
+    }
+
+
+QUESTIONS = {
+    "expand_product": ("The product that expands", expand_product),
+    "norm_statistics": ("Statistics of the norm", norm_statistics),
+    "depthwise_forward": ("Depthwise convolution", depthwise_forward),
+    "depthwise_gradient": ("Its gradients", depthwise_gradient),
+    "transposed_depthwise": ("Transposed depthwise convolution", transposed_depthwise),
+    "portions": ("Rows at a time, a step of a block", portions),
+    "holding": ("What GRN waits for, a step of a block", holding),
+    "network_settings": ("A step of the mini network", network_settings),
+    "malloc": ("Freed memory, a step at width 16, 64³", None),
+}
+
+
+def child_question(question: str) -> dict:
+    return take_turns(QUESTIONS[question][1]())
+
+
+def child_malloc(keep: bool) -> dict:
+    "A step with or without glibc handing freed memory back to the system"
+    if keep:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    found = {}
+    for side in ("fused", "monai"):
+        model, x = network(side, PARTS["width16"]), batch(PARTS["width16"])
+        found[side] = take_turns({side: lambda: step(model, x)})[side][: max(1, REPEATS // 2)]
+    return found
+
+
+CHILDREN = {"question": child_question, "malloc": child_malloc}
+
+
+def measure(question: str) -> dict:
+    if question != "malloc":
+        found = child("question", __file__, question=question)
+        found.pop("command_s")
+        return found
+    usual, kept = (child("malloc", __file__, keep=keep) for keep in (False, True))
+    titles = {"fused": "fused", "monai": "MONAI's MedNeXt"}
+    found = {f"{title}, handed back as usual": usual[side] for side, title in titles.items()}
+    return found | {f"{title}, freed memory kept": kept[side] for side, title in titles.items()}
+
+
+def table(results: dict) -> str:
+    "Each way as a multiple of the one that is kept"
+    lines = heading("question", "way", "ms", "of the one that is kept")
+    for question, entry in results.items():
+        medians = {way: spread(values)["median"] for way, values in entry["result"].items()}
+        first = next(iter(medians.values()))
+        for place, (way, seconds) in enumerate(medians.items()):
+            title = "" if place else QUESTIONS[question][0]
+            lines.append(row(title, way, f"{1e3 * seconds:.1f}", f"{seconds / first:.2f}" if place else "kept"))
+    return "\n".join(lines)
+
+
+def main(names: list[str]) -> None:
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for name in [name for name in names or QUESTIONS if name != "table"]:
+        begin, known = time.perf_counter(), machine()
+        results[name] = {"machine": known, "result": measure(name), "load_after": os.getloadavg()}
+        log(f"{name}: {time.perf_counter() - begin:.0f} s")
+        RESULTS.write_text(json.dumps({name: results[name] for name in QUESTIONS if name in results}, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(CHILDREN[sys.argv[2]](**json.loads(sys.argv[3]))))
+    else:
+        main(sys.argv[1:])
