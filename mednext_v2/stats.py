@@ -142,7 +142,7 @@ def bootstrap(
     with np.errstate(invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)  # Equal cases, handled below
         found = scipy.stats.bootstrap(
-            whole, value_of, n_resamples=n, vectorized=False, confidence_level=level, method=method,
+            whole, value_of, n_resamples=n, vectorized=named, confidence_level=level, method=method,
             random_state=np.random.default_rng(seed),
         )
     low, high = found.confidence_interval
@@ -152,10 +152,20 @@ def bootstrap(
 
 
 def _mean_of(scores: pd.DataFrame, metric: str, cluster: str) -> Callable:
-    "The declared mean of drawn cases; fast, since nothing is grouped anew"
+    "The declared mean of drawn cases, for many draws at once: nothing is grouped anew, and a case counts as often as it was drawn"
     need(scores, ["label", metric])
     tables = case_tables(scores.assign(case=scores[cluster]), metric)
-    return lambda *drawn: declared_mean([table[index] for table, index in zip(tables, drawn)])[0]
+
+    def value(*drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        weights = []
+        for table, index in zip(tables, drawn):
+            rows = np.moveaxis(index, axis, -1)
+            counts = np.zeros((rows[..., 0].size, len(table)))
+            np.add.at(counts, (np.arange(len(counts))[:, None], rows.reshape(len(counts), -1)), 1)
+            weights.append(counts)
+        return declared_mean(tables, weights).reshape(np.moveaxis(drawn[0], axis, -1).shape[:-1])
+
+    return value
 
 
 def _value_of(parts: list[list[pd.DataFrame]], statistic: Callable, cluster: str) -> Callable:
