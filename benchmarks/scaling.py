@@ -18,8 +18,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-
 from data import child, heading, log, machine, row, spread  # noqa: E402
 from nnunet_peer import peak_mib  # noqa: E402
 
@@ -107,13 +105,10 @@ def measure(axis: str) -> dict:
     return {"values": AXES[axis][1], "found": found}
 
 
-def exponent(values: list, costs: list) -> float:
-    "Of a power law, by least squares of the logarithms"
-    return float(np.polyfit(np.log(values), np.log(costs), 1)[0])
-
-
 def table(results: dict) -> str:
     "The cost of each value, and how it grows"
+    from mednext_v2.speed import exponent
+
     lines = heading("axis", "values", "what", "cost of each value", "exponent")
     for axis, entry in results.items():
         values, found = entry["result"]["values"], entry["result"]["found"]
