@@ -11,15 +11,13 @@ adds to its peak (`VmHWM`) over what it held before the first step, and, apart, 
 needs two peaks, measured in the same process: a large product of matrices, and a copy of a large array. `BENCH_REPEATS=2` makes a short run.
 """
 
-import json
 import os
-import sys
 import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from data import child, heading, log, machine, row, spread  # noqa: E402
+from data import child, heading, measure_parts, row, run_script, spread  # noqa: E402
 from nnunet_peer import peak_mib  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -239,21 +237,11 @@ def roofline(part: str, result: dict) -> str:
     return "\n".join(lines)
 
 
-def main(parts: list[str]) -> None:
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for part in [part for part in parts or PARTS if part != "table"]:
-        begin = time.perf_counter()
-        known = machine()
-        results[part] = {"machine": known, "result": measure(part), "load_after": os.getloadavg()}
-        log(f"{part}: {time.perf_counter() - begin:.0f} s")
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    found = {part: results[part] for part in PARTS if part in results}
-    tables = [show(part, entry["result"]) for show in (table, roofline) for part, entry in found.items()]
-    print("\n\n".join([*tables, grn_table(found)]))
+def tables(results: dict) -> str:
+    "All tables"
+    shown = [show(part, entry["result"]) for show in (table, roofline) for part, entry in results.items()]
+    return "\n\n".join([*shown, grn_table(results)])
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(CHILDREN[sys.argv[2]](**json.loads(sys.argv[3]))))
-    else:
-        main(sys.argv[1:])
+    run_script(CHILDREN, lambda asked: measure_parts(RESULTS, PARTS, measure, asked, tables))

@@ -157,6 +157,26 @@ def child(name: str, script: str = __file__, /, **arguments) -> dict:
     return json.loads(done.stdout.splitlines()[-1]) | {"command_s": time.perf_counter() - begin}
 
 
+def measure_parts(path: Path, order, measure, asked: list[str], table) -> None:
+    "Measures what is asked for, all in this order if nothing is, into a JSON file beside what it holds; prints the table"
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    for part in [part for part in asked or order if part != "table"]:
+        begin, known = time.perf_counter(), machine()
+        results[part] = {"machine": known, "result": measure(part), "load_after": os.getloadavg()}
+        log(f"{part}: {time.perf_counter() - begin:.0f} s")
+        results = {name: results[name] for name in order if name in results}
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+def run_script(children: dict, main) -> None:
+    "The command line of a script: one of its children, or `main` with the parts asked for"
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(children[sys.argv[2]](**json.loads(sys.argv[3]))))
+    else:
+        main(sys.argv[1:])
+
+
 # ---------------------------------------------------------------- data
 KINDS = {
     # Shape in voxels, their size in mm, the target's size: sixty structures
@@ -496,7 +516,4 @@ def main(parts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(CHILDREN[sys.argv[2]](**json.loads(sys.argv[3]))))
-    else:
-        main(sys.argv[1:])
+    run_script(CHILDREN, main)

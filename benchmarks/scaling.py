@@ -9,16 +9,14 @@ in which the values take turns; seconds are of a core, those of the axis of thre
 step alive at once. The exponent is the slope of a line through the logarithms. `BENCH_REPEATS=1` makes a short run.
 """
 
-import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from data import child, heading, log, machine, row, spread  # noqa: E402
+from data import child, heading, measure_parts, row, run_script, spread  # noqa: E402
 from nnunet_peer import peak_mib  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "scaling.json"
@@ -121,18 +119,5 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main(axes: list[str]) -> None:
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for axis in [axis for axis in axes or AXES if axis != "table"]:
-        begin, known = time.perf_counter(), machine()
-        results[axis] = {"machine": known, "result": measure(axis), "load_after": os.getloadavg()}
-        log(f"{axis}: {time.perf_counter() - begin:.0f} s")
-        RESULTS.write_text(json.dumps({name: results[name] for name in AXES if name in results}, indent=1) + "\n")
-    print(table(results))
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(CHILDREN[sys.argv[2]](**json.loads(sys.argv[3]))))
-    else:
-        main(sys.argv[1:])
+    run_script(CHILDREN, lambda asked: measure_parts(RESULTS, AXES, measure, asked, table))

@@ -8,16 +8,14 @@ Sizes are those of the finest level: 16 channels, 64³ voxels, expansion by 3. `
 """
 
 import ctypes
-import json
 import os
-import sys
 import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from block import PARTS, batch, network, step  # noqa: E402
-from data import child, heading, log, machine, row, spread  # noqa: E402
+from data import child, heading, measure_parts, row, run_script, spread  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tried.json"
 REPEATS = int(os.environ.get("BENCH_REPEATS", 7))
@@ -252,18 +250,5 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main(names: list[str]) -> None:
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for name in [name for name in names or QUESTIONS if name != "table"]:
-        begin, known = time.perf_counter(), machine()
-        results[name] = {"machine": known, "result": measure(name), "load_after": os.getloadavg()}
-        log(f"{name}: {time.perf_counter() - begin:.0f} s")
-        RESULTS.write_text(json.dumps({name: results[name] for name in QUESTIONS if name in results}, indent=1) + "\n")
-    print(table(results))
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(CHILDREN[sys.argv[2]](**json.loads(sys.argv[3]))))
-    else:
-        main(sys.argv[1:])
+    run_script(CHILDREN, lambda asked: measure_parts(RESULTS, QUESTIONS, measure, asked, table))
