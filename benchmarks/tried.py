@@ -110,24 +110,38 @@ def depthwise_gradient():
 def transposed_depthwise():
     import torch
     from mednext_v2 import fused
+    from mednext_v2.blocks import UpBlock
     from torch.nn import functional as F
 
-    x, weight = volume_of(2 * CHANNELS, SIDE // 2), torch.randn(2 * CHANNELS, 1, 3, 3, 3)
+    x, block = volume_of(2 * CHANNELS, SIDE // 2).requires_grad_(), UpBlock(2 * CHANNELS, CHANNELS, RATIO)
+    kept = fused.depthwise
 
-    def by_parity():
+    def stock(x, weight, bias, kind):
+        return F.conv_transpose3d(x, weight, bias, stride=2, padding=1, groups=x.shape[1])
+
+    def by_parity(x, weight, bias, kind):
         sides = [2 * side - 1 for side in x.shape[2:]]
         y = x.new_empty(1, *sides, x.shape[1]).permute(0, 4, 1, 2, 3)
         for place in range(8):
             odd, part = [place >> axis & 1 for axis in range(3)], weight
             for axis, one in enumerate(odd):
                 part = part.index_select(2 + axis, torch.tensor([2, 0] if one else [1]))
-            y[:, :, odd[0] :: 2, odd[1] :: 2, odd[2] :: 2] = F.conv3d(x, part, groups=x.shape[1])
+            y[:, :, odd[0] :: 2, odd[1] :: 2, odd[2] :: 2] = F.conv3d(x, part, bias, groups=x.shape[1])
         return y
 
+    def step_with(depthwise):
+        def way():
+            fused.depthwise = depthwise
+            y = block(x)
+            y.backward(torch.ones_like(y))
+            fused.depthwise = kept
+
+        return way
+
     return {
-        "zeros between, then a convolution": lambda: fused.depthwise(x, weight, None, "up"),
-        "conv_transpose3d": lambda: F.conv_transpose3d(x, weight, stride=2, padding=1, groups=x.shape[1]),
-        "eight small convolutions, interleaved": by_parity,
+        "zeros between, then a convolution": step_with(kept),
+        "conv_transpose3d": step_with(stock),
+        "eight small convolutions, interleaved": step_with(by_parity),
     }
 
 
@@ -199,7 +213,7 @@ QUESTIONS = {
     "norm_statistics": ("Statistics of the norm", norm_statistics),
     "depthwise_forward": ("Depthwise convolution", depthwise_forward),
     "depthwise_gradient": ("Its gradients", depthwise_gradient),
-    "transposed_depthwise": ("Transposed depthwise convolution", transposed_depthwise),
+    "transposed_depthwise": ("Transposed depthwise convolution, a step of a block", transposed_depthwise),
     "portions": ("Rows at a time, a step of a block", portions),
     "holding": ("What GRN waits for, a step of a block", holding),
     "network_settings": ("A step of the mini network", network_settings),

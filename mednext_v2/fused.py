@@ -111,7 +111,7 @@ def gelu_(x: Tensor) -> Tensor:
 
 def expand(
     d: Tensor,  # Shape `(S, C)`: a sample behind the depthwise convolution
-    shortcut: Tensor,  # Shape `(S, out)`
+    shortcut: Tensor | None,  # Shape `(S, out)`; None adds nothing
     out: Tensor,  # Shape `(S, out)`: where the result goes
     mean: Tensor,  # Of `d`
     rstd: Tensor,  # Of `d`
@@ -138,7 +138,9 @@ def expand(
         w2, b2 = w2 * (1 + gamma * ratio), torch.addmv(b2, w2, beta)
     for place, cut in enumerate(cuts):
         v = held.pop(place) if held else activated(cut)
-        torch.add(products(v, w2, b2), shortcut[cut], out=out[cut])
+        out[cut] = products(v, w2, b2)
+        if shortcut is not None:
+            out[cut] += shortcut[cut]
     return norms
 
 
@@ -264,46 +266,65 @@ def depthwise_gradients(
     return d_x, _weight_gradient(x, grad, kernel, 2 if kind == "down" else 1)
 
 # %% ../nbs/10b_fused.ipynb #block
+def _seen(x: Tensor, kind: str) -> Tensor:
+    "Rows of `x` that a shortcut reads"
+    return tokens(x[:, :, ::2, ::2, ::2] if kind == "down" else x)
+
+
 class Block(torch.autograd.Function):
     "A whole block, `(N, C, X, Y, Z)` to `(N, out, ...)`, channels last; gradients are exact, of first order"
 
     @staticmethod
     @custom_fwd(device_type="cpu")
-    def forward(ctx, x, shortcut, weight, bias, kind, eps, mean_stat, *weights):
+    def forward(ctx, x, res_weight, res_bias, weight, bias, kind, eps, mean_stat, *weights):
         d = depthwise(x, weight, bias, kind)
-        size, d, given = d.shape[2:], tokens(d), tokens(x if shortcut is None else channels_last(shortcut))
+        size, d, seen = d.shape[2:], tokens(d), _seen(x, kind)
         y = d.new_empty(*d.shape[:2], len(weights[-2]))
+        # On the way up, the shortcut has its bias everywhere, and more at every other voxel
+        summed = (*weights[:-1], weights[-1] + res_bias) if kind == "up" else weights
         stats = []
         for n in range(len(d)):
             mean, rstd = moments(d[n], eps)
-            stats += [mean, rstd, expand(d[n], given[n], y[n], mean, rstd, weights, mean_stat)]
+            given = None if kind == "up" else seen[n] if res_weight is None else products(seen[n], res_weight, res_bias)
+            stats += [mean, rstd, expand(d[n], given, y[n], mean, rstd, summed, mean_stat)]
+            if kind == "up":
+                even = volume(y[n : n + 1], size)[:, :, ::2, ::2, ::2]
+                even += volume(products(seen[n], res_weight)[None], x.shape[2:])
         held = d if small(d.shape[1], len(weights[2])) else None
-        ctx.save_for_backward(x, weight, bias, held, *weights, *stats)
-        ctx.kind, ctx.mean_stat, ctx.plain_shortcut = kind, mean_stat, shortcut is None
+        ctx.save_for_backward(x, res_weight, weight, bias, held, *weights, *stats)
+        ctx.kind, ctx.mean_stat = kind, mean_stat
         return volume(y, size)
 
     @staticmethod
     @once_differentiable
     @custom_bwd(device_type="cpu")
     def backward(ctx, grad):
-        x, weight, bias, d, *rest = ctx.saved_tensors
-        weights, stats = rest[:8], rest[8:]
+        x, res_weight, weight, bias, d, *rest = ctx.saved_tensors
+        weights, stats, kind = rest[:8], rest[8:], ctx.kind
         grad = channels_last(grad)
         size, rows = grad.shape[2:], tokens(grad)
         if d is None:
-            d = tokens(depthwise(x, weight, bias, ctx.kind))
+            d = tokens(depthwise(x, weight, bias, kind))
         d_d, totals = torch.empty_like(d), None
         for n in range(len(d)):
             mean, rstd, norms = stats[3 * n : 3 * n + 3]
             found = expand_gradients(rows[n], d_d[n], d[n], mean, rstd, norms, weights, ctx.mean_stat)
             totals = found if totals is None else [a if a is None else a.add_(b) for a, b in zip(totals, found)]
         del d
-        d_x, d_weight = depthwise_gradients(volume(d_d, size), x, weight, ctx.kind)
-        if ctx.plain_shortcut:
+        d_x, d_weight = depthwise_gradients(volume(d_d, size), x, weight, kind)
+        d_res_weight = d_res_bias = None
+        if res_weight is None:
             d_x += grad
+        else:
+            # Its bias is added to every voxel, as the last bias is
+            d_res_weight, d_res_bias, seen = torch.zeros_like(res_weight), totals[-1].clone(), _seen(x, kind)
+            rows = tokens(grad[:, :, ::2, ::2, ::2]) if kind == "up" else rows
+            part = d_x[:, :, ::2, ::2, ::2] if kind == "down" else d_x
+            for n in range(len(rows)):
+                d_res_weight += outer_products(rows[n], seen[n])
+                part[n] += volume(products(rows[n], res_weight.t())[None], part.shape[2:])[0]
         # The norm takes every mean off, so the bias before it has no gradient
-        d_shortcut = None if ctx.plain_shortcut else grad
-        return d_x, d_shortcut, d_weight, torch.zeros_like(bias), None, None, None, *totals
+        return d_x, d_res_weight, d_res_bias, d_weight, torch.zeros_like(bias), None, None, None, *totals
 
 # %% ../nbs/10b_fused.ipynb #can-fuse
 BACKENDS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {}  # What computes a block, by kind of device
@@ -319,21 +340,13 @@ def pointwise(
     conv: nn.Module,  # A convolution with kernel 1, transposed or not
     x: Tensor,  # Shape `(N, C, X, Y, Z)`
 ) -> Tensor:  # Channels last
-    "`conv(x)` as a product of rows, of every stride-th voxel; by `conv` itself where it is something else"
-    plain = type(conv) in (nn.Conv3d, nn.ConvTranspose3d) and conv.kernel_size == (1, 1, 1) and conv.padding == (0, 0, 0)
-    if not (plain and conv.groups == 1 and conv.bias is not None and x.device.type == "cpu") or any(getattr(conv, name) for name in HOOKS):
+    "`conv(x)` as a product of rows; by `conv` itself where it is something else, or where that is not the faster way"
+    plain = type(conv) in (nn.Conv3d, nn.ConvTranspose3d) and conv.groups == 1 and conv.bias is not None and not any(conv.padding)
+    plain = plain and conv.kernel_size == conv.stride == (1, 1, 1) and not any(getattr(conv, name) for name in HOOKS)
+    if not plain or x.device.type != "cpu" or watched():
         return conv(x)
-    if watched():
-        return conv(x)
-    step, transposed = conv.stride[0], isinstance(conv, nn.ConvTranspose3d)
-    if conv.stride != (step,) * 3 or (transposed and (step > 2 or any(conv.output_padding))):
-        return conv(x)
-    weight = conv.weight.flatten(1).t() if transposed else conv.weight.flatten(1)
-    if transposed and step == 2:  # Between its voxels there is the bias alone
-        wide = spread_out(volume(F.linear(tokens(x), weight), x.shape[2:]))
-        return wide + conv.bias.to(wide.dtype).view(-1, 1, 1, 1)
-    some = x if transposed else x[:, :, ::step, ::step, ::step]
-    return volume(F.linear(tokens(some), weight, conv.bias), some.shape[2:])
+    weight = conv.weight.flatten(1).t() if isinstance(conv, nn.ConvTranspose3d) else conv.weight.flatten(1)
+    return volume(F.linear(tokens(x), weight, conv.bias), x.shape[2:])
 
 
 def can_fuse(
@@ -355,7 +368,16 @@ def can_fuse(
         return False
     pointwise = all(part.kernel_size == (1, 1, 1) and part.bias is not None for part in inner[2:4])
     normal = block.norm.num_groups == block.norm.num_channels and block.norm.affine
-    return pointwise and normal and _kind(block.conv1) is not None
+    return pointwise and normal and _kind(block.conv1) is not None and _fits(block.res_conv, _kind(block.conv1))
+
+
+def _fits(shortcut: nn.Module, kind: str) -> bool:
+    "Is a shortcut nothing, or a convolution of kernel 1 as its block has it?"
+    if isinstance(shortcut, nn.Identity):
+        return kind == "same"
+    usual = shortcut.kernel_size == (1,) * 3 and shortcut.padding == (0,) * 3 and shortcut.groups == 1 and shortcut.bias is not None
+    known = (nn.ConvTranspose3d if kind == "up" else nn.Conv3d, (1 if kind == "same" else 2,) * 3)
+    return usual and known == (type(shortcut), shortcut.stride) and not any(shortcut.output_padding)
 
 
 def _kind(conv: nn.Module) -> str | None:
@@ -379,10 +401,12 @@ def fused_block(
         norm, gamma, beta = block.norm, None, None
         if block.grn:
             gamma, beta = block.grn_gamma.flatten(), block.grn_beta.flatten()
-        first, second = block.conv2, block.conv3
+        first, second, kind, shortcut = block.conv2, block.conv3, _kind(block.conv1), block.res_conv
+        res = (None, None) if isinstance(shortcut, nn.Identity) else (shortcut.weight.flatten(1), shortcut.bias)
+        if kind == "up":
+            res = res[0].t(), res[1]
         y = Block.apply(
-            *(x, None if isinstance(block.res_conv, nn.Identity) else pointwise(block.res_conv, x)),
-            *(block.conv1.weight, block.conv1.bias, _kind(block.conv1), norm.eps, block.grn == "mean"),
+            *(x, *res, block.conv1.weight, block.conv1.bias, kind, norm.eps, block.grn == "mean"),
             *(norm.weight, norm.bias, first.weight.flatten(1), first.bias, gamma, beta, second.weight.flatten(1), second.bias),
         )
         return y.to(result)

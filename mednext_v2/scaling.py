@@ -156,7 +156,7 @@ def _fused_bytes(block: tuple, grn: str | None, batch: int) -> tuple[int, int]:
     entry, middle, expanded = channels * outside, channels * inside, ratio * channels * inside
     held, portion = small(inside, ratio * channels), parts(inside, ratio * channels)[0].stop * ratio * channels
     down, up = inside < outside, inside > outside
-    kept = batch * (entry + held * middle + down * middle)  # On the way down, the rows of the shortcut
+    kept = batch * (entry + held * middle)
     end = batch * (2 * middle if down else middle // 2 if up else middle)  # What goes out has half or twice the channels
     expanding = batch * (2 - held) * middle + (middle + 2 * expanded + 2 * portion if held and grn else 5 * portion)
     convolving = batch * (middle + (2 if down else 1) * entry)  # What a stride spreads out is as large as what comes in
