@@ -12,6 +12,7 @@ from mednext_v2.claims import CLAIMS, ledger_markdown
 from mednext_v2.plan import settings
 from mednext_v2.report import published
 from mednext_v2.scaling import count_parameters, create_model
+from mednext_v2.speed import block_costs, read_benchmark
 from mednext_v2.tasks import get_task
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +85,12 @@ def test_the_forecast_of_the_readme_is_near_what_the_trainings_took():
     "Trainings are about half of what there is to do"
     said = re.search(r"in less than (half an hour|an hour) on two", README)[1]
     assert hours("mini") < 0.8 * {"half an hour": 0.5, "an hour": 1}[said] < 3 * hours("mini")
+
+
+def test_the_speed_of_the_readme_is_that_of_the_benchmark():
+    assert "less than a quarter of the time of MONAI's MedNeXt with GRN, and an eighth of its memory" in README
+    costs = block_costs(read_benchmark("block")).query("side == 'fused' and part != 'mini'").groupby("kind").ratio
+    assert costs.max()["step"] < 0.25 and costs.mean()["memory"] == pytest.approx(1 / 8, rel=0.1)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs/paper").glob("*.ipynb")), ids=lambda path: path.stem)
