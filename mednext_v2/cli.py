@@ -232,6 +232,8 @@ def train(options: argparse.Namespace) -> str:
             device=options.device,
             workers=options.workers,
             parallel=options.parallel,
+            compiled=options.compile,
+            channels_last=options.channels_last,
             resume=options.resume,
             pictures=drawn(),
         )
@@ -420,7 +422,7 @@ def cache(command: argparse.ArgumentParser) -> None:
 def recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--recipe", default="finetune", help="pretrain, finetune, v1, nnunet, mini or smoke")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="fields of the recipe, e.g. lr=1e-4")
-    command.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="changes to the backbone, e.g. width=16 or checkpointing=block")
+    command.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="changes to the backbone, e.g. width=16 or checkpointing=auto")
 
 
 def start(
@@ -564,6 +566,9 @@ def training_commands(add: Callable) -> None:
     running(command)
     command.add_argument("--workers", type=int, default=2, help="processes that read ahead (default: 2)")
     command.add_argument("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp shards the weights")
+    modes = ["none", "default", "reduce-overhead", "max-autotune"]
+    command.add_argument("--compile", choices=modes, default="none", help="torch.compile, on a GPU; reduce-overhead takes CUDA graphs")
+    command.add_argument("--channels-last", action="store_true", help="other memory format; benchmarks/gpu.py tells whether it is faster")
     command.add_argument("--resume", choices=["auto", "never", "force"], default="auto", help="default: auto")
 
     command = add(

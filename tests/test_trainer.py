@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -354,6 +355,25 @@ def test_read_ahead_changes_nothing(tmp_path, workers, augment_on_device):
     ahead, its_history = toy_run(tmp_path / "ahead", recipe, workers=workers, augment_on_device=augment_on_device)
     assert same(alone, ahead)
     pd.testing.assert_frame_equal(its_history, history)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
+def test_a_compiled_run_is_the_same_run_and_its_checkpoints_fit_another(tmp_path):
+    recipe = toy_recipe(steps=4, checkpoint_every=2)
+    alone, history = toy_run(tmp_path / "alone", recipe)
+    other, its_history = toy_run(tmp_path / "compiled", recipe, compiled="default", channels_last=True)
+    assert list(other.state_dict()) == list(alone.state_dict())
+    for name, value in alone.state_dict().items():
+        assert torch.allclose(value, other.state_dict()[name], atol=1e-3), name
+    pd.testing.assert_frame_equal(its_history, history, rtol=1e-2)
+    # What a compiled run saved, a plain one goes on from
+    again, _ = toy_run(tmp_path / "compiled", recipe)
+    assert same(again, other)
+
+
+def test_unknown_modes_of_compiling_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="compiled must be one of none, default, reduce-overhead, max-autotune, got 'fast'"):
+        toy_run(tmp_path, toy_recipe(), compiled="fast")
 
 
 def test_run_read_ahead_resumes_where_it_stopped(tmp_path):
