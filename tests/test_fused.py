@@ -168,8 +168,10 @@ def test_moments_whatever_the_rows_that_are_looked_at_first(scale, shift):
     assert torch.allclose(rstd.double(), expected, rtol=1e-4 if shift == 1e4 else 1e-5)
 
 
+@pytest.mark.parametrize("onednn", [fused.ONEDNN, False])
 @pytest.mark.parametrize("rows, columns, out", [(1, 1, 1), (4000, 40, 50), (4000, 8, 50), (1000, 600, 3)])
-def test_products_in_every_shape(rows, columns, out):
+def test_products_in_every_shape_and_without_onednn(rows, columns, out, onednn, monkeypatch):
+    monkeypatch.setattr(fused, "ONEDNN", onednn)
     a, weight, bias = torch.randn(rows, columns), torch.randn(out, columns), torch.randn(out)
     for w in (weight, weight.t().contiguous().t()):
         assert error([fused.products(a, w, bias)], [a.double() @ w.double().t() + bias]) < 1e-6
