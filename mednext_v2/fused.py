@@ -109,6 +109,20 @@ def gelu_(x: Tensor) -> Tensor:
     return torch.ops.aten.gelu.out(x, out=x)
 
 
+def _expander(
+    d: Tensor, mean: Tensor, rstd: Tensor, weights: tuple,
+) -> tuple[Tensor, Callable[[slice], tuple[Tensor, Tensor]]]:
+    "The weights of `conv2` with those of the norm folded in, and what makes rows of a portion: normalised, and expanded"
+    norm_w, norm_b, w1, b1 = weights[:4]
+    weight, bias = w1 * norm_w, torch.addmv(b1, w1, norm_b)
+
+    def expanded(cut: slice) -> tuple[Tensor, Tensor]:
+        hat = (d[cut] - mean).mul_(rstd)
+        return hat, products(hat, weight, bias)
+
+    return weight, expanded
+
+
 def expand(
     d: Tensor,  # Shape `(S, C)`: a sample behind the depthwise convolution
     shortcut: Tensor | None,  # Shape `(S, out)`; None adds nothing
@@ -119,19 +133,19 @@ def expand(
     mean_stat: bool,  # Divide GRN's norms by their mean? Else by their sum
 ) -> Tensor | None:  # Norms of the expanded channels, for `expand_gradients`
     "Norm, expand, GELU, GRN, compress, plus the shortcut"
-    norm_w, norm_b, w1, b1, gamma, beta, w2, b2 = weights
-    cuts, held, norms = parts(len(d), len(w1)), {}, None
-    w1, b1 = w1 * norm_w, torch.addmv(b1, w1, norm_b)
+    gamma, beta, w2, b2 = weights[4:]
+    w1n, expanded = _expander(d, mean, rstd, weights)
+    cuts, held, norms = parts(len(d), len(w1n)), {}, None
 
     def activated(cut):
-        return gelu_(products((d[cut] - mean).mul_(rstd), w1, b1))
+        return gelu_(expanded(cut)[1])
 
     if gamma is not None:
-        norms = d.new_zeros(len(w1))
+        norms = d.new_zeros(len(w1n))
         for place, cut in enumerate(cuts):
             v = activated(cut)
             norms += (v * v).sum(0)
-            if small(len(d), len(w1)):
+            if small(len(d), len(w1n)):
                 held[place] = v
         norms.sqrt_()
         ratio = norms / ((norms.mean() if mean_stat else norms.sum()) + GRN_EPS)
@@ -158,14 +172,10 @@ def expand_gradients(
     norm_w, norm_b, w1, b1, gamma, beta, w2, b2 = weights
     count, wide = len(d), len(w1)
     cuts, held = parts(count, wide), {}
-    w1n, b1n = w1 * norm_w, torch.addmv(b1, w1, norm_b)
+    w1n, expanded = _expander(d, mean, rstd, weights)
     d_b2 = grad.sum(0)
     d_gamma = d_beta = pull = None
     grad_v = torch.zeros_like(w2)  # Sum over voxels of the gradient times the activation
-
-    def expanded(cut):
-        hat = (d[cut] - mean).mul_(rstd)
-        return hat, products(hat, w1n, b1n)
 
     if gamma is not None:
         over = torch.mean if mean_stat else torch.sum
@@ -368,7 +378,8 @@ def can_fuse(
         return False
     pointwise = all(part.kernel_size == (1, 1, 1) and part.bias is not None for part in inner[2:4])
     normal = block.norm.num_groups == block.norm.num_channels and block.norm.affine
-    return pointwise and normal and _kind(block.conv1) is not None and _fits(block.res_conv, _kind(block.conv1))
+    kind = _kind(block.conv1)
+    return pointwise and normal and kind is not None and _fits(block.res_conv, kind)
 
 
 def _fits(shortcut: nn.Module, kind: str) -> bool:
