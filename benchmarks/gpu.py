@@ -1,12 +1,13 @@
-"""What a step, its memory and a forward pass of MedNeXt-v2 cost on a GPU, beside MONAI's MedNeXt with GRN.
+"""What a step, its memory and a forward pass of MedNeXt-v2 cost on a GPU, beside its peers.
 
-    python benchmarks/gpu.py                        # a 128³ patch of the Base network in bf16, about five minutes on an A100
+    python benchmarks/gpu.py                        # a 128³ patch of the Base network in bf16, under five minutes on an H100
     python benchmarks/gpu.py --side 64 --width 16   # smaller
     python benchmarks/gpu.py --device cpu --side 32 --width 4 --repeats 1 --sides monai plain   # does it run?
 
-Repeats of all sides alternate in one process; every time is taken between two synchronisations. Memory is the allocator's peak
-during a step, the weights included. Compiling is timed apart: its share falls with the number of steps. A side that does not fit
-or fails is reported, and the others go on.
+Repeats of all sides alternate in one process; every time is taken between two synchronisations. Memory is the allocator's peak during a
+step, with the side's own weights and gradients, beside what `scaling.estimate` says of it. The first step compiles: its share falls with the
+number of steps. A side that does not fit or fails is reported, and the others go on. Shares of the machine's peak count the products of three
+forward passes for a step, whatever a side computes besides.
 """
 
 import argparse
@@ -24,13 +25,18 @@ from data import heading, log, machine, row  # noqa: E402
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.json"
 SIDES = {  # Title; then the network of `block.network`, memory format, compiled or not, and what backward recomputes
     "monai": ("MONAI's MedNeXt, GRN", "monai", "contiguous", False, None),
-    "plain": ("this project", "plain", "contiguous", False, "none"),
-    "last": ("channels last", "plain", "channels_last_3d", False, "none"),
-    "compiled": ("compiled", "plain", "contiguous", True, "none"),
-    "compiled_last": ("compiled, channels last", "plain", "channels_last_3d", True, "none"),
-    "expansion": ("checkpointing expansion", "plain", "contiguous", False, "expansion"),
-    "block": ("checkpointing block", "plain", "contiguous", False, "block"),
-    "v1": ("v1 (no GRN)", "v1", "contiguous", False, "none"),
+    "fused": ("this project, fused", "fused", "channels_last_3d", False, "none"),
+    "graphed": ("fused, as a CUDA graph", "fused", "channels_last_3d", False, "none"),
+    "plain": ("plain", "plain", "contiguous", False, "none"),
+    "last": ("plain, channels last", "plain", "channels_last_3d", False, "none"),
+    "compiled": ("plain, compiled", "plain", "contiguous", True, "none"),
+    "compiled_last": ("plain, compiled, channels last", "plain", "channels_last_3d", True, "none"),
+    "expansion": ("plain, checkpointing expansion", "plain", "contiguous", False, "expansion"),
+    "block": ("plain, checkpointing block", "plain", "contiguous", False, "block"),
+    "v1": ("v1 (no GRN), plain", "v1", "contiguous", False, "none"),
+    "v1_fused": ("v1 (no GRN), fused", "v1_fused", "channels_last_3d", False, "none"),
+    "unet": ("nnU-Net's plain U-Net", "unet", "contiguous", False, None),
+    "resenc_l": ("nnU-Net's ResEnc-L", "resenc_l", "contiguous", False, None),
 }
 
 
@@ -51,6 +57,34 @@ class Clock:
         if self.cuda:
             self.cuda.synchronize()
         return time.perf_counter() - begin, self.cuda.max_memory_allocated() / 2**30 if self.cuda else float("nan")
+
+
+def peaks(device: str) -> dict:
+    "What the device can do: FLOPs a second of a large product in bf16, bytes a second of a large copy"
+    import torch
+
+    side, count = (8192, 2**30) if device == "cuda" else (1024, 2**24)
+    a, source = torch.randn(side, side, device=device, dtype=torch.bfloat16), torch.ones(count, device=device, dtype=torch.bfloat16)
+    clock, target = Clock(device), torch.empty_like(source)
+    amounts = {"flops": (2 * side**3, lambda: a @ a), "bytes": (2 * source.nbytes, lambda: target.copy_(source))}
+    return {name: amount / min(clock(function)[0] for _ in range(10)) for name, (amount, function) in amounts.items()}
+
+
+def expected(side: str, case: dict, precision: str) -> dict:
+    "FLOPs of a forward pass and, of our own, bytes of a step"
+    import torch
+    from mednext_v2.scaling import count_flops, estimate
+
+    _, kind, _, compiled, checkpointing = SIDES[side]
+    patch = (case["side"],) * 3
+    with torch.device("meta"):
+        model = network(kind, case)
+    found = {"flops": case["batch"] * count_flops(model, patch, 1)}
+    if checkpointing and not compiled:
+        form = "cuda" if kind.endswith("fused") else None
+        cost = estimate(model.arch, patch, case["batch"], precision, checkpointing, 1, 2, deep_supervision=True, fused=form)
+        found["estimated_gib"] = (cost.total_bytes - cost.optimizer_bytes) / 2**30
+    return found
 
 
 def prepared(side: str, case: dict, device: str):
@@ -91,13 +125,20 @@ def measure(case: dict, device: str, sides: list[str], repeats: int, precision: 
             model.eval()(x)
 
     for side in sides:
+        before = torch.cuda.memory_allocated() / 2**30 if device == "cuda" else 0
         try:
-            ready[side] = prepared(side, case, device)
-            first, peak = clock(train, *ready[side])
-            clock(infer, *ready[side])
-            found[side] = dict(step=[], infer=[], first_step=first, peak_gib=peak)
+            model, x = prepared(side, case, device)
+            first, _ = clock(train, model, x)
+            if side == "graphed":
+                # Autocast's cache of weights would belong to one step
+                with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+                    model = torch.cuda.make_graphed_callables(model.train(), (x,))
+            _, peak = clock(train, model, x)
+            clock(infer, model, x)
+            ready[side] = model, x
+            found[side] = dict(step=[], infer=[], first_step=first, peak_gib=peak - before) | expected(side, case, precision)
         except Exception as error:
-            ready.pop(side, None)
+            model = x = None
             found[side] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
             log(f"{side}: {found[side]['failed']}")
         if device == "cuda":
@@ -109,19 +150,21 @@ def measure(case: dict, device: str, sides: list[str], repeats: int, precision: 
     return found
 
 
-def table(case: dict, found: dict, precision: str) -> str:
+def table(case: dict, found: dict, precision: str, limits: dict) -> str:
     "Milliseconds, GiB, and ratios to MONAI's network"
     name = f"width {case['width']}, {case['side']}³, batch {case['batch']}, {precision}"
-    lines, base = heading(name, "step, ms", "/ MONAI's", "forward, ms", "/ MONAI's", "peak, GiB", "first step, s"), found.get("monai", {})
+    lines, base = heading(name, "step, ms", "/ MONAI's", "of peak", "forward, ms", "/ MONAI's", "memory, GiB", "estimated", "first step, s"), found.get("monai", {})
     for side, one in found.items():
         if "failed" in one:
-            lines.append(row(SIDES[side][0], one["failed"], "", "", "", "", ""))
+            lines.append(row(SIDES[side][0], one["failed"], *[""] * 7))
             continue
         cells = []
         for kind in ("step", "infer"):
             value = statistics.median(one[kind])
             cells += [f"{1000 * value:.1f}", f"{value / statistics.median(base[kind]):.2f}" if base.get(kind) else "not available"]
-        lines.append(row(SIDES[side][0], *cells, f"{one['peak_gib']:.2f}", f"{one['first_step']:.1f}"))
+            cells += [f"{3 * one['flops'] / value / limits['flops']:.1%}"] if kind == "step" else []
+        estimated = f"{one['estimated_gib']:.2f}" if "estimated_gib" in one else ""
+        lines.append(row(SIDES[side][0], *cells, f"{one['peak_gib']:.2f}", estimated, f"{one['first_step']:.1f}"))
     return "\n".join(lines)
 
 
@@ -142,9 +185,11 @@ def main() -> None:
         raise SystemExit("this torch sees no GPU: --device cpu runs the same code, slowly")
     case = {"width": chosen.width, "depths": BASE, "ratios": BASE, "batch": chosen.batch, "side": chosen.side}
     known = machine() | ({"gpu": torch.cuda.get_device_name()} if chosen.device == "cuda" else {})
+    limits = peaks(chosen.device)
     found = measure(case, chosen.device, chosen.sides, chosen.repeats, chosen.precision)
-    print(table(case, found, chosen.precision))
-    chosen.out.write_text(json.dumps({"machine": known, "case": case, "precision": chosen.precision, "result": found}, indent=1) + "\n")
+    print(table(case, found, chosen.precision, limits))
+    kept = {"machine": known, "case": case, "precision": chosen.precision, "peaks": limits, "result": found}
+    chosen.out.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

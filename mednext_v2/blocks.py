@@ -6,6 +6,7 @@
 __all__ = ['CHECKPOINTING', 'MedNeXtBlock', 'DownBlock', 'UpBlock', 'OutBlock']
 
 # %% ../nbs/11_blocks.ipynb #imports
+import mednext_v2.kernels  # noqa: F401, fills `BACKENDS` for GPUs
 import torch
 import torch.nn.functional as F
 from .fused import BACKENDS, can_fuse, pointwise
@@ -69,9 +70,9 @@ class MedNeXtBlock(nn.Module):
         return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused and can_fuse(self, x):
-            return BACKENDS[x.device.type](self, x)  # Keeps its input alone, so there is nothing left to checkpoint
-        return self._run(self._block, x, "block")
+        # The fused form keeps its input alone, so there is nothing left to checkpoint
+        y = BACKENDS[x.device.type](self, x) if self.fused and can_fuse(self, x) else None
+        return self._run(self._block, x, "block") if y is None else y
 
 # %% ../nbs/11_blocks.ipynb #resample
 class DownBlock(MedNeXtBlock):

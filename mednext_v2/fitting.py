@@ -162,6 +162,7 @@ def network_for(
         trial = built(recipe.patch)
     patch = fit_patch(recipe.patch, data.shape, trial.strides)
     if auto and hasattr(trial, "arch"):
+        from mednext_v2.kernels import fused_form
         from mednext_v2.launch import available_memory
         from mednext_v2.scaling import cheapest_checkpointing
 
@@ -169,7 +170,7 @@ def network_for(
         overrides["checkpointing"] = cheapest_checkpointing(
             trial.arch, patch, int(0.8 * available_memory(device)) // (1 if gpu else processes),
             batch=max(1, recipe.batch // (processes * recipe.accumulate)), precision=recipe.precision, in_channels=data.in_channels,
-            num_classes=data.outputs, deep_supervision=recipe.deep_supervision, fused=not gpu,
+            num_classes=data.outputs, deep_supervision=recipe.deep_supervision, fused=fused_form(device),
         )
     network = built(patch)
     return network, getattr(network, "input_size", None) or patch

@@ -337,7 +337,7 @@ class Block(torch.autograd.Function):
         return d_x, d_res_weight, d_res_bias, d_weight, torch.zeros_like(bias), None, None, None, *totals
 
 # %% ../nbs/10b_fused.ipynb #can-fuse
-BACKENDS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {}  # What computes a block, by kind of device
+BACKENDS: dict[str, Callable[[nn.Module, Tensor], Tensor | None]] = {}  # What computes a block, by kind of device
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

@@ -441,8 +441,8 @@ class Step:
         return create(self.network, self.in_channels, self.num_classes, self.deep_supervision, **options)
 
     @cache
-    def cost(self, fused: bool = False):  # A `scaling.Estimate`
-        "What the step costs, from sizes alone; fused as a MedNeXt runs on a CPU?"
+    def cost(self, fused: str | None = None):  # A `scaling.Estimate`
+        "What the step costs, from sizes alone; with blocks in the form that `estimate` calls so"
         import torch
         from mednext_v2.scaling import PRECISIONS, Estimate, count_flops, count_parameters, estimate
 
@@ -514,7 +514,7 @@ def dry_step(
     write_json(out, dict(resident=resident, peak=peak, seconds=seconds))
 
 # %% ../nbs/36_launch.ipynb #forecast
-ENOUGH = {False: 300e6, True: 100e6}  # Bytes that a dry step keeps at least; the fused form computes more for each
+ENOUGH = {"plain": 300e6, "fused": 100e6}  # Bytes that a dry step keeps at least; the fused form computes more for each
 SLACK = 1.1  # Forecasts were up to 6 % too low for steps of 0.8 to 2.2 GB
 
 
@@ -525,7 +525,7 @@ class Forecast:
     resident: int  # Bytes of the process with weights and optimizer
     memory: float  # Measured over estimated memory of a step
     speed: float  # FLOPs of the forward pass, a second of the whole step
-    fused: bool = False  # As on a CPU?
+    fused: str | None = None  # The form of blocks, as `scaling.estimate` has it
 
     def needed(self, step: Step) -> int:
         "Bytes that a process needs for a step"
@@ -543,13 +543,14 @@ def forecast(
 ) -> Forecast:
     "Measure a dry step; RunEnded if even that does not fit"
     import torch
+    from mednext_v2.kernels import fused_form
 
-    fused = not device.startswith("cuda")
+    fused = fused_form(device)
     with torch.device("meta"):
         stride = step.create().stride
     side, small = 1, with_patch(step, 1, stride)
     while (dry := with_patch(step, side := 2 * side, stride)).patch != step.patch:
-        if dry.cost(fused).activation_bytes >= ENOUGH[fused]:
+        if dry.cost(fused).activation_bytes >= ENOUGH["fused" if fused else "plain"]:
             break
     folder = Path(tempfile.mkdtemp(prefix="mednext-"))
     try:

@@ -177,7 +177,7 @@ def run_data(
     return fold_view(data / run.task, run.fold, root() / "scratch/folds" / run.profile / f"{run.task}-{run.fold}")
 
 
-TRAINING_MODULES = "grn fused blocks model stunet scaling weights backbones zoo adapt storage prepare augment losses recipe checkpoint guard mixture trainer fitting".split()
+TRAINING_MODULES = "grn fused kernels blocks model stunet scaling weights backbones zoo adapt storage prepare augment losses recipe checkpoint guard mixture trainer fitting".split()
 
 
 def run_key(

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from .blocks import CHECKPOINTING, MedNeXtBlock
 from .fused import parts, small
+from .kernels import fits
 from .model import Arch, MedNeXt, check_input
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -155,13 +156,28 @@ def _fused_bytes(block: tuple, grn: str | None, batch: int) -> tuple[int, int]:
     channels, ratio, outside, inside = block
     entry, middle, expanded = channels * outside, channels * inside, ratio * channels * inside
     held, portion = small(inside, ratio * channels), parts(inside, ratio * channels)[0].stop * ratio * channels
-    down, up = inside < outside, inside > outside
+    down = inside < outside
     kept = batch * (entry + held * middle)
-    end = batch * (2 * middle if down else middle // 2 if up else middle)  # What goes out has half or twice the channels
+    end = batch * _channels_out(block) * inside
     expanding = batch * (2 - held) * middle + (middle + 2 * expanded + 2 * portion if held and grn else 5 * portion)
     convolving = batch * (middle + (2 if down else 1) * entry)  # What a stride spreads out is as large as what comes in
     weights = (8 if grn else 4) * ratio * channels**2  # The two of the expansion, scaled, and their gradients on the way
     return 4 * kept, 4 * (end + weights + max(expanding, convolving))
+
+
+def _kernel_bytes(block: tuple, size: int) -> tuple[int, int]:
+    "The same of a sample where a GPU's kernels run the block"
+    channels, _, outside, inside = block
+    entry, middle, end = channels * outside, channels * inside, _channels_out(block) * inside
+    down = inside < outside
+    kept = entry + down * middle  # Of a stride's shortcut, the voxels that it reads
+    return size * kept, size * (end + max(2 * middle, middle + entry, down * 2 * entry))
+
+
+def _channels_out(block: tuple) -> int:
+    "A change of resolution doubles or halves the channels"
+    channels, _, outside, inside = block
+    return 2 * channels if inside < outside else channels // 2 if inside > outside else channels
 
 
 def _waiting(arch: Arch, patch: tuple[int, int, int], deep_supervision: bool) -> list[int]:
@@ -187,18 +203,24 @@ def estimate(
     in_channels: int = 1,  # Channels of the image
     num_classes: int = 3,  # Classes, background included
     deep_supervision: bool = False,  # A head at every level?
-    fused: bool = False,  # As blocks run on a CPU, in `float32` and whatever the checkpointing? Else as on a GPU
+    fused: str | None = None,  # The form of blocks: `cpu` (`float32`, whatever the checkpointing), `cuda` (where its kernels fit), or plain
 ) -> Estimate:
-    "What a training step costs, from sizes alone; ValueError for an unknown precision or a patch that does not fit"
+    "What a training step costs, from sizes alone; ValueError for an unknown choice or a patch that does not fit"
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if fused not in (None, "cpu", "cuda"):
+        raise ValueError(f"fused must be cpu, cuda or None, got {fused!r}")
     size, voxels, blocks = PRECISIONS[precision], prod(patch), walk(arch, patch)
     with torch.device("meta"):
         model = MedNeXt(arch, in_channels, num_classes, deep_supervision, checkpointing)
-    if fused:
+    if fused == "cpu":
         size, costs = 4, [_fused_bytes(block, arch.grn, batch) for block in blocks]
     else:
-        costs = [[batch * cost for cost in _block_bytes(block, arch.grn, size, checkpointing)] for block in blocks]
+        kernels = [fused == "cuda" and fits(block[0], _channels_out(block), block[1], precision, arch.kernel) for block in blocks]
+        costs = [
+            [batch * cost for cost in (_kernel_bytes(block, size) if ours else _block_bytes(block, arch.grn, size, checkpointing))]
+            for block, ours in zip(blocks, kernels)
+        ]
     kept = [batch * in_channels * voxels * size, *(cost for cost, _ in costs)]
     head = batch * arch.width * voxels * size
     # What is kept goes away block by block, from the last to the first

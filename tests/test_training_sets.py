@@ -388,7 +388,7 @@ def test_checkpointing_auto_is_what_free_memory_allows(sets, tmp_path, monkeypat
     kinds = ("none", "expansion", "block")
     for free, device, expected in [
         *((estimate(network.arch, patch, checkpointing=kind, **options).total_bytes / 0.8 + 9, "cuda", kind) for kind in kinds),
-        (0, "cuda", "block"), (estimate(network.arch, patch, fused=True, **options).total_bytes / 0.8 + 9, "cpu", "none"),
+        (0, "cuda", "block"), (estimate(network.arch, patch, fused="cpu", **options).total_bytes / 0.8 + 9, "cpu", "none"),
     ]:
         monkeypatch.setattr(launch, "available_memory", lambda device: int(free))
         found = fitting.network_for(data, "mednext_v2_tiny", recipe, {"width": 4, "checkpointing": "auto"}, device=device)
