@@ -352,7 +352,7 @@ def literally(text: str) -> list[str]:
     return shlex.split(text.strip().split(" (")[0])
 
 
-@pytest.mark.parametrize("processes, fused", [(1, False), (2, False), (1, True)])
+@pytest.mark.parametrize("processes, fused", [(1, None), (2, None), (1, "cpu")])
 def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path, monkeypatch, processes, fused):
     base = ["train", str(sets / "chest"), str(tmp_path / "model"), "--backbone", "mednext_v2_tiny", "--device", "cpu"]
     base += ["--network", "width=4", "--processes", str(processes)]
