@@ -135,7 +135,7 @@ def expand(
     "Norm, expand, GELU, GRN, compress, plus the shortcut"
     gamma, beta, w2, b2 = weights[4:]
     w1n, expanded = _expander(d, mean, rstd, weights)
-    cuts, held, norms = parts(len(d), len(w1n)), {}, None
+    cuts, keep, held, norms = parts(len(d), len(w1n)), small(len(d), len(w1n)), {}, None
 
     def activated(cut):
         return gelu_(expanded(cut)[1])
@@ -144,8 +144,8 @@ def expand(
         norms = d.new_zeros(len(w1n))
         for place, cut in enumerate(cuts):
             v = activated(cut)
-            norms += (v * v).sum(0)
-            if small(len(d), len(w1n)):
+            norms += (v * v if keep else v.mul_(v)).sum(0)
+            if keep:
                 held[place] = v
         norms.sqrt_()
         ratio = norms / ((norms.mean() if mean_stat else norms.sum()) + GRN_EPS)
@@ -156,6 +156,10 @@ def expand(
         if shortcut is not None:
             out[cut] += shortcut[cut]
     return norms
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 def expand_gradients(
@@ -171,32 +175,33 @@ def expand_gradients(
     "Exact gradients of `expand`; that of the shortcut is `grad` itself"
     norm_w, norm_b, w1, b1, gamma, beta, w2, b2 = weights
     count, wide = len(d), len(w1)
-    cuts, held = parts(count, wide), {}
+    cuts, keep, held = parts(count, wide), small(count, wide), {}
     w1n, expanded = _expander(d, mean, rstd, weights)
     d_b2 = grad.sum(0)
     d_gamma = d_beta = pull = None
-    grad_v = torch.zeros_like(w2)  # Sum over voxels of the gradient times the activation
+    d_w1 = d_w2 = None  # Sums over voxels of a gradient times what the weights multiply; finished in place
 
     if gamma is not None:
         over = torch.mean if mean_stat else torch.sum
         for place, cut in enumerate(cuts):
             hat, u = expanded(cut)
-            v = F.gelu(u)
-            grad_v += outer_products(grad[cut], v)
-            if small(count, wide):
+            v = F.gelu(u) if keep else gelu_(u)
+            d_w2 = _plus(d_w2, outer_products(grad[cut], v))
+            if keep:
                 held[place] = hat, u, v
         below = over(norms) + GRN_EPS
-        ratio, along = norms / below, (w2 * grad_v).sum(0)
+        # At the bottleneck weights are larger than volumes, so three products of their size take turns in one tensor
+        spare = w2 * d_w2
+        ratio, along = norms / below, spare.sum(0)
         d_gamma, d_beta = ratio * along, torch.mv(w2.t(), d_b2)
         d_norms = (gamma * along - over(gamma * along * ratio)) / below
         # A silent channel has no direction in which its norm grows
         pull = torch.where(norms > 0, d_norms / norms, 0)
-        d_w2 = grad_v * (1 + gamma * ratio) + torch.outer(d_b2, beta)
-        w2 = w2 * (1 + gamma * ratio)
-    else:
-        d_w2 = grad_v
+        factor = 1 + gamma * ratio
+        d_w2.mul_(factor).add_(torch.outer(d_b2, beta, out=spare))
+        w2 = torch.mul(w2, factor, out=spare)
     back, back_d = w2.t(), (w1n * rstd).t()
-    grad_hat, d_b1 = torch.zeros_like(w1), torch.zeros_like(b1)
+    d_b1 = torch.zeros_like(b1)
     for place, cut in enumerate(cuts):
         if held:
             hat, u, v = held.pop(place)
@@ -205,26 +210,29 @@ def expand_gradients(
             v = F.gelu(u)
         dv = products(grad[cut], back)
         if gamma is None:
-            grad_v += outer_products(grad[cut], v)
+            d_w2 = _plus(d_w2, outer_products(grad[cut], v))
         else:
             dv.addcmul_(v, pull)
         du = torch.ops.aten.gelu_backward.grad_input(dv, u, grad_input=v)
-        grad_hat += outer_products(du, hat)
+        d_w1 = _plus(d_w1, outer_products(du, hat))
         d_b1 += du.sum(0)
         d_d[cut] = products(du, back_d)
-    out, out_hat = torch.mv(w1.t(), d_b1), (w1 * grad_hat).sum(0)
+    out, out_hat = torch.mv(w1.t(), d_b1), torch.mul(w1, d_w1, out=w1n).sum(0)
+    d_w1.mul_(norm_w).add_(torch.outer(d_b1, norm_b, out=w1n))
     # What the norm takes off: the mean of the gradient, and what goes along its input
     slope = -norm_w * out_hat * rstd.square() / count
     level = -norm_w * out * rstd / count - slope * mean
     for cut in cuts:
         d_d[cut].addcmul_(d[cut], slope).add_(level)
-    return out_hat, out, grad_hat * norm_w + torch.outer(d_b1, norm_b), d_b1, d_gamma, d_beta, d_w2, d_b2
+    return out_hat, out, d_w1, d_b1, d_gamma, d_beta, d_w2, d_b2
 
 # %% ../nbs/10b_fused.ipynb #depthwise
-def spread_out(x: Tensor) -> Tensor:
-    "Zeros between neighbours: sides `n` to `2n - 1`, channels last"
-    n, c, *size = x.shape
-    y = x.new_zeros(n, *(2 * side - 1 for side in size), c)
+def spread_out(
+    x: Tensor,  # Shape `(N, C, X, Y, Z)`
+    size: tuple[int, ...] | list[int],  # Sides of the result: `2X - 1` or `2X`, and so on
+) -> Tensor:  # Channels last
+    "Zeros between neighbours"
+    y = x.new_zeros(len(x), *size, x.shape[1])
     y[:, ::2, ::2, ::2] = x.permute(0, 2, 3, 4, 1)
     return y.permute(0, 4, 1, 2, 3)
 
@@ -238,7 +246,8 @@ def depthwise(
     "Depthwise convolution, padded by `K // 2`"
     options = {"padding": weight.shape[-1] // 2, "groups": x.shape[1]}
     if kind == "up":
-        return channels_last(F.conv3d(spread_out(x), weight.flip(2, 3, 4), bias, **options))
+        wide = spread_out(x, [2 * side - 1 for side in x.shape[2:]])
+        return channels_last(F.conv3d(wide, weight.flip(2, 3, 4), bias, **options))
     return channels_last(F.conv3d(x, weight, bias, stride=2 if kind == "down" else 1, **options))
 
 
@@ -267,12 +276,9 @@ def depthwise_gradients(
     kernel, options = weight.shape[-1], {"padding": weight.shape[-1] // 2, "groups": x.shape[1]}
     if kind == "up":
         return channels_last(F.conv3d(grad, weight, stride=2, **options)), _weight_gradient(grad, x, kernel, 2)
-    wide = grad
-    if kind == "down":
-        wide = spread_out(grad)
-        rest = [side - have for side, have in zip(x.shape[2:], wide.shape[2:])]
-        wide = channels_last(F.pad(wide, [pad for side in reversed(rest) for pad in (0, side)]))
+    wide = spread_out(grad, x.shape[2:]) if kind == "down" else grad
     d_x = channels_last(F.conv3d(wide, weight.flip(2, 3, 4), **options))
+    del wide
     return d_x, _weight_gradient(x, grad, kernel, 2 if kind == "down" else 1)
 
 # %% ../nbs/10b_fused.ipynb #block
