@@ -48,7 +48,7 @@ class Clock:
 
         self.cuda = torch.cuda if device == "cuda" else None
 
-    def __call__(self, function, *arguments) -> tuple[float, float]:  # Seconds, GiB (NaN on a CPU)
+    def __call__(self, function, *arguments) -> tuple[float, float | None]:  # Seconds, GiB (None on a CPU)
         if self.cuda:
             self.cuda.reset_peak_memory_stats()
             self.cuda.synchronize()
@@ -56,7 +56,7 @@ class Clock:
         function(*arguments)
         if self.cuda:
             self.cuda.synchronize()
-        return time.perf_counter() - begin, self.cuda.max_memory_allocated() / 2**30 if self.cuda else float("nan")
+        return time.perf_counter() - begin, self.cuda.max_memory_allocated() / 2**30 if self.cuda else None
 
 
 def peaks(device: str) -> dict:
@@ -136,7 +136,7 @@ def measure(case: dict, device: str, sides: list[str], repeats: int, precision: 
             _, peak = clock(train, model, x)
             clock(infer, model, x)
             ready[side] = model, x
-            found[side] = dict(step=[], infer=[], first_step=first, peak_gib=peak - before) | expected(side, case, precision)
+            found[side] = dict(step=[], infer=[], first_step=first, peak_gib=peak and peak - before) | expected(side, case, precision)
         except Exception as error:
             model = x = None
             found[side] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
@@ -164,7 +164,8 @@ def table(case: dict, found: dict, precision: str, limits: dict) -> str:
             cells += [f"{1000 * value:.1f}", f"{value / statistics.median(base[kind]):.2f}" if base.get(kind) else "not available"]
             cells += [f"{3 * one['flops'] / value / limits['flops']:.1%}"] if kind == "step" else []
         estimated = f"{one['estimated_gib']:.2f}" if "estimated_gib" in one else ""
-        lines.append(row(SIDES[side][0], *cells, f"{one['peak_gib']:.2f}", estimated, f"{one['first_step']:.1f}"))
+        memory = f"{one['peak_gib']:.2f}" if one["peak_gib"] else "not available"
+        lines.append(row(SIDES[side][0], *cells, memory, estimated, f"{one['first_step']:.1f}"))
     return "\n".join(lines)
 
 

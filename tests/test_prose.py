@@ -93,6 +93,12 @@ def test_the_speed_of_the_readme_is_that_of_the_benchmark():
     assert costs.max()["step"] < 0.25 and costs.mean()["memory"] == pytest.approx(1 / 8, rel=0.1)
 
 
+def test_the_gpu_memory_of_the_readme_is_that_of_the_trial():
+    assert "a step took a tenth of MONAI's memory in a first trial" in README
+    found = read_benchmark("gpu_trial")["result"]
+    assert found["fused"]["peak_gib"] / found["monai"]["peak_gib"] == pytest.approx(1 / 10, rel=0.1)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs/paper").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_prose_beside_a_figure_holds_no_number(path):
     cells = json.loads(path.read_text())["cells"]
