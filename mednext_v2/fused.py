@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ONEDNN', 'NARROW', 'LITTLE', 'GRN_EPS', 'EXPANDED', 'HELD', 'BACKENDS', 'HOOKS', 'tokens', 'volume', 'channels_last',
-           'products', 'outer_products', 'parts', 'moments', 'small', 'gelu_', 'expand', 'expand_gradients',
-           'spread_out', 'depthwise', 'depthwise_gradients', 'Block', 'watched', 'pointwise', 'can_fuse', 'fused_block',
-           'use_fused']
+           'products', 'outer_products', 'parts', 'moments', 'small', 'responses', 'response_gradients', 'gelu_',
+           'expand', 'expand_gradients', 'spread_out', 'depthwise', 'depthwise_gradients', 'Block', 'watched',
+           'pointwise', 'can_fuse', 'fused_block', 'use_fused']
 
 # %% ../nbs/10b_fused.ipynb #imports
 from collections.abc import Callable
@@ -104,6 +104,29 @@ def small(
     return rows * wide <= HELD
 
 
+def responses(
+    norms: Tensor,  # Of the expanded channels, shape `(..., wide)`
+    mean_stat: bool,  # Divide by their mean? Else by their sum
+) -> tuple[Tensor, Tensor]:  # What they are divided by, and GRN's response `r`
+    "GRN's norms beside each other"
+    below = (norms.mean(-1, True) if mean_stat else norms.sum(-1, True)) + GRN_EPS
+    return below, norms / below
+
+
+def response_gradients(
+    norms: Tensor,  # Shape `(..., wide)`, like all that follow
+    along: Tensor,  # Sums over voxels of the activation times its gradient behind GRN
+    gamma: Tensor,  # Shape `(wide,)`
+    mean_stat: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # Gradient of `gamma`; what pulls an activation along itself; what GRN multiplies it by
+    "Gradients through the norms of channels"
+    below, ratio = responses(norms, mean_stat)
+    shared = gamma * along * ratio
+    d_norms = (gamma * along - (shared.mean(-1, True) if mean_stat else shared.sum(-1, True))) / below
+    # A silent channel has no direction in which its norm grows
+    return ratio * along, torch.where(norms > 0, d_norms / norms, 0), 1 + gamma * ratio
+
+
 def gelu_(x: Tensor) -> Tensor:
     "The exact GELU, in place"
     return torch.ops.aten.gelu.out(x, out=x)
@@ -148,7 +171,7 @@ def expand(
             if keep:
                 held[place] = v
         norms.sqrt_()
-        ratio = norms / ((norms.mean() if mean_stat else norms.sum()) + GRN_EPS)
+        _, ratio = responses(norms, mean_stat)
         w2, b2 = w2 * (1 + gamma * ratio), torch.addmv(b2, w2, beta)
     for place, cut in enumerate(cuts):
         v = held.pop(place) if held else activated(cut)
@@ -182,22 +205,16 @@ def expand_gradients(
     d_w1 = d_w2 = None  # Sums over voxels of a gradient times what the weights multiply; finished in place
 
     if gamma is not None:
-        over = torch.mean if mean_stat else torch.sum
         for place, cut in enumerate(cuts):
             hat, u = expanded(cut)
             v = F.gelu(u) if keep else gelu_(u)
             d_w2 = _plus(d_w2, outer_products(grad[cut], v))
             if keep:
                 held[place] = hat, u, v
-        below = over(norms) + GRN_EPS
         # At the bottleneck weights are larger than volumes, so three products of their size take turns in one tensor
         spare = w2 * d_w2
-        ratio, along = norms / below, spare.sum(0)
-        d_gamma, d_beta = ratio * along, torch.mv(w2.t(), d_b2)
-        d_norms = (gamma * along - over(gamma * along * ratio)) / below
-        # A silent channel has no direction in which its norm grows
-        pull = torch.where(norms > 0, d_norms / norms, 0)
-        factor = 1 + gamma * ratio
+        d_gamma, pull, factor = response_gradients(norms, spare.sum(0), gamma, mean_stat)
+        d_beta = torch.mv(w2.t(), d_b2)
         d_w2.mul_(factor).add_(torch.outer(d_b2, beta, out=spare))
         w2 = torch.mul(w2, factor, out=spare)
     back, back_d = w2.t(), (w1n * rstd).t()

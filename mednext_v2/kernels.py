@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from math import prod
 
 import torch
 import torch.nn.functional as F
-from .fused import BACKENDS, GRN_EPS, _kind, channels_last
+from .fused import BACKENDS, _kind, channels_last, response_gradients, responses
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -111,9 +112,9 @@ def depthwise(
     if not stats:
         return y
     means, squares = found
-    shares = counts[:, None] / (size[0] * size[1] * size[2])
-    mean = (means * shares).sum(1)
-    variance = squares.sum(1) / (size[0] * size[1] * size[2]) + ((means - mean[:, None]).square_() * shares).sum(1)
+    part = counts[:, None] / prod(size)  # Of the voxels, in a tile
+    mean = (means * part).sum(1)
+    variance = squares.sum(1) / prod(size) + ((means - mean[:, None]).square_() * part).sum(1)
     return y, mean, variance
 
 # %% ../nbs/10c_kernels.ipynb #depthwise-weight
@@ -330,8 +331,8 @@ def expand(
         squares = torch.empty(n, splits, wide, device=d.device)
         _squares_kernel[splits, wide // fixed["BW"], n](*common, squares, count, TILES=tiles, **fixed)
         norms = squares.sum(1).sqrt_()
-        below = (norms.mean(1, True) if mean_stat else norms.sum(1, True)) + GRN_EPS
-        second, last = second * (1 + gamma * norms / below)[..., None], torch.addmv(b2, w2, beta).expand(n, -1)
+        _, ratio = responses(norms, mean_stat)
+        second, last = second * (1 + gamma * ratio)[..., None], torch.addmv(b2, w2, beta).expand(n, -1)
     y = torch.empty(n, out, *d.shape[2:], device=d.device, dtype=d.dtype, memory_format=torch.channels_last_3d)
     _output_kernel[cdiv(count, ROWS), n](
         d, d if shortcut is None else shortcut, *common[1:], second.to(d.dtype).contiguous(), last.contiguous(), y, count,
@@ -364,15 +365,10 @@ def expand_gradients(
     if gamma is None:
         d_w2 = grad_v.sum(0).t()
     else:
-        over = torch.mean if mean_stat else torch.sum
-        below = over(norms, 1, True) + GRN_EPS
-        ratio, along = norms / below, (second * grad_v).sum(2)
-        d_gamma, d_beta = (ratio * along).sum(0), torch.mv(w2.t(), d_b2)
-        d_norms = (gamma * along - over(gamma * along * ratio, 1, True)) / below
-        # A silent channel has no direction in which its norm grows
-        pull, scale = torch.where(norms > 0, d_norms / norms, 0), (1 + gamma * ratio)[..., None]
-        d_w2 = (grad_v * scale).sum(0).t() + torch.outer(d_b2, beta)
-        second = second * scale
+        d_gamma, pull, factor = response_gradients(norms, (second * grad_v).sum(2), gamma, mean_stat)
+        d_gamma, d_beta, factor = d_gamma.sum(0), torch.mv(w2.t(), d_b2), factor[..., None]
+        d_w2 = (grad_v * factor).sum(0).t() + torch.outer(d_b2, beta)
+        second = second * factor
     second, back, d_d = second.to(d.dtype).contiguous(), (w1n * rstd[:, None]).to(d.dtype), torch.empty_like(d)
     _grad_d_kernel[cdiv(count, ROWS), n](*common, second, pull, back, d_d, count, **fixed)
     grad_hat, sums = torch.empty(n, splits, wide, channels, device=d.device), torch.empty(n, splits, wide, device=d.device)

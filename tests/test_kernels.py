@@ -44,14 +44,18 @@ def results(block, x) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y.double().square().mean(), [x, *parameters])]
 
 
+def relative(found, exact) -> list[float]:
+    "Norms of what is wrong, over those of what is right"
+    return [float((a.double() - b).norm() / b.norm().clamp_min(1e-12)) for a, b in zip(found, exact)]
+
+
 def errors(case: str, grn: str | None) -> list[float]:
     "Of kernels, relative to the formula in `float64`"
     block, x = block_and_input(case, grn)
     exact = results(use_fused(block.double(), False), x.double())
     use_fused(block.float())
     fused.BACKENDS["cpu"] = lambda block, x: kernels.run_block(block, fused.channels_last(x))
-    found = results(block, x)
-    return [float((a.double() - b).norm() / b.norm().clamp_min(1e-12)) for a, b in zip(found, exact)]
+    return relative(results(block, x), exact)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -75,8 +79,7 @@ def test_kernels_are_as_exact_as_the_plain_form(case, grn, dtype):
 
     def off(on):
         with torch.autocast("cuda", dtype):
-            found = results(use_fused(block, on), x)
-        return [float((a.double() - b).norm() / b.norm().clamp_min(1e-12)) for a, b in zip(found, exact)]
+            return relative(results(use_fused(block, on), x), exact)
 
     for ours, plain in zip(off(True), off(False)):
         assert ours < max(1.5 * plain, 2 * torch.finfo(dtype).eps)
@@ -116,7 +119,6 @@ def test_the_estimate_of_a_step_is_within_15_percent(width, side, checkpointing)
         optimizer.step()
         optimizer.zero_grad()
     found = torch.cuda.max_memory_allocated()
-    print(width, side, checkpointing, promised.total_bytes / found)
     assert promised.total_bytes == pytest.approx(found, rel=0.15)
 
 
