@@ -207,9 +207,8 @@ def expand_gradients(
     if gamma is not None:
         for place, cut in enumerate(cuts):
             hat, v = expanded(cut, gelu=not keep)
-            if keep:
-                u, v = v, F.gelu(v)
-                held[place] = hat, u, v
+            if keep:  # A GELU again takes less than a tensor more in memory
+                held[place], v = (hat, v), F.gelu(v)
             d_w2 = _plus(d_w2, outer_products(grad[cut], v))
         # At the bottleneck weights are larger than volumes, so three products of their size take turns in one tensor
         spare = w2 * d_w2
@@ -220,11 +219,8 @@ def expand_gradients(
     back, back_d = w2.t(), (w1n * rstd).t()
     d_b1 = torch.zeros_like(b1)
     for place, cut in enumerate(cuts):
-        if held:
-            hat, u, v = held.pop(place)
-        else:
-            hat, u = expanded(cut)
-            v = F.gelu(u)
+        hat, u = held.pop(place) if held else expanded(cut)
+        v = F.gelu(u)
         dv = products(grad[cut], back)
         if gamma is None:
             d_w2 = _plus(d_w2, outer_products(grad[cut], v))

@@ -158,9 +158,9 @@ def _fused_bytes(block: tuple, grn: str | None, batch: int) -> tuple[int, int]:
     held, again = small(inside, ratio * channels), not kept(inside, ratio * channels)
     portion, down = parts(inside, ratio * channels)[0].stop * ratio * channels, inside < outside
     end = batch * _channels_out(block) * inside
-    expanding = batch * (1 + again) * middle + (middle + 2 * expanded + 2 * portion if held and grn else 5 * portion)
+    expanding = batch * (1 + again) * middle + (middle + expanded + 2 * portion if held and grn else 5 * portion)
     convolving = batch * (middle + (2 if down else 1) * entry)  # What a stride spreads out is as large as what comes in
-    weights = (8 if grn else 4) * ratio * channels**2  # The two of the expansion, scaled, and their gradients on the way
+    weights = (6 if grn else 4) * ratio * channels**2  # The two of the expansion, scaled, and their gradients on the way
     return 4 * batch * (entry + (not again) * middle), 4 * (end + weights + max(expanding, convolving))
 
 
