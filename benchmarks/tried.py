@@ -58,6 +58,35 @@ def expand_product():
     }
 
 
+def expand_and_activate():
+    import torch
+    from mednext_v2 import fused
+    from torch.nn import functional as F
+
+    wide = CHANNELS * RATIO
+    rows, weight, bias = fused.tokens(volume_of(CHANNELS, SIDE))[0], torch.randn(wide, CHANNELS), torch.randn(wide)
+    cuts = fused.parts(len(rows), wide)
+    return {
+        "GELU in oneDNN's product": lambda: [fused.products(rows[cut], weight, bias, gelu=True) for cut in cuts],
+        "a product, then GELU": lambda: [F.gelu(fused.products(rows[cut], weight, bias)) for cut in cuts],
+    }
+
+
+def sums_over_rows():
+    "At twice the channels, where it matters more"
+    import torch
+    from mednext_v2 import fused
+
+    channels, wide = 2 * CHANNELS, 2 * CHANNELS * RATIO
+    cuts = fused.parts(SIDE**3, wide)
+    narrow, broad = torch.randn(cuts[0].stop, channels), torch.randn(cuts[0].stop, wide)
+    return {
+        "MKL": lambda: [fused.outer_products(broad, narrow) for _ in cuts],
+        "oneDNN": lambda: [fused.products(broad.t(), narrow.t()) for _ in cuts],
+        "oneDNN, transposed": lambda: [fused.products(narrow.t(), broad.t()) for _ in cuts],
+    }
+
+
 def norm_statistics():
     import torch
     from mednext_v2 import fused
@@ -210,6 +239,8 @@ def network_settings():
 
 QUESTIONS = {
     "expand_product": ("The product that expands", expand_product),
+    "expand_and_activate": ("The same with GELU", expand_and_activate),
+    "sums_over_rows": ("Sums over rows, 32 channels", sums_over_rows),
     "norm_statistics": ("Statistics of the norm", norm_statistics),
     "depthwise_forward": ("Depthwise convolution", depthwise_forward),
     "depthwise_gradient": ("Its gradients", depthwise_gradient),
