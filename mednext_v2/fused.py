@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONEDNN', 'NARROW', 'LITTLE', 'GRN_EPS', 'EXPANDED', 'HELD', 'KEPT', 'BACKENDS', 'HOOKS', 'tokens', 'volume',
-           'channels_last', 'products', 'outer_products', 'parts', 'moments', 'small', 'kept', 'responses',
+           'channels_last', 'products', 'outer_products', 'parts', 'moments', 'small', 'keeps', 'responses',
            'response_gradients', 'expand', 'expand_gradients', 'spread_out', 'depthwise', 'depthwise_gradients',
            'Block', 'watched', 'pointwise', 'can_fuse', 'fused_block', 'use_fused']
 
@@ -107,7 +107,7 @@ def small(
     return rows * wide <= HELD
 
 
-def kept(
+def keeps(
     rows: int,
     wide: int,  # Expanded channels
 ) -> bool:
@@ -319,7 +319,7 @@ class Block(torch.autograd.Function):
             if kind == "up":
                 even = volume(y[n : n + 1], size)[:, :, ::2, ::2, ::2]
                 even += volume(products(seen[n], res_weight)[None], x.shape[2:])
-        held = d if kept(d.shape[1], len(weights[2])) else None
+        held = d if keeps(d.shape[1], len(weights[2])) else None
         ctx.save_for_backward(x, res_weight, weight, bias, held, *weights, *stats)
         ctx.kind, ctx.mean_stat = kind, mean_stat
         return volume(y, size)

@@ -14,7 +14,7 @@ from math import prod
 import pandas as pd
 import torch
 from .blocks import CHECKPOINTING, MedNeXtBlock
-from .fused import kept, parts, small
+from .fused import keeps, parts, small
 from .kernels import fits
 from .model import Arch, MedNeXt, check_input
 from torch import Tensor, nn
@@ -155,7 +155,7 @@ def _fused_bytes(block: tuple, grn: str | None, batch: int) -> tuple[int, int]:
     "The same of a batch in the fused form, in `float32`"
     channels, ratio, outside, inside = block
     entry, middle, expanded = channels * outside, channels * inside, ratio * channels * inside
-    held, again = small(inside, ratio * channels), not kept(inside, ratio * channels)
+    held, again = small(inside, ratio * channels), not keeps(inside, ratio * channels)
     portion, down = parts(inside, ratio * channels)[0].stop * ratio * channels, inside < outside
     end = batch * _channels_out(block) * inside
     expanding = batch * (1 + again) * middle + (middle + expanded + 2 * portion if held and grn else 5 * portion)
