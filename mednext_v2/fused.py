@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONEDNN', 'NARROW', 'LITTLE', 'GRN_EPS', 'EXPANDED', 'HELD', 'KEPT', 'BACKENDS', 'HOOKS', 'tokens', 'volume',
-           'channels_last', 'products', 'outer_products', 'parts', 'moments', 'small', 'keeps', 'responses',
+           'channels_last', 'products', 'outer_products', 'parts', 'moments', 'small', 'responses',
            'response_gradients', 'expand', 'expand_gradients', 'spread_out', 'depthwise', 'depthwise_gradients',
            'Block', 'watched', 'pointwise', 'can_fuse', 'fused_block', 'use_fused']
 
@@ -102,17 +102,10 @@ KEPT = 2**22  # Expanded values of a sample whose rows behind the depthwise conv
 def small(
     rows: int,
     wide: int,  # Expanded channels
+    most: int,  # `HELD` or `KEPT`
 ) -> bool:
-    "Is an expanded sample to be held?"
-    return rows * wide <= HELD
-
-
-def keeps(
-    rows: int,
-    wide: int,  # Expanded channels
-) -> bool:
-    "Are its rows behind the depthwise convolution to be kept for backward?"
-    return rows * wide <= KEPT
+    "Has an expanded sample no more values than that?"
+    return rows * wide <= most
 
 
 def responses(
@@ -162,7 +155,7 @@ def expand(
     "Norm, expand, GELU, GRN, compress, plus the shortcut"
     gamma, beta, w2, b2 = weights[4:]
     w1n, expanded = _expander(d, mean, rstd, weights)
-    cuts, keep, held, norms = parts(len(d), len(w1n)), small(len(d), len(w1n)), {}, None
+    cuts, keep, held, norms = parts(len(d), len(w1n)), small(len(d), len(w1n), HELD), {}, None
     if gamma is not None:
         norms = d.new_zeros(len(w1n))
         for place, cut in enumerate(cuts):
@@ -198,7 +191,7 @@ def expand_gradients(
     "Exact gradients of `expand`; that of the shortcut is `grad` itself"
     norm_w, norm_b, w1, b1, gamma, beta, w2, b2 = weights
     count, wide = len(d), len(w1)
-    cuts, keep, held = parts(count, wide), small(count, wide), {}
+    cuts, keep, held = parts(count, wide), small(count, wide, HELD), {}
     w1n, expanded = _expander(d, mean, rstd, weights)
     d_b2 = grad.sum(0)
     d_gamma = d_beta = pull = None
@@ -319,7 +312,7 @@ class Block(torch.autograd.Function):
             if kind == "up":
                 even = volume(y[n : n + 1], size)[:, :, ::2, ::2, ::2]
                 even += volume(products(seen[n], res_weight)[None], x.shape[2:])
-        held = d if keeps(d.shape[1], len(weights[2])) else None
+        held = d if small(d.shape[1], len(weights[2]), KEPT) else None
         ctx.save_for_backward(x, res_weight, weight, bias, held, *weights, *stats)
         ctx.kind, ctx.mean_stat = kind, mean_stat
         return volume(y, size)

@@ -14,7 +14,7 @@ from math import prod
 import pandas as pd
 import torch
 from .blocks import CHECKPOINTING, MedNeXtBlock
-from .fused import keeps, parts, small
+from .fused import HELD, KEPT, parts, small
 from .kernels import fits
 from .model import Arch, MedNeXt, check_input
 from torch import Tensor, nn
@@ -155,13 +155,14 @@ def _fused_bytes(block: tuple, grn: str | None, batch: int) -> tuple[int, int]:
     "The same of a batch in the fused form, in `float32`"
     channels, ratio, outside, inside = block
     entry, middle, expanded = channels * outside, channels * inside, ratio * channels * inside
-    held, again = small(inside, ratio * channels), not keeps(inside, ratio * channels)
+    held, stays = (small(inside, ratio * channels, most) for most in (HELD, KEPT))
     portion, down = parts(inside, ratio * channels)[0].stop * ratio * channels, inside < outside
+    kept = batch * (entry + stays * middle)
     end = batch * _channels_out(block) * inside
-    expanding = batch * (1 + again) * middle + (middle + expanded + 2 * portion if held and grn else 5 * portion)
+    expanding = batch * (2 - stays) * middle + (middle + expanded + 2 * portion if held and grn else 5 * portion)
     convolving = batch * (middle + (2 if down else 1) * entry)  # What a stride spreads out is as large as what comes in
     weights = (6 if grn else 4) * ratio * channels**2  # The two of the expansion, scaled, and their gradients on the way
-    return 4 * batch * (entry + (not again) * middle), 4 * (end + weights + max(expanding, convolving))
+    return 4 * kept, 4 * (end + weights + max(expanding, convolving))
 
 
 def _kernel_bytes(block: tuple, size: int) -> tuple[int, int]:
