@@ -8,7 +8,6 @@ __all__ = ['MODEL_COLUMNS', 'Variant', 'own_pretraining', 'Ablation', 'read_abla
            'middle_patches', 'main_models', 'collect_tables']
 
 # %% ../nbs/51b_ablation.ipynb #imports
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import atomic_folder, build, params, root, write_csv
+from .core import atomic_folder, build, params, read_json, root, write_csv
 from mednext_v2.pipeline import (
     SCORE_COLUMNS, Plan, Run, evaluate_one, finetuning_runs, in_pool, pretrained_folder, read_plan, run_folder, train_one,
 )
@@ -151,7 +150,7 @@ def model_row(
     "A row of models.csv: size, FLOPs of a forward pass of a training patch, and what the training took"
     from mednext_v2.weights import read_card
 
-    card, run = read_card(folder), json.loads((curves / "run.json").read_text(encoding="utf-8"))
+    card, run = read_card(folder), read_json(curves / "run.json")
     changes = tuple((name, value) for name, value in card.overrides.items() if name != "patch")
     size = size_of(card.backbone, card.patch, card.in_channels, card.num_classes, changes)
     return about | dict(
@@ -163,7 +162,6 @@ def model_row(
 MODEL_COLUMNS = (
     "ablation variant profile role task backbone init seed patch parameters flops steps scans seconds peak_mib device"
 ).split()
-
 
 # %% ../nbs/51b_ablation.ipynb #places
 @dataclass(frozen=True)

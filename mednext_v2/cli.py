@@ -50,15 +50,14 @@ def reading(options: argparse.Namespace) -> dict:
 # %% ../nbs/52_cli.ipynb #weights-commands
 def import_weights(options: argparse.Namespace) -> str:
     "A foreign checkpoint as a model folder; prints what became of each tensor that is not simply loaded"
-    import json
-
+    from mednext_v2.core import read_json
     from mednext_v2.importers import import_model
     from mednext_v2.zoo import licence_of
 
     given = {name: getattr(options, name) for name in ("licence", "spacing", "patch", "modality")}
     facts = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
     if options.facts:
-        facts = json.loads(options.facts.read_text(encoding="utf-8")) | facts
+        facts = read_json(options.facts) | facts
     origin = licence_of(options.checkpoint)
     if origin.licence:
         facts = {"licence": origin.licence, "provenance": origin.provenance} | facts

@@ -9,13 +9,12 @@ __all__ = ['BROKEN', 'WRAPPINGS', 'FAMILIES', 'MAPS', 'STUNETS', 'UNKNOWN', 'NOR
            'count', 'mednext_arch', 'guess_mednext', 'unet_arch', 'segresnet_arch', 'guess_stunet', 'guess_swin_unetr',
            'guess', 'Found', 'configuration_of', 'nnunet_axes', 'nnunet_normalisation', 'nnunet_labels', 'odd_settings',
            'nnunet_facts', 'facts_nnunet_v2', 'facts_nnssl', 'facts_nnunet_v1', 'shape_at', 'told_by', 'network_of',
-           'found_in', 'inside_of', 'read_json', 'nnunet_checkpoint', 'found_in_nnunet', 'found_in_model', 'kind_of',
+           'found_in', 'inside_of', 'nnunet_checkpoint', 'found_in_nnunet', 'found_in_model', 'kind_of',
            'read_checkpoint_file', 'detect', 'turned', 'widen', 'fit_mednext', 'fitted', 'named_for', 'fit_same',
            'fill', 'Imported', 'build', 'has_auxiliary_heads', 'import_checkpoint', 'card_of', 'import_model', 'listed',
            'told_lines', 'describe', 'layouts']
 
 # %% ../nbs/17_importers.ipynb #imports
-import json
 import pickle
 import re
 import zipfile
@@ -33,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .backbones import BACKBONES, create, mednext
-from .core import sha256
+from .core import read_json, sha256
 from .grn import convert_grn
 from .model import Arch
 from .scaling import PRESETS
@@ -716,17 +715,6 @@ def inside_of(
     return path
 
 
-def read_json(path: Path) -> dict:
-    "A JSON object; ValueError names the file that is none"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold one JSON object, got a {type(values).__name__}")
-    return values
-
-
 def nnunet_checkpoint(
     folder: Path,  # Trained by nnU-Net v2
     fold: str | None = None,  # "all", "0", …
@@ -754,7 +742,7 @@ def found_in_nnunet(
     content = read_content(path, trust)
     if not isinstance(content, dict) or not isinstance(content.get("init_args"), dict):
         raise ValueError(f"{path} is not a checkpoint of nnU-Net v2: it has no init_args")
-    plans, dataset = (read_json(inside_of(folder, name)) for name in ("plans.json", "dataset.json"))
+    plans, dataset = (read_json(inside_of(folder, name), remedy="copy it again") for name in ("plans.json", "dataset.json"))
     name = content["init_args"].get("configuration") or folder.name.split("__")[-1]
     content["init_args"] = {"plans": plans, "configuration": name, "dataset_json": dataset}
     found = found_in(content, path, **options)

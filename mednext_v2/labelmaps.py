@@ -9,7 +9,6 @@ __all__ = ['SUFFIXES', 'label_names', 'colour', 'itksnap_table', 'slicer_table',
 
 # %% ../nbs/43_labelmaps.ipynb #imports
 import colorsys
-import json
 import math
 import platform
 import time
@@ -27,7 +26,7 @@ import nibabel as nib
 import numpy as np
 
 from . import __version__
-from .core import ItemsFailed, atomic_file, attempt, fingerprint_of, peak_bytes, room, write_json
+from .core import ItemsFailed, atomic_file, attempt, fingerprint_of, peak_bytes, read_json, room, write_json
 from mednext_v2.inference import (
     Member, Options, Volume, check_channels, device_of, label_image, label_volume, load_members, modality_warnings,
     read_scan, read_volume, temporary_array,
@@ -186,8 +185,8 @@ def is_done(job: Job, key: str, wish: Wish) -> bool:
     if wish.overwrite or not job.output.exists():
         return False
     try:
-        made = json.loads(job.beside(".json").read_text(encoding="utf-8")).get("identity")
-    except (OSError, ValueError, AttributeError):
+        made = read_json(job.beside(".json")).get("identity")
+    except (OSError, ValueError):
         made = None
     if made != key:
         raise ValueError(f"{job.output} is there and was made in another way: remove it, or allow to overwrite it")

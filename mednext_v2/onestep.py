@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from .core import ItemsFailed, attempt, fingerprint_of, for_all, write_csv, write_json
+from .core import ItemsFailed, attempt, fingerprint_of, for_all, read_json, write_csv, write_json
 from .fitting import TrainingData, drawn, forecast_fit, network_for, start_from, train_in_processes
 
 # %% ../nbs/45_onestep.ipynb #raw-folder
@@ -166,7 +166,7 @@ def check_request(
 ) -> None:
     "ValueError, naming what differs, if the folder belongs to another request"
     if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
         if differing := [name for name in request if known.get(name) != request[name]]:
             raise ValueError(f"{path} was made with other {', '.join(differing)}: choose another folder, or remove it")
 
@@ -382,12 +382,12 @@ def review_scores(
     out: str | Path,  # Folder of `finetune`, done
 ) -> Path:  # The page
     "Write `review.html`, a page to look through the worst held-out cases; ValueError if they lie in two folders"
-    from mednext_v2.core import build
+    from mednext_v2.core import build, read_json
     from mednext_v2.review import review
     from mednext_v2.tasks import Task
 
     out = Path(out)
-    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    plan = read_json(out / "plan.json")
     task = build(Task, plan["task"], "plan.json")
     _, cases = held_out(task, Path(plan["data"]))
     places = {(case.label.parent, case.images[0].parent) for case in cases}

@@ -13,7 +13,6 @@ __all__ = ['MODALITIES', 'GROUPS', 'ROLES', 'SPLIT_RULES', 'ITK_ENDINGS', 'SPLIT
 
 # %% ../nbs/20_tasks.ipynb #imports
 import gzip
-import json
 import re
 import zlib
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ import nibabel
 import numpy as np
 import pandas as pd
 
-from .core import atomic_file, build, read_yaml, root, write_json
+from .core import atomic_file, build, read_json, read_yaml, root, write_json
 
 # %% ../nbs/20_tasks.ipynb #check-task
 MODALITIES = ("CT", "MR")
@@ -274,12 +273,9 @@ def read_description(
     path = Path(folder) / "dataset.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: it names the channels and labels (nnU-Net's raw layout)")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): write it again") from error
+    values = read_json(path)
     for name in ("channel_names", "labels"):
-        if not isinstance(values, dict) or not isinstance(values.get(name), dict) or not values[name]:
+        if not isinstance(values.get(name), dict) or not values[name]:
             raise ValueError(f"{path} lacks {name!r}: a mapping as in nnU-Net v2's raw layout")
     return values
 
@@ -468,7 +464,7 @@ def deal_out(
 def read_folds(path: Path, fold: int = 0) -> dict[str, list[str]]:
     "A fold of a splits_final.json; ValueError if it is not one"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))[fold]
+        found = read_json(path, list)[fold]
         return {"train": list(found["train"]), "val": list(found["val"]), "test": list(found.get("test", ()))}
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not a list of folds with 'train' and 'val' ({error!r}): write it again") from error
@@ -513,7 +509,7 @@ def count_folds(
         return 1
     path = folder / "splits_final.json"
     if path.is_file():
-        return len(json.loads(path.read_text(encoding="utf-8")))
+        return len(read_json(path, list))
     return 5 if task.split == "fivefold" else 1
 
 

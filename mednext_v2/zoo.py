@@ -14,7 +14,6 @@ __all__ = ['UNKNOWN', 'SCHEMES', 'READERS', 'DAMAGE', 'TRIES', 'WAIT', 'TIMEOUT'
 # %% ../nbs/18_zoo.ipynb #imports
 import errno
 import gzip
-import json
 import os
 import re
 import shutil
@@ -39,7 +38,7 @@ from urllib.request import url2pathname
 import pandas as pd
 
 from . import __version__
-from .core import atomic_folder, build, fingerprint_of, read_yaml, room, sha256, write_json
+from .core import atomic_folder, build, fingerprint_of, read_json, read_yaml, room, sha256, write_json
 
 # %% ../nbs/18_zoo.ipynb #safe-parts
 def safe_parts(
@@ -357,13 +356,7 @@ def read_note(path: Path) -> dict:
     "A JSON object that this module wrote; empty if there is none; ValueError if it is damaged"
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: remove it, then fetch the model again")
-    return value
+    return read_json(path, remedy="remove it, then fetch the model again")
 
 
 class Part(NamedTuple):
