@@ -73,11 +73,6 @@ class Fingerprint:
     schemes: tuple[str, ...]  # How each channel is normalised: "ct" | "zscore" | "none"
     nonzero: bool  # Whether zeros around the tissue are background, as in a skull-stripped brain
 
-    def __post_init__(self):
-        for field, value in vars(self).items():
-            if isinstance(value, list):  # As read from JSON
-                object.__setattr__(self, field, tuple(value))
-
     def normalisation(self) -> dict:
         "The part that `normalise` needs, as plain JSON values"
         return {

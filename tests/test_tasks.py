@@ -50,7 +50,7 @@ def write_registry(folder, **changes):
     "field, value, rule",
     [
         ("dataset", 0, "from 1 to 999"),
-        ("dataset", "901", "from 1 to 999"),
+        ("dataset", "901", "must be a whole number, got '901'"),
         ("title", " ", "not be empty"),
         ("modality", "PET", "one of CT, MR"),
         ("role", "train", "one of pretrain, finetune"),
@@ -58,13 +58,13 @@ def write_registry(folder, **changes):
         ("labels", {"liver": 1, "lesion": 3}, "without gaps"),
         ("labels", {"liver": 0, "lesion": 1}, "without gaps"),
         ("labels", {"liver": 1, "lesion": 1}, "without gaps"),
-        ("labels", {"liver": 1, "lesion": "2"}, "without gaps"),
+        ("labels", {"liver": 1, "lesion": "2"}, "must be a mapping of text to whole numbers"),
         ("groups", {"liver": "organ"}, "no group for lesion"),
         ("groups", {"liver": "organ", "lesion": "tumour"}, "organ, pathology"),
         ("groups", {"liver": "organ", "lesion": "pathology", "x": "organ"}, "x is not in labels"),
-        ("spacing", [5.0, 5.0], "three positive lengths"),
+        ("spacing", [5.0, 5.0], "must be a list of 3 numbers, got (5.0, 5.0)"),
         ("spacing", [5.0, 5.0, 0.0], "three positive lengths"),
-        ("patch", [32, 32, 1.5], "three positive whole"),
+        ("patch", [32, 32, 1.5], "must be a list of 3 whole numbers"),
         ("nsd_tolerance", -1.0, "a positive length"),
     ],
 )
@@ -346,7 +346,7 @@ def test_description_written_here_reads_the_same(tmp_path):
     "change, message",
     [
         ({"labels": {"background": 0, "liver": 1, "lesion": 3}}, "without gaps"),
-        ({"labels": {"background": 0, "whole": [1, 2], "core": [2]}}, "without gaps"),  # Regions need a class order
+        ({"labels": {"background": 0, "whole": [1, 2], "core": [2]}}, "labels must be a mapping of text to whole"),  # Regions need a class order
         ({"labels": {"background": 0, "liver": 1, "ignore": 5}}, "ignore"),
         ({"channel_names": {}}, "lacks 'channel_names'"),
         ({"labels": []}, "lacks 'labels'"),
