@@ -266,7 +266,7 @@ def test_pipeline_scores_as_predict_and_evaluate_and_finetune_do_on_the_scans_ow
 
     shutil.copytree(case.images[0].parent, workplace / "scans")
     shutil.copytree(case.label.parent, workplace / "truths")
-    cli.main(["predict", str(model), str(workplace / "scans"), str(workplace / "told"), "--device", "cpu"])
+    cli.main(["predict", "-m", str(model), "-i", str(workplace / "scans"), "-o", str(workplace / "told"), "--device", "cpu"])
     cli.main(["evaluate", str(workplace / "told"), str(workplace / "truths"), "--task", task.name, "--out", str(workplace / "table")])
     told = pd.read_csv(workplace / "table/scores.csv")
     shutil.copytree(model, workplace / "tuned/model")
