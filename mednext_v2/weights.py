@@ -148,7 +148,7 @@ def check_card(
         _refuse("mirror_axes", "some of 0, 1, 2", axes)
 
 # %% ../nbs/14_weights.ipynb #card
-MOST_CARD = 2**20  # Bytes that a card may have
+MOST_CARD = 2**22  # Bytes that a card may have
 
 
 @dataclass(frozen=True)

@@ -603,7 +603,7 @@ def test_a_card_needs_what_prediction_needs(tmp_path):
     path = save(tmp_path / "a.pth", tiny().state_dict())
     with pytest.raises(ValueError, match="does not tell labels, spacing, patch, normalisation"):
         import_model(path, tmp_path / "ours")
-    facts = {"labels": {"liver": 1, "spleen": 2}, "spacing": (1.0,) * 3, "patch": (32,) * 3, "normalisation": {"schemes": ["zscore"], "nonzero": False}}
+    facts = {"labels": {"liver": 1, "spleen": 2}, "spacing": (1.0,) * 3, "patch": (32,) * 3, "normalisation": {"schemes": ("zscore",), "nonzero": False}}
     with pytest.raises(ValueError, match="has 3 outputs, and its classes make 2"):
         import_model(path, tmp_path / "ours", facts | {"labels": {"liver": 1}})
     assert not (tmp_path / "ours").exists()
@@ -852,7 +852,7 @@ def test_links(tmp_path):
 
 
 def test_a_card_with_a_lying_hash(tmp_path):
-    card = Card("mednext_v2_tiny", {"width": 4}, 1, {"a": 1, "b": 2}, {}, "t", "CT", (1.0,) * 3, (32,) * 3, {"schemes": ["zscore"], "nonzero": False}, {})
+    card = Card("mednext_v2_tiny", {"width": 4}, 1, {"a": 1, "b": 2}, {}, "t", "CT", (1.0,) * 3, (32,) * 3, {"schemes": ("zscore",), "nonzero": False}, {})
     save_model(tmp_path / "m", tiny(), card)
     assert "its sha256 is right" in describe(tmp_path / "m")
     text = (tmp_path / "m" / "card.json").read_text()
