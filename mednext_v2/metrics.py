@@ -224,6 +224,7 @@ def _match(ious: np.ndarray, least: float) -> int:
 
 # %% ../nbs/41_metrics.ipynb #conventions
 CONVENTIONS = {
+    "grid": "the voxels and the spacing of the truth's own file; a prediction must lie on the same",
     "class in truth and prediction": "all metrics are numbers",
     "class in the truth alone": "DSC, NSD, lesion F1 0; volume error -1; HD95 NaN",
     "class in the prediction alone": "DSC, NSD, lesion F1 0; relative volume error NaN; HD95 NaN",

@@ -172,7 +172,7 @@ class Card:
     orientation: str = "RAS"  # Of the images that the network was trained on
     grn: str | None = None  # Convention of GRN, mean or sum; filled in when saving
     mirror_axes: tuple[int, ...] | None = None  # Along which training mirrored; None: all of them, or not known
-    scores: dict = field(default_factory=dict)  # Means over test cases, and the command that made them; see `add_scores`
+    scores: dict = field(default_factory=dict)  # Means over test cases, their grid and the command that made them; see `add_scores`
     init: str = "scratch"  # Or the name of what it was pretrained on
     parent: str | None = None  # sha256 of the pretrained weights
     seed: int = 0
@@ -221,9 +221,10 @@ def add_scores(
     folder: str | Path,  # A model folder
     scores: dict,  # E.g. {"dsc": 0.82, "nsd": 0.79, "cases": 20}
     command: str,  # That made them
+    grid: str = "scan",  # On which they were computed: the scan's own, or another by name
 ) -> Card:  # As written
-    "Write mean scores into a card, with the command that made them"
-    card = replace(read_card(folder), scores={**scores, "command": command})
+    "Write mean scores into a card, with the grid they were computed on and the command that made them"
+    card = replace(read_card(folder), scores={**scores, "grid": grid, "command": command})
     write_json(Path(folder) / "card.json", asdict(card))
     return card
 

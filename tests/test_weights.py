@@ -163,5 +163,5 @@ def test_scores_are_written_into_the_card_alone(folder):
     before, weights = read_card(folder), (folder / "model.safetensors").read_bytes()
     card = add_scores(folder, {"dsc": 0.5, "cases": 4}, "mednextv2 evaluate predictions labelsTs")
     assert card == read_card(folder) and dataclasses.replace(card, scores={}) == before
-    assert card.scores == {"dsc": 0.5, "cases": 4, "command": "mednextv2 evaluate predictions labelsTs"}
+    assert card.scores == {"dsc": 0.5, "cases": 4, "grid": "scan", "command": "mednextv2 evaluate predictions labelsTs"}
     assert (folder / "model.safetensors").read_bytes() == weights and read_state(folder)
