@@ -25,7 +25,7 @@ CARD = Card(
     modality="CT",
     spacing=(5.0, 5.0, 5.0),
     patch=(32, 32, 32),
-    normalisation={"clip": (-100.0, 200.0)},
+    normalisation={"schemes": ("ct",), "mean": (50.0,), "std": (60.0,), "low": (-100.0,), "high": (200.0,), "nonzero": False},
     recipe={"steps": 1, "patch": (32, 32, 32)},
 )
 NETWORKS = {"mednext_v2_tiny": dict(width=2), "unet": dict(filters=(4, 8, 8))}
