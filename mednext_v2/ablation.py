@@ -169,6 +169,7 @@ class Places:
     "Where an ablation reads and writes"
 
     data: Path  # Folder of prepared tasks
+    raw: Path  # Folder of the raw data sets that they were made from
     models: Path  # Gets the models
     out: Path  # Gets scores.csv, models.csv, curves and predictions
 
@@ -253,7 +254,7 @@ def run_ablation(
         predictions = [places.out / "evaluate" / one.variant / one.run.init for one in tuned]
         scores = in_pool(
             [
-                delayed(evaluate_one)(one.out, places.data, out, one.run, overlap, compute["device"], compute["threads"])
+                delayed(evaluate_one)(one.out, places.data, places.raw, out, one.run, overlap, compute["device"], compute["threads"])
                 for one, out in zip(tuned, predictions)
             ],
             compute["workers"],

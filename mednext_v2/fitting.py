@@ -145,10 +145,12 @@ def network_for(
     "A fresh network for a training, of its parent's size where the overrides leave it open"
     import torch
 
-    from mednext_v2.backbones import create, get_backbone
-    from mednext_v2.weights import read_card
+    from mednext_v2.backbones import check_network, create, get_backbone
+    from mednext_v2.weights import read_card, read_shapes
 
     uses, source = get_backbone(backbone).uses, read_card(parent) if parent else None
+    if source:
+        check_network(parent, source, read_shapes(parent))
     known = source.overrides if source and source.backbone == backbone else {}
     overrides, auto = dict(overrides), overrides.get("checkpointing") == "auto"
     if auto:

@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .backbones import BACKBONES, create, mednext
+from .core import build as from_fields
 from .core import read_json, sha256
 from .grn import convert_grn
 from .model import Arch
@@ -999,12 +1000,12 @@ def card_of(
     if lacking := [name for name, value in told.items() if value is None]:
         raise ValueError(f"{found.path} does not tell {', '.join(lacking)}: give them, as a card has them")
     recipe = {"imported": found.layout, "trainer": found.trainer or UNKNOWN, "epoch": found.epoch}
-    card = Card(**{
+    card = from_fields(Card, {
         "backbone": found.backbone, "overrides": found.overrides, "in_channels": found.in_channels,
         "groups": {}, "task": UNKNOWN, "modality": ", ".join(found.channels) or UNKNOWN, "recipe": recipe,
         "regions": found.regions, "class_order": found.class_order, "licence": found.licence,
         "mirror_axes": found.mirror_axes, "init": found.layout, "provenance": "; ".join((Path(found.path).name, *found.notes)), **told,
-    })
+    }, f"{found.path} and what was given for it")
     if card.num_classes != found.num_classes:
         raise ValueError(f"{found.path} has {found.num_classes} outputs, and its classes make {card.num_classes}")
     return card

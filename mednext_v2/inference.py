@@ -6,11 +6,11 @@
 __all__ = ['TOGETHER', 'check_windows', 'evaluating', 'device_of', 'sliding_window', 'finest_copy', 'taps', 'blend', 'turns',
            'resample_logits', 'labels_of', 'labels_on_grid', 'Axis', 'lay_windows', 'no_space', 'Cells', 'Budget',
            'pass_windows', 'gaussian', 'pad_image', 'add_window', 'next_window', 'weight_of', 'finished', 'interpolate',
-           'bounded_labels', 'out_of_memory', 'with_less_memory', 'averaged', 'predict_prepared', 'Options',
-           'choose_device', 'Member', 'fold_folders', 'load_members', 'must_agree', 'NetworkInput', 'network_input',
-           'region_mask', 'prepare_volume', 'modality_warnings', 'predict', 'predict_each', 'read_channels',
-           'is_channels', 'predict_scan', 'label_scan', 'check_channels', 'label_volume', 'logits_like',
-           'member_labels', 'adding', 'temporary_array', 'label_image']
+           'bounded_labels', 'out_of_memory', 'with_less_memory', 'averaged', 'Options', 'choose_device', 'Member',
+           'fold_folders', 'load_members', 'must_agree', 'NetworkInput', 'network_input', 'region_mask',
+           'prepare_volume', 'modality_warnings', 'predict', 'predict_each', 'read_channels', 'is_channels',
+           'predict_scan', 'label_scan', 'check_channels', 'label_volume', 'logits_like', 'member_labels', 'adding',
+           'temporary_array', 'label_image']
 
 # %% ../nbs/40_inference.ipynb #imports
 import errno
@@ -517,24 +517,6 @@ def averaged(
         return total.div_(len(models) * len(axes)) if len(models) * len(axes) > 1 else total
 
     return window
-
-# %% ../nbs/40_inference.ipynb #predict-prepared
-def predict_prepared(
-    model: nn.Module,  # As in `sliding_window`
-    prepared,  # `prepare.Prepared`: gives `.image(case)`
-    case: str,  # Which case
-    patch: tuple[int, int, int],  # Size of a window in voxels
-    overlap: float = 0.5,  # Share of a window that its neighbour sees too
-    mirror: tuple[int, ...] = (),  # Axes along which windows are mirrored too
-    budget: Budget = Budget(),
-) -> np.ndarray:  # Label map (X, Y, Z), uint8, on the prepared grid (RAS)
-    "Label map of one prepared case"
-    order = getattr(getattr(prepared, "task", None), "class_order", ())
-    image = prepared.image(case)
-    check_windows(image, patch, overlap)
-    axes = lay_windows(image.shape[1:], patch, overlap)
-    with evaluating(model):
-        return bounded_labels(averaged([model], mirror), image, axes, order, device_of(model), budget)
 
 # %% ../nbs/40_inference.ipynb #options
 @dataclass(frozen=True)

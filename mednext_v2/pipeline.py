@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TRAINING_MODULES', 'SCORE_COLUMNS', 'SAFE', 'Plan', 'read_plan', 'notebook_parameters', 'run_notebook', 'Run',
            'finetuning_runs', 'run_data', 'run_key', 'stop_workers', 'in_pool', 'prepare_all', 'pretrained_folder',
-           'run_folder', 'is_made', 'train_one', 'train_runs', 'learning_curves', 'evaluate_one', 'evaluate_runs',
-           'released_model', 'run_released', 'collect', 'run_stage', 'profiles', 'check_names', 'compose_params',
-           'readme']
+           'run_folder', 'is_made', 'train_one', 'train_runs', 'learning_curves', 'evaluate_one', 'raw_cases',
+           'evaluate_runs', 'released_model', 'run_released', 'collect', 'run_stage', 'profiles', 'check_names',
+           'compose_params', 'readme']
 
 # %% ../nbs/51_pipeline.ipynb #imports
 import re
@@ -357,54 +357,46 @@ def learning_curves(
 def evaluate_one(
     model_folder: Path,  # A model made by `train_one`
     data: Path,  # Folder of prepared tasks
-    out: Path,  # Gets `predictions/<task>/<case>.nii.gz`
+    raw: Path,  # Folder of the raw data sets that they were made from
+    out: Path,  # Gets `predictions/<run>/<case>.nii.gz`, and a report beside each
     run: Run,
     overlap: float = 0.5,
     device: str = "cpu",
     threads: int = 1,
 ) -> pd.DataFrame:  # One row per case and class
-    "Predict every test case of a run's task with a sliding window and score it"
-    import nibabel
-    import numpy as np
+    "Predict every test case of a run's task and score it, on the scan's own grid"
     import torch
 
-    from mednext_v2.backbones import load_model
-    from mednext_v2.inference import predict_prepared
-    from mednext_v2.metrics import score_case
+    from mednext_v2.onestep import predict_cases, score_cases
     from mednext_v2.prepare import Prepared
-    from mednext_v2.tasks import read_annotated
+    from mednext_v2.weights import read_card
 
     torch.set_num_threads(threads)
     prepared = Prepared(run_data(run, data))
-    model, card = load_model(model_folder)
-    model.to(device)
-    known = read_annotated(prepared.manifest, prepared.task) if prepared.partial else {}
-    rows = []
-    for case in prepared.ids("test"):
-        prediction = predict_prepared(model, prepared, case, card.patch, overlap)
-        image = nibabel.Nifti1Image(prediction, np.diag([*prepared.spacing, 1.0]))
-        with atomic_file(out / "predictions" / run.name / f"{case}.nii.gz") as path:
-            nibabel.save(image, path)
-        scores = score_case(prediction, np.asarray(prepared.label(case)), prepared.spacing, prepared.task)
-        if case in known:  # Of another label nobody knows whether it is there
-            scores = scores[scores.label.isin(known[case])]
-        rows.append(
-            scores.assign(
-                profile=run.profile,
-                task=run.task,
-                case=case,
-                backbone=run.backbone,
-                init=run.init,
-                patch="x".join(map(str, card.patch)),
-                seed=run.seed,
-            )
-        )
-    return pd.concat(rows, ignore_index=True)
+    cases = raw_cases(prepared, raw, "test")
+    maps = predict_cases(model_folder, cases, out / "predictions" / run.name, device, overlap, overwrite=True)
+    patch = "x".join(map(str, read_card(model_folder).patch))
+    about = dict(profile=run.profile, task=run.task, backbone=run.backbone, init=run.init, patch=patch, seed=run.seed, grid="scan")
+    return score_cases(maps, cases, prepared.task).assign(**about)
+
+
+def raw_cases(
+    prepared,  # `prepare.Prepared`
+    raw: Path,  # Folder of raw data sets
+    split: str,  # Of the prepared data, which may be those of another fold
+) -> list:  # Of `tasks.Case`
+    "The raw files of a split of prepared data; ValueError names a case that the raw data set has no more"
+    from mednext_v2.tasks import list_cases
+
+    known = {case.id: case for case in list_cases(prepared.task, raw)}
+    if missing := [id for id in prepared.ids(split) if id not in known]:
+        raise ValueError(f"{Path(raw) / prepared.task.folder} has no case {missing[0]}, which {prepared.folder} was made from: prepare it anew")
+    return [known[id] for id in prepared.ids(split)]
 
 # %% ../nbs/51_pipeline.ipynb #evaluate-runs
 SCORE_COLUMNS = (
     "profile task case label group backbone init patch seed dsc nsd hd95 volume_error lesion_f1 "
-    "n_voxels n_predicted n_lesions n_found n_invented"
+    "n_voxels n_predicted n_lesions n_found n_invented grid"
 ).split()
 
 
@@ -412,6 +404,7 @@ def evaluate_runs(
     runs: list[Run],
     models: Path,  # Folder made by `train_runs`
     data: Path,  # Folder of prepared tasks
+    raw: Path,  # Folder of the raw data sets that they were made from
     out: Path,  # Gets `scores.csv` and the predictions
     overlap: float = 0.5,
     device: str = "cpu",
@@ -421,7 +414,7 @@ def evaluate_runs(
     "Evaluate runs in a pool of processes"
     from joblib import delayed
 
-    jobs = [delayed(evaluate_one)(models / run.name, data, out, run, overlap, device, threads) for run in runs]
+    jobs = [delayed(evaluate_one)(models / run.name, data, raw, out, run, overlap, device, threads) for run in runs]
     scores = pd.concat(in_pool(jobs, workers), ignore_index=True)[SCORE_COLUMNS]
     write_csv(Path(out) / "scores.csv", scores)
     return scores
@@ -446,6 +439,7 @@ def run_released(
     name: str,  # Of `axes.released`
     recipe,  # The trainer's Recipe
     data: Path,  # Folder of prepared tasks
+    raw: Path,  # Folder of the raw data sets that they were made from
     models: Path,  # Gets `parent` and a folder of fine-tuned models, named by the backbone
     out: Path,  # Gets scores.csv, predictions and learning curves
     compute: dict,  # `params("compute")`
@@ -460,7 +454,7 @@ def run_released(
     options = {key: compute[key] for key in ("device", "workers", "threads", "processes", "parallel", "readers")}
     train_runs(runs, recipe, {}, data, models / backbone, out / "curves", parent=parent, **options)
     return evaluate_runs(
-        runs, models / backbone, data, out, overlap, **{key: compute[key] for key in ("device", "workers", "threads")}
+        runs, models / backbone, data, raw, out, overlap, **{key: compute[key] for key in ("device", "workers", "threads")}
     )
 
 # %% ../nbs/51_pipeline.ipynb #collect

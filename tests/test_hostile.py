@@ -1,15 +1,21 @@
 """Files that other people write: bombs, names that a shell or a spreadsheet would run, places that hold no file."""
 
+import copy
 import json
 import re
+import shutil
 import time
-from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mednext_v2 import cli, pipeline
-from mednext_v2.core import parse_json, read_json, read_yaml, root
+from mednext_v2.backbones import create, load_model
+from mednext_v2.core import MOST_LEVELS, read_json, read_yaml, root
+from mednext_v2.weights import MOST_CARD, Card, read_card, save_model
 
 LAUGHS = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghijk", "bcdefghijkl")
@@ -142,8 +148,6 @@ def test_what_dvc_puts_into_commands_is_checked_where_it_is_composed():
 
 
 def test_profile_with_a_hostile_name_is_not_composed(tmp_path, monkeypatch):
-    import shutil
-
     shutil.copytree(root() / "conf", tmp_path / "conf")
     (tmp_path / "dvc.yaml").write_text("")
     smoke = tmp_path / "conf/profile/smoke.yaml"
@@ -153,3 +157,161 @@ def test_profile_with_a_hostile_name_is_not_composed(tmp_path, monkeypatch):
     assert not (tmp_path / "params.yaml").exists()
     smoke.write_text(LAUGHS)
     refused(lambda: cli.main(["params", "smoke"]), "smoke.yaml", "expands")
+
+
+# ---- cards --------------------------------------------------------------------------------------------------------------
+
+CARD = dict(
+    backbone="unet", overrides={"filters": (4, 8, 8)}, in_channels=1, labels={"core": 1, "rim": 2},
+    groups={"core": "organ", "rim": "organ"}, task="toy", modality="CT", spacing=(2.0, 2.0, 2.0), patch=(16, 16, 16),
+    normalisation={"schemes": ["ct"], "mean": [50.0], "std": [60.0], "low": [-100.0], "high": [200.0], "nonzero": False},
+    recipe={},
+)
+NAN, INFINITE, HUGE = float("nan"), float("inf"), 10**4000
+MANY = {f"c{number}": number for number in range(1, 65_537)}
+
+
+def heads(**changes):
+    "Labels of two data sets that keep their own heads"
+    head = dict(outputs=[0, 2], labels={"core": 1}, groups={"core": "organ"}, modality="CT", spacing=[2, 2, 2],
+                normalisation=CARD["normalisation"])
+    return {"one": head, "two": {**head, "outputs": [1, 3], **changes}}
+
+
+BAD_FIELDS = [
+    *(("spacing", value) for value in ([2, 2, INFINITE], [2, -2, 2], [2, 0, 2], [2, NAN, 2], [2, 2], [2] * 4, [], 2, "2", None,
+                                       [2, 2, "2"], [2, 2, True], [2, 2, HUGE], [1e-300] * 3, {"x": 2})),
+    *(("patch", value) for value in ([16, 16, 0], [16, 16, -16], [16, 16], [16, 16, 16.5], [10**9] * 3, [HUGE] * 3, "16", None, [True] * 3)),
+    *(("labels", value) for value in (["core", "rim"], None, {}, "core", {"core": 1, "rim": 1}, {"core": 1, "rim": 3}, {"core": 0, "rim": 1},
+                                      {"core": -1, "rim": 2}, {"core": True, "rim": 2}, {"core": 1.0, "rim": 2}, {"core": "1", "rim": "2"},
+                                      {"core": [1], "rim": 2}, {"core": HUGE, "rim": 1}, MANY)),
+    *(("groups", value) for value in ({"core": "organ"}, {"core": "organ", "rim": "tumour"}, {"core": "organ", "other": "organ"},
+                                      {"core": 1, "rim": 2}, ["organ"], "organ", None)),
+    *(("normalisation", value) for value in ({}, None, [], {"schemes": ["ct"]}, {**CARD["normalisation"], "schemes": ["percentile"]},
+                                             {**CARD["normalisation"], "schemes": "ct"}, {**CARD["normalisation"], "schemes": ["ct", "ct"]},
+                                             {**CARD["normalisation"], "schemes": [["ct"]]}, {**CARD["normalisation"], "schemes": [None]},
+                                             {**CARD["normalisation"], "nonzero": 1}, {**CARD["normalisation"], "mean": []},
+                                             {**CARD["normalisation"], "std": [NAN]}, {**CARD["normalisation"], "std": [-1]},
+                                             {**CARD["normalisation"], "low": [300]}, {**CARD["normalisation"], "high": [INFINITE]},
+                                             {**CARD["normalisation"], "mean": [HUGE]}, {**CARD["normalisation"], "mean": ["50"]},
+                                             {**CARD["normalisation"], "mean": 50.0}, {**CARD["normalisation"], "mean": [True]})),
+    *(("overrides", value) for value in (None, [], {"filters": [10**6] * 3}, {"filters": [4] * 100_000}, {"filters": [4] * 9000},
+                                         {"filters": [HUGE]}, {"filters": [INFINITE, 8, 8]}, {"filters": [4, 8, -8]}, {"filters": None},
+                                         {"filters": []}, {"filters": [4, 8, 16]}, {"filters": "488"}, {"depth": 3}, {"name": "unet"},
+                                         {"in_channels": 3}, {"patch": [0, 0, 0]}, {})),
+    *(("in_channels", value) for value in (0, -1, 10**9, HUGE, 1.0, "1", None, True)),
+    *(("backbone", value) for value in ("nope", "", None, 1, "../unet", "mednext_v2_base", "resenc_l", "swin_unetr", "primus_l", "unet\n")),
+    *(("regions", value) for value in ({"whole": [1, 5]}, {"whole": []}, {"whole": 1}, ["whole"], None, {"whole": ["1"]}, {"whole": [1, 2]})),
+    *(("class_order", value) for value in ([1], [1, 2, 3], "12", None, [True])),
+    *(("mirror_axes", value) for value in ([5], [-1], [0, 0], "012", [0.0], [True])),
+    *(("orientation", value) for value in ("LPS", "", "XYZ", None, 3, "RASRAS")),
+    *(("grn", value) for value in ("median", 1, True)),
+    *(("heads", value) for value in ([], None, {"one": 1}, {"one": {}}, heads(outputs=[1, 9]), heads(outputs=[1]), heads(outputs="13"),
+                                     heads(outputs=[1, HUGE]), heads(labels=None), heads(labels={"rim": 2}), heads(spacing=[2, 2, NAN]),
+                                     heads(normalisation={}), heads(groups={"x": "organ"}), heads(modality=None))),
+    *((name, value) for name in ("task", "modality", "licence", "provenance", "init", "version", "sha256") for value in (1, None, ["x"])),
+    *((name, value) for name in ("recipe", "scores") for value in (None, [], "x")),
+    ("seed", "0"), ("parent", 7), ("colour", "blue"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory):
+    "A model folder that predicts, and a scan for it"
+    folder = tmp_path_factory.mktemp("cards")
+    torch.manual_seed(0)
+    save_model(folder / "model", create("unet", 1, 3, filters=(4, 8, 8)), Card(**CARD))
+    voxels = np.random.default_rng(0).normal(0, 100, (20, 18, 16)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([2.0, 2, 2, 1])), folder / "scan.nii.gz")
+    return folder
+
+
+def model_with(valid, folder, text: str):
+    "The model, with another text for its card"
+    shutil.copytree(valid / "model", folder / "model", dirs_exist_ok=True)
+    (folder / "model/card.json").write_text(text)
+    return folder / "model"
+
+
+def card_with(valid, **changes) -> str:
+    return json.dumps(json.loads((valid / "model/card.json").read_text()) | changes)
+
+
+@pytest.mark.parametrize("field, value", BAD_FIELDS, ids=lambda value: re.sub(r"\s+", " ", repr(value))[:40])
+def test_bad_field_of_a_card_is_one_line_at_once(valid, tmp_path, field, value):
+    model = model_with(valid, tmp_path, card_with(valid, **{field: value}))
+    line = refused(lambda: load_model(model), str(model), "card.json")
+    assert field in line or field == "regions" and "class_order" in line
+    assert len(line) < 2000
+
+
+TEXTS = {
+    "deep": '{"backbone": ' + "[" * 10_000 + "]" * 10_000 + "}",
+    "too deep": '{"overrides": ' + "[" * (MOST_LEVELS + 1) + "]" * (MOST_LEVELS + 1) + "}",
+    "list": "[]",
+    "empty": "",
+    "null": "null",
+    "cut": '{"backbone": "unet", "over',
+    "twice": '{"backbone": "unet", "backbone": "resenc_l"}',
+    "large": " " * (MOST_CARD + 1),
+    "number": '{"seed": ' + "1" * 5000 + "}",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_card_that_is_no_card_is_one_line(valid, tmp_path, text):
+    model = model_with(valid, tmp_path, text)
+    for read in (read_card, load_model):
+        refused(lambda: read(model), str(model / "card.json"))
+
+
+COMMANDS = {
+    "predict": ["predict", "-i", "{scan}", "-m", "{model}", "-o", "{out}", "--device", "cpu"],
+    "info": ["info", "{model}"],
+    "train": ["train", "{data}", "{out}", "--recipe", "smoke", "--from", "{model}"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("field, value", [("spacing", [2, 2, INFINITE]), ("labels", None), ("normalisation", {}), ("mirror_axes", [5])])
+def test_commands_name_file_and_field(valid, tmp_path, command, field, value):
+    model = model_with(valid, tmp_path, card_with(valid, **{field: value}))
+    places = dict(scan=valid / "scan.nii.gz", model=model, out=tmp_path / "out", data=tmp_path)
+    refused(lambda: cli.main([word.format(**places) for word in COMMANDS[command]]), str(model / "card.json"), field)
+    assert not (tmp_path / "out").exists()
+
+
+PLAIN = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 20), st.sampled_from([HUGE, 10**9, NAN, INFINITE, 1e-300, 0.5]), st.text(max_size=5),
+    st.lists(st.integers(-1, 20), max_size=4), st.lists(st.floats(), max_size=3),
+    st.dictionaries(st.sampled_from(["core", "rim", "x"]), st.one_of(st.integers(-1, 3), st.text(max_size=3)), max_size=3),
+)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_mutated_card_loads_as_valid_or_is_refused_in_one_line(valid, tmp_path, data):
+    values = json.loads((valid / "model/card.json").read_text())
+    for _ in range(data.draw(st.integers(1, 2))):
+        place = values
+        while True:  # A field, or a value inside of it
+            key = data.draw(st.sampled_from(sorted(place)) if isinstance(place, dict) else st.integers(0, len(place) - 1))
+            if not (isinstance(place[key], (dict, list)) and place[key] and data.draw(st.booleans())):
+                break
+            place = place[key]
+        if isinstance(place, dict) and data.draw(st.integers(0, 4)) == 0:
+            place.pop(key)
+        else:
+            place[key] = data.draw(PLAIN)
+    model = model_with(valid, tmp_path, json.dumps(values))
+    start = time.perf_counter()
+    try:
+        network, card = load_model(model)
+    except (ValueError, FileNotFoundError) as error:
+        assert str(model) in str(error) and "\n" not in str(error)
+    else:  # What is read is written and read again as the same card, and the network is the one of its weights
+        again = copy.deepcopy(network)
+        card = save_model(tmp_path / "again", again, card)
+        assert read_card(tmp_path / "again") == card or any(map(np.isnan, filter(lambda v: isinstance(v, float), card.scores.values())))
+        assert network(torch.zeros(1, card.in_channels, *(2 * step for step in network.strides))).shape[1] == card.num_classes
+    assert time.perf_counter() - start < 5

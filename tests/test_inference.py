@@ -22,7 +22,6 @@ from mednext_v2.inference import (
     labels_on_grid,
     lay_windows,
     predict,
-    predict_prepared,
     predict_scan,
     read_scan,
     resample_logits,
@@ -167,14 +166,6 @@ def test_half_and_read_only_images(tmp_path):
 def test_windows_refuse(shape, patch, overlap, message):
     with pytest.raises(ValueError, match=message):
         sliding_window(Echo(), np.zeros(shape, np.float32), patch, overlap)
-
-
-def test_predict_prepared_is_the_largest_logit():
-    image = ball()
-    prepared = SimpleNamespace(image=lambda case: {"a": image[None]}[case])
-    labels = predict_prepared(Echo(), prepared, "a", (16, 16, 16))
-    assert labels.dtype == np.uint8
-    np.testing.assert_array_equal(labels, image > 0)
 
 
 # Grids
@@ -398,7 +389,7 @@ def test_predict_on_the_file_equals_predict_on_the_prepared_case(tmp_path):
     ))
     case = prepared.ids("test")[0]
     file = tmp_path / "raw" / task.folder / "imagesTs" / f"{case}_0000.nii.gz"
-    expected = predict_prepared(model, prepared, case, (16, 16, 16))
+    expected = sliding_window(model, prepared.image(case)[:], (16, 16, 16)).argmax(0).numpy()
     assert nib.load(file).shape == expected.shape and len(np.unique(expected)) > 2
     np.testing.assert_array_equal(np.asarray(predict(tmp_path / "model", file).dataobj), expected)
 
