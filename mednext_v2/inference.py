@@ -854,8 +854,7 @@ def label_image(labels: np.ndarray, volume: NetworkInput) -> nib.Nifti1Image:
     header["cal_min"] = header["cal_max"] = 0
     header.set_slope_inter(1, 0)
     header.set_xyzt_units("mm")
-    image = nib.Nifti1Image(np.ascontiguousarray(volume.to_native(labels)), affine, header)
     code = max(int(header["sform_code"]), int(header["qform_code"])) or 1
-    image.set_sform(affine, int(header["sform_code"]) or code)
-    image.set_qform(affine, int(header["qform_code"]) or code)
-    return image
+    header.set_sform(affine, int(header["sform_code"]) or code)
+    header.set_qform(affine, int(header["qform_code"]) or code)
+    return nib.Nifti1Image(np.ascontiguousarray(volume.to_native(labels)), affine, header)

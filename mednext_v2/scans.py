@@ -6,11 +6,11 @@
 __all__ = ['FILE_FAULTS', 'ENDINGS', 'UNITS', 'UNREADABLE', 'PIECE', 'BadFile', 'cut_ending', 'list_volumes', 'check_channels',
            'list_scans', 'Header', 'Damaged', 'zipped', 'open_bytes', 'brief', 'check_openable', 'first_bytes',
            'parse_header', 'displacement', 'grid_tolerance', 'valid_affine', 'unit_mm', 'forms', 'best_affine',
-           'grid_faults', 'unit_fault', 'form_faults', 'show', 'storage_faults', 'size_faults', 'volume_shape',
-           'head_of', 'length_faults', 'opened_by_nibabel', 'read_nifti', 'is_nifti', 'read_other', 'inspect_header',
-           'fault_of', 'read_header', 'pieces', 'broken', 'pieces_other', 'Volume', 'load_voxels', 'as_header',
-           'distinct', 'present_values', 'check_finite', 'read_scan', 'smallest_type', 'whole_labels', 'read_label',
-           'write_volume', 'grid_distance', 'same_grid']
+           'grid_faults', 'unit_fault', 'form_faults', 'shear_faults', 'show', 'storage_faults', 'size_faults',
+           'volume_shape', 'head_of', 'length_faults', 'opened_by_nibabel', 'read_nifti', 'is_nifti', 'read_other',
+           'inspect_header', 'fault_of', 'read_header', 'pieces', 'broken', 'pieces_other', 'Volume', 'load_voxels',
+           'as_header', 'distinct', 'present_values', 'check_finite', 'read_scan', 'smallest_type', 'whole_labels',
+           'read_label', 'write_volume', 'grid_distance', 'same_grid']
 
 # %% ../nbs/19b_scans.ipynb #imports
 import gzip
@@ -361,12 +361,17 @@ def form_faults(header, sform, qform, sizes: np.ndarray) -> list[tuple[str, str]
         found.append(("forms-disagree", f"has a corner at two places {apart:.3g} mm apart, by sform and by qform"))
     elif (np.abs(voxel - sizes) * shape).max() > tolerance:
         found.append(("forms-disagree", f"has voxels of {show(voxel)} mm by sform, {show(sizes)} mm by pixdim"))
-    direction = sform[:3, :3] / voxel
+    return found + shear_faults(sform)
+
+
+def shear_faults(affine: np.ndarray) -> list[tuple[str, str]]:
+    "Whether the axes are at right angles: else a voxel is no box, and sizes along its axes are no distances"
+    direction = affine[:3, :3] / voxel_sizes(affine)
     skew = float(np.abs(direction.T @ direction - np.eye(3)).max())
-    if skew > 1e-3:
-        angle = np.degrees(np.arcsin(min(skew, 1)))
-        found.append(("affine-sheared", f"has axes that are off right angles by up to {angle:.2g} degrees"))
-    return found
+    if skew <= 1e-3:
+        return []
+    angle = np.degrees(np.arcsin(min(skew, 1)))
+    return [("affine-sheared", f"has axes that are off right angles by up to {angle:.2g} degrees")]
 
 
 def show(values) -> str:
@@ -659,6 +664,8 @@ def as_header(
         raise BadFile("the image", f"has voxels of type {voxels.dtype}", "give one number a voxel")
     if not valid_affine(affine):
         raise BadFile("the image", f"has no usable grid, its affine is {show(affine[:3])}", "correct it")
+    for code, what in shear_faults(affine):
+        raise fault_of("the image", code, what)
     try:
         voxels = np.asanyarray(voxels)
     except (OSError, EOFError, ValueError, zlib.error) as error:  # Of a file that nibabel has opened
