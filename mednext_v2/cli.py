@@ -45,7 +45,7 @@ def info(options: argparse.Namespace) -> str:
 
 def reading(options: argparse.Namespace) -> dict:
     "How a checkpoint is read, as the importers take it"
-    return dict(trust=options.trust, fold=options.fold, prefix=options.prefix, grn=options.grn)
+    return dict(trust=options.trust, fold=options.fold, prefix=options.prefix, grn=options.grn, key=options.key)
 
 # %% ../nbs/52_cli.ipynb #weights-commands
 def import_weights(options: argparse.Namespace) -> str:
@@ -447,6 +447,7 @@ def checkpoint(command: argparse.ArgumentParser) -> None:
     trust = "read the file though it may run code: only if you made it yourself"
     command.add_argument("--fold", help="of an nnU-Net folder")
     command.add_argument("--prefix", help="of the names of one network, where a file holds several")
+    command.add_argument("--key", help="of the weights in a file of a layout that is not known, e.g. ema.model")
     command.add_argument("--grn", choices=["mean", "sum"], help="convention of the weights, where they do not say")
     command.add_argument("--i-trust-this-file", dest="trust", action="store_true", help=trust)
 
