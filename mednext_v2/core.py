@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST_YAML', 'MOST_JSON', 'MOST_VALUES', 'MOST_LEVELS', 'WORDS', 'GROUPS', 'SCHEMES', 'LENGTHS', 'MOST_SIDE',
-           'MOST_VOXELS', 'LEFT', 'root', 'frozen', 'read_yaml', 'parse_json', 'read_json', 'params', 'shown', 'build',
-           'are_lengths', 'is_patch', 'locked', 'is_named', 'remove_left', 'claim', 'claimed', 'permit', 'atomic_file',
-           'atomic_folder', 'write_json', 'write_csv', 'room', 'peak_bytes', 'sha256', 'fingerprint_of', 'ItemsFailed',
-           'attempt', 'for_all']
+           'MOST_VOXELS', 'LEFT', 'NAMES', 'root', 'frozen', 'read_yaml', 'parse_json', 'read_json', 'params', 'shown',
+           'build', 'are_lengths', 'is_patch', 'locked', 'is_named', 'remove_left', 'claim', 'claimed', 'permit',
+           'atomic_file', 'atomic_folder', 'write_json', 'write_csv', 'read_csv', 'room', 'peak_bytes', 'sha256',
+           'fingerprint_of', 'ItemsFailed', 'attempt', 'for_all']
 
 # %% ../nbs/00_core.ipynb #imports
 import dataclasses
@@ -395,6 +395,21 @@ def write_csv(path: str | Path, table) -> None:
     "A pandas table without its index, to six significant digits, written atomically; the same bytes everywhere"
     with atomic_file(path) as temporary:
         table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+
+# %% ../nbs/00_core.ipynb #read-csv
+# Columns that hold names, whatever they look like
+NAMES = ("case", "task", "label", "group", "split", "grid", "backbone", "init", "corpus", "ablation", "variant", "model")
+
+
+def read_csv(
+    path: str | Path,  # Written by `write_csv`
+    **kinds,  # Types of further columns, by name
+):  # A pandas table
+    "A table as it was written: a case called 001 or a class called NA keeps its name, only an empty field is missing"
+    import pandas
+
+    kinds = dict.fromkeys(NAMES, str) | kinds
+    return pandas.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[""])
 
 # %% ../nbs/00_core.ipynb #room
 def room(
