@@ -18,7 +18,7 @@ import pandas as pd
 
 from .core import atomic_folder, build, params, read_csv, read_json, root, write_csv
 from mednext_v2.pipeline import (
-    SCORE_COLUMNS, Plan, Run, evaluate_one, finetuning_runs, in_pool, pretrained_folder, read_plan, run_folder, train_one,
+    STAGE, SCORE_COLUMNS, Plan, Run, evaluate_one, finetuning_runs, in_pool, pretrained_folder, read_plan, run_folder, train_one,
 )
 
 # %% ../nbs/51b_ablation.ipynb #variant
@@ -243,7 +243,7 @@ def run_ablation(
     from mednext_v2.prepare import Prepared
 
     options = {name: compute[name] for name in ("device", "threads", "processes", "parallel", "readers")}
-    with atomic_folder(places.models) as folder:
+    with atomic_folder(places.models, STAGE) as folder:
         parents = pretrainings(ablation, plan, places, folder)
         # One object a distinct pretraining
         first = list({id(one): one for one in parents.values() if isinstance(one, Training)}.values())

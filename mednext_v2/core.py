@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MOST_YAML', 'MOST_JSON', 'MOST_VALUES', 'MOST_LEVELS', 'WORDS', 'GROUPS', 'SCHEMES', 'LENGTHS', 'MOST_SIDE',
-           'MOST_VOXELS', 'LEFT', 'NAMES', 'root', 'frozen', 'read_yaml', 'parse_json', 'read_json', 'params', 'shown',
-           'build', 'are_lengths', 'is_patch', 'locked', 'is_named', 'remove_left', 'claim', 'claimed', 'permit',
-           'atomic_file', 'atomic_folder', 'write_json', 'write_csv', 'read_csv', 'room', 'peak_bytes', 'sha256',
-           'fingerprint_of', 'ItemsFailed', 'attempt', 'for_all']
+           'MOST_VOXELS', 'LEFT', 'TRACES', 'NEW', 'NAMES', 'root', 'frozen', 'read_yaml', 'parse_json', 'read_json',
+           'params', 'shown', 'build', 'are_lengths', 'is_patch', 'locked', 'is_named', 'remove_left', 'claim',
+           'claimed', 'Kind', 'check_output', 'held', 'permit', 'atomic_files', 'atomic_file', 'atomic_folder',
+           'write_json', 'write_csv', 'read_csv', 'room', 'peak_bytes', 'sha256', 'fingerprint_of', 'ItemsFailed',
+           'attempt', 'for_all']
 
 # %% ../nbs/00_core.ipynb #imports
 import dataclasses
@@ -20,9 +21,12 @@ import os
 import re
 import reprlib
 import shutil
+import socket
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatch
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
@@ -276,18 +280,25 @@ def is_patch(
 LEFT = 4  # Temporary names of a target that are looked at for what killed processes left
 
 
+def _lock(handle: int, wait: bool) -> bool | None:
+    "Whether a lock was taken; None where the file system, or the system, has no such locks"
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
+        return False
+    except (OSError, ImportError):
+        return None
+    return True
+
+
 def locked(
     handle: int,  # Of an open file or folder
     wait: bool = False,  # For whoever else has locked it
 ) -> bool:
     "Whether it is this process's now, until the handle is closed or the process ends"
-    try:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except (OSError, ImportError):  # Another's; or a file system, or a system, that has no such locks
-        return False
-    return True
+    return bool(_lock(handle, wait))
 
 
 def is_named(handle: int, path: Path) -> bool:
@@ -345,6 +356,114 @@ def claimed(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink()
         os.close(handle)
 
+# %% ../nbs/00_core.ipynb #own
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    "What a folder of one kind holds: no other is replaced"
+
+    name: str  # As people call it
+    marks: tuple[str, ...] = ()  # Files and folders that each has
+    others: tuple[str, ...] = ()  # What else may lie in it, as patterns
+
+    def fault(
+        self,
+        path: Path,  # A folder
+    ) -> str:  # Empty if it is of this kind, or empty itself
+        "Why a folder is not of this kind"
+        names = sorted(child.name for child in path.iterdir() if not child.name.startswith(TRACES))
+        known = (*self.marks, *self.others)
+        if strange := [name for name in names if not any(fnmatch(name, pattern) for pattern in known)]:
+            return f"it holds {', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}"
+        missing = [name for name in self.marks if name not in names]
+        return f"it lacks {', '.join(missing)}" if names and missing else ""
+
+
+TRACES = (".tmp-", ".lock", ".old-")  # How names begin of what a killed process may have left
+NEW = Kind("new folder")
+
+
+def _check_is_folder(path: Path) -> None:
+    "FileExistsError if a file is in the way of a folder"
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise FileExistsError(f"{place} is a file, a folder is to be written there: give another name")
+
+
+def check_output(
+    path: str | Path,  # Where a folder is to be written
+    own: Kind | None = None,  # What is replaced there; None if files are only added
+) -> None:
+    "FileExistsError for a link, a file, or a folder of another kind; to be called before anything costly"
+    path = Path(path)
+    if path.is_symlink():
+        raise FileExistsError(f"{path} is a link: give the folder itself, links are not written through")
+    _check_is_folder(path)
+    if own is not None and path.is_dir() and (fault := own.fault(path)):
+        what = "is not empty" if own == NEW else f"is no {own.name}"
+        raise FileExistsError(f"{path} {what} ({fault}) and will not be replaced: give another folder, or remove it")
+
+
+_HELD: dict[Path, tuple[int, int]] = {}  # Thread and handle by lock file
+
+
+def _forget_held() -> None:
+    "In a forked process: locks are its parent's alone, and end with it"
+    for _, handle in _HELD.values():
+        os.close(handle)
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_held)
+
+
+def _take(lock: Path, path: Path, wait: bool) -> int:
+    "The handle of a lock file that is this process's; ValueError says whose it is"
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        taken = _lock(handle, wait)
+        if taken is False:
+            who = os.read(handle, 500).decode(errors="replace").strip() or "another process"
+            os.close(handle)
+            raise ValueError(f"{path} is being written by {who}: wait for its end, or give another output")
+        if taken is None or is_named(handle, lock):  # Else its last holder has just removed it
+            break
+        os.close(handle)
+    with suppress(OSError):  # A full disk
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return handle
+
+
+@contextmanager
+def held(
+    path: str | Path,  # An output folder; made if it is not there
+    beside: bool = False,  # Of a file, or a folder that is replaced: the lock lies next to it
+    wait: bool = False,  # For whoever holds it
+) -> Iterator[None]:
+    "Keeps an output to one thread of one process; ValueError names the process and the host that have it"
+    path = Path(path).absolute()
+    lock, me = path.with_name(f".lock-{path.name}") if beside else path / ".lock", threading.get_ident()
+    if _HELD.get(lock, (None,))[0] == me:
+        yield
+        return
+    _check_is_folder(lock.parent)
+    made = [place for place in lock.parents if not place.exists()]
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    handle = _take(lock, path, wait)
+    _HELD[lock] = me, handle
+    try:
+        yield
+    finally:
+        del _HELD[lock]
+        with suppress(OSError):
+            if is_named(handle, lock):
+                lock.unlink()
+        os.close(handle)
+        with suppress(OSError):  # Something was written
+            for place in made:
+                place.rmdir()
+
 # %% ../nbs/00_core.ipynb #atomic
 def permit(path: Path, mode: int) -> None:
     "Permissions as for any new file: temporary ones only their owner can read"
@@ -354,31 +473,66 @@ def permit(path: Path, mode: int) -> None:
 
 
 @contextmanager
+def atomic_files(
+    *paths: str | Path,  # Files that belong together; the last one is what says that all are there
+    instead: Iterable[Path] = (),  # Files that would be wrong beside the new ones: removed just before the first appears
+):
+    "Yields temporary paths; once all are whole and on the disk they are renamed in this order, or all removed on an error"
+    with ExitStack() as stack:
+        new = [stack.enter_context(claimed(Path(path), lambda name: name.touch(0o600, exist_ok=False))) for path in paths]
+        yield new
+        for temporary in new:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            permit(temporary, 0o666)
+        for path in instead:
+            path.unlink(missing_ok=True)
+        for temporary, path in zip(new, paths):
+            os.replace(temporary, path)
+
+
+@contextmanager
 def atomic_file(
     path: str | Path,  # The file to appear, whole, when the block ends without an error
 ):
     "Yields a temporary path in the same folder; renames it to `path` at the end, or removes it on an error"
-    path = Path(path)
-    with claimed(path, lambda name: name.touch(0o600, exist_ok=False)) as temporary:
+    with atomic_files(path) as (temporary,):
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        permit(temporary, 0o666)
-        os.replace(temporary, path)
+
+
+def _swap(new: Path, path: Path, own: Kind) -> None:
+    "Put a folder in the place of an older one, which is there again if that fails"
+    aside = path.with_name(f".old-{path.name}")
+    with held(path, beside=True, wait=True):
+        check_output(path, own)  # Again: it took a while to make
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            if aside.exists():
+                os.replace(aside, path)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
 def atomic_folder(
     path: str | Path,  # The folder to appear, whole, when the block ends without an error
+    own: Kind = NEW,  # What may be there and is replaced
 ):
     "Yields a temporary folder beside `path`; it replaces `path` at the end, or is removed on an error"
     path = Path(path)
+    check_output(path, own)
+    aside = path.with_name(f".old-{path.name}")
+    if aside.is_dir() and not path.exists():  # A process was killed between its two renames
+        with held(path, beside=True, wait=True), suppress(FileNotFoundError):
+            os.replace(aside, path)
     with claimed(path, lambda name: name.mkdir(0o700)) as temporary:
         yield temporary
-        if path.exists():
-            shutil.rmtree(path)
         permit(temporary, 0o777)
-        os.replace(temporary, path)
+        _swap(temporary, path, own)
 
 
 def write_json(

@@ -43,7 +43,7 @@ import pandas as pd
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import aff2axcodes, io_orientation, inv_ornt_aff
 
-from .core import ItemsFailed, atomic_folder, for_all, read_json, write_csv, write_json
+from .core import NEW, ItemsFailed, atomic_folder, check_output, for_all, read_json, write_csv, write_json
 from .tasks import ANNOTATED, displacement, load_image, parse_annotated
 
 # %% ../nbs/24_doctor.ipynb #faults-set
@@ -1791,8 +1791,7 @@ def check_target(data: Path, out: Path) -> None:
         raise ValueError(
             f"{out} and {data} lie in each other: give a folder elsewhere, originals are never touched"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not empty: give a new folder, nothing is overwritten")
+    check_output(out, NEW)
 
 
 def fix(

@@ -34,11 +34,11 @@ from torch import Tensor, nn
 
 from .backbones import BACKBONES, create, limited, mednext
 from .core import build as from_fields
-from .core import read_json, sha256, shown
+from .core import check_output, read_json, sha256, shown
 from .grn import convert_grn
 from .model import Arch
 from .scaling import PRESETS
-from .weights import Card, LoadReport, read_card, read_state, save_model, what_is_wrong
+from .weights import MODEL_FOLDER, Card, LoadReport, read_card, read_state, save_model, what_is_wrong
 
 # %% ../nbs/17_importers.ipynb #harmless
 class _Array(np.ndarray):
@@ -1111,6 +1111,7 @@ def import_model(
     **options,  # Of `import_checkpoint`
 ) -> tuple[Card, LoadReport]:
     "Turn a checkpoint, with all of its heads, into a model folder; ValueError, and nothing written, if something is missing"
+    check_output(folder, MODEL_FOLDER)
     model, report, found = import_checkpoint(path, **{"deep_supervision": None} | options)
     source = Path(found.path)
     parent = sha256(source) if source.is_file() else None

@@ -9,6 +9,7 @@ __all__ = ['WRITTEN', 'IMAGES', 'OTHERS', 'label_names', 'colour', 'itksnap_tabl
 
 # %% ../nbs/43_labelmaps.ipynb #imports
 import colorsys
+import json
 import math
 import platform
 import time
@@ -26,7 +27,7 @@ import nibabel as nib
 import numpy as np
 
 from . import __version__
-from .core import ItemsFailed, atomic_file, attempt, fingerprint_of, peak_bytes, read_json, room, write_json
+from .core import ItemsFailed, atomic_file, atomic_files, attempt, fingerprint_of, held, peak_bytes, read_json, room
 from mednext_v2.inference import (
     Member, NetworkInput, Options, check_channels, device_of, label_image, label_volume, load_members, modality_warnings,
     network_input, temporary_array,
@@ -208,31 +209,34 @@ def write_job(
     probabilities: np.ndarray | None,  # (K, *box)
     report: dict,
     stack: ExitStack,  # Closed at the end: what held the probabilities
+    wish: Wish = Wish(),
 ) -> None:
-    "Label map, then probabilities, then the report, each whole or not at all; all removed if one fails"
-    begin = time.perf_counter()
-    with stack:
-        try:
+    "Label map, probabilities and report, all or none; a label map that another process has made meanwhile stays"
+    begin, target, table = time.perf_counter(), job.output, job.beside(".json")
+    more = [] if probabilities is None else [job.beside(".npz")]
+    # The last to appear decides whether a scan is done: a label map that is new, a report where a map is replaced
+    with stack, held(table, beside=True, wait=True):
+        if is_done(job, report["identity"], wish):
+            return
+        replaces = target.exists()
+        order = [*more, target, table] if replaces else [*more, table, target]
+        with atomic_files(*order, instead=[table] if replaces else []) as new:
+            path = dict(zip(order, new))
             image = label_image(labels, volume)
             image.header.extensions.append(names_extension(names))
-            with atomic_file(job.output) as path:
-                nib.save(image, path)
-            if probabilities is not None:
-                write_probabilities(job.beside(".npz"), probabilities, volume, len(probabilities) == len(names) + 1)
+            nib.save(image, path[target])
+            for place in more:
+                write_probabilities(path[place], probabilities, volume, len(probabilities) == len(names) + 1)
             report["seconds"]["write"] = round(time.perf_counter() - begin, 3)
             report["peak_bytes"] = peak_bytes()
-            write_json(job.beside(".json"), report, sort_keys=False)
-        except BaseException:
-            for path in (job.output, job.beside(".npz"), job.beside(".json")):
-                path.unlink(missing_ok=True)
-            raise
+            path[table].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def write_probabilities(path: Path, values: np.ndarray, volume: NetworkInput, background: bool) -> None:
     "`probabilities` (K, *scan), float16, one class in memory at a time; outside of the box the background is 1"
     shape = (len(values), *volume.to_native(np.broadcast_to(np.False_, volume.shape)).shape)
     header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-    with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         with archive.open("probabilities.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for number, channel in enumerate(values):
@@ -276,7 +280,7 @@ def label_job(
         "seconds": {"read": round(read_seconds, 3), "network": round(time.perf_counter() - begin, 3)},
         "versions": versions(),
     }
-    return job, labels, volume, names, scratch, report, stack
+    return job, labels, volume, names, scratch, report, stack, wish
 
 
 def versions() -> dict[str, str]:
@@ -306,8 +310,8 @@ def predict_files(
     members, wish = load_members(models, options), Wish(options, roi, probabilities, overwrite)
     jobs = list_jobs(source, target, members[0].card.in_channels)
     tables = name_tables(Path(target), label_names(members[0].card), overwrite)
-    failures, writes = {}, {}
-    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
+    failures, writes, hold = {}, {}, held(target, beside=is_file_name(Path(target)))
+    with hold, ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
         for job, future in tqdm(read_ahead(reading, jobs, members, wish), "predicting", len(jobs), disable=not progress):
             _, ready, failures[job.name] = attempt(label_read, job.name, (job, members, wish, future))
             for done in [write for write in writes.values() if ready]:

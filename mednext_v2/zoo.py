@@ -8,8 +8,8 @@ __all__ = ['UNKNOWN', 'SCHEMES', 'READERS', 'DAMAGE', 'TRIES', 'WAIT', 'TIMEOUT'
            'Member', 'Bounded', 'zip_members', 'tar_members', 'reader_of', 'claim', 'write_member', 'unpack', 'fill',
            'Interrupted', 'ask', 'validator_of', 'read_note', 'Part', 'start_of', 'total_of', 'receive', 'attempt_web',
            'get_web', 'bring', 'download', 'kind_of', 'derived_licence', 'cache_folder', 'read_receipt', 'Origin',
-           'licence_of', 'accepted', 'permit_use', 'intact', 'obtain', 'install', 'settle', 'write_receipt',
-           'full_disk_named', 'check_available', 'fetch', 'check_files', 'verify']
+           'licence_of', 'accepted', 'permit_use', 'intact', 'obtain', 'fetched_kind', 'install', 'settle',
+           'write_receipt', 'full_disk_named', 'check_available', 'fetch', 'check_files', 'verify']
 
 # %% ../nbs/18_zoo.ipynb #imports
 import errno
@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
+from glob import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +39,7 @@ from urllib.request import url2pathname
 import pandas as pd
 
 from . import __version__
-from .core import atomic_folder, build, fingerprint_of, read_json, read_yaml, room, sha256, write_json
+from .core import Kind, atomic_folder, build, fingerprint_of, read_json, read_yaml, room, sha256, write_json
 
 # %% ../nbs/18_zoo.ipynb #safe-parts
 def safe_parts(
@@ -288,7 +289,7 @@ DAMAGE = (
 
 def unpack(
     archive: Path,  # .zip, .tar, .tar.gz or .tgz
-    folder: Path,  # Appears whole, or not at all; an older one is replaced
+    folder: Path,  # A new one: it appears whole, or not at all
     limits: Limits = Limits(),
 ) -> Path:  # `folder`
     "Unpack an archive that is not trusted; ValueError names the archive and what is refused"
@@ -689,6 +690,12 @@ def obtain(
     return found
 
 
+def fetched_kind(model: Path) -> Kind:
+    "What `install` may replace: the files of an older receipt, and no other"
+    known = {Path(name).parts[0] for name in read_receipt(model).get("files", {})}
+    return Kind("fetched model", (RECEIPT,), tuple(map(escape, known)))
+
+
 def install(
     entry: ZooEntry,
     home: Path,
@@ -702,7 +709,7 @@ def install(
     incoming = home / "download" / fingerprint_of(entry.url)  # What comes from elsewhere is another file
     found = obtain(entry, home, incoming, given, progress)
     try:
-        with atomic_folder(home / "model") as folder:
+        with atomic_folder(home / "model", fetched_kind(home / "model")) as folder:
             for file in found:
                 settle(incoming, file, folder, limits)
             write_receipt(entry, folder, found[entry.file])

@@ -10,9 +10,15 @@ from pathlib import Path
 
 import pytest
 from mednext_v2 import core
-from mednext_v2.core import atomic_file, atomic_folder, locked, remove_left
+from mednext_v2.core import Kind, atomic_file, locked, remove_left
+
+PART = Kind("folder of the tests", ("part",))
 
 FORK = multiprocessing.get_context("fork")
+
+
+def atomic_folder(path: Path):
+    return core.atomic_folder(path, PART)
 
 
 def write_and_wait(path: Path, kind: str, inside, leave) -> None:

@@ -227,14 +227,14 @@ def test_done_ones_are_skipped_and_others_are_not_overwritten(model, tmp_path, m
 def test_a_full_disk_is_one_line_and_leaves_no_part(model, tmp_path, monkeypatch):
     for name in "ab":
         scan(tmp_path / f"in/{name}.nii.gz")
-    real = labelmaps.write_json
+    real = labelmaps.nib.save
 
-    def full(path, *args, **kwargs):
-        if path.name == "a.json":
+    def full(image, path):
+        if path.name.endswith("a.nii.gz"):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return real(path, *args, **kwargs)
+        return real(image, path)
 
-    monkeypatch.setattr(labelmaps, "write_json", full)
+    monkeypatch.setattr(labelmaps.nib, "save", full)
     with pytest.raises(ItemsFailed, match="No space left on device") as error:
         predict_files(model, tmp_path / "in", tmp_path / "out", CPU)
     assert list(error.value.failures) == ["a"]

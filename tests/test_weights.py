@@ -57,11 +57,13 @@ def test_saving_twice_gives_equal_bytes(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "model"]
 
 
-def test_saving_again_replaces_the_whole_folder(folder):
-    (folder / "stale.txt").write_text("old")
+def test_saving_again_replaces_a_model_and_nothing_else(folder):
     save_model(folder, tiny(seed=1), CARD)
     assert torch.equal(read_state(folder)["stem.weight"], tiny(seed=1).stem.weight)
-    assert not (folder / "stale.txt").exists()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is no model folder .it holds notes.txt"):
+        save_model(folder, tiny(seed=2), CARD)
+    assert torch.equal(read_state(folder)["stem.weight"], tiny(seed=1).stem.weight)
 
 
 def test_tied_and_strided_tensors_are_saved(tmp_path):
