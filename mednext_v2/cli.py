@@ -164,8 +164,10 @@ def doctor(options: argparse.Namespace) -> str:
     "What is wrong with raw data; exit code 1 if anything is"
     from mednext_v2.core import write_csv
     from mednext_v2.doctor import doctor as examine
-    from mednext_v2.doctor import fix
+    from mednext_v2.doctor import check_target, fix
 
+    if options.fix:
+        check_target(options.data, options.fix)
     report = examine(options.data, options.against, options.workers, options.quick)
     if options.csv:
         write_csv(options.csv, report.table)
@@ -206,8 +208,10 @@ def train(options: argparse.Namespace) -> str:
     from mednext_v2.launch import RunEnded
     from mednext_v2.fitting import drawn, train_in_processes
     from mednext_v2.recipe import get_recipe
-    from mednext_v2.weights import read_card
+    from mednext_v2.core import check_output
+    from mednext_v2.weights import MODEL_FOLDER, read_card
 
+    check_output(options.out, MODEL_FOLDER)
     recipe = get_recipe(options.recipe, **dict(literal_pair(pair) for pair in options.set))
     overrides = dict(literal_pair(pair) for pair in options.network)
     if options.backbone is None:

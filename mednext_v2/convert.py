@@ -1268,8 +1268,6 @@ def convert(
     **options,  # Of the converter, see `options_of`
 ):  # pandas table: case, split, patient, files, sha256, label_sha256, warnings
     "A published data set in nnU-Net's raw layout; ItemsFailed names the cases that could not be converted"
-    import pandas as pd
-
     source, out = Path(source), Path(out)
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is no folder: unpack the data set, and give the folder it is in")

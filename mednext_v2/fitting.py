@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import build, read_csv, write_csv
+from .core import build, check_output, held, read_csv, write_csv
 
 # %% ../nbs/37_fitting.ipynb #fit-patch
 def fit_patch(
@@ -270,8 +270,10 @@ def train_model(
 
     from mednext_v2.backbones import overrides_of
     from mednext_v2.trainer import fit, patch_validation, training_sampler
-    from mednext_v2.weights import Card, save_model
+    from mednext_v2.weights import MODEL_FOLDER, Card, save_model
 
+    check_output(out, MODEL_FOLDER)
+    check_output(folder)
     data = read_data(data, heads)
     torch.manual_seed(seed)
     device = found_device(options.get("device", "auto"))
@@ -330,7 +332,10 @@ def train_in_processes(
 ) -> pd.DataFrame:  # The training history
     "One training; RunEnded says which of several processes failed, and how"
     from mednext_v2.launch import launch
+    from mednext_v2.weights import MODEL_FOLDER
 
+    check_output(arguments["out"], MODEL_FOLDER)
+    check_output(arguments["folder"])
     if processes == 1:
         train_from_fields(**arguments)
     else:

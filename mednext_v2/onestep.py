@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from .core import ItemsFailed, attempt, fingerprint_of, for_all, read_csv, read_json, write_csv, write_json
+from .core import ItemsFailed, attempt, check_output, fingerprint_of, for_all, held, read_csv, read_json, write_csv, write_json
 from .fitting import TrainingData, drawn, forecast_fit, network_for, start_from, train_in_processes
 
 # %% ../nbs/45_onestep.ipynb #raw-folder
@@ -189,7 +189,8 @@ def predict_cases(
         if volume is not None:
             write_job(*label_job(job, members, wish, volume, key, seconds))
 
-    ended = {case.id: attempt(label, case.id, (case,))[2] for case in cases}
+    with held(out):
+        ended = {case.id: attempt(label, case.id, (case,))[2] for case in cases}
     results = {case: out / f"{case}.nii.gz" for case, reason in ended.items() if reason is None}
     if failures := {case: reason for case, reason in ended.items() if reason is not None}:
         raise ItemsFailed(failures, results)
@@ -371,25 +372,29 @@ def finetune(
 ) -> pd.DataFrame:  # Scores, one row per case and class; the column `split` says of which cases
     "From raw data to a model folder and scores of held-out scans; ValueError before costly steps where possible"
     from mednext_v2.recipe import get_recipe
+    from mednext_v2.weights import MODEL_FOLDER
 
+    check_output(out)
     out, built = Path(out), get_recipe(recipe, **changes or {})
-    raw = raw_folder(raw, out, seed_task, workers)
-    if not (out / "model").is_dir():
-        say(f"data: {check_raw(raw, workers)}")
-    plan = make_plan(
-        raw, model, out, built, backbone, overrides or {}, spacing, registry, reading or {}, start=start or {}, seed=seed
-    )
-    request = request_of(plan)
-    check_request(out / "plan.json", request)
-    if not (out / "model").is_dir():  # It appears whole
-        data = planned_data(plan.task, raw)
-        say(plan.describe())
-        plan.rehearse(data)
-        if check:
-            say(forecast_fit(data, **plan.network, device=device, processes=processes))
-        write_json(out / "plan.json", request, sort_keys=False)
-        fit_model(plan, processes, device=device, workers=workers)
-    return score_model(plan, command, say, device, workers)
+    check_output(out / "model", MODEL_FOLDER)
+    with held(out):
+        raw = raw_folder(raw, out, seed_task, workers)
+        if not (out / "model").is_dir():
+            say(f"data: {check_raw(raw, workers)}")
+        plan = make_plan(
+            raw, model, out, built, backbone, overrides or {}, spacing, registry, reading or {}, start=start or {}, seed=seed
+        )
+        request = request_of(plan)
+        check_request(out / "plan.json", request)
+        if not (out / "model").is_dir():  # It appears whole
+            data = planned_data(plan.task, raw)
+            say(plan.describe())
+            plan.rehearse(data)
+            if check:
+                say(forecast_fit(data, **plan.network, device=device, processes=processes))
+            write_json(out / "plan.json", request, sort_keys=False)
+            fit_model(plan, processes, device=device, workers=workers)
+        return score_model(plan, command, say, device, workers)
 
 # %% ../nbs/45_onestep.ipynb #review
 def review_scores(

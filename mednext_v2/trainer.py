@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRECISION', 'BLOCKS', 'COMPILE', 'PREEMPTED', 'MOST_SKIPPED', 'sharding', 'make_engine', 'whole_state',
            'load_whole_state', 'plain', 'tune', 'loss_options', 'train_step', 'overlaps', 'PatchValidation',
-           'patch_validation', 'training_sampler', 'Preempted', 'Signals', 'Progress', 'curves', 'progress_bar',
-           'Reporter', 'flat', 'manifest', 'check_run', 'set_step', 'Share', 'share', 'is_due', 'averaged', 'look',
-           'check_processes', 'Session', 'guard', 'told_to_stop', 'fit']
+           'patch_validation', 'training_sampler', 'Preempted', 'Signals', 'Progress', 'optional', 'curves',
+           'progress_bar', 'Reporter', 'flat', 'found_or', 'own_commit', 'manifest', 'check_run', 'set_step', 'Share',
+           'share', 'is_due', 'averaged', 'look', 'check_processes', 'Session', 'guard', 'told_to_stop', 'fit']
 
 # %% ../nbs/35_trainer.ipynb #imports
 import copy
@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
@@ -31,8 +32,8 @@ from tqdm import tqdm
 
 from .adapt import freeze
 from .augment import PatchSampler, patch_loader
-from .checkpoint import check_identity, identity, read_checkpoint, save_checkpoint
-from .core import atomic_file, peak_bytes, write_json
+from .checkpoint import check_identity, identity, read_checkpoint, save_checkpoint, set_aside
+from .core import atomic_file, check_output, held, peak_bytes, write_json
 from .guard import write_bundle
 from .losses import deep_supervision_loss, finest, sum_over_processes
 from .mixture import LabelSpace, MixtureSampler, known_only, mix, select_outputs
@@ -359,6 +360,17 @@ class Progress:
 
 # %% ../nbs/35_trainer.ipynb #curves
 @contextmanager
+def optional(
+    what: str,  # For the warning
+) -> Iterator[None]:
+    "A run goes on without what it only keeps a record by: an error becomes a warning"
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"{what}: left out, {type(error).__name__}: {' '.join(str(error).split())[:200]}", stacklevel=3)
+
+
+@contextmanager
 def curves(
     folder: Path,  # Gets live/
     history: list[dict],  # Rows to write first
@@ -366,7 +378,9 @@ def curves(
     "Yields a function that adds a row of numbers, each of which becomes a curve over `step`"
     try:
         from dvclive import Live
-    except ImportError:
+    except Exception as error:
+        if not isinstance(error, ImportError):  # There, but broken
+            warnings.warn(f"curves: left out, {error}", stacklevel=3)
         yield lambda row: None
         return
 
@@ -374,20 +388,26 @@ def curves(
         def _init_dvc(self):
             "No repository is looked for or made"
 
-    live = Curves(dir=str(folder / "live"), save_dvc_exp=False, dvcyaml=None)
+    live = None
+    with optional("curves"):
+        live = Curves(dir=str(folder / "live"), save_dvc_exp=False, dvcyaml=None)
 
     def log(row: dict) -> None:
-        live.step = row["step"]
-        for name, value in row.items():
-            if name != "step" and not math.isnan(value):
-                live.log_metric(name, value)
+        with optional("curves"):
+            if live is not None:
+                live.step = row["step"]
+                for name, value in row.items():
+                    if name != "step" and not math.isnan(value):
+                        live.log_metric(name, value)
 
     for row in history:
         log(row)
     try:
         yield log
     finally:
-        live.end()
+        with optional("curves"):
+            if live is not None:
+                live.end()
 
 
 def progress_bar(recipe: Recipe, start: int, description: str, show: bool) -> tqdm:
@@ -417,8 +437,7 @@ class Reporter:
         self.log = self.curves.__enter__()
         if self.trackers:
             session.engine.init_trackers(self.description or "mednext_v2", config=flat(session.recipe))
-        if self.main:
-            write_json(session.folder / "run.json", manifest(session))
+        self.write()
         self.begin = time.perf_counter()
         return self
 
@@ -426,9 +445,15 @@ class Reporter:
         self.bar.close()
         self.curves.__exit__(*error)
         for tracker in self.session.engine.trackers:  # Not `end_training`: it would part the processes as well
-            tracker.finish()
-        if self.main:
-            write_json(self.session.folder / "run.json", manifest(self.session))
+            with optional(f"tracker {tracker.name}"):
+                tracker.finish()
+        self.write()
+
+    def write(self) -> None:
+        "run.json"
+        with optional("run.json"):
+            if self.main:
+                write_json(self.session.folder / "run.json", manifest(self.session))
 
     def arrived(self) -> None:
         "A batch is there: the time since the last step was spent on waiting for it"
@@ -442,12 +467,13 @@ class Reporter:
             at.history.append(dict(step=at.step, loss=mean, lr=learning_rate(at.step - 1, recipe), val_dice=dice))
             at.losses = []
             self.log(at.history[-1])
-            if self.trackers:
+            with optional("trackers"):
                 self.session.engine.log({k: v for k, v in at.history[-1].items() if v == v}, step=at.step)
             share = self.waited / max(time.perf_counter() - self.begin, 1e-9)
             shown = {"loss": f"{mean:.3f}", "dice": f"{at.running:.3f}", "lr": f"{at.history[-1]['lr']:.1e}"}
             self.bar.set_postfix(shown | {"wait": f"{share:.0%}"}, refresh=False)
-        self.bar.update()
+        with optional("progress bar"):  # Standard error may have been closed
+            self.bar.update()
         self.asked = time.perf_counter()
 
     def picture(self, validate, dice: float, every: int) -> None:
@@ -457,7 +483,7 @@ class Reporter:
             # Sharded weights are gathered by all processes, so all of them look. Else the network without DDP:
             # its forward would wait for the others
             path = self.session.folder / "pictures" / f"step{self.session.progress.step:07d}.png"
-            with torch.no_grad():
+            with torch.no_grad(), optional("pictures"):
                 if self.main or self.session.engine.is_fsdp2:
                     validate.picture(self.session.network, path)
 
@@ -467,20 +493,42 @@ def flat(recipe: Recipe) -> dict:
     return {name: str(value) if isinstance(value, tuple) else value for name, value in vars(recipe).items()}
 
 
+def found_or(function: Callable, *arguments) -> object:
+    "What a function returns, or that it is not available"
+    try:
+        return function(*arguments)
+    except Exception:
+        return "not available"
+
+
+def own_commit() -> str:
+    "The commit of the checkout that this library lies in; an error if it lies in none, or if there is no git"
+    from subprocess import run
+
+    import mednext_v2
+
+    folder = Path(mednext_v2.__file__).parent
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    line = ["git", "rev-parse", "--show-toplevel", "HEAD"]
+    told = run(line, capture_output=True, text=True, check=True, cwd=folder, env=own, timeout=20).stdout
+    top, commit = told.splitlines()
+    if not folder.parent.samefile(top):  # Installed into an environment that lies in another project
+        raise FileNotFoundError(f"{folder} is no part of the repository {top}")
+    return commit
+
+
 def manifest(session) -> dict:
     "What a run is and what it took so far, as plain JSON values"
     from importlib.metadata import version
-    from subprocess import run
 
     engine, at = session.engine, session.progress
-    git = run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path.cwd())
     seconds = at.seconds + time.perf_counter() - session.begin
     on_gpu = engine.device.type == "cuda"
     return {
         "identity": session.who,
-        "versions": {name: version(name) for name in ("torch", "monai", "accelerate", "numpy")},
-        "commit": git.stdout.strip() if git.returncode == 0 else "not available",
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "versions": {name: found_or(version, name) for name in ("torch", "monai", "accelerate", "numpy")},
+        "commit": found_or(own_commit),
+        "device": found_or(torch.cuda.get_device_name) if on_gpu else "cpu",
         "processes": engine.num_processes,
         "threads": torch.get_num_threads(),
         "steps": at.step,
@@ -611,7 +659,9 @@ class Session:
         self.average = Average(self.network, recipe.ema) if recipe.ema else None
         self.progress, self.overflows = Progress(), 0
         self.begin = time.perf_counter()
-        with engine.main_process_first():  # It sets damaged files aside
+        with engine.main_process_first():  # It sets damaged files, and an older run, aside
+            if resume == "never" and engine.is_main_process:
+                set_aside(folder)
             state = read_checkpoint(folder) if resume != "never" else None
         check_processes(recipe, engine, who, state)
         if state:
@@ -665,7 +715,8 @@ class Session:
         if self.average:
             state = self.average.state_dict()["values"]
         self.engine.wait_for_everyone()  # The first process may still be writing the best
-        if self.recipe.keep == "best" and (self.folder / "best.pt").is_file():
+        # A best.pt that is there though this run found none is a killed run's
+        if self.recipe.keep == "best" and math.isfinite(self.progress.best):
             state = torch.load(self.folder / "best.pt", map_location="cpu", weights_only=True)["model"]
         if state:  # Whole in the first process alone, if the weights are sharded
             model.load_state_dict(state)
@@ -738,42 +789,45 @@ def fit(
     "Train to the end of the recipe, from where the folder says; errors name what does not fit"
     check_run(recipe, model, sampler)
     folder = Path(folder)
+    check_output(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    who = identity(recipe, model, sampler, seed)
-    engine = make_engine(recipe, model, device, parallel, trackers=trackers, folder=folder)
-    session = Session(recipe, model, engine, folder, who, resume)
-    tune(session.network, engine.device, compiled, channels_last)
-    at, options, space = session.progress, loss_options(recipe, sampler, engine), getattr(sampler, "labels", None)
-    shard = share(sampler, engine.process_index, engine.num_processes)
-    ahead = dict(workers=workers, device=engine.device, augment_on_device=augment_on_device)
-    batches = patch_loader(shard, at.step, recipe.steps, **ahead)
-    report = Reporter(session, trackers, progress, description, log_every)
-    with session, report, Signals() as signals, closing(batches):
-        for batch in batches:
-            if recipe.patience and at.waited > recipe.patience:
-                break
-            report.arrived()
-            at.step += 1
-            set_step(session.optimizer, learning_rate(at.step - 1, recipe), seed, at.step)
-            loss, norm = train_step(recipe, engine, session.model, session.optimizer, batch, options, space)
-            guard(session, shard, batch, options, loss, norm)
-            if session.average:
-                session.average.update(session.network)
-            due = is_due(at.step, recipe.validate_every, recipe)
-            with averaged(session.network, session.average if due else None):
-                dice = look(validate, session.model, engine, due)
-                report.picture(validate, dice, pictures)
-                if at.look(dice, recipe.smooth):
-                    session.save_best()
-            if recipe.snapshots and is_due(at.step, max(1, recipe.steps // recipe.snapshots), recipe):
-                session.save_snapshot()
-            report.step(loss, dice)
-            on_step(at.step)
-            stop = told_to_stop(engine, signals)
-            if stop or is_due(at.step, recipe.checkpoint_every, recipe):
-                session.save()
-            if stop:
-                raise Preempted(at.step, folder, signals.caught or "another process was told to end")
-    engine.wait_for_everyone()  # torchrun does not wait long once the first process has left
-    session.finish(model)
+    settings = dict(compiled=compiled, channels_last=channels_last, augment_on_device=augment_on_device)
+    who = identity(recipe, model, sampler, seed, **settings)
+    with held(folder) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
+        engine = make_engine(recipe, model, device, parallel, trackers=trackers, folder=folder)
+        session = Session(recipe, model, engine, folder, who, resume)
+        tune(session.network, engine.device, compiled, channels_last)
+        at, options, space = session.progress, loss_options(recipe, sampler, engine), getattr(sampler, "labels", None)
+        shard = share(sampler, engine.process_index, engine.num_processes)
+        ahead = dict(workers=workers, device=engine.device, augment_on_device=augment_on_device)
+        batches = patch_loader(shard, at.step, recipe.steps, **ahead)
+        report = Reporter(session, trackers, progress, description, log_every)
+        with session, report, Signals() as signals, closing(batches):
+            for batch in batches:
+                if recipe.patience and at.waited > recipe.patience:
+                    break
+                report.arrived()
+                at.step += 1
+                set_step(session.optimizer, learning_rate(at.step - 1, recipe), seed, at.step)
+                loss, norm = train_step(recipe, engine, session.model, session.optimizer, batch, options, space)
+                guard(session, shard, batch, options, loss, norm)
+                if session.average:
+                    session.average.update(session.network)
+                due = is_due(at.step, recipe.validate_every, recipe)
+                with averaged(session.network, session.average if due else None):
+                    dice = look(validate, session.model, engine, due)
+                    report.picture(validate, dice, pictures)
+                    if at.look(dice, recipe.smooth):
+                        session.save_best()
+                if recipe.snapshots and is_due(at.step, max(1, recipe.steps // recipe.snapshots), recipe):
+                    session.save_snapshot()
+                report.step(loss, dice)
+                on_step(at.step)
+                stop = told_to_stop(engine, signals)
+                if stop or is_due(at.step, recipe.checkpoint_every, recipe):
+                    session.save()
+                if stop:
+                    raise Preempted(at.step, folder, signals.caught or "another process was told to end")
+        engine.wait_for_everyone()  # torchrun does not wait long once the first process has left
+        session.finish(model)
     return pd.DataFrame(at.history, columns=["step", "loss", "lr", "val_dice"])

@@ -367,7 +367,10 @@ def test_a_compiled_run_is_the_same_run_and_its_checkpoints_fit_another(tmp_path
         assert torch.allclose(value, other.state_dict()[name], atol=1e-3), name
     pd.testing.assert_frame_equal(its_history, history, rtol=1e-2)
     # What a compiled run saved, a plain one goes on from
-    again, _ = toy_run(tmp_path / "compiled", recipe)
+    with pytest.raises(ValueError, match="compiled was default, now none; channels_last was True, now False"):
+        toy_run(tmp_path / "compiled", recipe)
+    with pytest.warns(UserWarning, match="compiled was default"):
+        again, _ = toy_run(tmp_path / "compiled", recipe, resume="force")
     assert same(again, other)
 
 
@@ -722,7 +725,9 @@ def test_forced_and_fresh_starts(tmp_path):
     with pytest.warns(UserWarning, match="recipe.steps was 12, now 16.*forced"):
         _, history = toy_run(tmp_path, longer, resume="force")
     assert history.step.tolist() == [10, 12, 16]
-    anew, history = toy_run(tmp_path, recipe, resume="never")
+    (tmp_path / "best.pt").write_bytes(b"of the older run")
+    anew, history = toy_run(tmp_path, toy_recipe(keep="best"), resume="never")
+    assert (tmp_path / "older-1/best.pt").read_bytes() == b"of the older run" and not (tmp_path / "best.pt").exists()
     assert same(anew, first) and history.step.tolist() == [10, 12]
 
 
