@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import atomic_folder, build, params, read_json, root, write_csv
+from .core import atomic_folder, build, params, read_csv, read_json, root, write_csv
 from mednext_v2.pipeline import (
     SCORE_COLUMNS, Plan, Run, evaluate_one, finetuning_runs, in_pool, pretrained_folder, read_plan, run_folder, train_one,
 )
@@ -374,7 +374,7 @@ def collect_tables(
     runs, out = root() / "runs" / profile, root() / "results" / profile
 
     def gather(pattern: str, columns: list[str]) -> pd.DataFrame:
-        parts = [pd.read_csv(path, dtype={"case": str}) for path in sorted(runs.glob(pattern))]
+        parts = [read_csv(path, dtype={"case": str}) for path in sorted(runs.glob(pattern))]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
     models = pd.DataFrame(main_models(profile, plan))[MODEL_COLUMNS]

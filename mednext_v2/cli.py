@@ -326,8 +326,7 @@ def predict(options: argparse.Namespace) -> str:
 
 def evaluate(options: argparse.Namespace) -> str:
     "Score a folder of label maps against the truth"
-    import pandas as pd
-
+    from mednext_v2.core import read_csv
     from mednext_v2.metrics import conventions, description_folders, scoring_task
     from mednext_v2.metrics import evaluate as score
     from mednext_v2.stats import means
@@ -342,7 +341,7 @@ def evaluate(options: argparse.Namespace) -> str:
         if not error.results:
             raise
         failed = error
-    table = pd.read_csv(out / "scores.csv", dtype={"case": str})
+    table = read_csv(out / "scores.csv", dtype={"case": str})
     if options.html:
         from mednext_v2.review import review
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST_YAML', 'MOST_JSON', 'MOST_VALUES', 'MOST_LEVELS', 'WORDS', 'GROUPS', 'SCHEMES', 'LENGTHS', 'MOST_SIDE',
-           'MOST_VOXELS', 'LEFT', 'root', 'frozen', 'read_yaml', 'parse_json', 'read_json', 'params', 'shown', 'build',
-           'are_lengths', 'is_patch', 'locked', 'is_named', 'remove_left', 'claim', 'claimed', 'permit', 'atomic_file',
-           'atomic_folder', 'write_json', 'write_csv', 'room', 'peak_bytes', 'sha256', 'fingerprint_of', 'ItemsFailed',
-           'attempt', 'for_all']
+           'MOST_VOXELS', 'LEFT', 'FORMULA', 'root', 'frozen', 'read_yaml', 'parse_json', 'read_json', 'params',
+           'shown', 'build', 'are_lengths', 'is_patch', 'locked', 'is_named', 'remove_left', 'claim', 'claimed',
+           'permit', 'atomic_file', 'atomic_folder', 'write_json', 'write_csv', 'read_csv', 'room', 'peak_bytes',
+           'sha256', 'fingerprint_of', 'ItemsFailed', 'attempt', 'for_all']
 
 # %% ../nbs/00_core.ipynb #imports
 import dataclasses
@@ -391,10 +391,43 @@ def write_json(
         temporary.write_text(json.dumps(value, indent=1, sort_keys=sort_keys) + "\n", encoding="utf-8")
 
 
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # How a cell begins that a spreadsheet would calculate
+
+
+def _harmless(value):
+    "A cell with an apostrophe before text that a spreadsheet would run; numbers stay"
+    if not isinstance(value, str) or not FORMULA.match(value):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
 def write_csv(path: str | Path, table) -> None:
-    "A pandas table without its index, to six significant digits, written atomically; the same bytes everywhere"
+    "A pandas table without its index, to six significant digits, written atomically; the same bytes everywhere, no cell a formula"
+    text = table.select_dtypes(exclude="number").columns
+    table = table.assign(**{name: table[name].map(_harmless) for name in text})
     with atomic_file(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+        table.rename(columns=_harmless).to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+
+
+def read_csv(
+    source,  # Path, or an open file
+    **options,  # Of `pandas.read_csv`
+):  # A pandas table
+    "What `write_csv` wrote: names that begin like a formula are themselves again"
+    import pandas as pd
+
+    def itself(value):
+        return value[1:] if isinstance(value, str) and value[:1] == "'" and FORMULA.match(value) else value
+
+    empty = {} if "keep_default_na" in options else {"keep_default_na": False, "na_values": [""]}  # NA is a name
+    table = pd.read_csv(source, **empty, **options).rename(columns=itself)
+    for name in table.select_dtypes(exclude=["number", "bool"]).columns:
+        table[name] = table[name].map(itself)
+    return table
 
 # %% ../nbs/00_core.ipynb #room
 def room(

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from .core import ItemsFailed, attempt, fingerprint_of, for_all, read_json, write_csv, write_json
+from .core import ItemsFailed, attempt, fingerprint_of, for_all, read_csv, read_json, write_csv, write_json
 from .fitting import TrainingData, drawn, forecast_fit, network_for, start_from, train_in_processes
 
 # %% ../nbs/45_onestep.ipynb #raw-folder
@@ -340,7 +340,7 @@ def score_model(
 
     path, model = plan.out / "scores.csv", plan.out / "model"
     if path.is_file() and read_card(model).scores:
-        return pd.read_csv(path, dtype={"case": str})
+        return read_csv(path, dtype={"case": str})
     split, cases = held_out(plan.task, plan.raw)
     if split == "val":
         say("this data set has no test cases: scored on its validation cases, which is no test of the model")

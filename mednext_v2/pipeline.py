@@ -25,6 +25,7 @@ from mednext_v2.core import (
     build,
     fingerprint_of,
     params,
+    read_csv,
     read_json,
     read_yaml,
     root,
@@ -288,7 +289,7 @@ def train_one(
     folder = run_folder(run, recipe, overrides, data, parent)
     if before and is_made(folder.name, before, curves):
         shutil.copytree(before, out)
-        return pd.read_csv(curves / "history.csv")
+        return read_csv(curves / "history.csv")
     history = train_in_processes(
         processes, data=str(run_data(run, data)), out=str(out), backbone=run.backbone, recipe=asdict(recipe),
         folder=str(folder), overrides=overrides, threads=threads, parent=str(parent) if parent else None,
@@ -469,7 +470,7 @@ def collect(
     if not files:
         raise FileNotFoundError(f"no */scores.csv in {evaluated}: the stage `evaluate` has not run")
     order = ["task", "backbone", "init", "seed", "case"]
-    parts = [pd.read_csv(file, dtype={"case": str}) for file in files]
+    parts = [read_csv(file, dtype={"case": str}) for file in files]
     scores = pd.concat(parts, ignore_index=True).sort_values(order, kind="stable")
     write_csv(Path(out) / "scores.csv", scores)
     means = summary(scores, ["backbone", "init"])

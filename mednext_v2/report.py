@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import atomic_file, root, write_csv
+from .core import atomic_file, read_csv, root, write_csv
 from .stats import compare, mean_interval
 
 # %% ../nbs/50_report.ipynb #published
@@ -58,7 +58,7 @@ def read_table(
     path = root() / "results" / profile / f"{name}.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `make repro PROFILE={profile}`")
-    table = pd.read_csv(path, dtype={"case": str})  # A case named 001 keeps its name
+    table = read_csv(path, dtype={"case": str})  # A case named 001 keeps its name
     if name in ("scores", "ablations") and "grid" not in table:  # Written before scores were computed on the scans' own grids
         table["grid"] = "prepared"
     return table

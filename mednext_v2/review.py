@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from .core import atomic_file
+from .core import atomic_file, read_csv
 from .metrics import class_values, conventions, description_folders, label_files, scoring_task
 from .tasks import check_grid, read_volume
 
@@ -440,7 +440,7 @@ def review(
     "Write the review page of a run, one self-contained HTML file"
     check_extras()
     if not isinstance(scores, pd.DataFrame):
-        scores = pd.read_csv(scores, dtype={"case": str})
+        scores = read_csv(scores, dtype={"case": str})
     task = scoring_task(task, *description_folders(predictions, truths))
     rows = score_rows(scores, sort)
     files = [label_files(predictions), label_files(truths), label_files(images) if images else {}]
