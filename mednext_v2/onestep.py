@@ -104,11 +104,8 @@ def plan_task(
     registry: str | Path | None = None,  # Another file than the project's
 ):  # A `Task`
     "The task with the voxel size to train at: the one wanted, else the parent's, else the data set's"
-    from mednext_v2.labelmaps import SUFFIXES
-    from mednext_v2.tasks import file_ending, find_task, read_splits
+    from mednext_v2.tasks import find_task, read_splits
 
-    if (ending := file_ending(raw)) not in SUFFIXES:
-        raise ValueError(f"{raw} holds {ending} files, which prediction does not read: convert them to .nii.gz")
     task = find_task(raw, registry)
     if spacing or card:
         task = replace(task, spacing=tuple(spacing or card.spacing))
