@@ -424,6 +424,8 @@ def read_csv(
         return value[1:] if isinstance(value, str) and value[:1] == "'" and FORMULA.match(value) else value
 
     empty = {} if "keep_default_na" in options else {"keep_default_na": False, "na_values": [""]}  # NA is a name
+    if isinstance(options.get("dtype"), dict):
+        options["dtype"] = {_harmless(name): kind for name, kind in options["dtype"].items()}
     table = pd.read_csv(source, **empty, **options).rename(columns=itself)
     for name in table.select_dtypes(exclude=["number", "bool"]).columns:
         table[name] = table[name].map(itself)
