@@ -374,7 +374,7 @@ def collect_tables(
     runs, out = root() / "runs" / profile, root() / "results" / profile
 
     def gather(pattern: str, columns: list[str]) -> pd.DataFrame:
-        parts = [read_csv(path, dtype={"case": str}) for path in sorted(runs.glob(pattern))]
+        parts = [read_csv(path) for path in sorted(runs.glob(pattern))]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
     models = pd.DataFrame(main_models(profile, plan))[MODEL_COLUMNS]

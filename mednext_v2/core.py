@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST_YAML', 'MOST_JSON', 'MOST_VALUES', 'MOST_LEVELS', 'WORDS', 'GROUPS', 'SCHEMES', 'LENGTHS', 'MOST_SIDE',
-           'MOST_VOXELS', 'LEFT', 'FORMULA', 'root', 'frozen', 'read_yaml', 'parse_json', 'read_json', 'params',
-           'shown', 'build', 'are_lengths', 'is_patch', 'locked', 'is_named', 'remove_left', 'claim', 'claimed',
-           'permit', 'atomic_file', 'atomic_folder', 'write_json', 'write_csv', 'read_csv', 'room', 'peak_bytes',
-           'sha256', 'fingerprint_of', 'ItemsFailed', 'attempt', 'for_all']
+           'MOST_VOXELS', 'LEFT', 'FORMULA', 'NAMES', 'root', 'frozen', 'read_yaml', 'parse_json', 'read_json',
+           'params', 'shown', 'build', 'are_lengths', 'is_patch', 'locked', 'is_named', 'remove_left', 'claim',
+           'claimed', 'permit', 'atomic_file', 'atomic_folder', 'write_json', 'write_csv', 'read_csv', 'room',
+           'peak_bytes', 'sha256', 'fingerprint_of', 'ItemsFailed', 'attempt', 'for_all']
 
 # %% ../nbs/00_core.ipynb #imports
 import dataclasses
@@ -412,24 +412,25 @@ def write_csv(path: str | Path, table) -> None:
     with atomic_file(path) as temporary:
         table.rename(columns=_harmless).to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
 
+# %% ../nbs/00_core.ipynb #read-csv
+# Columns that hold names, whatever they look like
+NAMES = ("case", "task", "label", "group", "split", "grid", "backbone", "init", "corpus", "ablation", "variant", "model")
+
 
 def read_csv(
-    source,  # Path, or an open file
-    **options,  # Of `pandas.read_csv`
+    path: str | Path,  # Written by `write_csv`
+    **kinds,  # Types of further columns, by name
 ):  # A pandas table
-    "What `write_csv` wrote: names that begin like a formula are themselves again"
-    import pandas as pd
+    "A table as it was written: a case called 001, =1+1 or NA keeps its name, only an empty field is missing"
+    import pandas
 
     def itself(value):
         return value[1:] if isinstance(value, str) and value[:1] == "'" and FORMULA.match(value) else value
 
-    empty = {} if "keep_default_na" in options else {"keep_default_na": False, "na_values": [""]}  # NA is a name
-    if isinstance(options.get("dtype"), dict):
-        options["dtype"] = {_harmless(name): kind for name, kind in options["dtype"].items()}
-    table = pd.read_csv(source, **empty, **options).rename(columns=itself)
-    for name in table.select_dtypes(exclude=["number", "bool"]).columns:
-        table[name] = table[name].map(itself)
-    return table
+    kinds = {_harmless(name): kind for name, kind in (dict.fromkeys(NAMES, str) | kinds).items()}
+    table = pandas.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[""]).rename(columns=itself)
+    text = table.select_dtypes(exclude=["number", "bool"]).columns
+    return table.assign(**{name: table[name].map(itself) for name in text})
 
 # %% ../nbs/00_core.ipynb #room
 def room(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import build, write_csv
+from .core import build, read_csv, write_csv
 
 # %% ../nbs/37_fitting.ipynb #fit-patch
 def fit_patch(
@@ -335,7 +335,7 @@ def train_in_processes(
         train_from_fields(**arguments)
     else:
         launch({"function": "mednext_v2.fitting:train_from_fields", "arguments": arguments}, processes)
-    return pd.read_csv(Path(arguments["folder"]) / "history.csv")
+    return read_csv(Path(arguments["folder"]) / "history.csv")
 
 # %% ../nbs/37_fitting.ipynb #drawn
 def drawn() -> int:

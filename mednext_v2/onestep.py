@@ -337,7 +337,7 @@ def score_model(
 
     path, model = plan.out / "scores.csv", plan.out / "model"
     if path.is_file() and read_card(model).scores:
-        return read_csv(path, dtype={"case": str})
+        return read_csv(path)
     split, cases = held_out(plan.task, plan.raw)
     if split == "val":
         say("this data set has no test cases: scored on its validation cases, which is no test of the model")

@@ -470,7 +470,7 @@ def collect(
     if not files:
         raise FileNotFoundError(f"no */scores.csv in {evaluated}: the stage `evaluate` has not run")
     order = ["task", "backbone", "init", "seed", "case"]
-    parts = [read_csv(file, dtype={"case": str}) for file in files]
+    parts = [read_csv(file) for file in files]
     scores = pd.concat(parts, ignore_index=True).sort_values(order, kind="stable")
     write_csv(Path(out) / "scores.csv", scores)
     means = summary(scores, ["backbone", "init"])

@@ -32,7 +32,7 @@ def published(
     path = Path(path) if path else root() / "data" / "published.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: restore it from the repository")
-    table = pd.read_csv(path, dtype={"patch": "Int64"})
+    table = read_csv(path, patch="Int64")
     if list(table) != PUBLISHED_COLUMNS:
         raise ValueError(f"{path}: needs the columns {', '.join(PUBLISHED_COLUMNS)}, got {', '.join(table)}")
     text = ["backbone", "pretraining", "source"]
@@ -58,7 +58,7 @@ def read_table(
     path = root() / "results" / profile / f"{name}.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `make repro PROFILE={profile}`")
-    table = read_csv(path, dtype={"case": str})  # A case named 001 keeps its name
+    table = read_csv(path)  # A case named 001 keeps its name
     if name in ("scores", "ablations") and "grid" not in table:  # Written before scores were computed on the scans' own grids
         table["grid"] = "prepared"
     return table

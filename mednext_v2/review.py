@@ -440,7 +440,7 @@ def review(
     "Write the review page of a run, one self-contained HTML file"
     check_extras()
     if not isinstance(scores, pd.DataFrame):
-        scores = read_csv(scores, dtype={"case": str})
+        scores = read_csv(scores)
     task = scoring_task(task, *description_folders(predictions, truths))
     rows = score_rows(scores, sort)
     files = [list_volumes(predictions), list_volumes(truths), list_volumes(images) if images else {}]

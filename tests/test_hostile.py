@@ -331,7 +331,7 @@ def test_no_cell_is_a_formula_and_every_name_is_read_back(tmp_path, names, heade
     as_text = pd.read_csv(path, dtype=str, keep_default_na=False, header=None).to_numpy().ravel()
     for cell in as_text:
         assert cell[:1] not in ("=", "+", "-", "@", "\t", "\r") or re.fullmatch(r"[-+]?[\d.eE+-]+", cell.strip()), cell
-    again = read_csv(path, dtype={header: str})
+    again = read_csv(path, **{header: str})
     assert list(again.columns) == list(table.columns) and again[header].tolist() == names and again.dsc.tolist() == [-0.5] * len(names)
 
 
