@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST_YAML', 'MOST_JSON', 'MOST_VALUES', 'MOST_LEVELS', 'WORDS', 'GROUPS', 'SCHEMES', 'LENGTHS', 'MOST_SIDE',
-           'MOST_VOXELS', 'LEFT', 'FORMULA', 'NAMES', 'root', 'frozen', 'read_yaml', 'parse_json', 'read_json',
-           'params', 'shown', 'build', 'are_lengths', 'is_patch', 'locked', 'is_named', 'remove_left', 'claim',
-           'claimed', 'permit', 'atomic_file', 'atomic_folder', 'write_json', 'write_csv', 'read_csv', 'room',
-           'peak_bytes', 'sha256', 'fingerprint_of', 'ItemsFailed', 'attempt', 'for_all']
+           'MOST_VOXELS', 'LEFT', 'FORMULA', 'NAMES', 'NO_FILES', 'root', 'frozen', 'read_yaml', 'parse_json',
+           'read_json', 'params', 'shown', 'build', 'are_lengths', 'is_patch', 'locked', 'is_named', 'remove_left',
+           'claim', 'claimed', 'permit', 'atomic_file', 'atomic_folder', 'write_json', 'write_csv', 'read_csv', 'room',
+           'check_place', 'peak_bytes', 'sha256', 'fingerprint_of', 'ItemsFailed', 'attempt', 'for_all']
 
 # %% ../nbs/00_core.ipynb #imports
 import dataclasses
@@ -20,6 +20,7 @@ import os
 import re
 import reprlib
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -444,6 +445,29 @@ def room(
     if needed > free:
         raise OSError(errno.ENOSPC, f"{what} needs {needed} bytes, the disk of {folder} has {free} left: free some, then call again")
 
+
+# %% ../nbs/00_core.ipynb #place
+NO_FILES = ("/proc", "/sys", "/dev")  # Of the system; `/dev/shm` is memory that holds files
+
+
+def check_place(
+    path: str | Path,  # Of a file or a folder to be written
+) -> None:
+    "OSError, in one line, for a place that cannot hold it; nothing is left there"
+    path = Path(path)
+    place = path.absolute().resolve()
+    system = next((name for name in NO_FILES if place.is_relative_to(name) and not place.is_relative_to("/dev/shm")), None)
+    if system or (path.exists() and not (path.is_file() or path.is_dir())):
+        raise OSError(f"{path} is no place for files{f', {system} is the system' if system else ''}: choose another one")
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    if there != place and not there.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written, {there} is a file: choose another place")
+    folder = there if there.is_dir() else there.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}): choose another place") from None
 
 # %% ../nbs/00_core.ipynb #digest
 def peak_bytes() -> int:
