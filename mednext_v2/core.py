@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOST_YAML', 'MOST_JSON', 'MOST_VALUES', 'MOST_LEVELS', 'WORDS', 'GROUPS', 'SCHEMES', 'LENGTHS', 'MOST_SIDE',
-           'MOST_VOXELS', 'LEFT', 'NAMES', 'root', 'frozen', 'read_yaml', 'parse_json', 'read_json', 'params', 'shown',
-           'build', 'are_lengths', 'is_patch', 'locked', 'is_named', 'remove_left', 'claim', 'claimed', 'permit',
-           'atomic_file', 'atomic_folder', 'write_json', 'write_csv', 'read_csv', 'room', 'peak_bytes', 'sha256',
-           'fingerprint_of', 'ItemsFailed', 'attempt', 'for_all']
+           'MOST_VOXELS', 'LEFT', 'FORMULA', 'NAMES', 'NO_FILES', 'root', 'frozen', 'read_yaml', 'parse_json',
+           'read_json', 'params', 'shown', 'build', 'are_lengths', 'is_patch', 'locked', 'is_named', 'remove_left',
+           'claim', 'claimed', 'permit', 'atomic_file', 'atomic_folder', 'write_json', 'write_csv', 'read_csv', 'room',
+           'check_place', 'peak_bytes', 'sha256', 'fingerprint_of', 'ItemsFailed', 'attempt', 'for_all']
 
 # %% ../nbs/00_core.ipynb #imports
 import dataclasses
@@ -20,6 +20,7 @@ import os
 import re
 import reprlib
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -391,10 +392,26 @@ def write_json(
         temporary.write_text(json.dumps(value, indent=1, sort_keys=sort_keys) + "\n", encoding="utf-8")
 
 
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # How a cell begins that a spreadsheet would calculate
+
+
+def _harmless(value):
+    "A cell with an apostrophe before text that a spreadsheet would run; numbers stay"
+    if not isinstance(value, str) or not FORMULA.match(value):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
 def write_csv(path: str | Path, table) -> None:
-    "A pandas table without its index, to six significant digits, written atomically; the same bytes everywhere"
+    "A pandas table without its index, to six significant digits, written atomically; the same bytes everywhere, no cell a formula"
+    text = table.select_dtypes(exclude="number").columns
+    table = table.assign(**{name: table[name].map(_harmless) for name in text})
     with atomic_file(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+        table.rename(columns=_harmless).to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
 
 # %% ../nbs/00_core.ipynb #read-csv
 # Columns that hold names, whatever they look like
@@ -405,11 +422,16 @@ def read_csv(
     path: str | Path,  # Written by `write_csv`
     **kinds,  # Types of further columns, by name
 ):  # A pandas table
-    "A table as it was written: a case called 001 or a class called NA keeps its name, only an empty field is missing"
+    "A table as it was written: a case called 001, =1+1 or NA keeps its name, only an empty field is missing"
     import pandas
 
-    kinds = dict.fromkeys(NAMES, str) | kinds
-    return pandas.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[""])
+    def itself(value):
+        return value[1:] if isinstance(value, str) and value[:1] == "'" and FORMULA.match(value) else value
+
+    kinds = {_harmless(name): kind for name, kind in (dict.fromkeys(NAMES, str) | kinds).items()}
+    table = pandas.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[""]).rename(columns=itself)
+    text = table.select_dtypes(exclude=["number", "bool"]).columns
+    return table.assign(**{name: table[name].map(itself) for name in text})
 
 # %% ../nbs/00_core.ipynb #room
 def room(
@@ -423,6 +445,29 @@ def room(
     if needed > free:
         raise OSError(errno.ENOSPC, f"{what} needs {needed} bytes, the disk of {folder} has {free} left: free some, then call again")
 
+
+# %% ../nbs/00_core.ipynb #place
+NO_FILES = ("/proc", "/sys", "/dev")  # Of the system; `/dev/shm` is memory that holds files
+
+
+def check_place(
+    path: str | Path,  # Of a file or a folder to be written
+) -> None:
+    "OSError, in one line, for a place that cannot hold it; nothing is left there"
+    path = Path(path)
+    place = path.absolute().resolve()
+    system = next((name for name in NO_FILES if place.is_relative_to(name) and not place.is_relative_to("/dev/shm")), None)
+    if system or (path.exists() and not (path.is_file() or path.is_dir())):
+        raise OSError(f"{path} is no place for files{f', {system} is the system' if system else ''}: choose another one")
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    if there != place and not there.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written, {there} is a file: choose another place")
+    folder = there if there.is_dir() else there.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}): choose another place") from None
 
 # %% ../nbs/00_core.ipynb #digest
 def peak_bytes() -> int:
