@@ -137,6 +137,8 @@ class LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient):
         log_probabilities, apart, total = context.saved_tensors
+        if torch.is_grad_enabled():  # For a second derivative, nothing may be written over
+            return (log_probabilities - total).exp().masked_fill(apart, 0) * gradient, None
         share = (log_probabilities - total).exp_().masked_fill_(apart, 0)
         return share.mul_(gradient), None
 
