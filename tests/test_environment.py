@@ -112,3 +112,33 @@ def test_two_steps_and_a_prediction_where_names_of_posix_are_missing(tmp_path):
     command = [sys.executable, "-c", WITHOUT + TOY, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+LISTING = """
+import sys
+import torch
+from mednext_v2.augment import patch_loader
+
+NAMES = ("accelerate dvc seaborn SimpleITK IPython mlflow tensorboard transformers nnunetv2 mednext_v2.trainer mednext_v2.backbones "
+         "mednext_v2.model mednext_v2.inference mednext_v2.pipeline mednext_v2.launch mednext_v2.fitting mednext_v2.cli").split()
+
+class Listing:
+    "Which of the names the process that makes a batch has imported"
+    def __getitem__(self, step):
+        return torch.tensor([name in sys.modules for name in NAMES]), torch.tensor([__name__ == "__mp_main__"])
+
+if __name__ == "__main__":
+    import mednext_v2.trainer  # As where one trains
+    found, spawned = next(patch_loader(Listing(), 0, 1, workers=1, method="spawn"))
+    assert spawned.item() and "mednext_v2.trainer" in sys.modules
+    print([name for name, there in zip(NAMES, found.tolist()) if there])
+"""
+
+
+def test_a_spawned_worker_imports_what_patches_need(tmp_path):
+    "Each starts from nothing on macOS and Windows: no trainer, no networks, no engine"
+    script = tmp_path / "train.py"
+    script.write_text(LISTING)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "[]"
