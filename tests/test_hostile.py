@@ -2,19 +2,21 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 import time
 
 import nibabel
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mednext_v2 import cli, pipeline
 from mednext_v2.backbones import create, load_model
-from mednext_v2.core import MOST_LEVELS, read_json, read_yaml, root
+from mednext_v2.core import MOST_LEVELS, read_csv, read_json, read_yaml, root, write_csv
 from mednext_v2.weights import MOST_CARD, Card, read_card, save_model
 
 LAUGHS = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
@@ -315,3 +317,54 @@ def test_mutated_card_loads_as_valid_or_is_refused_in_one_line(valid, tmp_path, 
         assert read_card(tmp_path / "again") == card or any(map(np.isnan, filter(lambda v: isinstance(v, float), card.scores.values())))
         assert network(torch.zeros(1, card.in_channels, *(2 * step for step in network.strides))).shape[1] == card.num_classes
     assert time.perf_counter() - start < 5
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------------
+
+NAMES = st.text(alphabet=st.sampled_from("=+-@'\t1.eE\"ab, "), min_size=1, max_size=6)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(names=st.lists(NAMES, min_size=1, max_size=5), header=NAMES.filter(lambda name: name != "dsc"))
+def test_no_cell_is_a_formula_and_every_name_is_read_back(tmp_path, names, header):
+    path, table = tmp_path / "scores.csv", pd.DataFrame({header: names, "dsc": [-0.5] * len(names)})
+    write_csv(path, table)
+    as_text = pd.read_csv(path, dtype=str, keep_default_na=False, header=None).to_numpy().ravel()
+    for cell in as_text:
+        assert cell[:1] not in ("=", "+", "-", "@", "\t", "\r") or re.fullmatch(r"[-+]?[\d.eE+-]+", cell.strip()), cell
+    again = read_csv(path, **{header: str})
+    assert list(again.columns) == list(table.columns) and again[header].tolist() == names and again.dsc.tolist() == [-0.5] * len(names)
+
+
+def test_numbers_stay_numbers_and_na_stays_a_name(tmp_path):
+    table = pd.DataFrame({"label": ["NA", "None", "null", "nan"], "dsc": [-1.5, np.nan, -np.inf, 1], "n": [-1, 0, 1, 2]})
+    write_csv(tmp_path / "a.csv", table)
+    again = read_csv(tmp_path / "a.csv")
+    pd.testing.assert_frame_equal(again, table, check_dtype=False)
+    assert "'" not in (tmp_path / "a.csv").read_text()
+
+
+# ---- places -------------------------------------------------------------------------------------------------------------
+
+WRITERS = {
+    "predict": ["predict", "-i", "{scan}", "-m", "{model}", "-o", "{place}"],
+    "import": ["import", "{model}", "{place}"],
+    "prepare": ["prepare", "{data}", "{place}"],
+    "train": ["train", "{data}", "{place}"],
+    "finetune": ["finetune", "-d", "{data}", "-o", "{place}"],
+    "evaluate": ["evaluate", "{data}", "{data}", "-o", "{place}"],
+    "doctor": ["doctor", "--data", "{data}", "--csv", "{place}"],
+    "fix": ["doctor", "--data", "{data}", "--fix", "{place}"],
+}
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/sys/x/y", "/dev/x.nii.gz", "/dev/null", "/dev/null/x", "{file}/x", "{pipe}", "{link}"])
+@pytest.mark.parametrize("command", WRITERS)
+def test_place_that_holds_no_files_is_refused_before_the_work(valid, tmp_path, command, place):
+    (tmp_path / "file").write_text("a file")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/proc/self")
+    place = place.format(**{name: tmp_path / name for name in ("file", "pipe", "link")})
+    words = dict(scan=valid / "scan.nii.gz", model=valid / "model", data=tmp_path, place=place)
+    refused(lambda: cli.main([word.format(**words) for word in WRITERS[command]]), place, "choose another")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]
