@@ -557,7 +557,8 @@ class Found:
     spacing: tuple[float, ...] | None = None  # mm, (X, Y, Z)
     patch: tuple[int, ...] | None = None  # Voxels, (X, Y, Z)
     normalisation: dict | None = None  # What `prepare.normalise` needs
-    mirror_axes: tuple[int, ...] | None = None  # Of the weights, along which training mirrored
+    mirror_axes: tuple[int, ...] = ()  # Of the weights, along which training mirrored, as far as the file tells
+    windows: str = "nnunet"  # As in `Card`
     axes: tuple[int, ...] = (0, 1, 2)  # Which axis of the weights is X, Y and Z, see `turned`
     trainer: str | None = None
     epoch: int | None = None
@@ -678,8 +679,9 @@ def facts_nnunet_v2(content: dict) -> dict:
     if "plans" in known:
         told |= nnunet_facts(known["plans"], known["configuration"], known["dataset_json"])
     mirrored = content.get("inference_allowed_mirroring_axes")
-    notes = (f"mirrored in inference along its axes: {mirrored}",) if mirrored is not None else ()
-    return told | {"mirror_axes": None if mirrored is None else tuple(mirrored), "notes": (*told.get("notes", ()), *notes)}
+    # nnUNetTrainerNoMirroring writes None
+    notes = (f"mirrored in inference along its axes: {mirrored}" if mirrored else "trained without mirroring",)
+    return told | {"mirror_axes": tuple(mirrored or ()), "notes": (*told.get("notes", ()), *notes)}
 
 
 def facts_nnssl(content: dict) -> dict:
@@ -910,7 +912,7 @@ def turned(
         key: [[row[axis] for axis in found.axes] for row in found.overrides[key]]
         for key in ("kernel_sizes", "strides") if key in found.overrides
     }
-    mirror = None if found.mirror_axes is None else tuple(i for i in range(3) if found.axes[i] in found.mirror_axes)
+    mirror = tuple(i for i in range(3) if found.axes[i] in found.mirror_axes)
     return replace(found, state=state, overrides=found.overrides | turn, mirror_axes=mirror, axes=(0, 1, 2))
 
 # %% ../nbs/17_importers.ipynb #fit
@@ -1097,7 +1099,7 @@ def card_of(
         "backbone": found.backbone, "overrides": found.overrides, "in_channels": found.in_channels,
         "groups": {}, "task": UNKNOWN, "modality": ", ".join(found.channels) or UNKNOWN, "recipe": recipe,
         "regions": found.regions, "class_order": found.class_order, "licence": found.licence,
-        "mirror_axes": found.mirror_axes, "init": found.layout, "provenance": "; ".join((Path(found.path).name, *found.notes)), **told,
+        "mirror_axes": found.mirror_axes, "windows": found.windows, "init": found.layout, "provenance": "; ".join((Path(found.path).name, *found.notes)), **told,
     }, f"{found.path} and what was given for it")
     if card.num_classes != found.num_classes:
         raise ValueError(f"{found.path} has {found.num_classes} outputs, and its classes make {card.num_classes}")

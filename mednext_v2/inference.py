@@ -524,7 +524,7 @@ class Options:
     "How to predict; ValueError for values that cannot work"
 
     overlap: float = 0.5  # Share of a window that its neighbour sees too
-    tta: bool = False  # Mirrored windows too: along the card's `mirror_axes`, or all three axes
+    tta: bool = False  # Mirrored windows too, along the axes that training mirrored: the card's `mirror_axes`
     fast: bool = False  # Overlap 0.25, no mirroring
     folds: tuple[str, ...] = ()  # Of a model folder that holds fold_0, fold_1, ...: which; all if empty
     head: str | None = None  # Data set whose labels are wanted, if the model has a head for each of several
@@ -562,11 +562,8 @@ class Member:
     hashes: tuple[str, ...] = ()  # sha256 of the weights
 
     def mirror(self, options: Options) -> tuple[int, ...]:
-        "Axes to mirror: those that the card names, or all"
-        if not options.tta:
-            return ()
-        axes = getattr(self.card, "mirror_axes", None)
-        return (0, 1, 2) if axes is None else tuple(axes)
+        "Axes to mirror: those along which its training did"
+        return tuple(getattr(self.card, "mirror_axes", ())) if options.tta else ()
 
 
 def fold_folders(
@@ -605,7 +602,9 @@ def load_members(
         cards = [card for _, card in loaded]
         for other in cards[1:]:
             must_agree(folder, cards[0], other, ("in_channels", "labels", "regions", "class_order", "spacing", "patch"))
-            must_agree(folder, cards[0], other, ("normalisation",))
+            must_agree(folder, cards[0], other, ("normalisation", "mirror_axes", "windows"))
+        if options.tta and not getattr(cards[0], "mirror_axes", ()):
+            warnings.warn(f"{folder} was trained without mirroring: tta does nothing for it", stacklevel=2)
         hashes = tuple(getattr(card, "sha256", "") for card in cards)
         members.append(Member(tuple(model.to(device) for model, _ in loaded), cards[0], hashes))
         must_agree(folder, members[0].card, cards[0], ("in_channels", "labels", "regions", "class_order"))
