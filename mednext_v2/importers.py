@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['BROKEN', 'WRAPPINGS', 'FAMILIES', 'MAPS', 'STUNETS', 'UNKNOWN', 'NORMALISATIONS', 'STANDARD', 'FACTS', 'SPARE',
-           'harmless', 'check_archive', 'tensors_of', 'check_declared', 'refusal', 'read_pickle', 'read_safetensors',
-           'read_content', 'Wrapping', 'unwrap', 'Family', 'find_family', 'strip', 'KeyMap', 'rename', 'to_mednext',
-           'count', 'mednext_arch', 'guess_mednext', 'unet_arch', 'segresnet_arch', 'guess_stunet', 'guess_swin_unetr',
-           'guess', 'Found', 'configuration_of', 'nnunet_axes', 'nnunet_normalisation', 'nnunet_labels', 'odd_settings',
-           'nnunet_facts', 'facts_nnunet_v2', 'facts_nnssl', 'facts_nnunet_v1', 'shape_at', 'told_by', 'network_of',
-           'found_in', 'inside_of', 'nnunet_checkpoint', 'found_in_nnunet', 'found_in_model', 'kind_of',
-           'read_checkpoint_file', 'detect', 'turned', 'widen', 'fit_mednext', 'fitted', 'named_for', 'fit_same',
-           'fill', 'Imported', 'build', 'has_auxiliary_heads', 'import_checkpoint', 'card_of', 'import_model', 'listed',
-           'told_lines', 'describe', 'layouts']
+           'MONAI', 'harmless', 'check_archive', 'tensors_of', 'check_declared', 'refusal', 'read_pickle',
+           'read_safetensors', 'read_content', 'Wrapping', 'unwrap', 'Family', 'find_family', 'strip', 'KeyMap',
+           'rename', 'to_mednext', 'count', 'mednext_arch', 'guess_mednext', 'unet_arch', 'segresnet_arch',
+           'guess_stunet', 'guess_swin_unetr', 'guess', 'Found', 'configuration_of', 'nnunet_axes',
+           'nnunet_normalisation', 'nnunet_labels', 'odd_settings', 'nnunet_facts', 'facts_nnunet_v2', 'facts_nnssl',
+           'facts_nnunet_v1', 'shape_at', 'told_by', 'network_of', 'found_in', 'inside_of', 'nnunet_checkpoint',
+           'found_in_nnunet', 'found_in_model', 'kind_of', 'read_checkpoint_file', 'detect', 'turned', 'widen',
+           'fit_mednext', 'fitted', 'named_for', 'fit_same', 'fill', 'Imported', 'build', 'has_auxiliary_heads',
+           'import_checkpoint', 'card_of', 'import_model', 'listed', 'told_lines', 'describe', 'layouts']
 
 # %% ../nbs/17_importers.ipynb #imports
 import argparse
@@ -558,7 +558,6 @@ class Found:
     patch: tuple[int, ...] | None = None  # Voxels, (X, Y, Z)
     normalisation: dict | None = None  # What `prepare.normalise` needs
     mirror_axes: tuple[int, ...] = ()  # Of the weights, along which training mirrored, as far as the file tells
-    windows: str = "nnunet"  # As in `Card`
     axes: tuple[int, ...] = (0, 1, 2)  # Which axis of the weights is X, Y and Z, see `turned`
     trainer: str | None = None
     epoch: int | None = None
@@ -1081,6 +1080,9 @@ def import_checkpoint(
     return Imported(model, fill(model, found, allow, grn), found)
 
 # %% ../nbs/17_importers.ipynb #to-card
+MONAI = ("mednext_monai", "swin_unetr", "unetr", "segresnet")  # Families whose published models were run with MONAI's windows
+
+
 def card_of(
     found: Found,
     **facts,  # Fields of `Card` that the file does not tell, or tells wrongly
@@ -1095,11 +1097,15 @@ def card_of(
     if lacking := [name for name, value in told.items() if value is None]:
         raise ValueError(f"{found.path} does not tell {', '.join(lacking)}: give them, as a card has them")
     recipe = {"imported": found.layout, "trainer": found.trainer or UNKNOWN, "epoch": found.epoch}
+    notes = found.notes if found.mirror_axes or "trained without mirroring" in found.notes else (
+        *found.notes, "whether its training mirrored is not told, so that prediction does not (mirror_axes)"
+    )
     card = from_fields(Card, {
         "backbone": found.backbone, "overrides": found.overrides, "in_channels": found.in_channels,
         "groups": {}, "task": UNKNOWN, "modality": ", ".join(found.channels) or UNKNOWN, "recipe": recipe,
         "regions": found.regions, "class_order": found.class_order, "licence": found.licence,
-        "mirror_axes": found.mirror_axes, "windows": found.windows, "init": found.layout, "provenance": "; ".join((Path(found.path).name, *found.notes)), **told,
+        "mirror_axes": found.mirror_axes, "windows": "monai" if found.family in MONAI else "nnunet",
+        "init": found.layout, "provenance": "; ".join((Path(found.path).name, *notes)), **told,
     }, f"{found.path} and what was given for it")
     if card.num_classes != found.num_classes:
         raise ValueError(f"{found.path} has {found.num_classes} outputs, and its classes make {card.num_classes}")
