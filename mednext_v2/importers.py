@@ -800,11 +800,11 @@ def inside_of(
 
 def nnunet_checkpoint(
     folder: Path,  # Trained by nnU-Net v2
-    fold: str | None = None,  # "all", "0", …
+    fold: str | int | None = None,  # "all", "0", …
 ) -> tuple[Path, tuple[str, ...]]:  # The checkpoint, and notes
     "The weights of one fold; FileNotFoundError names the folds that are there"
     folds = sorted(path.name.removeprefix("fold_") for path in folder.glob("fold_*") if path.is_dir())
-    wanted = fold or ("all" if "all" in folds else next(iter(folds), None))
+    wanted = str(fold) if fold is not None else "all" if "all" in folds else next(iter(folds), None)
     if wanted not in folds:
         raise FileNotFoundError(f"{folder} has no fold {wanted}; it has: {', '.join(folds) or 'none'}")
     names = ("checkpoint_final.pth", "checkpoint_best.pth")
