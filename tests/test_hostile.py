@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 import time
@@ -341,3 +342,29 @@ def test_numbers_stay_numbers_and_na_stays_a_name(tmp_path):
     again = read_csv(tmp_path / "a.csv")
     pd.testing.assert_frame_equal(again, table, check_dtype=False)
     assert "'" not in (tmp_path / "a.csv").read_text()
+
+
+# ---- places -------------------------------------------------------------------------------------------------------------
+
+WRITERS = {
+    "predict": ["predict", "-i", "{scan}", "-m", "{model}", "-o", "{place}"],
+    "import": ["import", "{model}", "{place}"],
+    "prepare": ["prepare", "{data}", "{place}"],
+    "train": ["train", "{data}", "{place}"],
+    "finetune": ["finetune", "-d", "{data}", "-o", "{place}"],
+    "evaluate": ["evaluate", "{data}", "{data}", "-o", "{place}"],
+    "doctor": ["doctor", "--data", "{data}", "--csv", "{place}"],
+    "fix": ["doctor", "--data", "{data}", "--fix", "{place}"],
+}
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/sys/x/y", "/dev/x.nii.gz", "/dev/null", "/dev/null/x", "{file}/x", "{pipe}", "{link}"])
+@pytest.mark.parametrize("command", WRITERS)
+def test_place_that_holds_no_files_is_refused_before_the_work(valid, tmp_path, command, place):
+    (tmp_path / "file").write_text("a file")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/proc/self")
+    place = place.format(**{name: tmp_path / name for name in ("file", "pipe", "link")})
+    words = dict(scan=valid / "scan.nii.gz", model=valid / "model", data=tmp_path, place=place)
+    refused(lambda: cli.main([word.format(**words) for word in WRITERS[command]]), place, "choose another")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]
