@@ -55,7 +55,7 @@ from mednext_v2.tasks import (
     displacement,
     distinct,
     file_ending,
-    load_image,
+    read_header,
     load_tasks,
     partial_cases,
     patient_of,
@@ -477,8 +477,8 @@ def plan_toothfairy3(
 def read_cbct(origin: Origin, task: Task, name: str, tolerance: float = 0.01) -> Draft:
     "A ToothFairy case; its array is laid right, back and down where the header says left, back and up"
     draft = read_files(origin, task, name, tolerance)
-    declared = nibabel.aff2axcodes(load_image(origin.images[0]).affine)
-    if origin.facts["fix_direction"] and declared == ("L", "P", "S"):
+    declared = read_header(origin.images[0]).axes
+    if origin.facts["fix_direction"] and declared == "LPS":
         draft.channels = [half_turn(voxels) for voxels in draft.channels]
         draft.label = None if draft.label is None else half_turn(draft.label)
         draft.notes.append("direction corrected: the voxels run right, back and down")

@@ -11,8 +11,8 @@ __all__ = ['FAULTS', 'COLUMNS', 'KEYS', 'ENDINGS', 'COMPANIONS', 'UNITS', 'UNREA
            'Damaged', 'zipped', 'open_bytes', 'check_openable', 'first_bytes', 'parse_header', 'valid_affine', 'forms',
            'best_affine', 'grid_faults', 'form_faults', 'show', 'storage_faults', 'size_faults', 'volume_shape',
            'head_of', 'length_faults', 'opened_by_nibabel', 'read_nifti', 'is_nifti', 'read_other', 'read_head',
-           'compare_grids', 'Heads', 'check_heads', 'odd_heads', 'pieces', 'broken', 'pieces_other', 'scramble',
-           'Tally', 'count_values', 'Content', 'measure', 'scaled', 'image_faults', 'label_values_faults', 'Contents',
+           'compare_grids', 'Heads', 'check_heads', 'odd_heads', 'pieces', 'broken', 'scramble', 'Tally',
+           'count_values', 'Content', 'measure', 'scaled', 'image_faults', 'label_values_faults', 'Contents',
            'check_voxels', 'absent_classes', 'by_digest', 'duplicates', 'leaks', 'read_digests', 'find_sets',
            'number_faults', 'try_all', 'doctor', 'read_contents', 'compare_folders', 'Hopeless', 'plausible',
            'mend_units', 'mend_forms', 'mend_affine', 'mend_grid', 'mend_scale', 'mend_dimensions', 'create_bytes',
@@ -45,7 +45,8 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import aff2axcodes, io_orientation, inv_ornt_aff
 
 from .core import ItemsFailed, atomic_folder, for_all, write_csv, write_json
-from .tasks import ANNOTATED, displacement, load_image, parse_annotated
+from .scans import pieces_other
+from .tasks import ANNOTATED, displacement, parse_annotated
 
 # %% ../nbs/24_doctor.ipynb #faults-set
 FAULTS = {  # Code: severity, what to do
@@ -1045,16 +1046,6 @@ def broken(
             return Damaged("trailing-bytes", "something that is not gzip follows the voxels")
         return Damaged("gz-checksum", f"does not have the checksum that it states: {brief(error)}")
     return Damaged("file-damaged", f"cannot be read to its end: {brief(error)}")
-
-
-def pieces_other(head: Head):
-    "The voxels of a file that SimpleITK reads; the whole file is in memory"
-    try:
-        voxels = np.asanyarray(load_image(head.path).dataobj).ravel(order="F")
-    except (RuntimeError, ValueError) as error:
-        raise Damaged("file-damaged", f"SimpleITK cannot read it: {brief(error)[-120:]}") from None
-    for start in range(0, len(voxels), PIECE // 4):
-        yield voxels[start : start + PIECE // 4]
 
 # %% ../nbs/24_doctor.ipynb #tally
 def scramble(values: np.ndarray) -> np.ndarray:

