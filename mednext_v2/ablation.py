@@ -8,7 +8,6 @@ __all__ = ['MODEL_COLUMNS', 'Variant', 'own_pretraining', 'Ablation', 'read_abla
            'middle_patches', 'main_models', 'collect_tables']
 
 # %% ../nbs/51b_ablation.ipynb #imports
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import atomic_folder, build, params, root, write_csv
+from .core import atomic_folder, build, params, read_csv, read_json, root, write_csv
 from mednext_v2.pipeline import (
     SCORE_COLUMNS, Plan, Run, evaluate_one, finetuning_runs, in_pool, pretrained_folder, read_plan, run_folder, train_one,
 )
@@ -151,7 +150,7 @@ def model_row(
     "A row of models.csv: size, FLOPs of a forward pass of a training patch, and what the training took"
     from mednext_v2.weights import read_card
 
-    card, run = read_card(folder), json.loads((curves / "run.json").read_text(encoding="utf-8"))
+    card, run = read_card(folder), read_json(curves / "run.json")
     changes = tuple((name, value) for name, value in card.overrides.items() if name != "patch")
     size = size_of(card.backbone, card.patch, card.in_channels, card.num_classes, changes)
     return about | dict(
@@ -164,13 +163,13 @@ MODEL_COLUMNS = (
     "ablation variant profile role task backbone init seed patch parameters flops steps scans seconds peak_mib device"
 ).split()
 
-
 # %% ../nbs/51b_ablation.ipynb #places
 @dataclass(frozen=True)
 class Places:
     "Where an ablation reads and writes"
 
     data: Path  # Folder of prepared tasks
+    raw: Path  # Folder of the raw data sets that they were made from
     models: Path  # Gets the models
     out: Path  # Gets scores.csv, models.csv, curves and predictions
 
@@ -255,7 +254,7 @@ def run_ablation(
         predictions = [places.out / "evaluate" / one.variant / one.run.init for one in tuned]
         scores = in_pool(
             [
-                delayed(evaluate_one)(one.out, places.data, out, one.run, overlap, compute["device"], compute["threads"])
+                delayed(evaluate_one)(one.out, places.data, places.raw, out, one.run, overlap, compute["device"], compute["threads"])
                 for one, out in zip(tuned, predictions)
             ],
             compute["workers"],
@@ -375,7 +374,7 @@ def collect_tables(
     runs, out = root() / "runs" / profile, root() / "results" / profile
 
     def gather(pattern: str, columns: list[str]) -> pd.DataFrame:
-        parts = [pd.read_csv(path, dtype={"case": str}) for path in sorted(runs.glob(pattern))]
+        parts = [read_csv(path) for path in sorted(runs.glob(pattern))]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
     models = pd.DataFrame(main_models(profile, plan))[MODEL_COLUMNS]

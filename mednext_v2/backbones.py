@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['NNUNET', 'RESENC_BLOCKS', 'PRIMUS', 'MEDNEXT_COUNTS', 'SHALLOW', 'MEDNEXT_MINI', 'UNET', 'PRIMUS_PAGE', 'DNA',
            'NNUNET_ENTRIES', 'STUNET_COUNTS', 'STUNET_ENTRIES', 'TWO_STEMS', 'OTHER_ENTRIES', 'KERNEL_5', 'BACKBONES',
-           'PLUGINS', 'PROMISED', 'PARTS', 'HEAD_FIELDS', 'PlainUNet', 'check_image', 'as_list', 'declare', 'optional',
-           'topology', 'torch_class', 'nnunet_options', 'nnunet', 'need_patch', 'unetr', 'swin_unetr', 'segresnet',
-           'primus', 'Published', 'Backbone', 'mednext', 'nnunet_entry', 'swin_entry', 'primus_entry', 'load_plugin',
-           'plugins', 'get_backbone', 'create', 'overrides_of', 'part_of', 'parts', 'Cost', 'cost', 'backbone_table',
-           'OneHead', 'one_head', 'load_model']
+           'PLUGINS', 'MOST_TENSORS', 'MOST_PARAMETERS', 'PROMISED', 'PARTS', 'HEAD_FIELDS', 'PlainUNet', 'check_image',
+           'as_list', 'declare', 'optional', 'topology', 'torch_class', 'nnunet_options', 'nnunet', 'need_patch',
+           'unetr', 'swin_unetr', 'segresnet', 'primus', 'Published', 'Backbone', 'mednext', 'nnunet_entry',
+           'swin_entry', 'primus_entry', 'load_plugin', 'plugins', 'get_backbone', 'limited', 'create', 'overrides_of',
+           'part_of', 'parts', 'Cost', 'cost', 'backbone_table', 'OneHead', 'one_head', 'check_network', 'load_model']
 
 # %% ../nbs/16_backbones.ipynb #imports
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -25,6 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from .core import shown
 from .scaling import PRESETS, count_flops, count_parameters, create_model
 from .stunet import SIZES, check_volume, stunet
 from .weights import Card, read_card, read_state
@@ -468,6 +471,31 @@ def get_backbone(name: str) -> Backbone:
     return known[name]
 
 # %% ../nbs/16_backbones.ipynb #create
+MOST_TENSORS, MOST_PARAMETERS = 20_000, 2**36  # Of a network; the largest one here has some thousand tensors
+
+
+@contextmanager
+def limited(
+    tensors: int,  # How many parameters a network may have
+    numbers: int,  # And of how many numbers
+    what: str,  # To name in an error
+) -> Iterator[None]:
+    "ValueError as soon as a network that is built in the block becomes larger; on the meta device no memory is taken"
+    thread, seen = threading.get_ident(), [0, 0]
+
+    def count(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
+        if value is not None and threading.get_ident() == thread:
+            seen[0], seen[1] = seen[0] + 1, seen[1] + value.numel()
+            if seen[0] > tensors or seen[1] > numbers:
+                raise ValueError(f"{what}: a network of more than {tensors} tensors or {numbers} parameters")
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 PROMISED = ("stride", "in_channels", "num_classes", "deep_supervision")
 
 
@@ -488,7 +516,8 @@ def create(
         raise ValueError(f"{wrong[0]} must be one positive number per axis, got {given[wrong[0]]}")
     used = {key: given[key] for key in backbone.uses if key in given}
     try:
-        network = backbone.build(in_channels, num_classes, deep_supervision=deep_supervision, **used, **overrides)
+        with limited(MOST_TENSORS, MOST_PARAMETERS, f"backbone {name!r}"):
+            network = backbone.build(in_channels, num_classes, deep_supervision=deep_supervision, **used, **overrides)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"backbone {name!r} does not take these overrides: {error}") from None
     if lacking := [promise for promise in PROMISED if not hasattr(network, promise)]:
@@ -617,6 +646,35 @@ def one_head(
     return OneHead(model, head["outputs"]), replace(card, task=name, heads={}, **own)
 
 
+def check_network(
+    folder: str | Path,  # A model folder
+    card: Card,
+    shapes: dict[str, tuple[int, ...]],  # Of its weights, by name
+    deep_supervision: bool = False,  # Whether the auxiliary heads are wanted
+) -> None:
+    "ValueError unless the network that a card describes is that of its weights; no memory is taken for it"
+    place = f"{Path(folder) / 'card.json'}: backbone {shown(card.backbone)} with the overrides {shown(card.overrides)}"
+    most = 2 * len(shapes) + 100, 2 * sum(map(prod, shapes.values())) + 10**6  # Auxiliary heads may be dropped
+    try:
+        with limited(*most, "larger than the weights beside it"), torch.device("meta") if card.backbone in BACKBONES else nullcontext():
+            model = create(card.backbone, card.in_channels, card.num_classes, deep_supervision, **card.overrides)
+    except ImportError:
+        raise
+    except Exception as error:  # Of whatever library builds it, from arguments that came with a file
+        raise ValueError(f"{place} cannot be built ({' '.join(str(error).split())[:200] or type(error).__name__})") from None
+    own, backbone = {name: tuple(value.shape) for name, value in model.state_dict().items()}, get_backbone(card.backbone)
+    absent = [name for name in own if name not in shapes]
+    surplus = [name for name in shapes if name not in own and not name.startswith(backbone.heads)]
+    unfit = [name for name in own if name in shapes and own[name] != shapes[name]]
+    if problems := absent + surplus + unfit:
+        raise ValueError(
+            f"{place}: the weights are not those of this network: {len(absent)} absent, {len(surplus)} surplus, "
+            f"{len(unfit)} of another shape, e.g. {problems[0]}"
+        )
+    if any(side % step for side, step in zip(card.patch, model.strides)):
+        raise ValueError(f"{Path(folder) / 'card.json'}: patch must be divisible by {model.strides}, got {card.patch}")
+
+
 def load_model(
     folder: str | Path,  # A model folder, as `save_model` writes it
     deep_supervision: bool = False,  # Keep the auxiliary heads; they must be in the folder
@@ -624,17 +682,8 @@ def load_model(
 ) -> tuple[nn.Module, Card]:  # In evaluation mode, on the CPU
     "The network and its card; ValueError if the weights are not those of the network the card names"
     card, state = read_card(folder), read_state(folder)
-    backbone = get_backbone(card.backbone)
+    check_network(folder, card, {name: tuple(value.shape) for name, value in state.items()}, deep_supervision)
     model = create(card.backbone, card.in_channels, card.num_classes, deep_supervision, **card.overrides)
     own = model.state_dict()
-    absent = [name for name in own if name not in state]
-    surplus = [name for name in state if name not in own and not name.startswith(backbone.heads)]
-    unfit = [name for name in own if name in state and own[name].shape != state[name].shape]
-    if problems := absent + surplus + unfit:
-        raise ValueError(
-            f"{folder}: the weights are not those of {card.backbone} with {card.overrides}: "
-            f"{len(absent)} absent, {len(surplus)} surplus, {len(unfit)} of another shape, "
-            f"e.g. {problems[0]}"
-        )
     model.load_state_dict({name: state[name] for name in own})
     return one_head(model.eval(), card, head)

@@ -9,7 +9,7 @@ __all__ = ['CHECKPOINTING', 'MedNeXtBlock', 'DownBlock', 'UpBlock', 'OutBlock']
 import mednext_v2.kernels  # noqa: F401, fills `BACKENDS` for GPUs
 import torch
 import torch.nn.functional as F
-from .fused import BACKENDS, can_fuse, pointwise
+from .fused import BACKENDS, can_fuse, pointwise, transformed
 from .grn import STATS, global_response_norm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -64,7 +64,8 @@ class MedNeXtBlock(nn.Module):
         return self._run(self._expansion, self.conv1(x), "expansion") + self.res_conv(x)
 
     def _run(self, function, x: Tensor, part: str) -> Tensor:
-        if self.checkpointing != part or not torch.is_grad_enabled():
+        # Transforms of `torch.func` cannot do a part again
+        if self.checkpointing != part or not torch.is_grad_enabled() or transformed():
             return function(x)
         # Nothing in a block is random, so there is no generator state to keep
         return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from .analysis import effects, group_gains
-from .core import root
+from .core import read_csv, root
 from .report import MISSING, backbone_title, counts, published
 from .stats import choose, compare, compare_all, means, scratch_predicts
 
@@ -277,7 +277,7 @@ def ledger_markdown(
     path = root() / "results" / profile / "claims/claims.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `make repro PROFILE={profile}`")
-    table = ledger_shown(pd.read_csv(path).fillna({"of": "", "reported": MISSING}))
+    table = ledger_shown(read_csv(path).fillna({"of": "", "reported": MISSING}))
     table = table.drop(columns=["reported in the paper, DSC %", "rule"])
     rows = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
     return "\n".join("| " + " | ".join(str(cell).replace("<b>", "**").replace("</b>", "**").replace("|", "\\|") for cell in row) + " |" for row in rows)

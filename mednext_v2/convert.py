@@ -17,7 +17,6 @@ __all__ = ['CADS_GROUPS', 'CADS_LEVELS', 'TEETH', 'TABLES', 'AXES', 'PASSED_OVER
 
 # %% ../nbs/23_convert.ipynb #imports
 import inspect
-import json
 import os
 import re
 import shutil
@@ -35,6 +34,7 @@ from mednext_v2.core import (
     atomic_file,
     fingerprint_of,
     for_all,
+    read_json,
     sha256,
     write_csv,
     write_json,
@@ -835,7 +835,7 @@ def plan_skm_tea(
                 f"{path} is missing: it holds the split and how the axes lie. Get annotations/v1.0.0 of "
                 "github.com/StanfordMIMI/skm-tea, and put it there or give its folder as annotations"
             )
-        for scan in json.loads(path.read_text(encoding="utf-8"))["images"]:
+        for scan in read_json(path, remedy="get it again")["images"]:
             known[scan["scan_id"]] = (split, scan)
     masks, plan = root / "segmentation_masks" / "dicom-track", {}
     for path in files:
@@ -903,7 +903,7 @@ def is_raw(folder: Path) -> bool:
 
 def check_names(folder: Path, task: Task) -> None:
     "ValueError if dataset.json gives a label of the registry another value"
-    labels = json.loads((folder / "dataset.json").read_text(encoding="utf-8")).get("labels", {})
+    labels = read_json(folder / "dataset.json").get("labels", {})
     for name, value in labels.items():
         ours = task.labels.get(re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"))
         if isinstance(value, int) and ours not in (None, value):
@@ -1067,9 +1067,9 @@ def case_key(origin: Origin, task: Task, name: str, source: Path, tolerance: flo
 def read_record(path: Path) -> dict:
     "A record, or nothing if there is none or it is damaged"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         return record if {"key", "files", "row"} <= set(record) else {}
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError):
         return {}
 
 

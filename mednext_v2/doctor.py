@@ -23,7 +23,6 @@ __all__ = ['FAULTS', 'COLUMNS', 'KEYS', 'ENDINGS', 'COMPANIONS', 'UNITS', 'UNREA
 import glob
 import gzip
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -44,7 +43,7 @@ import pandas as pd
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import aff2axcodes, io_orientation, inv_ornt_aff
 
-from .core import ItemsFailed, atomic_folder, for_all, write_csv, write_json
+from .core import ItemsFailed, atomic_folder, for_all, read_json, write_csv, write_json
 from .scans import pieces_other
 from .tasks import ANNOTATED, displacement, parse_annotated
 
@@ -282,8 +281,8 @@ KEYS = ("channel_names", "labels", "numTraining", "file_ending")
 def read_object(path: Path, kind: type) -> tuple[object, str]:
     "A JSON file that holds one object or list, or None and what is wrong with it"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = read_json(path, (dict, list))
+    except (OSError, ValueError) as error:
         return None, brief(error)
     if not isinstance(value, kind):
         return None, f"holds a {type(value).__name__}, not a {kind.__name__}"

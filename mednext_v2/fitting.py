@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import build, write_csv
+from .core import build, read_csv, write_csv
 
 # %% ../nbs/37_fitting.ipynb #fit-patch
 def fit_patch(
@@ -145,10 +145,12 @@ def network_for(
     "A fresh network for a training, of its parent's size where the overrides leave it open"
     import torch
 
-    from mednext_v2.backbones import create, get_backbone
-    from mednext_v2.weights import read_card
+    from mednext_v2.backbones import check_network, create, get_backbone
+    from mednext_v2.weights import read_card, read_shapes
 
     uses, source = get_backbone(backbone).uses, read_card(parent) if parent else None
+    if source:
+        check_network(parent, source, read_shapes(parent))
     known = source.overrides if source and source.backbone == backbone else {}
     overrides, auto = dict(overrides), overrides.get("checkpointing") == "auto"
     if auto:
@@ -333,7 +335,7 @@ def train_in_processes(
         train_from_fields(**arguments)
     else:
         launch({"function": "mednext_v2.fitting:train_from_fields", "arguments": arguments}, processes)
-    return pd.read_csv(Path(arguments["folder"]) / "history.csv")
+    return read_csv(Path(arguments["folder"]) / "history.csv")
 
 # %% ../nbs/37_fitting.ipynb #drawn
 def drawn() -> int:

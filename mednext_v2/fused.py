@@ -6,16 +6,18 @@
 __all__ = ['ONEDNN', 'NARROW', 'LITTLE', 'GRN_EPS', 'EXPANDED', 'HELD', 'KEPT', 'BACKENDS', 'HOOKS', 'tokens', 'volume',
            'channels_last', 'products', 'outer_products', 'parts', 'moments', 'small', 'responses',
            'response_gradients', 'expand', 'expand_gradients', 'spread_out', 'depthwise', 'depthwise_gradients',
-           'Block', 'watched', 'pointwise', 'can_fuse', 'fused_block', 'use_fused']
+           'transformed', 'needs_plain', 'plain_branch', 'plain_form', 'plain_gradients', 'Block', 'ordinary',
+           'pointwise', 'can_fuse', 'fused_block', 'use_fused']
 
 # %% ../nbs/10b_fused.ipynb #imports
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from .grn import global_response_norm
 from torch.amp import custom_bwd, custom_fwd
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 # %% ../nbs/10b_fused.ipynb #tokens
 def tokens(
@@ -293,8 +295,70 @@ def _seen(x: Tensor, kind: str) -> Tensor:
     return tokens(x[:, :, ::2, ::2, ::2] if kind == "down" else x)
 
 
+def transformed() -> bool:
+    "Is this inside of a transform of `torch.func`, or of forward-mode differentiation? Compilers, which see to that themselves, hear no"
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def needs_plain(
+    grad: Tensor,  # That a backward is given
+) -> bool:
+    "Is the gradient to be differentiated again, or transformed? RuntimeError for many in one, as autograd batches them"
+    if torch._C._functorch.is_legacy_batchedtensor(grad):
+        raise RuntimeError("a fused block takes no batched gradients (is_grads_batched, vectorize): call use_fused(model, False) before")
+    return torch.is_grad_enabled() or transformed()
+
+
+def plain_branch(
+    x: Tensor,  # Shape `(N, C, X, Y, Z)`
+    weight: Tensor,  # Of the depthwise convolution, as `bias`
+    bias: Tensor,
+    kind: str,
+    eps: float,  # Of the norm
+    mean_stat: bool,  # GRN's convention
+    *weights: Tensor | None,  # As `expand` takes them
+) -> Tensor:  # Shape `(N, out, ...)`
+    "A block but for its shortcut, out of operations that PyTorch can differentiate as often as asked"
+    scale, shift, first, first_bias, gamma, beta, second, second_bias = weights
+    convolution = F.conv_transpose3d if kind == "up" else F.conv3d
+    sampling = dict(stride=1 if kind == "same" else 2, padding=weight.shape[-1] // 2)
+    y = F.group_norm(convolution(x, weight, bias, groups=x.shape[1], **sampling), x.shape[1], scale, shift, eps)
+    y = F.gelu(F.conv3d(y, first[..., None, None, None], first_bias))
+    if gamma is not None:
+        gamma, beta = gamma.view(1, -1, 1, 1, 1), beta.view(1, -1, 1, 1, 1)
+        y = global_response_norm(y, gamma, beta, "mean" if mean_stat else "sum")
+    return F.conv3d(y, second[..., None, None, None], second_bias)
+
+
+def plain_form(x, res_weight, res_bias, weight, bias, kind, eps, mean_stat, *weights) -> Tensor:
+    "What `Block` gives, out of operations that PyTorch can differentiate as often as asked"
+    y = plain_branch(x, weight, bias, kind, eps, mean_stat, *weights)
+    if res_weight is None:
+        return y + x
+    if kind == "up":
+        return y + F.conv_transpose3d(x, res_weight.t()[..., None, None, None], res_bias, stride=2)
+    return y + F.conv3d(x, res_weight[..., None, None, None], res_bias, stride=2 if kind == "down" else 1)
+
+
+def plain_gradients(
+    function: Callable[..., Tensor],  # Of the inputs
+    inputs: Sequence[Tensor | None],
+    grad: Tensor,  # Of its result
+) -> list[Tensor | None]:  # Of each input; None where none is asked for
+    "Gradients that can themselves be differentiated, by doing it all again in the plain form"
+    with torch.enable_grad():
+        # Views, for an input may have been computed from another one
+        own = [value if value is None else value.view_as(value) for value in inputs]
+        asked = [value is not None and value.requires_grad for value in own]
+        wanted = [value for value, ask in zip(own, asked) if ask]
+        found = iter(torch.autograd.grad(function(*own), wanted, grad, create_graph=True))
+    return [next(found) if ask else None for ask in asked]
+
+
 class Block(torch.autograd.Function):
-    "A whole block, `(N, C, X, Y, Z)` to `(N, out, ...)`, channels last; gradients are exact, of first order"
+    "A whole block, `(N, C, X, Y, Z)` to `(N, out, ...)`, channels last; gradients are exact"
 
     @staticmethod
     @custom_fwd(device_type="cpu")
@@ -313,16 +377,22 @@ class Block(torch.autograd.Function):
                 even = volume(y[n : n + 1], size)[:, :, ::2, ::2, ::2]
                 even += volume(products(seen[n], res_weight)[None], x.shape[2:])
         held = d if small(d.shape[1], len(weights[2]), KEPT) else None
-        ctx.save_for_backward(x, res_weight, weight, bias, held, *weights, *stats)
-        ctx.kind, ctx.mean_stat = kind, mean_stat
+        ctx.save_for_backward(x, res_weight, res_bias, weight, bias, held, *weights, *stats)
+        ctx.kind, ctx.eps, ctx.mean_stat = kind, eps, mean_stat
         return volume(y, size)
 
     @staticmethod
-    @once_differentiable
     @custom_bwd(device_type="cpu")
     def backward(ctx, grad):
-        x, res_weight, weight, bias, d, *rest = ctx.saved_tensors
+        x, res_weight, res_bias, weight, bias, d, *rest = ctx.saved_tensors
         weights, stats, kind = rest[:8], rest[8:], ctx.kind
+        if needs_plain(grad):
+
+            def again(*given):
+                return plain_form(*given[:5], kind, ctx.eps, ctx.mean_stat, *given[5:])
+
+            found = plain_gradients(again, (x, res_weight, res_bias, weight, bias, *weights), grad)
+            return *found[:5], None, None, None, *found[5:]
         grad = channels_last(grad)
         size, rows = grad.shape[2:], tokens(grad)
         if d is None:
@@ -353,9 +423,13 @@ BACKENDS: dict[str, Callable[[nn.Module, Tensor], Tensor | None]] = {}  # What c
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def watched() -> bool:
-    "Does somebody record what is done? Then ways of our own stay closed"
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def ordinary(
+    *values: Tensor,
+) -> bool:
+    "May ways of our own be taken? Not if somebody records or transforms what is done, or a tensor has its own class"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
+        return False
+    return all(type(value) in (Tensor, nn.Parameter) for value in values)
 
 
 def pointwise(
@@ -365,7 +439,7 @@ def pointwise(
     "`conv(x)` as a product of rows; by `conv` itself where it is something else, or where that is not the faster way"
     plain = type(conv) in (nn.Conv3d, nn.ConvTranspose3d) and conv.groups == 1 and conv.bias is not None and not any(conv.padding)
     plain = plain and conv.kernel_size == conv.stride == (1, 1, 1) and not any(getattr(conv, name) for name in HOOKS)
-    if not plain or x.device.type != "cpu" or watched():
+    if not plain or x.device.type != "cpu" or not ordinary(x, conv.weight, conv.bias):
         return conv(x)
     weight = conv.weight.flatten(1).t() if isinstance(conv, nn.ConvTranspose3d) else conv.weight.flatten(1)
     return volume(F.linear(tokens(x), weight, conv.bias), x.shape[2:])
@@ -376,7 +450,7 @@ def can_fuse(
     x: Tensor,  # Its input
 ) -> bool:
     "Does the fused form do what the plain one would?"
-    if x.device.type not in BACKENDS or watched():
+    if x.device.type not in BACKENDS or not ordinary(x, *block.parameters()):
         return False
     if x.dtype not in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type):
         return False

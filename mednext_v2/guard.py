@@ -7,7 +7,6 @@ __all__ = ['write_bundle', 'count_bad', 'read_bundle', 'replay']
 
 # %% ../nbs/34_guard.ipynb #imports
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .core import atomic_folder, build, write_json
+from .core import atomic_folder, build, read_json, write_json
 from .losses import deep_supervision_loss
 from .mixture import LabelSpace, select_outputs
 from .recipe import Recipe
@@ -70,7 +69,7 @@ def read_bundle(bundle: str | Path) -> tuple[dict, dict]:
     for name in ("bundle.json", "bundle.pt"):
         if not (bundle / name).is_file():
             raise FileNotFoundError(f"{bundle / name} is missing: give a folder named nonfinite-step... of a run")
-    about = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    about = read_json(bundle / "bundle.json")
     return about, torch.load(bundle / "bundle.pt", map_location="cpu", weights_only=True)
 
 

@@ -9,13 +9,13 @@ __all__ = ['BROKEN', 'WRAPPINGS', 'FAMILIES', 'MAPS', 'STUNETS', 'UNKNOWN', 'NOR
            'count', 'mednext_arch', 'guess_mednext', 'unet_arch', 'segresnet_arch', 'guess_stunet', 'guess_swin_unetr',
            'guess', 'Found', 'configuration_of', 'nnunet_axes', 'nnunet_normalisation', 'nnunet_labels', 'odd_settings',
            'nnunet_facts', 'facts_nnunet_v2', 'facts_nnssl', 'facts_nnunet_v1', 'shape_at', 'told_by', 'network_of',
-           'found_in', 'inside_of', 'read_json', 'nnunet_checkpoint', 'found_in_nnunet', 'found_in_model', 'kind_of',
+           'found_in', 'inside_of', 'nnunet_checkpoint', 'found_in_nnunet', 'found_in_model', 'kind_of',
            'read_checkpoint_file', 'detect', 'turned', 'widen', 'fit_mednext', 'fitted', 'named_for', 'fit_same',
            'fill', 'Imported', 'build', 'has_auxiliary_heads', 'import_checkpoint', 'card_of', 'import_model', 'listed',
            'told_lines', 'describe', 'layouts']
 
 # %% ../nbs/17_importers.ipynb #imports
-import json
+import argparse
 import pickle
 import re
 import zipfile
@@ -32,19 +32,43 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .backbones import BACKBONES, create, mednext
-from .core import sha256
+from .backbones import BACKBONES, create, limited, mednext
+from .core import build as from_fields
+from .core import read_json, sha256, shown
 from .grn import convert_grn
 from .model import Arch
 from .scaling import PRESETS
 from .weights import Card, LoadReport, read_card, read_state, save_model, what_is_wrong
 
 # %% ../nbs/17_importers.ipynb #harmless
+class _Array(np.ndarray):
+    "An array that holds nothing until its own bytes are given, whatever size is asked for"
+
+    def __new__(cls, *asked, **given):
+        return super().__new__(cls, 0)
+
+
+def _as_text(*parts: str) -> str:
+    "A path beside the weights, as text"
+    return "/".join(map(str, parts))
+
+
+def _no_bytes() -> bytes:
+    "What an empty array is pickled with"
+    return b""
+
+
 def harmless() -> list:
-    "Numpy's scalars, under the names that numpy 1 and 2 give them, for `torch.serialization.safe_globals`"
+    "Values that stand beside weights, for `torch.serialization.safe_globals`: numpy's, paths as text, a parser's options"
     scalar = np.float64(0).__reduce__()[0]
-    kinds = {type(np.dtype(code)) for code in "? b B h H i I l L q Q e f d".split()}
-    return [np.dtype, *kinds, *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+    kinds = {type(np.dtype(code)) for code in "? b B h H i I l L q Q e f d S U".split()}
+    places = [f"numpy.{core}.multiarray" for core in ("core", "_core")]  # Of numpy 1 and 2
+    paths = [f"{module}.{flavour}Path" for module in ("pathlib", "pathlib._local") for flavour in ("", "Posix", "Windows", "PurePosix", "PureWindows")]
+    return [
+        np.dtype, *kinds, *((scalar, f"{place}.scalar") for place in places), argparse.Namespace,
+        (_Array, "numpy.ndarray"), *((_Array, f"{place}._reconstruct") for place in places), *((_as_text, name) for name in paths),
+        *((_no_bytes, f"{module}.bytes") for module in ("builtins", "__builtin__")),
+    ]
 
 # %% ../nbs/17_importers.ipynb #archive
 def check_archive(
@@ -93,7 +117,7 @@ def check_declared(
             )
 
 # %% ../nbs/17_importers.ipynb #read-pickle
-BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError)
+BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, MemoryError, OverflowError)
 
 
 def refusal(
@@ -176,25 +200,41 @@ WRAPPINGS = {
     "model": Wrapping("scripts, and best.pt of a run", "model", (), "trainer.save_best"),
     "suprem": Wrapping("SuPreM", "net", (), "SuPreM 76e1a64, supervised_pretraining/train.py"),
     "state_dict": Wrapping("MONAI scripts, VoCo", "state_dict", (), "VoCo ba7b7bd, Finetune/*/trainer.py"),
+    "model_state_dict": Wrapping("scripts", "model_state_dict", (), "PyTorch's tutorial on saving and loading"),
+    "network": Wrapping("scripts", "network"),
+    "teacher": Wrapping("self-distillation; the teacher, as DINO evaluates it", "teacher", (), "facebookresearch/dino 04c0ad9, eval_linear.py"),
+    "student": Wrapping("self-distillation, of which only the student is there", "student"),
     "plain": Wrapping("bare weights", "", (), "torch.save(model.state_dict()), safetensors"),
 }
+
+
+def _weights_in(value) -> dict[str, Tensor]:
+    "The tensors of a dictionary by name; none if it is something else"
+    return {str(key): item for key, item in value.items() if isinstance(item, Tensor)} if isinstance(value, dict) else {}
 
 
 def unwrap(
     content,  # Of a file
     path: Path,  # To name it in an error
-) -> tuple[str, dict[str, Tensor]]:  # One of `WRAPPINGS`, and the tensors by name
+    key: str | None = None,  # Where the weights are, if none of `WRAPPINGS` knows; dots lead into dictionaries of dictionaries
+) -> tuple[str, dict[str, Tensor]]:  # One of `WRAPPINGS`, or "key"; and the tensors by name
     "What program wrote a dictionary, and the weights in it; ValueError lists the keys of an unknown one"
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
-    for name, wrapping in WRAPPINGS.items():
+    if key is not None:
+        value = content
+        for part in [key] if key in content else key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if weights := _weights_in(value):
+            return "key", weights
+    for name, wrapping in WRAPPINGS.items() if key is None else ():
         if not all(key in content for key in (wrapping.weights, *wrapping.beside) if key):
             continue
-        weights = content[wrapping.weights] if wrapping.weights else content
-        if isinstance(weights, dict) and any(isinstance(value, Tensor) for value in weights.values()):
-            return name, {str(key): value for key, value in weights.items() if isinstance(value, Tensor)}
-    keys = ", ".join(map(str, list(content)[:8]))
-    raise ValueError(f"{path} holds no weights under a known key; it has: {keys or 'nothing'}")
+        if weights := _weights_in(content[wrapping.weights] if wrapping.weights else content):
+            return name, weights
+    keys = ", ".join(str(name)[:60] for name in list(content)[:8]) or "nothing"
+    asked = "under a known key" if key is None else f"under {key!r}"
+    raise ValueError(f"{path} holds no weights {asked}; it has: {keys}; say which with key= (--key)")
 
 # %% ../nbs/17_importers.ipynb #family
 @dataclass(frozen=True)
@@ -255,6 +295,20 @@ def find_family(
     return None, prefix or ""
 
 
+def _swin_encoder(names: list[str]) -> dict[str, str]:
+    "The names of a self-supervised encoder of SwinUNETR, which lack `swinViT.`, and those of SwinUNETR; empty for others"
+    signs = [match for name in names if (match := re.fullmatch(r"(.*?)layers1\.0\.(?:0\.)?blocks\.0\.attn\.relative_position_bias_table", name))]
+    before = signs[0][1] if signs else ""
+    if not signs or before.endswith("swinViT.") or f"{before}patch_embed.proj.weight" not in names:
+        return {}
+    ours = {name: name.removeprefix(before) for name in names if re.match(r"(layers\d+c?|patch_embed)\.", name.removeprefix(before))}
+    # MONAI's `load_from` and `filter_swinunetr` make the same changes
+    changes = ((r"^(layers\d+)\.0\.0\.", r"\1.0."), (r"\.mlp\.fc(\d)\.", r".mlp.linear\1."))
+    for pattern, new in changes:
+        ours = {name: re.sub(pattern, new, own) for name, own in ours.items()}
+    return {name: f"swinViT.{own}" for name, own in ours.items()}
+
+
 def strip(
     state: dict[str, Tensor],  # Tensors by name, as stored
     prefix: str | None = None,  # See `find_family`
@@ -262,6 +316,9 @@ def strip(
     "Tensors under the names of their own class"
     # VoCo's public loader makes the same change
     plain = {re.sub(r"(^|\.)swin_vit\.", r"\1swinViT.", n.replace("_orig_mod.", "")): v for n, v in state.items()}
+    if prefix is None and (encoder := _swin_encoder(list(plain))):
+        inside = {ours: plain[name] for name, ours in encoder.items()}
+        return "swin_unetr", inside, tuple(name for name in plain if name not in encoder)
     family, prefix = find_family(list(plain), prefix)
     inside = {name.removeprefix(prefix): v for name, v in plain.items() if name.startswith(prefix)}
     return family, inside, tuple(name for name in plain if not name.startswith(prefix))
@@ -331,6 +388,23 @@ def count(
     return len({match[1] for name in names if (match := re.match(pattern, name))})
 
 # %% ../nbs/17_importers.ipynb #guess-mednext
+class _OddShape(ValueError):
+    "A tensor has another shape than every tensor of its name"
+
+
+def _size_of(
+    state: dict[str, Tensor],
+    name: str,  # Of a parameter
+    axis: int,
+    axes: tuple[int, ...] = (5,),  # How many it may have
+) -> int:
+    "A size of a tensor; KeyError if it is not there, _OddShape if it has other axes, or none of something"
+    shape = tuple(state[name].shape)
+    if len(shape) not in axes or 0 in shape:
+        raise _OddShape(f"{name} has the shape {shape}, {' or '.join(map(str, axes))} axes of at least 1 are expected")
+    return shape[axis]
+
+
 def mednext_arch(
     state: dict[str, Tensor],  # Under our names
 ) -> Arch:
@@ -338,16 +412,17 @@ def mednext_arch(
     levels = count(state, r"enc_block_(\d+)\.")
     sides = [[f"{side}_block_{i}" for i in range(levels)] for side in ("enc", "dec")]
     stages = [*sides[0], "bottleneck", *reversed(sides[1])]
-    depthwise, wide = state["enc_block_0.0.conv1.weight"], [f"{stage}.0.conv2.weight" for stage in stages]
-    if depthwise.ndim != 5:
-        raise ValueError(f"a MedNeXt for {depthwise.ndim - 2}D images: only 3D ones can be imported")
+    first, wide = "enc_block_0.0.conv1.weight", [f"{stage}.0.conv2.weight" for stage in stages]
+    width, dimensions = _size_of(state, first, 0, (4, 5)), state[first].ndim - 2
+    if dimensions != 3:
+        raise ValueError(f"a MedNeXt for {dimensions}D images: only 3D ones can be imported")
     if absent := [name for name in ("down_0.res_conv.weight", *wide) if name not in state]:
         raise ValueError(f"not a whole MedNeXt with residual up and down blocks: {', '.join(absent)} not there")
     return Arch(
-        width=depthwise.shape[0],
+        width=width,
         depths=tuple(count(state, rf"{stage}\.(\d+)\.") for stage in stages),
-        ratios=tuple(state[name].shape[0] // state[name].shape[1] for name in wide),
-        kernel=depthwise.shape[-1],
+        ratios=tuple(_size_of(state, name, 0) // _size_of(state, name, 1) for name in wide),
+        kernel=_size_of(state, first, -1),
         grn="mean" if any(name.endswith("grn_gamma") for name in state) else None,
     )
 
@@ -379,14 +454,14 @@ def unet_arch(
         raise ValueError("an encoder without nnU-Net's decoder: its strides are not known")
     if any(re.match(r"encoder\.stages\.\d+\.blocks\.\d+\.conv3\.", name) for name in state):
         raise ValueError("a residual encoder of bottleneck blocks: not supported")
-    first = [state[f"encoder.stages.{s}.{conv}.conv.weight"].shape for s in range(n)]
+    names = [f"encoder.stages.{s}.{conv}.conv.weight" for s in range(n)]
     counts = [count(state, rf"encoder\.stages\.{s}\.{part}\.(\d+)\.") for s in range(n)]
     # The kernel of a transposed convolution is the stride it undoes
-    ups = [list(state[f"decoder.transpconvs.{i}.weight"].shape[2:]) for i in range(n - 1)]
+    ups = [[_size_of(state, f"decoder.transpconvs.{i}.weight", axis) for axis in (2, 3, 4)] for i in range(n - 1)]
     return {
         "n_stages": n,
-        "features_per_stage": [shape[0] for shape in first],
-        "kernel_sizes": [list(shape[2:]) for shape in first],
+        "features_per_stage": [_size_of(state, name, 0) for name in names],
+        "kernel_sizes": [[_size_of(state, name, axis) for axis in (2, 3, 4)] for name in names],
         "strides": [[1] * len(ups[0]), *reversed(ups)],
         ("n_blocks_per_stage" if residual else "n_conv_per_stage"): counts,
         "n_conv_per_stage_decoder": [count(state, rf"decoder\.stages\.{s}\.convs\.(\d+)\.") for s in range(n - 1)],
@@ -400,7 +475,7 @@ def segresnet_arch(
     "The configuration of a SegResNet"
     down, up = (count(state, rf"{side}_layers\.(\d+)\.") for side in ("down", "up"))
     return {
-        "init_filters": state["convInit.conv.weight"].shape[0],
+        "init_filters": _size_of(state, "convInit.conv.weight", 0),
         # Each level but the first begins with the convolution that halves the resolution
         "blocks_down": [count(state, rf"down_layers\.{i}\.(\d+)\.") - (i > 0) for i in range(down)],
         "blocks_up": [count(state, rf"up_layers\.{i}\.(\d+)\.") for i in range(up)],
@@ -415,7 +490,7 @@ def guess_stunet(
 ) -> tuple[str, dict]:  # Name in the registry, overrides
     "The size of a STU-Net; its widths and depths for one that was not published"
     levels = range(count(state, r"conv_blocks_context\.(\d+)\."))
-    widths = tuple(state[f"conv_blocks_context.{i}.0.conv1.weight"].shape[0] for i in levels)
+    widths = tuple(_size_of(state, f"conv_blocks_context.{i}.0.conv1.weight", 0) for i in levels)
     depths = tuple(count(state, rf"conv_blocks_context\.{i}\.(\d+)\.") for i in levels)
     for size, (width, blocks) in STUNETS.items():
         if (widths, depths) == (tuple(width * n for n in (1, 2, 4, 8, 16, 16)), (blocks,) * 6):
@@ -429,9 +504,9 @@ def guess_swin_unetr(
     "The version and width of a SwinUNETR; its depths and windows if they are not the usual ones"
     newer = any(name.startswith("swinViT.layers1c.") for name in state)
     depths = tuple(count(state, rf"swinViT\.layers{i}\.0\.blocks\.(\d+)\.") for i in (1, 2, 3, 4))
-    overrides = {"feature_size": state["swinViT.patch_embed.proj.weight"].shape[0]}
+    overrides = {"feature_size": _size_of(state, "swinViT.patch_embed.proj.weight", 0)}
     overrides |= {"depths": depths} if set(depths) != {2} else {}
-    offsets = state["swinViT.layers1.0.blocks.0.attn.relative_position_bias_table"].shape[0]  # (2 window - 1)³
+    offsets = _size_of(state, "swinViT.layers1.0.blocks.0.attn.relative_position_bias_table", 0, (2,))  # (2 window - 1)³
     window = (round(offsets ** (1 / 3)) + 1) // 2
     return "swin_unetr_v2" if newer else "swin_unetr", overrides | ({"window_size": window} if window != 7 else {})
 
@@ -454,7 +529,7 @@ def guess(
     if family == "unet":
         levels = range(count(state, r"downsamples\.(\d+)"))
         blocks = ["input_block", *(f"downsamples.{i}" for i in levels), "bottleneck"]
-        return family, {"filters": tuple(state[f"{block}.conv1.conv.weight"].shape[0] for block in blocks)}
+        return family, {"filters": tuple(_size_of(state, f"{block}.conv1.conv.weight", 0) for block in blocks)}
     return None, {}
 
 # %% ../nbs/17_importers.ipynb #found
@@ -646,8 +721,8 @@ def shape_at(
     axis: int,
 ) -> int | None:  # None without such a tensor
     "A size of the last tensor whose name fits"
-    sizes = [value.shape[axis] for name, value in state.items() if pattern and re.fullmatch(pattern, name)]
-    return sizes[-1] if sizes else None
+    names = [name for name in state if pattern and re.fullmatch(pattern, name)]
+    return _size_of(state, names[-1], axis, (4, 5)) if names else None
 
 
 def told_by(
@@ -677,6 +752,8 @@ def network_of(
         return sizes, (f"not a network of ours: {', '.join(odd)}",)
     try:
         backbone, overrides = guess(family, state, grn)
+    except _OddShape:
+        raise
     except (LookupError, ValueError) as error:
         return sizes, (f"not a network of ours: {error}",)
     notes = ("its strides are not in its weights: 2 at each level is assumed",) if family == "stunet" else ()
@@ -688,13 +765,17 @@ def found_in(
     path: str | Path,
     prefix: str | None = None,  # See `find_family`
     grn: str | None = None,  # Convention of GRN, if it is not the one of that class
+    key: str | None = None,  # See `unwrap`
 ) -> Found:
-    "What a dictionary of any wrapping and family holds"
-    wrapping, tensors = unwrap(content, Path(path))
+    "What a dictionary of any wrapping and family holds; ValueError names a tensor that no network could have"
+    wrapping, tensors = unwrap(content, Path(path), key)
     family, state, outside = strip(tensors, prefix)
-    told, known = told_by(wrapping, content), WRAPPINGS[wrapping]
+    told, known = told_by(wrapping, content), WRAPPINGS.get(wrapping) or Wrapping("the dictionary that was asked for", key)
     told, odd = {k: v for k, v in told.items() if k != "odd"}, told.get("odd", ())
-    network, notes = network_of(family, state, odd, grn) if family else ({}, ())
+    try:
+        network, notes = network_of(family, state, odd, grn) if family else ({}, ())
+    except _OddShape as error:
+        raise ValueError(f"{path}: {error}: not weights of {FAMILIES[family].title}, or damaged") from None
     told["notes"] = (*told.get("notes", ()), *notes)
     how = f"{known.title} by its keys ({' and '.join(filter(None, (known.weights, *known.beside))) or 'tensors only'})"
     how += f", {FAMILIES[family].title} by {FAMILIES[family].sign}" if family else ""
@@ -714,17 +795,6 @@ def inside_of(
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path} is a link out of {folder}: refused, put the file itself there")
     return path
-
-
-def read_json(path: Path) -> dict:
-    "A JSON object; ValueError names the file that is none"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold one JSON object, got a {type(values).__name__}")
-    return values
 
 
 def nnunet_checkpoint(
@@ -754,7 +824,7 @@ def found_in_nnunet(
     content = read_content(path, trust)
     if not isinstance(content, dict) or not isinstance(content.get("init_args"), dict):
         raise ValueError(f"{path} is not a checkpoint of nnU-Net v2: it has no init_args")
-    plans, dataset = (read_json(inside_of(folder, name)) for name in ("plans.json", "dataset.json"))
+    plans, dataset = (read_json(inside_of(folder, name), remedy="copy it again") for name in ("plans.json", "dataset.json"))
     name = content["init_args"].get("configuration") or folder.name.split("__")[-1]
     content["init_args"] = {"plans": plans, "configuration": name, "dataset_json": dataset}
     found = found_in(content, path, **options)
@@ -803,6 +873,7 @@ def read_checkpoint_file(
     fold: str | None = None,  # Of a folder of nnU-Net v2
     prefix: str | None = None,  # If two networks are in one file: how the names of the wanted one begin
     grn: str | None = None,  # `mean` or `sum`: convention of GRN, if it is not the one of the class
+    key: str | None = None,  # Where the weights are in a dictionary of a layout that is not known, see `unwrap`
 ) -> Found:
     "A checkpoint of any layout; FileNotFoundError, or ValueError saying what is wrong and what to do"
     path = Path(path)
@@ -810,9 +881,9 @@ def read_checkpoint_file(
     if kind == "model_folder":
         return found_in_model(path)
     if kind == "nnunet_v2_folder":
-        return found_in_nnunet(path, trust, fold, prefix=prefix, grn=grn)
+        return found_in_nnunet(path, trust, fold, prefix=prefix, grn=grn, key=key)
     path = inside_of(path, "last.pt") if kind == "run" else path
-    return found_in(read_content(path, trust), path, prefix, grn)
+    return found_in(read_content(path, trust), path, prefix, grn, key)
 
 
 def detect(
@@ -968,7 +1039,17 @@ def build(
     if name not in BACKBONES:
         raise ValueError(f"{found.path} is a {name}, which is not a backbone here: give a model to load it into")
     overrides = found.overrides if name == found.backbone else {}
-    return create(name, found.in_channels, found.num_classes, deep_supervision, **overrides)
+    make = partial(create, name, found.in_channels, found.num_classes, deep_supervision, **overrides)
+    # What an encoder is allowed to lack is a few times as large as itself
+    most = 4 * len(found.state) + 2000, 8 * sum(value.numel() for value in found.state.values()) + 10**8
+    try:
+        with limited(*most, "larger than the weights"), torch.device("meta"):
+            make()
+    except ImportError:
+        raise
+    except Exception as error:  # Of whatever library builds it, from sizes that came with a file
+        raise ValueError(f"{found.path}: {name} with {shown(overrides)} cannot be built ({' '.join(str(error).split())[:200]})") from None
+    return make()
 
 
 def has_auxiliary_heads(found: Found) -> bool:
@@ -986,10 +1067,11 @@ def import_checkpoint(
     fold: str | None = None,  # Of a folder of nnU-Net v2
     prefix: str | None = None,  # If two networks are in one file: how the names of the wanted one begin
     grn: str | None = None,  # `mean` or `sum`: convention of GRN, if it is not the one of the class
+    key: str | None = None,  # Where the weights are in a dictionary of a layout that is not known, see `unwrap`
     deep_supervision: bool | None = False,  # Of a network that is built here; None: if the file has such heads
 ) -> Imported:
     "Weights of another program in a network; ValueError unless they fill it. A model of your own keeps its axes"
-    found = read_checkpoint_file(path, trust, fold, prefix, grn)
+    found = read_checkpoint_file(path, trust, fold, prefix, grn, key)
     if not isinstance(model, nn.Module):
         found = turned(found)
         deep_supervision = has_auxiliary_heads(found) if deep_supervision is None else deep_supervision
@@ -1011,12 +1093,12 @@ def card_of(
     if lacking := [name for name, value in told.items() if value is None]:
         raise ValueError(f"{found.path} does not tell {', '.join(lacking)}: give them, as a card has them")
     recipe = {"imported": found.layout, "trainer": found.trainer or UNKNOWN, "epoch": found.epoch}
-    card = Card(**{
+    card = from_fields(Card, {
         "backbone": found.backbone, "overrides": found.overrides, "in_channels": found.in_channels,
         "groups": {}, "task": UNKNOWN, "modality": ", ".join(found.channels) or UNKNOWN, "recipe": recipe,
         "regions": found.regions, "class_order": found.class_order, "licence": found.licence,
         "mirror_axes": found.mirror_axes, "init": found.layout, "provenance": "; ".join((Path(found.path).name, *found.notes)), **told,
-    })
+    }, f"{found.path} and what was given for it")
     if card.num_classes != found.num_classes:
         raise ValueError(f"{found.path} has {found.num_classes} outputs, and its classes make {card.num_classes}")
     return card

@@ -6,11 +6,11 @@
 __all__ = ['TOGETHER', 'check_windows', 'evaluating', 'device_of', 'sliding_window', 'finest_copy', 'taps', 'blend', 'turns',
            'resample_logits', 'labels_of', 'labels_on_grid', 'Axis', 'lay_windows', 'no_space', 'Cells', 'Budget',
            'pass_windows', 'gaussian', 'pad_image', 'add_window', 'next_window', 'weight_of', 'finished', 'interpolate',
-           'bounded_labels', 'out_of_memory', 'with_less_memory', 'averaged', 'predict_prepared', 'read_scan',
-           'check_voxel_size', 'from_array', 'Options', 'choose_device', 'Member', 'fold_folders', 'load_members',
-           'must_agree', 'Volume', 'read_volume', 'same_grid', 'region_mask', 'prepare_volume', 'modality_warnings',
-           'predict', 'predict_each', 'read_channels', 'is_channels', 'predict_scan', 'label_scan', 'check_channels',
-           'label_volume', 'logits_like', 'member_labels', 'adding', 'temporary_array', 'label_image']
+           'bounded_labels', 'out_of_memory', 'with_less_memory', 'averaged', 'Options', 'choose_device', 'Member',
+           'fold_folders', 'load_members', 'must_agree', 'NetworkInput', 'network_input', 'region_mask',
+           'prepare_volume', 'modality_warnings', 'predict', 'predict_each', 'read_channels', 'is_channels',
+           'predict_scan', 'label_scan', 'check_channels', 'label_volume', 'logits_like', 'member_labels', 'adding',
+           'temporary_array', 'label_image']
 
 # %% ../nbs/40_inference.ipynb #imports
 import errno
@@ -18,7 +18,6 @@ import math
 import os
 import tempfile
 import warnings
-import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,12 +29,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from nibabel.orientations import apply_orientation, io_orientation
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .losses import finest
 from .prepare import IMAGE_TYPE, bounding_box, coarse_axis, nonzero_box, normalise, resample_image, target_shape
+from .scans import Header, Volume, read_scan, same_grid
 
 # %% ../nbs/40_inference.ipynb #sliding-window
 def check_windows(image: Tensor | np.ndarray, patch: tuple[int, int, int], overlap: float) -> None:
@@ -518,82 +518,6 @@ def averaged(
 
     return window
 
-# %% ../nbs/40_inference.ipynb #predict-prepared
-def predict_prepared(
-    model: nn.Module,  # As in `sliding_window`
-    prepared,  # `prepare.Prepared`: gives `.image(case)`
-    case: str,  # Which case
-    patch: tuple[int, int, int],  # Size of a window in voxels
-    overlap: float = 0.5,  # Share of a window that its neighbour sees too
-    mirror: tuple[int, ...] = (),  # Axes along which windows are mirrored too
-    budget: Budget = Budget(),
-) -> np.ndarray:  # Label map (X, Y, Z), uint8, on the prepared grid (RAS)
-    "Label map of one prepared case"
-    order = getattr(getattr(prepared, "task", None), "class_order", ())
-    image = prepared.image(case)
-    check_windows(image, patch, overlap)
-    axes = lay_windows(image.shape[1:], patch, overlap)
-    with evaluating(model):
-        return bounded_labels(averaged([model], mirror), image, axes, order, device_of(model), budget)
-
-# %% ../nbs/40_inference.ipynb #read-scan
-def read_scan(
-    image: str | Path | nib.spatialimages.SpatialImage | tuple,  # A file, an image in memory, or (array, spacing)
-) -> nib.spatialimages.SpatialImage:  # The same image, checked, in its own orientation
-    "A 3D scan with a usable grid and finite values; FileNotFoundError or ValueError otherwise"
-    name = "the image"
-    if isinstance(image, tuple):
-        image = from_array(*image) if len(image) == 2 else image
-    if isinstance(image, (str, Path)):
-        name = str(image)
-        if not Path(image).is_file():
-            raise FileNotFoundError(f"{name} is not a file: give one NIfTI file per channel")
-        try:
-            image = nib.load(image)
-        except (nib.filebasedimages.ImageFileError, OSError, EOFError, zlib.error) as error:
-            reason = " ".join(str(error).replace(name, "").split()) or "it is empty"
-            raise ValueError(f"{name} is not an image that nibabel can read: {reason}") from error
-        check_voxel_size(name, image)
-    if not hasattr(image, "affine"):
-        raise ValueError(f"an image must be a file, a nibabel image or (array, spacing), got {type(image).__name__}")
-    if len(image.shape) != 3 or 0 in image.shape:
-        raise ValueError(f"{name} must be 3D, got shape {image.shape}: give one 3D image per channel")
-    spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
-    if not (np.isfinite(image.affine).all() and abs(np.linalg.det(image.affine[:3, :3])) > 1e-9):
-        raise ValueError(f"{name} has no usable grid: voxel size {spacing.tolist()} mm in its affine")
-    try:
-        finite = np.isfinite(image.get_fdata(dtype=np.float32, caching="unchanged"))
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        reason = " ".join(str(error).replace(name, "").split())
-        raise ValueError(f"{name} cannot be read to its end: {reason}") from error
-    if not finite.all():
-        bad = finite.size - np.count_nonzero(finite)
-        raise ValueError(f"{name} holds NaN or infinite values in {bad} of {finite.size} voxels")
-    return image
-
-
-def check_voxel_size(name: str, image) -> None:
-    "ValueError for a NIfTI file whose grid rests on voxel sizes of 0; nibabel would take them for 1 mm"
-    if not isinstance(image, nib.Nifti1Pair) or image.header["sform_code"] > 0:
-        return
-    with nib.openers.ImageOpener(image.file_map.get("header", image.file_map["image"]).filename) as file:
-        sizes = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
-    if not (np.isfinite(sizes).all() and (sizes != 0).all()):
-        raise ValueError(f"{name} has no voxel size in its header (pixdim {sizes.tolist()}): set it, it decides all lengths")
-
-
-def from_array(
-    array: np.ndarray,  # (X, Y, Z), towards right, anterior, superior
-    spacing: Sequence[float],  # mm
-) -> nib.Nifti1Image:
-    "An array as an image; ValueError if it has not three spacings, all positive"
-    spacing = np.asarray(spacing, float)
-    if spacing.shape != (3,) or not (spacing > 0).all() or not np.isfinite(spacing).all():
-        raise ValueError(f"an array needs its spacing, three positive sizes in mm, got {spacing.tolist()}")
-    array = np.asarray(array)
-    array = array.astype(np.float32) if array.dtype.kind in "b" or array.dtype in (np.int64, np.float16) else array
-    return nib.Nifti1Image(array, np.diag([*spacing, 1.0]))
-
 # %% ../nbs/40_inference.ipynb #options
 @dataclass(frozen=True)
 class Options:
@@ -699,7 +623,7 @@ def must_agree(folder: str | Path, one, other, fields: tuple[str, ...]) -> None:
 
 # %% ../nbs/40_inference.ipynb #scan-steps
 @dataclass(frozen=True)
-class Volume:
+class NetworkInput:
     "A scan as the network reads it, and the way back"
 
     image: np.ndarray  # (C, X, Y, Z), float32, RAS, within `box`
@@ -708,73 +632,63 @@ class Volume:
     box: tuple[slice, ...]  # Around what is not zero
     part: tuple[slice, ...]  # Of that box: where labels are asked for
     mask: np.ndarray | None  # Boolean, whole scan, RAS: outside is background
-    native: nib.spatialimages.SpatialImage  # The first scan
+    header: Header  # Of the first channel
 
-    def back(self, values: np.ndarray) -> np.ndarray:
+    def to_native(self, values: np.ndarray) -> np.ndarray:
         "An array of the whole scan from RAS to the axes of the file"
-        orientation = io_orientation(self.native.affine)
-        return apply_orientation(values, ornt_transform(axcodes2ornt("RAS"), orientation))
+        return Volume(values, self.header.canonical[1], self.header).to_native(values)
 
 
-def read_volume(
-    scans: Sequence[nib.spatialimages.SpatialImage],  # One checked 3D image per channel
+def network_input(
+    scans: Sequence,  # A scan per channel, as `read_scan` takes or gives it
     roi=None,  # Mask on the scan's grid (file, image) or six voxel numbers x0 x1 y0 y1 z0 z1, ends not included
-) -> Volume:
-    "Channels of one scan in RAS; ValueError if their grids differ or nothing of the scan lies in the region"
-    native = scans[0]
-    for scan in scans[1:]:
-        same_grid(native, scan, "all channels must share one grid")
-    orientation = io_orientation(native.affine)
-    values = [s.get_fdata(dtype=np.float32, caching="unchanged") for s in scans]
-    values = np.stack([apply_orientation(each, orientation) for each in values])
-    spacing = nib.affines.voxel_sizes(nib.as_closest_canonical(native).affine)
+) -> NetworkInput:
+    "Channels of one scan in RAS; BadFile if their grids differ, ValueError if nothing of the scan lies in the region"
+    volumes = [scan if isinstance(scan, Volume) else read_scan(scan) for scan in scans]
+    first = volumes[0]
+    for volume in volumes[1:]:
+        same_grid(volume, first)
+    values = np.stack([volume.voxels.astype(np.float32, copy=False) for volume in volumes])
     box, mask = nonzero_box(values), None
     part = tuple(slice(0, side.stop - side.start) for side in box)
     if roi is not None:
-        mask = apply_orientation(region_mask(native, roi), orientation).astype(bool)
+        mask = region_mask(first, roi)
         asked = bounding_box(mask)
         part = tuple(
             slice(max(b.start, a.start) - b.start, max(min(b.stop, a.stop), b.start) - b.start)
             for a, b in zip(asked, box)
         )
-    shape = values.shape[1:]
-    return Volume(np.ascontiguousarray(values[:, *box]), tuple(map(float, spacing)), shape, box, part, mask, native)
+    return NetworkInput(
+        np.ascontiguousarray(values[:, *box]), first.spacing, values.shape[1:], box, part, mask, first.header
+    )
 
 
-def same_grid(one, other, rule: str) -> None:
-    "ValueError, beginning with the rule, if two images differ in shape or affine"
-    if one.shape != other.shape or not np.allclose(one.affine, other.affine, atol=1e-3):
-        raise ValueError(
-            f"{rule}, got shapes {one.shape} and {other.shape}, "
-            f"origins {one.affine[:3, 3].round(2)} and {other.affine[:3, 3].round(2)}"
-        )
-
-
-def region_mask(native: nib.spatialimages.SpatialImage, roi) -> np.ndarray:
-    "A region of interest as a mask on the scan's voxels; ValueError if it is empty or on another grid"
+def region_mask(volume: Volume, roi) -> np.ndarray:
+    "A region of interest as a mask (X, Y, Z) in RAS; ValueError if it is empty or on another grid"
     if isinstance(roi, (str, Path, nib.spatialimages.SpatialImage)):
-        image = read_scan(roi)
-        same_grid(native, image, "the region of interest must lie on the scan's grid")
-        mask = image.get_fdata(dtype=np.float32, caching="unchanged") > 0
+        region = read_scan(roi)
+        same_grid(region, volume)
+        mask = region.voxels > 0
     else:
         sides = np.asarray(roi, int).ravel()
         if len(sides) != 6 or (sides < 0).any():
             raise ValueError(f"a box needs six voxel numbers x0 x1 y0 y1 z0 z1, none negative, got {sides.tolist()}")
-        mask = np.zeros(native.shape, bool)
+        mask = np.zeros(volume.header.shape, bool)
         mask[tuple(slice(*side) for side in sides.reshape(3, 2))] = True
+        mask = apply_orientation(mask, io_orientation(volume.header.affine)).astype(bool)
     if not mask.any():
         raise ValueError("the region of interest holds no voxel of the scan")
     return mask
 
 
-def prepare_volume(volume: Volume, card) -> np.ndarray:
+def prepare_volume(volume: NetworkInput, card) -> np.ndarray:
     "Normalised and on the card's spacing, as `prepare` does it (C, X, Y, Z)"
     image = normalise(volume.image, card.normalisation)
     shape = target_shape(image.shape[1:], volume.spacing, card.spacing)
     return resample_image(image, shape, coarse_axis(volume.spacing, card.spacing)).astype(IMAGE_TYPE)
 
 
-def modality_warnings(volume: Volume, card) -> list[str]:
+def modality_warnings(volume: NetworkInput, card) -> list[str]:
     "What speaks against the scan being of the card's modality; CT holds air near -1000 HU"
     schemes = (getattr(card, "normalisation", None) or {}).get("schemes", ())
     return [
@@ -790,7 +704,7 @@ def predict(
     images,  # A file, a nibabel image, (array, spacing); a list of these, one per channel; an iterator of all that
     overlap: float = 0.5,  # Share of a window that its neighbour sees too
     device: str = "auto",  # auto, cpu, cuda or mps
-    roi=None,  # As in `read_volume`
+    roi=None,  # As in `network_input`
     **options,  # Further fields of `Options`
 ) -> nib.Nifti1Image | Iterator[nib.Nifti1Image]:  # Label map on the image's own grid; an iterator gives an iterator
     "Label map of a scan; ValueError for a scan of the wrong shape, grid, values or channels"
@@ -808,7 +722,7 @@ def predict_each(members: list[Member], images: Iterator, options: Options, roi)
         yield label_scan(members, read_channels(image), options, roi)
 
 
-def read_channels(images) -> list[nib.spatialimages.SpatialImage]:
+def read_channels(images) -> list[Volume]:
     "The checked channels of one scan; a list has one image per channel, anything else is a single one"
     channels = list(images) if isinstance(images, list) or is_channels(images) else [images]
     if not channels:
@@ -824,9 +738,9 @@ def is_channels(images) -> bool:
 def predict_scan(
     model: nn.Module,  # As in `sliding_window`
     card,  # `weights.Card` of that model
-    scans: Sequence[nib.spatialimages.SpatialImage],  # One checked 3D image per channel
+    scans: Sequence,  # A scan per channel, as `read_scan` takes or gives it
     overlap: float = 0.5,  # Share of a window that its neighbour sees too
-    roi=None,  # As in `read_volume`
+    roi=None,  # As in `network_input`
     **options,  # Further fields of `Options`
 ) -> nib.Nifti1Image:  # Label map on the grid of the first scan
     "`predict` for a loaded model: to RAS and the card's spacing, through the windows, and back"
@@ -835,13 +749,13 @@ def predict_scan(
 
 def label_scan(
     members: list[Member],
-    scans: Sequence[nib.spatialimages.SpatialImage],  # One checked 3D image per channel
+    scans: Sequence,  # A scan per channel, as `read_scan` takes or gives it
     options: Options = Options(),
-    roi=None,  # As in `read_volume`
+    roi=None,  # As in `network_input`
 ) -> nib.Nifti1Image:
     "`predict` for loaded models"
     check_channels(members[0].card, len(scans))
-    volume = read_volume(scans, roi)
+    volume = network_input(scans, roi)
     for text in modality_warnings(volume, members[0].card):
         warnings.warn(text, stacklevel=2)
     return label_image(label_volume(members, volume, options), volume)
@@ -859,7 +773,7 @@ def check_channels(card, count: int) -> None:
 
 def label_volume(
     members: list[Member],
-    volume: Volume,
+    volume: NetworkInput,
     options: Options,
     scratch: np.ndarray | None = None,  # Zeros (K, *box): gets the mean probabilities
 ) -> np.ndarray:  # Labels of the whole scan, RAS
@@ -890,7 +804,7 @@ def logits_like(probabilities: np.ndarray, class_order: tuple[int, ...]) -> Iter
 
 def member_labels(
     member: Member,
-    volume: Volume,
+    volume: NetworkInput,
     options: Options,
     scratch: np.ndarray | None,  # (K, *box): the probabilities times `share` are added
     share: float,
@@ -932,9 +846,15 @@ def temporary_array(shape: tuple[int, ...]):
         yield np.memmap(file, np.float32, "w+", shape=shape)
 
 
-def label_image(labels: np.ndarray, volume: Volume) -> nib.Nifti1Image:
-    "Labels in RAS as an image on the scan, with its affine and header; the header's intensity fields are reset"
-    header = nib.Nifti1Header.from_header(volume.native.header)
+def label_image(labels: np.ndarray, volume: NetworkInput) -> nib.Nifti1Image:
+    "Labels in RAS as an image in the file's own axes, lengths in mm; of its header, what is not of intensities stays"
+    raw, affine = volume.header.raw, volume.header.affine
+    header = nib.Nifti1Header() if raw is None else nib.Nifti1Header.from_header(raw)
     header.set_data_dtype(labels.dtype)
     header["cal_min"] = header["cal_max"] = 0
-    return nib.Nifti1Image(np.ascontiguousarray(volume.back(labels)), volume.native.affine, header)
+    header.set_slope_inter(1, 0)
+    header.set_xyzt_units("mm")
+    code = max(int(header["sform_code"]), int(header["qform_code"])) or 1
+    header.set_sform(affine, int(header["sform_code"]) or code)
+    header.set_qform(affine, int(header["qform_code"]) or code)
+    return nib.Nifti1Image(np.ascontiguousarray(volume.to_native(labels)), affine, header)

@@ -11,9 +11,8 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from .fused import BACKENDS, _kind, channels_last, response_gradients, responses
+from .fused import BACKENDS, _kind, channels_last, needs_plain, plain_branch, plain_gradients, response_gradients, responses
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 # It comes with PyTorch for NVIDIA GPUs; without it blocks run in their plain form. Its import takes half a second
 if (torch.version.cuda or os.environ.get("TRITON_INTERPRET")) and find_spec("triton"):
@@ -387,7 +386,7 @@ SIZES = (16, 32, 64, 128)  # Channels that a block may have, at both ends
 
 
 class Block(torch.autograd.Function):
-    "A block but for a shortcut with weights, `(N, C, X, Y, Z)` to `(N, out, ...)`, channels last; exact gradients, of first order"
+    "A block but for a shortcut with weights, `(N, C, X, Y, Z)` to `(N, out, ...)`, channels last; exact gradients"
 
     @staticmethod
     def forward(ctx, x, shortcut, weight, bias, kind, eps, mean_stat, *weights):
@@ -395,13 +394,20 @@ class Block(torch.autograd.Function):
         rstd = (variance + eps).rsqrt_()
         y, norms = expand(d, shortcut, mean, rstd, weights, mean_stat)
         ctx.save_for_backward(x, weight, bias, mean, rstd, norms, *weights)
-        ctx.kind, ctx.mean_stat, ctx.shortcut = kind, mean_stat, shortcut is not None
+        ctx.kind, ctx.eps, ctx.mean_stat, ctx.shortcut = kind, eps, mean_stat, shortcut is not None
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, weight, bias, mean, rstd, norms, *weights = ctx.saved_tensors
+        if needs_plain(grad):
+
+            def again(*given):  # In `float32`, as the sums of the kernels
+                given = [value if value is None else value.float() for value in given]
+                return plain_branch(*given[:3], ctx.kind, ctx.eps, ctx.mean_stat, *given[3:]).to(x.dtype)
+
+            d_x, d_weight, d_bias, *found = plain_gradients(again, (x, weight, bias, *weights), grad)
+            return d_x, grad if ctx.shortcut else None, d_weight, d_bias, None, None, None, *found
         grad = channels_last(grad)
         d = depthwise(x, weight, bias, ctx.kind)
         d_d, *found = expand_gradients(grad, d, mean, rstd, norms, weights, ctx.mean_stat)

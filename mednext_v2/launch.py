@@ -32,7 +32,7 @@ from pathlib import Path
 
 import psutil
 
-from .core import peak_bytes, write_json
+from .core import peak_bytes, read_json, write_json
 
 # %% ../nbs/36_launch.ipynb #spec
 def read_spec(
@@ -41,10 +41,7 @@ def read_spec(
     "The description of a run; ValueError says what it lacks, before any process starts"
     spec = source
     if not isinstance(source, dict):
-        try:
-            spec = json.loads(Path(source).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{source}: not JSON ({error})") from None
+        spec = read_json(source)
     name = "the run" if isinstance(source, dict) else source
     if not isinstance(spec, dict) or set(spec) != {"function", "arguments"}:
         raise ValueError(f'{name}: must be {{"function": "module:function", "arguments": {{...}}}}')
@@ -72,7 +69,7 @@ def report(
     "Add to what this rank has told; a full disk must not end the run here"
     if path := report_path():
         with suppress(OSError):
-            known = json.loads(path.read_text()) if path.exists() else {}
+            known = read_json(path) if path.exists() else {}
             write_json(path, {**known, "pid": os.getpid(), "time": time.time(), **fields})
 
 
@@ -223,7 +220,7 @@ class RunEnded(RuntimeError):
 
 def read_reports(folder: Path) -> dict[int, dict]:
     "What each rank of this machine has told last, by rank"
-    return {int(path.stem[4:]): json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))}
+    return {int(path.stem[4:]): read_json(path) for path in sorted(folder.glob("rank*.json"))}
 
 
 def is_lost(told: dict) -> bool:
@@ -406,7 +403,7 @@ def launch(
         ended, first = supervise(child, folder, processes, patience, grace)
         codes = {} if "agent" in line else {0: child.returncode}
         if (path := folder / "codes.json").exists():
-            codes = {int(rank): number for rank, number in json.loads(path.read_text()).items()}
+            codes = {int(rank): number for rank, number in read_json(path).items()}
         ended = ended or verdict(child.returncode, read_reports(folder), codes, kills, first)
     finally:
         kill(child, read_reports(folder))
@@ -557,7 +554,7 @@ def forecast(
         out = folder / "dry.json"
         arguments = dict(step=asdict(dry), small=asdict(small), device=device, out=str(out))
         launch(dict(function="mednext_v2.launch:dry_step", arguments=arguments))
-        seen = json.loads(out.read_text())
+        seen = read_json(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     cost = dry.cost(fused)

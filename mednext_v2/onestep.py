@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['raw_folder', 'check_raw', 'checkpoint_in', 'parent_folder', 'plan_task', 'held_out', 'planned_data', 'request_of',
-           'check_request', 'predict_cases', 'score_cases', 'note_scores', 'Plan', 'make_plan', 'tell', 'fit_model',
-           'score_model', 'finetune', 'review_scores']
+           'check_request', 'predict_cases', 'score_cases', 'write_scores', 'note_scores', 'Plan', 'make_plan', 'tell',
+           'fit_model', 'score_model', 'finetune', 'review_scores']
 
 # %% ../nbs/45_onestep.ipynb #imports
 import json
@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from .core import ItemsFailed, attempt, fingerprint_of, for_all, write_csv, write_json
+from .core import ItemsFailed, attempt, fingerprint_of, for_all, read_csv, read_json, write_csv, write_json
 from .fitting import TrainingData, drawn, forecast_fit, network_for, start_from, train_in_processes
 
 # %% ../nbs/45_onestep.ipynb #raw-folder
@@ -104,11 +104,8 @@ def plan_task(
     registry: str | Path | None = None,  # Another file than the project's
 ):  # A `Task`
     "The task with the voxel size to train at: the one wanted, else the parent's, else the data set's"
-    from mednext_v2.labelmaps import SUFFIXES
-    from mednext_v2.tasks import file_ending, find_task, read_splits
+    from mednext_v2.tasks import find_task, read_splits
 
-    if (ending := file_ending(raw)) not in SUFFIXES:
-        raise ValueError(f"{raw} holds {ending} files, which prediction does not read: convert them to .nii.gz")
     task = find_task(raw, registry)
     if spacing or card:
         task = replace(task, spacing=tuple(spacing or card.spacing))
@@ -166,7 +163,7 @@ def check_request(
 ) -> None:
     "ValueError, naming what differs, if the folder belongs to another request"
     if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
         if differing := [name for name in request if known.get(name) != request[name]]:
             raise ValueError(f"{path} was made with other {', '.join(differing)}: choose another folder, or remove it")
 
@@ -176,12 +173,15 @@ def predict_cases(
     cases: list,  # Of `Case`
     out: Path,  # Gets a label map and a report a case
     device: str = "auto",
+    overlap: float = 0.5,  # Share of a window that its neighbour sees too
+    overwrite: bool = False,  # Replace label maps that are there
 ) -> dict[str, Path]:  # Label maps by case
-    "Label maps on the scans' own grids; what is there is skipped; ItemsFailed, after all were tried"
+    "Label maps on the scans' own grids; what is there is skipped unless it is to be replaced; ItemsFailed, after all were tried"
     from mednext_v2.inference import Options, load_members
     from mednext_v2.labelmaps import Job, Wish, label_job, read_job, write_job
 
-    members, wish = load_members(model, Options(device=device)), Wish(Options(device=device))
+    options = Options(overlap=overlap, device=device)
+    members, wish = load_members(model, options), Wish(options, overwrite=overwrite)
 
     def label(case) -> None:
         job = Job(case.id, case.images, out / f"{case.id}.nii.gz")
@@ -200,22 +200,35 @@ def score_cases(
     labelled: dict[str, Path],  # Label maps by case
     cases: list,  # Of `Case`
     task,  # A `Task`
-    out: Path,  # Gets scores.csv and summary.json
     workers: int = 1,
-) -> pd.DataFrame:  # One row per case and class; of a case that lacks labels, the annotated ones
+) -> pd.DataFrame:  # Columns case and those of `score_case`; of a case that lacks labels, the annotated ones
     "Score label maps against the truth, on the scans' own grids"
-    from mednext_v2.metrics import score_files, summarise
+    from mednext_v2.metrics import score_files
     from mednext_v2.tasks import partial_cases
 
-    pairs = {case.id: (labelled[case.id], case.label) for case in cases}
-    scored = for_all(score_files, {case: (*pair, task) for case, pair in pairs.items()}, workers)
+    scored = for_all(score_files, {case.id: (labelled[case.id], case.label, task) for case in cases}, workers)
     known = partial_cases(task, cases[0].label.parents[2])
     parts = [part.assign(case=case)[part.label.isin(known.get(case, part.label))] for case, part in scored.items()]
-    table = pd.concat(parts, ignore_index=True).assign(task=task.name, split=cases[0].split)
+    table = pd.concat(parts, ignore_index=True)
+    return table[["case", *table.columns.drop("case")]]
+
+
+def write_scores(
+    table: pd.DataFrame,  # Of `score_cases`
+    labelled: dict[str, Path],  # Label maps by case
+    cases: list,  # Of `Case`
+    task,  # A `Task`
+    out: Path,  # Gets scores.csv and summary.json
+) -> pd.DataFrame:  # With columns task and split before the others
+    "Keep scores beside what nnU-Net would write"
+    from mednext_v2.metrics import summarise
+    from mednext_v2.tasks import partial_cases
+
+    table = table.assign(task=task.name, split=cases[0].split)
     first = ["task", "split", "case"]
     table = table[[*first, *table.columns.difference(first, sort=False)]]
-    if not known:  # Means over classes need all classes of a case
-        write_json(out / "summary.json", summarise(table, task, pairs))
+    if not partial_cases(task, cases[0].label.parents[2]):  # Means over classes need all classes of a case
+        write_json(out / "summary.json", summarise(table, task, {case.id: (labelled[case.id], case.label) for case in cases}))
     write_csv(out / "scores.csv", table)
     return table
 
@@ -324,12 +337,13 @@ def score_model(
 
     path, model = plan.out / "scores.csv", plan.out / "model"
     if path.is_file() and read_card(model).scores:
-        return pd.read_csv(path, dtype={"case": str})
+        return read_csv(path)
     split, cases = held_out(plan.task, plan.raw)
     if split == "val":
         say("this data set has no test cases: scored on its validation cases, which is no test of the model")
     labelled = predict_cases(model, cases, plan.out / "predictions", device)
-    table = score_cases(labelled, cases, plan.task, plan.out, workers)
+    table = score_cases(labelled, cases, plan.task, workers)
+    table = write_scores(table, labelled, cases, plan.task, plan.out)
     note_scores(model, table, command)
     return table
 
@@ -382,12 +396,12 @@ def review_scores(
     out: str | Path,  # Folder of `finetune`, done
 ) -> Path:  # The page
     "Write `review.html`, a page to look through the worst held-out cases; ValueError if they lie in two folders"
-    from mednext_v2.core import build
+    from mednext_v2.core import build, read_json
     from mednext_v2.review import review
     from mednext_v2.tasks import Task
 
     out = Path(out)
-    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    plan = read_json(out / "plan.json")
     task = build(Task, plan["task"], "plan.json")
     _, cases = held_out(task, Path(plan["data"]))
     places = {(case.label.parent, case.images[0].parent) for case in cases}

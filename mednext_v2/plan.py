@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from .core import build, read_yaml, root
+from .core import build, read_csv, read_yaml, root
 
 # %% ../nbs/51c_plan.ipynb #published-compute
 def published_compute(
@@ -22,7 +22,7 @@ def published_compute(
 ) -> pd.DataFrame:  # model, backbone, patch, batch, vram_gb, a100_hours, epochs, source
     "Costs of trainings as others reported them; ValueError for a row without a source"
     path = Path(path) if path else root() / "data/published_compute.csv"
-    table = pd.read_csv(path)
+    table = read_csv(path)
     if table.source.isna().any():
         raise ValueError(f"{path}: line {table.index[table.source.isna()][0] + 2} has no source: name where it comes from")
     return table

@@ -12,7 +12,6 @@ __all__ = ['MEASURED_CASES', 'SCHEMES', 'ANISOTROPY', 'PREPARATION', 'IMAGE_TYPE
 # %% ../nbs/26_prepare.ipynb #imports
 import hashlib
 import io
-import json
 import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -22,7 +21,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from .core import ItemsFailed, atomic_folder, build, fingerprint_of, for_all, sha256, write_csv, write_json
+from .core import ItemsFailed, atomic_folder, build, fingerprint_of, for_all, parse_json, read_json, sha256, write_csv, write_json
 from .storage import join, open_array, read_bytes, write_array
 from .tasks import SPLITS, Case, Scan, Task, count_folds, list_cases, partial_cases, read_case, read_splits
 
@@ -73,11 +72,6 @@ class Fingerprint:
     percentile_99_5: tuple[float, ...]
     schemes: tuple[str, ...]  # How each channel is normalised: "ct" | "zscore" | "none"
     nonzero: bool  # Whether zeros around the tissue are background, as in a skull-stripped brain
-
-    def __post_init__(self):
-        for field, value in vars(self).items():
-            if isinstance(value, list):  # As read from JSON
-                object.__setattr__(self, field, tuple(value))
 
     def normalisation(self) -> dict:
         "The part that `normalise` needs, as plain JSON values"
@@ -372,7 +366,7 @@ def prepare_case(
             row = write_case(task, scan, temporary)
             grid = {"raw_spacing": "x".join(f"{size:.6g}" for size in raw.spacing)}
             write_json(temporary / "case.json", row | grid, sort_keys=False)
-    row = json.loads((target / "case.json").read_text(encoding="utf-8"))
+    row = read_json(target / "case.json")
     return {"case": case.id, "split": case.split, "key": key, **row}
 
 
@@ -463,8 +457,8 @@ class Prepared:
                     f"{folder} is not a prepared data set, {name} is missing: prepare it first"
                 ) from error
         self.digest = fingerprint_of(*(hashlib.sha256(content).hexdigest() for content in files.values()))
-        self.task = build(Task, json.loads(files["task.json"]), "task.json")
-        self.fingerprint = build(Fingerprint, json.loads(files["fingerprint.json"]), "fingerprint.json")
+        self.task = build(Task, parse_json(files["task.json"], join(folder, "task.json")), join(folder, "task.json"))
+        self.fingerprint = build(Fingerprint, parse_json(files["fingerprint.json"], join(folder, "fingerprint.json")), join(folder, "fingerprint.json"))
         # Names such as 001 or NA are names
         text = {"case": str, "key": str, "sha256": str, "lowest": str, "annotated": str}
         self.manifest = pd.read_csv(io.BytesIO(files["manifest.csv"]), dtype=text, keep_default_na=False)
@@ -544,7 +538,7 @@ def fold_view(
     if fold == 0:
         return Path(prepared)
     path, manifest = Path(prepared) / FOLDS, Prepared(prepared).manifest
-    folds = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else [{}]
+    folds = read_json(path, list) if path.is_file() else [{}]
     if not 0 < fold < len(folds):
         raise ValueError(f"{prepared} has {len(folds)} fold(s), fold {fold} was asked for")
     splits = manifest.case.map(folds[fold])

@@ -17,6 +17,7 @@ from .adapt import rate_scales
 from .augment import AUGMENTATIONS
 from .backbones import PARTS
 from .core import build
+from .losses import WEIGHTINGS
 
 # %% ../nbs/31_recipe.ipynb #recipe
 @dataclass(frozen=True)
@@ -38,13 +39,14 @@ class Recipe:
     precision: str = "fp32"  # Or bf16 or fp16: autocast, weights stay float32
     accumulate: int = 1  # Parts that a batch is put through the network in
     deep_supervision: bool = True  # Loss on every resolution of the decoder
+    weighting: str = "mednext"  # Of these losses, or nnunet: the coarsest counts 0
     batch_dice: bool = True  # One Dice a class over the batch (or its part), not one a patch
     present_only: bool = False  # Dice over the classes that the batch shows
     ema: float = 0.0  # Share of the old in the running average of the weights; 0 keeps none
     validate_every: int = 0  # Steps; 0 is never
     smooth: float = 0.9  # Share of the old in the running validation Dice that decides what is best
     patience: int = 0  # Validations without a better one before the run ends early; 0 is never
-    freeze: tuple[str, ...] = ()  # Parts that keep their weights: stem, encoder, decoder, heads
+    freeze: tuple[str, ...] | str = ()  # Parts that keep their weights: stem, encoder, decoder, heads
     layer_decay: float = 1.0  # Rate of a layer as a share of the next one's, see `adapt.layers`
     keep: str = "last"  # Or best: the weights that a run ends with
     checkpoint_every: int = 250  # Steps
@@ -78,6 +80,7 @@ class Recipe:
             "a number above 0, at most 1": (("layer_decay",), lambda v: real(v) and 0 < v <= 1),
             "true or false": (("deep_supervision", "batch_dice", "present_only"), lambda v: isinstance(v, bool)),
             f"one of {', '.join(AUGMENTATIONS)}": (("augment",), lambda v: v in AUGMENTATIONS),
+            f"one of {', '.join(WEIGHTINGS)}": (("weighting",), lambda v: v in WEIGHTINGS),
             "adamw or sgd": (("optimizer",), lambda v: v in ("adamw", "sgd")),
             "fp32, bf16 or fp16": (("precision",), lambda v: v in ("fp32", "bf16", "fp16")),
             "last or best": (("keep",), lambda v: v in ("last", "best")),
@@ -101,7 +104,7 @@ RECIPES = {
         AT_SCALE, steps=300 * EPOCH, lr=1e-3, warmup=50 * EPOCH, precision="bf16", patch=(192, 192, 192)
     ),
     "v1": dict(AT_SCALE, steps=1000 * EPOCH, lr=1e-3, precision="fp16"),
-    "nnunet": dict(AT_SCALE, steps=1000 * EPOCH, lr=1e-2, optimizer="sgd", precision="fp16"),
+    "nnunet": dict(AT_SCALE, steps=1000 * EPOCH, lr=1e-2, optimizer="sgd", precision="fp16", weighting="nnunet"),
     "mini": dict(
         steps=600, patch=(32, 32, 32), lr=1e-2, warmup=30, foreground=0.5, augment="light", present_only=True,
         validate_every=100, checkpoint_every=100,

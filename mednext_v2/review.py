@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from .core import atomic_file
-from .metrics import class_values, conventions, description_folders, label_files, scoring_task
-from .tasks import check_grid, read_volume
+from .core import atomic_file, read_csv
+from .metrics import class_values, conventions, description_folders, scoring_task
+from .scans import list_volumes, read_label, read_scan, same_grid
 
 # %% ../nbs/44_review.ipynb #slice
 PLANES = ("sagittal", "coronal", "axial")  # By the axis that they cut, in RAS order
@@ -373,18 +373,18 @@ def read_triple(
     case: str,
     files: list[dict[str, Path]],  # Predictions, truths and images by case; no images is an empty one
 ) -> tuple:
-    "Prediction, truth and image of a case, on one grid; FileNotFoundError or ValueError otherwise"
+    "Prediction, truth and image of a case, on one grid; FileNotFoundError or BadFile otherwise"
     guesses, true, images = files
     for name, found in (("prediction", guesses), ("truth", true)):
         if case not in found:
             raise FileNotFoundError(f"no {name} of that name")
-    volumes = [read_volume(found[case]) for found in (guesses, true)]
+    volumes = [read_label(found[case]) for found in (guesses, true)]
     path = images.get(case) or images.get(f"{case}_0000")
-    check_grid(volumes[0], volumes[1], guesses[case], true[case])
+    same_grid(*volumes)
     if path is None:
         return (*volumes, None)
-    image = read_volume(path)
-    check_grid(image, volumes[1], path, true[case])
+    image = read_scan(path)
+    same_grid(image, volumes[1])
     return (*volumes, image)
 
 # %% ../nbs/44_review.ipynb #needs
@@ -440,10 +440,10 @@ def review(
     "Write the review page of a run, one self-contained HTML file"
     check_extras()
     if not isinstance(scores, pd.DataFrame):
-        scores = pd.read_csv(scores, dtype={"case": str})
+        scores = read_csv(scores)
     task = scoring_task(task, *description_folders(predictions, truths))
     rows = score_rows(scores, sort)
-    files = [label_files(predictions), label_files(truths), label_files(images) if images else {}]
+    files = [list_volumes(predictions), list_volumes(truths), list_volumes(images) if images else {}]
     chosen = [row for row in rows if row[sort] is not None][:pictures]
     for case in dict.fromkeys(row["case"] for row in chosen):
         part = [row for row in chosen if row["case"] == case]

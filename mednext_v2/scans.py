@@ -6,15 +6,16 @@
 __all__ = ['FILE_FAULTS', 'ENDINGS', 'UNITS', 'UNREADABLE', 'PIECE', 'BadFile', 'cut_ending', 'list_volumes', 'visible_files',
            'channel_of', 'check_channels', 'list_scans', 'Header', 'Damaged', 'zipped', 'open_bytes', 'brief',
            'check_openable', 'first_bytes', 'parse_header', 'displacement', 'grid_tolerance', 'valid_affine', 'unit_mm',
-           'forms', 'best_affine', 'grid_faults', 'unit_fault', 'form_faults', 'show', 'storage_faults', 'size_faults',
-           'volume_shape', 'head_of', 'length_faults', 'opened_by_nibabel', 'read_nifti', 'is_nifti', 'read_other',
-           'inspect_header', 'fault_of', 'read_header', 'pieces', 'broken', 'pieces_other', 'Volume', 'load_voxels',
-           'as_header', 'distinct', 'present_values', 'check_finite', 'as_float32', 'read_scan', 'smallest_type',
-           'whole_labels', 'read_label', 'write_volume', 'grid_distance', 'same_grid']
+           'forms', 'best_affine', 'grid_faults', 'unit_fault', 'form_faults', 'shear_faults', 'show', 'storage_faults',
+           'size_faults', 'volume_shape', 'head_of', 'length_faults', 'opened_by_nibabel', 'read_nifti', 'is_nifti',
+           'read_other', 'inspect_header', 'fault_of', 'read_header', 'pieces', 'broken', 'pieces_other', 'Volume',
+           'load_voxels', 'as_header', 'distinct', 'present_values', 'check_finite', 'as_float32', 'read_scan',
+           'smallest_type', 'whole_labels', 'read_label', 'write_volume', 'grid_distance', 'same_grid']
 
 # %% ../nbs/19b_scans.ipynb #imports
 import gzip
 import os
+import re
 import stat
 import warnings
 import zlib
@@ -96,8 +97,8 @@ def list_volumes(
         raise FileNotFoundError(f"{folder} does not exist: give a volume, or a folder of volumes")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
-        stem, ending = cut_ending(path.name, endings)
-        if not ending or path.name.startswith("."):
+        stem, ending = cut_ending(path.name)
+        if ending not in endings or path.name.startswith("."):
             continue
         if stem in found:
             raise BadFile(folder, f"holds {found[stem].name} and {path.name}", "keep one of them")
@@ -173,6 +174,7 @@ class Header:
     offset: int = 0  # First byte of the voxels; -1 where SimpleITK reads the file
     slope: float = 1.0
     inter: float = 0.0
+    raw: nibabel.Nifti1Header | None = None  # The header itself, if it is one of NIfTI
 
     @property
     def nbytes(self) -> int:
@@ -220,8 +222,9 @@ def open_bytes(path: Path):
 
 # %% ../nbs/19b_scans.ipynb #openable
 def brief(error: Exception) -> str:
-    "An error in one line"
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    "An error in one line; of ITK's, what follows its source file and the address of an object"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"\w+\(0x[0-9a-f]+\): ", "", re.split(r"ERROR: ", text)[-1])[:160]
 
 
 def check_openable(path: Path) -> None:
@@ -366,12 +369,17 @@ def form_faults(header, sform, qform, sizes: np.ndarray) -> list[tuple[str, str]
         found.append(("forms-disagree", f"has a corner at two places {apart:.3g} mm apart, by sform and by qform"))
     elif (np.abs(voxel - sizes) * shape).max() > tolerance:
         found.append(("forms-disagree", f"has voxels of {show(voxel)} mm by sform, {show(sizes)} mm by pixdim"))
-    direction = sform[:3, :3] / voxel
+    return found + shear_faults(sform)
+
+
+def shear_faults(affine: np.ndarray) -> list[tuple[str, str]]:
+    "Whether the axes are at right angles: else a voxel is no box, and sizes along its axes are no distances"
+    direction = affine[:3, :3] / voxel_sizes(affine)
     skew = float(np.abs(direction.T @ direction - np.eye(3)).max())
-    if skew > 1e-3:
-        angle = np.degrees(np.arcsin(min(skew, 1)))
-        found.append(("affine-sheared", f"has axes that are off right angles by up to {angle:.2g} degrees"))
-    return found
+    if skew <= 1e-3:
+        return []
+    angle = np.degrees(np.arcsin(min(skew, 1)))
+    return [("affine-sheared", f"has axes that are off right angles by up to {angle:.2g} degrees")]
 
 
 def show(values) -> str:
@@ -425,7 +433,7 @@ def head_of(path: Path, header) -> Header:
     dtype = header.get_data_dtype().newbyteorder(header.endianness)
     slope = float(header["scl_slope"])
     scale = (slope, float(header["scl_inter"])) if slope else (1.0, 0.0)
-    return Header(path, volume_shape(header), dtype, best_affine(header), int(header["vox_offset"]), *scale)
+    return Header(path, volume_shape(header), dtype, best_affine(header), int(header["vox_offset"]), *scale, header)
 
 
 def length_faults(path: Path, head: Header, quick: bool) -> list[tuple[str, str]]:
@@ -434,6 +442,8 @@ def length_faults(path: Path, head: Header, quick: bool) -> list[tuple[str, str]
     if not zipped(path):
         short = f"has {size:,} bytes, the header needs {needed:,}"
         return [("file-truncated", short)] if size < needed else []
+    if needed > 1032 * size:  # The most that deflate can do
+        return [("file-truncated", f"has {size:,} bytes, which cannot hold the {needed:,} that the header needs")]
     with open(path, "rb") as file:
         file.seek(max(size - 4, 0))
         length = int.from_bytes(file.read(4), "little")
@@ -492,7 +502,7 @@ def read_other(path: Path) -> tuple[Header, list[tuple[str, str]]]:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise Damaged("file-format", f"is refused by SimpleITK ({brief(error)[-120:]})") from None
+        raise Damaged("file-format", f"is refused by SimpleITK ({brief(error)})") from None
     shape, parts = tuple(reader.GetSize()), reader.GetNumberOfComponents()
     if len(shape) != 3 or parts != 1:
         raise Damaged("dimensions", f"has the shape {shape} with {parts} values a voxel")
@@ -592,7 +602,7 @@ def pieces_other(head: Header):
 
         voxels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(head.path))).ravel()  # The first axis fastest
     except (RuntimeError, ValueError) as error:
-        raise Damaged("file-damaged", f"cannot be read by SimpleITK ({brief(error)[-120:]})") from None
+        raise Damaged("file-damaged", f"cannot be read by SimpleITK ({brief(error)})") from None
     for start in range(0, len(voxels), PIECE // 4):
         yield voxels[start : start + PIECE // 4]
 
@@ -622,11 +632,15 @@ def load_voxels(
     header: Header,  # From `read_header`
 ) -> np.ndarray:  # In the file's axes; as stored, or as floating point where the header scales
     "All voxels of a file, read to its last byte; BadFile if it is cut off or damaged"
-    voxels, filled = np.empty(int(np.prod(header.shape)), header.dtype.newbyteorder("=")), 0
+    filled = 0
     try:
+        voxels = np.empty(int(np.prod(header.shape, dtype=object)), header.dtype.newbyteorder("="))
         for piece in pieces(header):
             voxels[filled : filled + len(piece)] = piece
             filled += len(piece)
+    except MemoryError:
+        what = f"needs {header.nbytes / 1e9:,.1f} GB of memory"
+        raise BadFile(header.path, what, "look whether its size is right, or use a machine that has as much") from None
     except Damaged as damage:
         if FILE_FAULTS[damage.code][0] == "error":
             raise fault_of(header.path, damage.code, damage.what) from None
@@ -658,11 +672,15 @@ def as_header(
         raise BadFile("the image", f"has voxels of type {voxels.dtype}", "give one number a voxel")
     if not valid_affine(affine):
         raise BadFile("the image", f"has no usable grid, its affine is {show(affine[:3])}", "correct it")
+    for code, what in shear_faults(affine):
+        raise fault_of("the image", code, what)
     try:
         voxels = np.asanyarray(voxels)
     except (OSError, EOFError, ValueError, zlib.error) as error:  # Of a file that nibabel has opened
         raise BadFile(source.get_filename() or "the image", f"cannot be read to its end ({brief(error)})", FILE_FAULTS["file-truncated"][1]) from None
-    return Header(Path("the image"), tuple(voxels.shape), voxels.dtype, affine), voxels
+    raw = getattr(source, "header", None)
+    raw = raw if isinstance(raw, nibabel.Nifti1Header) else None
+    return Header(Path("the image"), tuple(voxels.shape), voxels.dtype, affine, raw=raw), voxels
 
 
 def _read(source) -> Volume:

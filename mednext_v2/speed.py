@@ -6,13 +6,12 @@
 __all__ = ['read_benchmark', 'block_costs', 'exponent', 'growth']
 
 # %% ../nbs/50d_speed.ipynb #imports
-import json
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from .core import root
+from .core import read_json, root
 
 # %% ../nbs/50d_speed.ipynb #read-benchmark
 def read_benchmark(
@@ -22,7 +21,7 @@ def read_benchmark(
     path = root() / "benchmarks" / "results" / f"{name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `python benchmarks/{name}.py`")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 # %% ../nbs/50d_speed.ipynb #block-costs
 def block_costs(

@@ -149,7 +149,7 @@ def tune(
 def loss_options(recipe: Recipe, sampler=None, engine=None) -> dict:
     "What `deep_supervision_loss` needs to know of recipe, data set and processes"
     task = getattr(sampler, "labels", None) or getattr(getattr(sampler, "prepared", None), "task", None)
-    options = {"present_only": recipe.present_only, "batch_dice": recipe.batch_dice}
+    options = {"present_only": recipe.present_only, "batch_dice": recipe.batch_dice, "weights": recipe.weighting}
     if getattr(task, "regions", None):
         options["regions"] = tuple(task.regions.values())
     if getattr(task, "ignore", None) is not None:

@@ -14,7 +14,6 @@ __all__ = ['UNKNOWN', 'SCHEMES', 'READERS', 'DAMAGE', 'TRIES', 'WAIT', 'TIMEOUT'
 # %% ../nbs/18_zoo.ipynb #imports
 import errno
 import gzip
-import json
 import os
 import re
 import shutil
@@ -39,7 +38,7 @@ from urllib.request import url2pathname
 import pandas as pd
 
 from . import __version__
-from .core import atomic_folder, build, fingerprint_of, read_yaml, room, sha256, write_json
+from .core import atomic_folder, build, fingerprint_of, read_json, read_yaml, room, sha256, write_json
 
 # %% ../nbs/18_zoo.ipynb #safe-parts
 def safe_parts(
@@ -357,13 +356,7 @@ def read_note(path: Path) -> dict:
     "A JSON object that this module wrote; empty if there is none; ValueError if it is damaged"
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: remove it, then fetch the model again")
-    return value
+    return read_json(path, remedy="remove it, then fetch the model again")
 
 
 class Part(NamedTuple):
@@ -623,15 +616,35 @@ class Origin(NamedTuple):
     sha256: str  # Of the file that was downloaded; empty if not known
 
 
+def _is_of(
+    receipt: dict,
+    folder: Path,  # Where it lies
+    path: Path,  # In it
+) -> bool:
+    "Whether a receipt is of a path: it lists the file with this size, or a file below the folder that is there"
+    files = receipt["files"] if isinstance(receipt["files"], dict) else {}
+    for name, facts in files.items():
+        file = folder.joinpath(*safe_parts(name))
+        if file.is_relative_to(path) and file.is_file() and isinstance(facts, list) and facts[:1] == [file.stat().st_size]:
+            return True
+    return False
+
+
 def licence_of(
     path: str | Path,  # A folder or a file, in the cache or copied out of it with its receipt
 ) -> Origin:  # "not available" where there is no receipt
-    "Licence and provenance of fetched weights, from the receipt in the nearest folder above"
+    "Licence and provenance of fetched weights, from the receipt above that lists them; a stray `zoo.json` above is nobody's"
     path = Path(path).resolve()
-    for folder in (path, *path.parents):
-        if receipt := read_receipt(folder):
-            provenance = f"{receipt['title']}, {receipt['where'] or receipt['url']}"
-            return Origin(receipt["licence"], receipt["non_commercial"], provenance, receipt["sha256"])
+    own = path if path.is_dir() else path.parent
+    for folder in (own, *own.parents):
+        try:
+            receipt = read_receipt(folder)
+            if receipt and _is_of(receipt, folder, path):
+                provenance = f"{receipt['title']}, {receipt['where'] or receipt['url']}"
+                return Origin(receipt["licence"], receipt["non_commercial"], provenance, receipt["sha256"])
+        except ValueError:
+            if folder == own:
+                raise
     return Origin(UNKNOWN, "unknown", UNKNOWN, "")
 
 # %% ../nbs/18_zoo.ipynb #permit-use

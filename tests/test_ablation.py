@@ -25,6 +25,7 @@ COMPUTE = dict(device="cpu", workers=1, threads=1, processes=1, parallel="ddp", 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
+    "Prepared tasks; the raw ones lie beside them"
     folder = tmp_path_factory.mktemp("work")
     for name, cases in (("brain_lesion_mr", (2, 1, 1)), ("corpus_ct", (3, 1, 0))):
         build_task(name, None, folder / "raw", cases)
@@ -46,7 +47,7 @@ def workplace(tmp_path, monkeypatch):
 
 
 def places(workplace, prepared) -> Places:
-    return Places(prepared, workplace / "models/smoke/ablate/grn", workplace / "runs/smoke/ablate/grn")
+    return Places(prepared, prepared.with_name("raw"), workplace / "models/smoke/ablate/grn", workplace / "runs/smoke/ablate/grn")
 
 
 def test_an_ablation_from_pretraining_to_scores_and_again(workplace, prepared, monkeypatch):

@@ -191,7 +191,7 @@ def test_half_precision_weights_are_taken():
 def test_model_folder_brings_its_classes(tmp_path):
     card = Card(
         "mednext_v2_tiny", {"width": 2}, 1, {"a": 1, "b": 2}, {"a": "organ", "b": "organ"}, "demo", "CT",
-        (1.0,) * 3, (32,) * 3, {}, {},
+        (1.0,) * 3, (32,) * 3, {"schemes": ("zscore",), "nonzero": False}, {},
     )
     source = tiny()
     save_model(tmp_path / "model", source, card)

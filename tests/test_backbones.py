@@ -76,7 +76,7 @@ def mini(name: str, in_channels=2, num_classes=3, deep_supervision=False, **over
 SMALL_UNET = dict(filters=(4, 6, 8, 8))
 CARD = Card(
     backbone="unet", overrides=SMALL_UNET, in_channels=1, labels={"a": 1, "b": 2}, groups={}, task="t",
-    modality="CT", spacing=(1, 1, 1), patch=(16, 16, 16), normalisation={}, recipe={},
+    modality="CT", spacing=(1, 1, 1), patch=(16, 16, 16), normalisation={"schemes": ("zscore",), "nonzero": False}, recipe={},
 )
 
 

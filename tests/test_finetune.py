@@ -69,7 +69,9 @@ def test_whole_way(done, raw):
         assert row.dsc == pytest.approx(2 * (guess & truth).sum() / (guess.sum() + truth.sum()))
     card = read_card(out / "model")
     assert card.scores["dsc"] == pytest.approx(table.dsc.mean(), abs=1e-4)
-    assert (card.scores["split"], card.scores["cases"], card.scores["command"]) == ("test", 1, "the command")
+    assert {name: card.scores[name] for name in ("split", "cases", "grid", "command")} == dict(
+        split="test", cases=1, grid="scan", command="the command"
+    )
     assert told[0].startswith("data: clean") and told[1].startswith("plan: unet from random weights, 6 steps")
     means = json.loads((out / "summary.json").read_text())["mean"]
     assert [means[str(value)]["Dice"] for value in CHEST.labels.values()] == pytest.approx(table.dsc.tolist())

@@ -1,6 +1,7 @@
 "The fused block gives what the formula gives, under everything that training does to it"
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -262,3 +263,180 @@ def test_a_compiled_network_is_one_graph(checkpointing):
     _dynamo.reset()
     found = _dynamo.explain(random_network(deep_supervision=True, checkpointing=checkpointing))(torch.randn(1, 1, 16, 16, 16))
     assert found.graph_count == 1 and found.graph_break_count == 0
+
+
+def plain(model):
+    return use_fused(copy.deepcopy(model), on=False)
+
+
+def refuse(*_):
+    raise AssertionError("the fused form was chosen")
+
+
+def meta_batch(count=2, channels=1, **loader):
+    "A batch as MONAI's loader gives it"
+    from monai.data import DataLoader, Dataset, MetaTensor
+
+    def case(i):
+        volume = torch.randn(channels, 8, 8, 12, generator=torch.Generator().manual_seed(i))
+        affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0]))
+        return {"image": MetaTensor(volume, affine=affine, meta={"case": i}), "label": MetaTensor(volume[:1] > 0)}
+
+    return next(iter(DataLoader(Dataset([case(i) for i in range(count)]), batch_size=count, **loader)))
+
+
+def meta_results(model, batch, autocast):
+    from monai.data import MetaTensor
+
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        y = model(batch)
+    y.double().square().mean().backward()
+    kept = (y.affine, y.meta["case"]) if isinstance(y, MetaTensor) else None
+    return type(y), y.dtype, kept, y.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "expansion", "block"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("grn", ["mean", "sum"])
+def test_metatensors_get_what_plain_operations_give(grn, mode, autocast, checkpointing):
+    model = random_network(grn, checkpointing=checkpointing).train(mode == "train")
+    batch = meta_batch()["image"]
+    found, expected = meta_results(model, batch, autocast), meta_results(plain(model), batch, autocast)
+    assert found[0] is expected[0] is type(batch) and found[1] == expected[1]
+    torch.testing.assert_close(found[2][0], batch.affine)
+    assert found[2][1].tolist() == expected[2][1].tolist() == [0, 1]
+    for a, b in zip((found[3], *found[4]), (expected[3], *expected[4])):
+        torch.testing.assert_close(a.as_tensor() if hasattr(a, "as_tensor") else a, b.as_tensor() if hasattr(b, "as_tensor") else b)
+
+
+def test_two_steps_with_a_loader_of_monai_equal_those_with_tensors():
+    from mednext_v2.losses import deep_supervision_loss
+
+    states = []
+    for meta in (True, False):
+        model = use_fused(random_network(deep_supervision=True), on=meta)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(2):
+            batch = meta_batch()
+            image, label = (batch[name] if meta else batch[name].as_tensor() for name in ("image", "label"))
+            optimizer.zero_grad()
+            deep_supervision_loss(model(image), label.long()).backward()
+            optimizer.step()
+        states.append(model.state_dict())
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grn", ["mean", "sum", None])
+def test_windows_of_monai_slide_over_a_metatensor(grn):
+    from monai.inferers import SlidingWindowInferer
+
+    model, batch = random_network(grn).eval(), meta_batch(1)["image"]
+    inferer = SlidingWindowInferer((8, 8, 8), overlap=0.5)
+    with torch.no_grad():
+        found, expected = inferer(batch, model), inferer(batch.as_tensor(), plain(model))
+    assert type(found) is type(batch)
+    torch.testing.assert_close(found.as_tensor(), expected, rtol=1e-4, atol=1e-4)
+
+
+class Own(torch.Tensor):
+    "A class that changes nothing"
+
+
+def second_order(model, x):
+    "Gradients of a gradient penalty"
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    penalty = slope.norm()
+    parameters = [parameter for name, parameter in model.named_parameters() if name != "out_0.conv_out.bias"]
+    return [slope.detach(), penalty.detach(), *torch.autograd.grad(penalty, [x, *parameters], allow_unused=True)]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("grn", ["mean", "sum", None])
+def test_gradient_penalties_equal_those_of_the_plain_form(grn, checkpointing):
+    model = random_network(grn, checkpointing=checkpointing).double()
+    x = torch.randn(2, 1, 8, 8, 8, dtype=torch.float64)
+    found, expected = second_order(model, x), second_order(plain(model), x)
+    for a, b in zip(found, expected):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(expected[1]))
+
+
+def test_one_block_used_twice_has_its_second_derivative_once():
+    "Its second input was computed with the same weights"
+    block = MedNeXtBlock(2, ratio=2).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+
+    def penalty(block):
+        x = torch.arange(54, dtype=torch.float64).view(1, 2, 3, 3, 3).sin().requires_grad_()
+        weight = block.conv2.weight
+        (slope,) = torch.autograd.grad(block(block(x)).square().sum(), weight, create_graph=True)
+        return slope.detach(), *torch.autograd.grad(slope.square().sum(), [x, weight])
+
+    torch.testing.assert_close(penalty(block), penalty(plain(block)))
+
+
+def transforms(model, x):
+    "What each transform of PyTorch gives"
+    from torch.func import functional_call, grad, jvp, vmap
+
+    state, tangent = dict(model.named_parameters()), torch.ones_like(x)
+
+    def loss(state, x):
+        return functional_call(model, state, (x,)).square().mean()
+
+    stacked = {name: torch.stack([value, 2 * value]) for name, value in state.items()}
+    yield "grad", lambda: grad(loss)(state, x)
+    yield "vmap", lambda: vmap(lambda one: model(one[None])[0])(x)
+    yield "ensemble", lambda: vmap(lambda state: functional_call(model, state, (x,)))(stacked)
+    yield "per-sample grad", lambda: vmap(grad(loss), in_dims=(None, 0))(state, x[:, None])
+    yield "jvp", lambda: jvp(model, (x,), (tangent,))
+    yield "functional_call", lambda: functional_call(model, state, (x,))
+
+    def forward_mode():
+        with torch.autograd.forward_ad.dual_level():
+            return torch.autograd.forward_ad.unpack_dual(model(torch.autograd.forward_ad.make_dual(x, tangent)))[:]
+
+    yield "forward mode", forward_mode
+    yield "double backward", lambda: torch.autograd.functional.jvp(model, x, tangent)[1]
+    yield "subclass", lambda: model(x.as_subclass(Own)).as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("number", range(9))
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+def test_transforms_give_what_the_plain_form_gives(number, checkpointing):
+    model = random_network(checkpointing=checkpointing).double()
+    x = torch.randn(2, 1, 8, 8, 8, dtype=torch.float64)
+    (name, found), (_, expected) = list(transforms(model, x))[number], list(transforms(plain(random_network().double()), x))[number]
+    torch.testing.assert_close(found(), expected(), msg=lambda text: f"{name}: {text}")
+
+
+def test_batched_gradients_are_refused_in_words():
+    model = random_network()
+    x = torch.randn(1, 1, 8, 8, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"batched gradients .*call use_fused\(model, False\)"):
+        torch.autograd.functional.jacobian(lambda x: model(x)[..., 0, 0, 0], x, vectorize=True)
+    assert torch.autograd.functional.jacobian(lambda x: plain(model)(x)[..., 0, 0, 0], x, vectorize=True).any()
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 6, 8])
+def test_no_backend_is_asked_in_a_transform(number, monkeypatch):
+    monkeypatch.setitem(fused.BACKENDS, "cpu", refuse)
+    model, x = random_network(), torch.randn(2, 1, 8, 8, 8)
+    list(transforms(model, x))[number][1]()
+    with pytest.raises(AssertionError, match="the fused form was chosen"):
+        model(x)
+    with pytest.raises(AssertionError, match="the fused form was chosen"):  # Nor is it forgotten afterwards
+        model.eval()(x)
+
+
+def test_weights_of_a_class_of_their_own_are_left_to_it():
+    model = random_network()
+    block = next(module for module in model.modules() if isinstance(module, MedNeXtBlock))
+    assert can_fuse(block, torch.zeros(1, 4, 8, 8, 8))
+    block.conv2.weight = nn.Parameter(block.conv2.weight.detach().as_subclass(Own))
+    assert not can_fuse(block, torch.zeros(1, 4, 8, 8, 8))

@@ -1,15 +1,21 @@
 "Weights of other programs: read without running them, the same function afterwards, or an error"
 
+import argparse
 import json
 import os
+import pathlib
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mednext_v2 import importers
 from mednext_v2.backbones import BACKBONES, Backbone, create, load_model
 from mednext_v2.fused import use_fused
@@ -110,6 +116,10 @@ WRAPPED = {
     "state_dict": lambda state: {"state_dict": state, "epoch": 3, "best_acc": 0.5},
     "run": lambda state: {"model": state, "identity": {}, "progress": {"step": 7}, "optimizer": {}},
     "model": lambda state: {"model": state},
+    "model_state_dict": lambda state: {"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {}, "loss": 0.1},
+    "network": lambda state: {"network": state, "epoch": 3},
+    "teacher": lambda state: {"student": {name: value + 1 for name, value in state.items()}, "teacher": state, "epoch": 3},
+    "student": lambda state: {"student": state, "epoch": 3},
 }
 
 
@@ -603,7 +613,7 @@ def test_a_card_needs_what_prediction_needs(tmp_path):
     path = save(tmp_path / "a.pth", tiny().state_dict())
     with pytest.raises(ValueError, match="does not tell labels, spacing, patch, normalisation"):
         import_model(path, tmp_path / "ours")
-    facts = {"labels": {"liver": 1, "spleen": 2}, "spacing": (1.0,) * 3, "patch": (32,) * 3, "normalisation": {}}
+    facts = {"labels": {"liver": 1, "spleen": 2}, "spacing": (1.0,) * 3, "patch": (32,) * 3, "normalisation": {"schemes": ("zscore",), "nonzero": False}}
     with pytest.raises(ValueError, match="has 3 outputs, and its classes make 2"):
         import_model(path, tmp_path / "ours", facts | {"labels": {"liver": 1}})
     assert not (tmp_path / "ours").exists()
@@ -718,8 +728,8 @@ def test_a_malicious_pickle_is_refused_at_once_and_never_run(tmp_path, monkeypat
     assert calls[-1] is False and (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("asked", [np.ones(3), slice(1), print], ids=["array", "slice", "print"])
-def test_only_scalars_of_numpy_are_added_to_the_list(asked, tmp_path):
+@pytest.mark.parametrize("asked", [slice(1), print, np.load, np.memmap], ids=["slice", "print", "load", "memmap"])
+def test_no_function_is_on_the_list(asked, tmp_path):
     before = set(map(str, torch.serialization.get_safe_globals()))
     with pytest.raises(ValueError, match="asks to run"):
         read_content(save(tmp_path / "a.pth", {"state_dict": {"a": torch.ones(1)}, "epoch": asked}))
@@ -852,7 +862,7 @@ def test_links(tmp_path):
 
 
 def test_a_card_with_a_lying_hash(tmp_path):
-    card = Card("mednext_v2_tiny", {"width": 4}, 1, {"a": 1, "b": 2}, {}, "t", "CT", (1.0,) * 3, (32,) * 3, {}, {})
+    card = Card("mednext_v2_tiny", {"width": 4}, 1, {"a": 1, "b": 2}, {}, "t", "CT", (1.0,) * 3, (32,) * 3, {"schemes": ("zscore",), "nonzero": False}, {})
     save_model(tmp_path / "m", tiny(), card)
     assert "its sha256 is right" in describe(tmp_path / "m")
     text = (tmp_path / "m" / "card.json").read_text()
@@ -867,7 +877,7 @@ def test_a_card_with_a_lying_hash(tmp_path):
 def test_plans_that_are_not_json(name, text, tmp_path):
     folder = nnunet_folder(tmp_path / "a", tiny().state_dict())
     (folder / name).write_text(text)
-    with pytest.raises(ValueError, match=f"{name} (is not JSON|must hold one JSON object)"):
+    with pytest.raises(ValueError, match=f"{name} (is not JSON|must hold one JSON object|is nested too deep)"):
         read_checkpoint_file(folder)
 
 
@@ -915,3 +925,127 @@ def test_every_network_of_the_registry_is_told_and_rebuilt(name, tmp_path):
     assert report.coverage == 1
     shapes = [{n: v.shape for n, v in m.state_dict().items()} for m in (model, source)]
     assert shapes[0] == shapes[1]
+
+
+# ---- Other layouts
+
+
+@pytest.mark.parametrize("key, content", [
+    ("ema", lambda state: {"ema": state, "state_dict": {}}),
+    ("ema.model", lambda state: {"ema": {"model": state}, "epoch": 1}),
+    ("ema.model", lambda state: {"ema.model": state}),
+    ("student", lambda state: {"student": state, "teacher": {"stem.weight": torch.ones(1)}}),
+])  # fmt: skip
+def test_weights_under_a_key_that_is_given(key, content, tmp_path):
+    source = tiny()
+    path = save(tmp_path / "a.pth", content(source.state_dict()))
+    model, report, found = import_checkpoint(path, key=key)
+    assert found.layout == "key/mednext" and report.coverage == 1
+    assert torch.equal(model(IMAGE), source(IMAGE))
+    for wrong in ("other", key + ".deeper", ""):
+        with pytest.raises(ValueError, match=f"no weights under {wrong!r}; it has: {list(content({}))[0]}"):
+            import_checkpoint(path, key=wrong)
+
+
+SSL = {  # Names before and behind those of the encoder, as MONAI publishes them
+    "model_swinvit.pt": (lambda n: "module." + n.replace("mlp.linear", "mlp.fc"), "state_dict", ["module.norm.weight"]),
+    "one GPU": (lambda n: n.replace("mlp.linear", "mlp.fc"), "state_dict", ["rotation_head.weight", "norm.weight"]),
+    "ssl_pretrained_weights.pth": (
+        lambda n: "encoder." + re.sub(r"^(layers.\.0\.)", r"\g<1>0.", n), "model", ["encoder.mask_token", "decoder.0.weight"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", SSL)
+def test_self_supervised_encoders_of_swin_unetr(layout, tmp_path):
+    renamed, wrapping, more = SSL[layout]
+    source, model = (create("swin_unetr", 1, 3, feature_size=12) for _ in range(2))
+    encoder = {name: value for name, value in source.state_dict().items() if ".swinViT." in f".{name}"}
+    prefix = next(iter(encoder)).split("swinViT.")[0]
+    state = {renamed(name.removeprefix(prefix + "swinViT.")): value for name, value in encoder.items()}
+    state |= {name: torch.ones(2) for name in more}
+    path = save(tmp_path / layout, {wrapping: state, "epoch": 1})
+    found = read_checkpoint_file(path)
+    assert (found.family, found.backbone, found.in_channels) == ("swin_unetr", "swin_unetr", 1)
+    assert found.outside == tuple(more) and found.overrides["feature_size"] == 12
+    report = import_checkpoint(path, model, allow=("*encoder*", "*decoder*", "*out*")).report
+    own = model.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in encoder.items()) and set(report.loaded) == set(encoder)
+    with pytest.raises(ValueError, match="not in the source"):
+        import_checkpoint(path, model)
+
+
+BESIDE = {
+    "array": np.arange(6.0).reshape(2, 3), "integers": np.ones(3, np.int16), "text": np.array(["a", "bc"]), "empty": np.zeros((0, 3)),
+    "scalar": np.float32(0.5), "path": pathlib.PurePosixPath("/data/raw"), "here": pathlib.Path("runs"),
+    "windows": pathlib.PureWindowsPath("C:/runs"), "options": argparse.Namespace(lr=0.1, roi=(96, 96, 96), save=pathlib.Path("x")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_values_beside_the_weights_are_read_as_values(name, tmp_path):
+    value = BESIDE[name]
+    read = read_content(save(tmp_path / "a.pth", {"state_dict": {"a": torch.ones(1)}, "beside": value}))["beside"]
+    if isinstance(value, np.ndarray):
+        assert np.array_equal(read, value) and read.dtype == value.dtype
+    elif isinstance(value, pathlib.PurePath):
+        assert type(read) is str and pathlib.PurePath(read.replace("\\", "/")).name == value.name
+    elif name == "options":
+        assert vars(read) == {"lr": 0.1, "roi": (96, 96, 96), "save": "x"}
+    else:
+        assert read == value
+
+
+class Large:
+    "An array that asks for more memory than there is, and brings no bytes"
+
+    def __reduce__(self):
+        return np.ndarray, ((10**7, 10**6), np.dtype("f8"))
+
+
+def test_an_array_gets_no_memory_for_what_it_claims(tmp_path):
+    read = read_content(save(tmp_path / "a.pth", {"state_dict": {"a": torch.ones(1)}, "beside": Large()}))
+    assert read["beside"].size == 0
+
+
+# ---- Odd shapes
+
+FUZZED = {name: partial(create, name, 1, 3, **BACKBONES[name].mini) for name in (
+    "mednext_v2_tiny", "mednext_v1_small", "unet", "nnunet_plain", "resenc_l", "stunet_small", "segresnet", "swin_unetr")}
+FUZZED["monai"] = torch.no_grad()(lambda: monai())
+
+
+@pytest.fixture(scope="module")
+def states():
+    return {name: {n: v.half() if v.is_floating_point() else v for n, v in make().state_dict().items()} for name, make in FUZZED.items()}
+
+
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 5, 27, 2**14]), max_size=6).filter(lambda shape: np.prod(shape) <= 2**15)
+
+
+@pytest.mark.parametrize("name", FUZZED)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_tensors_of_odd_shapes_are_one_line(states, name, tmp_path, data):
+    state = dict(states[name])
+    telling = [n for n in state if re.search(r"conv\w*\d*\.(weight|0)|proj|bias_table|transp|out|head|stem|seg", n)]
+    for _ in range(data.draw(st.integers(1, 3))):
+        shape = data.draw(SHAPES)
+        state[data.draw(st.sampled_from(telling or list(state)))] = torch.zeros(shape, dtype=data.draw(st.sampled_from(
+            [torch.float16, torch.int64, torch.bool, torch.complex64])))
+    path = save(tmp_path / "a.pth", state)
+    for read in (describe, import_checkpoint, partial(import_checkpoint, model=name if name in BACKBONES else None)):
+        try:
+            read(path)
+        except ValueError as error:
+            assert "\n" not in str(error) and (str(path) in str(error) or "weights cover" in str(error)), error
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_the_tensor_of_another_shape_is_named(states, name, tmp_path):
+    family = read_checkpoint_file(save(tmp_path / "a.pth", states[name])).family
+    sign = importers.FAMILIES[family].stem
+    told = next(n for n in states[name] if n.endswith(sign))
+    path = save(tmp_path / "b.pth", states[name] | {told: torch.zeros(3)})
+    for read in (describe, import_checkpoint):
+        with pytest.raises(ValueError, match=rf"b\.pth: {re.escape(sign)} has the shape \(3,\)"):
+            read(path)

@@ -142,3 +142,33 @@ def test_a_backend_may_leave_a_block_to_its_plain_form(monkeypatch):
     block, x = MedNeXtBlock(4), torch.randn(1, 4, 4, 4, 4)
     monkeypatch.setitem(fused.BACKENDS, "cpu", lambda block, x: None)
     assert torch.equal(block(x), use_fused(block, False)(x))
+
+
+def second_order(block, x) -> list[torch.Tensor]:
+    "Gradients of a gradient penalty"
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(block(x).float().square().sum(), x, create_graph=True)
+    parameters = [parameter for name, parameter in block.named_parameters() if name != "conv1.bias"]
+    found = torch.autograd.grad(slope.float().square().sum(), [x, *parameters], allow_unused=True)
+    return [slope.detach(), *(value for value in found if value is not None)]
+
+
+@gpu
+@pytest.mark.parametrize("case, grn", [("same", "mean"), ("wider", "sum"), ("down", "mean"), ("up", "mean"), ("same", None)])
+def test_second_derivatives_take_the_plain_form(case, grn):
+    block, x = block_and_input(case, grn, "cuda", scale=4)
+    exact = second_order(use_fused(block.double(), False), x.double())
+    use_fused(block.float())
+    with torch.autocast("cuda", torch.bfloat16):
+        found = second_order(block, x)
+    assert max(relative(found, exact)) < 0.1
+
+
+@gpu
+def test_kernels_are_not_asked_for_classes_and_transforms(monkeypatch):
+    monkeypatch.setitem(fused.BACKENDS, "cuda", lambda *_: pytest.fail("the kernels were chosen"))
+    block, x = block_and_input("same", "mean", "cuda")
+    own = type("Own", (torch.Tensor,), {})
+    with torch.autocast("cuda", torch.bfloat16):
+        assert type(block(x.as_subclass(own))) is own
+        torch.func.vmap(lambda one: block(one[None])[0])(x)

@@ -22,6 +22,7 @@ from mednext_v2.labelmaps import (
     read_names,
     slicer_table,
 )
+from mednext_v2.scans import BadFile
 from mednext_v2.weights import Card, read_card, save_model
 
 torch.set_num_threads(1)
@@ -91,7 +92,7 @@ def test_names_go_through_the_header(tmp_path):
 
 
 def test_regions_are_named_by_the_value_they_are_painted_with(model):
-    card = replace(read_card(model), regions={"whole": (1, 2), "core": (2,)}, class_order=(1, 2))
+    card = replace(read_card(model), groups={}, regions={"whole": (1, 2), "core": (2,)}, class_order=(1, 2))
     assert label_names(card) == {1: "whole", 2: "core"}
 
 
@@ -269,12 +270,15 @@ def test_channels_of_a_folder(tmp_path):
     scan(tmp_path / "in/ben_0000.nii.gz")
     scan(tmp_path / "in/carl_0000.nii.gz")
     scan(tmp_path / "in/carl_0001.nii.gz", shape=(18, 14, 8))
+    with pytest.raises(BadFile, match="has ben_0000.nii.gz for ben, and 2 channels are expected"):
+        predict_files(two, tmp_path / "in", tmp_path / "out", CPU)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "in/ben_0000.nii.gz").unlink()
     with pytest.raises(ItemsFailed) as error:
         predict_files(two, tmp_path / "in", tmp_path / "out", CPU)
-    assert "expects 2 channel(s), got 1" in error.value.failures["ben"]
-    assert "share one grid" in error.value.failures["carl"] and list(error.value.results) == ["anna"]
+    assert "has the shape" in error.value.failures["carl"] and list(error.value.results) == ["anna"]
     scan(tmp_path / "plain/anna.nii.gz")
-    with pytest.raises(ValueError, match="needs files named case_0000"):
+    with pytest.raises(ValueError, match="anna.nii.gz, which has no channel number"):
         predict_files(two, tmp_path / "plain", tmp_path / "out2", CPU)
 
 
@@ -288,13 +292,13 @@ def test_where_the_output_may_not_be(tmp_path):
         (source, source, ValueError, "scans are never overwritten"),
         (source, tmp_path / "in", ValueError, "scans are never overwritten"),
         (tmp_path / "in", tmp_path / "labels.nii.gz", ValueError, "the output must be a folder"),
-        (tmp_path / "empty", tmp_path / "out", FileNotFoundError, "holds no .nii"),
+        (tmp_path / "empty", tmp_path / "out", FileNotFoundError, "holds no volume"),
         (tmp_path / "nowhere", tmp_path / "out", FileNotFoundError, "does not exist"),
     ]:
         with pytest.raises(kind, match=message):
             list_jobs(wrong, target, 1)
     scan(tmp_path / "in/a.nii")
-    with pytest.raises(ValueError, match="a is there as .nii and as .nii.gz"):
+    with pytest.raises(ValueError, match="holds a.nii and a.nii.gz: keep one"):
         list_jobs(tmp_path / "in", tmp_path / "out", 1)
 
 

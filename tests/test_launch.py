@@ -309,7 +309,7 @@ def test_room_in_control_groups_of_version_one_and_two(tmp_path):
     "text, words",
     [
         ("{", "not JSON"),
-        ("[]", "must be"),
+        ("[]", "must hold one JSON object"),
         ('{"function": "a:b"}', "must be"),
         ('{"function": "a:b", "arguments": {}, "more": 1}', "must be"),
         ('{"function": "a.b", "arguments": {}}', "'module:function', got 'a.b'"),

@@ -1,5 +1,7 @@
 "Dice + cross-entropy against independent implementations, and on hard input"
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -145,6 +147,58 @@ def test_weights_halve_and_add_up_to_one(outputs):
     weights = deep_supervision_weights(outputs)
     assert sum(weights) == pytest.approx(1)
     assert all(a == pytest.approx(2 * b) for a, b in zip(weights, weights[1:]))
+
+
+@pytest.mark.parametrize("ddp", [False, True])
+@pytest.mark.parametrize("stages", range(2, 9))
+def test_nnunet_weighting_equals_nnunet_trainer(stages, ddp):
+    trainers = pytest.importorskip("nnunetv2.training.nnUNetTrainer.nnUNetTrainer")
+    trainer = object.__new__(trainers.nnUNetTrainer)  # Without a data set; `_build_loss` needs what follows
+    trainer.is_ddp, trainer.enable_deep_supervision, trainer._do_i_compile = ddp, True, lambda: False
+    trainer.label_manager = SimpleNamespace(has_regions=False, ignore_label=None)
+    kernels = [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1)
+    trainer.configuration_manager = SimpleNamespace(batch_dice=True, pool_op_kernel_sizes=kernels)
+    if stages == 2 and not ddp:  # One output, whose weight would be 0 / 0
+        assert deep_supervision_weights(1, "nnunet") == [1]
+        return
+    theirs = list(trainer._build_loss().weight_factors)
+    assert len(theirs) == stages - 1
+    # Across processes nnU-Net puts 1e-6 for 0, lest parameters go unused: ours stay in the graph
+    assert deep_supervision_weights(len(theirs), "nnunet") == pytest.approx(theirs, abs=3e-6 if ddp else 1e-12)
+
+
+@pytest.mark.parametrize("weighting, counts", [("mednext", True), ("nnunet", False)])
+def test_coarsest_output_counts_in_mednext_alone(weighting, counts):
+    logits, label = draw(size=8)
+    outputs = [logits[..., :: 2**i, :: 2**i, :: 2**i].clone().requires_grad_() for i in range(3)]
+    deep_supervision_loss(outputs, label, weights=weighting).backward()
+    assert [bool(output.grad.abs().sum() > 0) for output in outputs] == [True, True, counts]
+
+
+def test_unknown_weighting_is_refused():
+    with pytest.raises(ValueError, match="weighting must be one of mednext, nnunet, got 'v1'"):
+        deep_supervision_weights(3, "v1")
+
+
+@pytest.mark.parametrize("name, weighting", [("pretrain", "mednext"), ("finetune", "mednext"), ("v1", "mednext"), ("nnunet", "nnunet")])
+def test_recipe_weighs_outputs_as_its_source(name, weighting):
+    from mednext_v2.recipe import get_recipe
+    from mednext_v2.trainer import loss_options
+
+    recipe = get_recipe(name)
+    assert recipe.weighting == loss_options(recipe)["weights"] == weighting
+    with pytest.raises(ValueError, match="recipe: weighting must be one of mednext, nnunet, got 'none'"):
+        get_recipe(name, weighting="none")
+
+
+@pytest.mark.parametrize("name, outputs", [("nnunet_plain", 5), ("resenc_l", 5), ("mednext_v2_base", 5)])
+def test_networks_give_as_many_outputs_as_their_source(name, outputs):
+    "nnU-Net supervises one output fewer than a network has stages (six), MedNeXt each of its five levels"
+    from mednext_v2.backbones import create
+
+    with torch.device("meta"):
+        network = create(name, 1, 3, True)
+        assert len(network(torch.empty(1, 1, 64, 64, 64))) == outputs
 
 
 def test_shrinking_uneven_sizes_is_nearest():

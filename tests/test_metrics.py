@@ -485,8 +485,8 @@ def test_evaluate_names_what_it_cannot_score_and_scores_the_rest(tmp_path):
     assert set(reasons) == {"no-truth", "no-prediction", "shape", "value", "broken", "moved"}
     assert "truths has no file of that name" in reasons["no-truth"]
     assert "predictions has no file of that name" in reasons["no-prediction"]
-    assert "has shape" in reasons["shape"] and "different grids" in reasons["moved"]
-    assert "value.nii.gz: prediction holds 9" in reasons["value"] and "cannot be read" in reasons["broken"]
+    assert "has the shape" in reasons["shape"] and "on another grid" in reasons["moved"]
+    assert "value.nii.gz: prediction holds 9" in reasons["value"] and "is not NIfTI" in reasons["broken"]
     assert all("\n" not in reason for reason in reasons.values())
     assert pd.read_csv(tmp_path / "out/scores.csv").case.unique().tolist() == ["good"]
     assert len(json.loads((tmp_path / "out/summary.json").read_text())["metric_per_case"]) == 1
@@ -498,7 +498,7 @@ def test_evaluate_writes_nothing_if_no_case_can_be_scored(tmp_path):
     with pytest.raises(ItemsFailed, match="2 of 2 failed"):
         evaluate(tmp_path / "predictions", tmp_path / "truths", make_task(), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(FileNotFoundError, match="nowhere holds no volume"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         evaluate(tmp_path / "nowhere", tmp_path / "truths", make_task())
 
 

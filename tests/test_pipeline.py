@@ -205,7 +205,7 @@ def train(runs, prepared, out, parent=None, recipe=RECIPE, **options):
     return train_runs(runs, recipe, SMALL, prepared, out, out.with_name(f"{out.name}-curves"), parent, **options)
 
 
-def test_pretrain_finetune_evaluate_collect(prepared, workplace):
+def test_pretrain_finetune_evaluate_collect(raw, prepared, workplace):
     from mednext_v2.weights import read_card
 
     corpus = Run("smoke", "unet", "scratch", "corpus_ct")
@@ -218,13 +218,80 @@ def test_pretrain_finetune_evaluate_collect(prepared, workplace):
     assert card.parent == read_card(parent).sha256 and card.init == "corpus_ct" and card.seed == 3
     assert card.labels == get_task("brain_lesion_mr").labels and card.normalisation
 
-    scores = evaluate_runs([run], workplace / "finetune", prepared, workplace / "evaluate/one")
+    scores = evaluate_runs([run], workplace / "finetune", prepared, raw, workplace / "evaluate/one")
     assert list(scores.columns) == SCORE_COLUMNS
     labels = nibabel.load(next((workplace / "evaluate/one/predictions/brain_lesion_mr-s3").glob("*.nii.gz")))
     assert set(np.unique(np.asanyarray(labels.dataobj))) <= {0, 1, 2}
     collected = collect(workplace / "evaluate", workplace / "results")
     assert len(collected) == len(scores) == 2
     assert "unet" in json.loads((workplace / "results/metrics.json").read_text())
+
+
+def between_grids(source: Path, folder: Path) -> Path:
+    "The data set on coarser voxels than the task's, its axes turned and mirrored, air of zeros around each scan"
+    shutil.copytree(source, folder)
+    for path in folder.rglob("*.nii.gz"):
+        image = nibabel.load(path)
+        values = np.pad(np.asanyarray(image.dataobj)[::2], ((3, 1), (0, 2), (4, 0)))
+        coarse = image.affine @ np.diag([2.0, 1, 1, 1])
+        moved = nibabel.Nifti1Image(values, coarse @ nibabel.affines.from_matvec(np.eye(3), [-3, 0, -4]))
+        turned = nibabel.orientations.ornt_transform(nibabel.orientations.io_orientation(moved.affine), np.array([[2, -1], [0, 1], [1, -1]]))
+        nibabel.save(moved.as_reoriented(turned), path)
+    return folder
+
+
+def test_pipeline_scores_as_predict_and_evaluate_and_finetune_do_on_the_scans_own_grid(raw, workplace):
+    from mednext_v2 import cli
+    from mednext_v2.onestep import Plan as Tuning
+    from mednext_v2.onestep import score_model
+    from mednext_v2.prepare import Prepared
+    from mednext_v2.tasks import list_cases
+    from mednext_v2.weights import read_card
+
+    task = get_task("brain_lesion_mr")
+    own = between_grids(raw / task.folder, workplace / "raw" / task.folder)
+    prepare_all((task.name,), own.parent, workplace / "prepared")
+    run = Run("smoke", "unet", "scratch", task.name)
+    train([run], workplace / "prepared", workplace / "models")
+    model = workplace / "models" / run.name
+    scores = evaluate_runs([run], model.parent, workplace / "prepared", own.parent, workplace / "evaluate", overlap=0.5)
+    case = next(case for case in list_cases(task, own.parent) if case.split == "test")
+    truth = nibabel.load(case.label)
+    assert Prepared(workplace / "prepared" / task.name).label(case.id).shape != truth.shape
+    assert set(scores.grid) == {"scan"} and (scores.n_predicted > 0).any()
+    voxels = np.asanyarray(truth.dataobj)
+    assert scores.n_voxels.tolist() == [(voxels == task.labels[label]).sum() for label in scores.label]
+    made = nibabel.load(workplace / "evaluate/predictions" / run.name / f"{case.id}.nii.gz")
+    assert made.shape == truth.shape and np.allclose(made.affine, truth.affine)
+
+    shutil.copytree(case.images[0].parent, workplace / "scans")
+    shutil.copytree(case.label.parent, workplace / "truths")
+    cli.main(["predict", "-m", str(model), "-i", str(workplace / "scans"), "-o", str(workplace / "told"), "--device", "cpu"])
+    cli.main(["evaluate", str(workplace / "told"), str(workplace / "truths"), "--task", task.name, "--out", str(workplace / "table")])
+    told = pd.read_csv(workplace / "table/scores.csv")
+    shutil.copytree(model, workplace / "tuned/model")
+    score_model(Tuning(task, own, workplace / "tuned", {}), "the command", print, "cpu")
+    kept = pd.read_csv(workplace / "evaluate/scores.csv")
+    for other in (told, pd.read_csv(workplace / "tuned/scores.csv")):
+        shared = [name for name in kept if name in other]
+        pd.testing.assert_frame_equal(kept[shared], other[shared], check_exact=True)
+        assert {"case", "label", "dsc", "nsd", "hd95", "volume_error", "n_voxels", "n_predicted"} <= set(shared)
+    assert read_card(workplace / "tuned/model").scores["grid"] == "scan"
+
+
+def test_raw_case_that_is_gone_is_named(raw, prepared, workplace):
+    from mednext_v2.pipeline import raw_cases
+    from mednext_v2.prepare import Prepared
+
+    data, task = Prepared(prepared / "brain_lesion_mr"), get_task("brain_lesion_mr")
+    assert [case.id for case in raw_cases(data, raw, "test")] == data.ids("test")
+    folder = shutil.copytree(raw / task.folder, workplace / "raw" / task.folder)
+    gone = data.ids("val")[0]
+    splits = json.loads((folder / "splits_final.json").read_text())
+    splits[0]["val"], splits[0]["train"] = splits[0]["train"][:1], splits[0]["train"][1:]
+    (folder / "splits_final.json").write_text(json.dumps(splits))
+    with pytest.raises(ValueError, match=f"has no case {gone}, which .* was made from: prepare it anew"):
+        raw_cases(data, folder.parent, "val")
 
 
 def test_pretrained_weights_are_what_finetuning_starts_from(prepared, workplace, monkeypatch):
@@ -248,7 +315,7 @@ def test_pretrained_weights_are_what_finetuning_starts_from(prepared, workplace,
     assert not (workplace / "finetune").exists(), "an interrupted stage leaves no models"
 
 
-def test_every_fold_is_trained_on_its_own_cases_and_all_cases_are_scored_once(prepared, workplace):
+def test_every_fold_is_trained_on_its_own_cases_and_all_cases_are_scored_once(raw, prepared, workplace):
     from mednext_v2.prepare import FOLDS, Prepared
     from mednext_v2.weights import read_card
 
@@ -263,7 +330,7 @@ def test_every_fold_is_trained_on_its_own_cases_and_all_cases_are_scored_once(pr
     assert [run.name for run in runs] == ["brain_lesion_mr-s0", "brain_lesion_mr-s0-f1"]
     train(runs, data, workplace / "models")
     assert len({read_card(workplace / "models" / run.name).sha256 for run in runs}) == 2
-    scores = evaluate_runs(runs, workplace / "models", data, workplace / "evaluate/one")
+    scores = evaluate_runs(runs, workplace / "models", data, raw, workplace / "evaluate/one")
     assert sorted(scores.case.unique()) == sorted({*tested, *others[1:]}) and not scores.duplicated(["case", "label"]).any()
     with pytest.raises(ValueError, match=r"brain_lesion_mr has 2 fold\(s\), fold 2 was asked for"):
         train([Run("smoke", "unet", "scratch", "brain_lesion_mr", 0, 2)], data, workplace / "more")
@@ -300,7 +367,7 @@ def test_data_that_are_dealt_keep_all_folds_and_with_test_cases_of_their_own_non
     assert count_folds(task, tmp_path / "raw") == 1
 
 
-def test_a_released_model_is_tuned_and_scored_like_ours(prepared, workplace, monkeypatch):
+def test_a_released_model_is_tuned_and_scored_like_ours(raw, prepared, workplace, monkeypatch):
     from mednext_v2 import pipeline
     from mednext_v2.pipeline import Plan, run_released
     from mednext_v2.weights import read_card
@@ -309,7 +376,7 @@ def test_a_released_model_is_tuned_and_scored_like_ours(prepared, workplace, mon
     name, compute = "suprem_unet", dict(device="cpu", workers=1, threads=1, processes=1, parallel="ddp", readers=0)
     plan = Plan("smoke", ("corpus_ct",), ("unet",), ("scratch",), ("brain_lesion_mr",), (0,), released=(name,))
     monkeypatch.setenv("MEDNEXT_V2_CACHE", str(workplace / "cache"))
-    places = dict(data=prepared, models=workplace / "models/smoke/released" / name, out=workplace / "runs/smoke/evaluate" / name)
+    places = dict(data=prepared, raw=raw, models=workplace / "models/smoke/released" / name, out=workplace / "runs/smoke/evaluate" / name)
     with pytest.raises(FileNotFoundError, match="then `mednextv2 zoo fetch suprem_unet`"):
         run_released(plan, name, RECIPE, **places, compute=compute)
     train([Run("smoke", "unet", "scratch", "corpus_ct")], prepared, workplace / "pretrain")

@@ -14,7 +14,7 @@ import pytest
 from data_toys import DEMO
 from scipy import ndimage
 
-from mednext_v2.core import ItemsFailed, root
+from mednext_v2.core import ItemsFailed, build, root
 from mednext_v2.prepare import (
     PREPARATION,
     Fingerprint,
@@ -151,7 +151,7 @@ def test_fingerprint_needs_a_labelled_voxel(raw):
 
 def test_fingerprint_survives_json():
     measured = known(nonzero=True)
-    assert Fingerprint(**json.loads(json.dumps(dataclasses.asdict(measured)))) == measured
+    assert build(Fingerprint, json.loads(json.dumps(dataclasses.asdict(measured)))) == measured
 
 
 def test_nonzero_is_for_mr_with_a_background_of_zeros(mini, raw):

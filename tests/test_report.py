@@ -24,7 +24,6 @@ from mednext_v2.report import (
     summary,
 )
 from mednext_v2.stats import bootstrap_interval, declared_mean
-from mednext_v2.storage import write_array
 from mednext_v2.tasks import Task
 
 matplotlib.use("Agg")
@@ -460,13 +459,11 @@ def test_paper_notebooks_are_thin_and_committed_without_outputs():
 def project(tmp_path, monkeypatch):
     "A project with invented scores, cases and predictions of two tasks; the notebooks find it by their working directory"
     import shutil
-    from dataclasses import asdict
 
     import nibabel
 
     from mednext_v2.core import write_json
-    from mednext_v2.prepare import Fingerprint
-    from mednext_v2.tasks import get_task
+    from mednext_v2.tasks import get_task, write_dataset, write_volume
 
     tasks = {name: get_task(name) for name in ("abdomen_ct", "brain_lesion_mr")}
     (tmp_path / "dvc.yaml").write_text("")
@@ -481,24 +478,24 @@ def project(tmp_path, monkeypatch):
     scores.to_csv(tmp_path / "results/mini/scores.csv", index=False)
     generator = np.random.default_rng(0)
     for name, task in tasks.items():
-        folder = tmp_path / "data/prepared/mini" / name
-        (folder / "cases").mkdir(parents=True)
+        folder = tmp_path / "data/raw/mini" / task.folder
         cases = sorted(scores[scores.task == name].case.unique())
+        affine = np.diag([-task.spacing[0], *task.spacing[1:], 1])  # Stored towards the left
         for case in cases:
             label = np.zeros((20, 18, 8), np.uint8)
             label[4:14, 5:15, 2:6] = generator.integers(0, task.num_classes, (10, 10, 4))
-            image = generator.normal(size=(1, *label.shape)).astype(np.float16)
-            write_array(folder / "cases" / f"{case}.key" / "image.b2nd", image)
-            write_array(folder / "cases" / f"{case}.key" / "label.b2nd", label)
+            image = generator.normal(size=label.shape).astype(np.float32)
+            write_volume(folder / "imagesTs" / f"{case}_0000.nii.gz", image, affine)
+            write_volume(folder / "labelsTs" / f"{case}.nii.gz", label, affine)
             for init in ("scratch", "corpus_ct"):
                 path = tmp_path / f"runs/mini/evaluate/{init}-mednext_v2_tiny/predictions/{name}-s0/{case}.nii.gz"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                nibabel.save(nibabel.Nifti1Image(np.roll(label, 1, 0), np.diag([*task.spacing, 1])), path)
-        manifest = pd.DataFrame({"case": cases, "split": "test", "key": "key", "lowest": "-9.0"})
-        manifest.to_csv(folder / "manifest.csv", index=False)
-        one = Fingerprint(3, task.spacing, (20, 18, 8), *[(0.0,)] * 7, ("ct",), False)
-        write_json(folder / "fingerprint.json", asdict(one))
-        write_json(folder / "task.json", asdict(task))
+                nibabel.save(nibabel.Nifti1Image(label, affine), path)
+        for part in ("train", "val"):
+            write_volume(folder / "imagesTr" / f"{part}_0000.nii.gz", image, affine)
+            write_volume(folder / "labelsTr" / f"{part}.nii.gz", label, affine)
+        write_dataset(task, folder, 2)
+        write_json(folder / "splits_final.json", [{"train": ["train"], "val": ["val"]}])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -562,6 +559,7 @@ def test_qualitative_notebook(project):
         assert set(row["maps"]) == {"image", "truth", "scratch", "corpus_ct"}
         assert all(isinstance(row["maps"][kind], np.ndarray) for kind in ("scratch", "corpus_ct"))
         assert row["maps"]["scratch"].shape == row["image"].shape
+        np.testing.assert_array_equal(row["maps"]["scratch"], row["maps"]["truth"])  # Its prediction is the truth, and so lies on it
     folder = project / "results/mini/qualitative"
     assert {path.name for path in folder.iterdir()} == {f"qualitative.{s}" for s in ("svg", "png", "csv", "html", "tex")}
 
@@ -580,6 +578,18 @@ def test_architecture_notebook(project):
     saved = pd.read_csv(project / "results/mini/architecture/architecture.csv")
     assert saved.blocks.tolist() == [3, 4, 8, 8, 8, 8, 8, 4, 3]
     assert saved.channels.tolist() == [32, 64, 128, 256, 512, 256, 128, 64, 32]
+
+
+@pytest.mark.parametrize("name", ["scores", "ablations"])
+def test_scores_from_before_they_were_computed_on_the_scans_own_grid_are_told_apart(project, name):
+    path = project / f"results/mini/{name}.csv"
+    table = pd.read_csv(project / "results/mini/scores.csv")
+    table.to_csv(path, index=False)
+    old = report.read_table("mini", name)
+    assert set(old.grid) == {"prepared"} and "scored on the prepared grid, not on the scans' own. n =" in report.caption("Means", "mini", old)
+    table.assign(grid="scan").to_csv(path, index=False)
+    new = report.read_table("mini", name)
+    assert set(new.grid) == {"scan"} and "grid" not in report.caption("Means", "mini", new)
 
 
 def test_read_scores_says_how_to_make_them(project):

@@ -110,7 +110,7 @@ def test_a_broken_case_keeps_its_scores_and_says_why(page, tmp_path):
     (tmp_path / "truths/case 3.nii.gz").unlink()
     broken = data_of(review(scores, *(tmp_path / place.name for place in places), tmp_path / "a.html", TASK))["rows"]
     notes = {row["case"]: row["note"] for row in broken if row["dsc"] is not None}
-    assert "cannot be read" in notes["case 2"] and "no truth of that name" in notes["case 3"]
+    assert "is not NIfTI" in notes["case 2"] and "no truth of that name" in notes["case 3"]
     assert notes[EVIL[0]] == "" and len(broken) == 12
     with pytest.raises(ItemsFailed):
         evaluate(tmp_path / "predictions", tmp_path / "truths", TASK)

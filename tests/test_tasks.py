@@ -12,8 +12,10 @@ from data_toys import DEMO
 from mednext_v2.scans import BadFile, present_values, read_scan, write_volume
 from mednext_v2.tasks import (
     Task,
+    data_files,
     deal_out,
     get_task,
+    header_grids,
     list_cases,
     load_tasks,
     plan_spacing,
@@ -48,7 +50,7 @@ def write_registry(folder, **changes):
     "field, value, rule",
     [
         ("dataset", 0, "from 1 to 999"),
-        ("dataset", "901", "from 1 to 999"),
+        ("dataset", "901", "must be a whole number, got '901'"),
         ("title", " ", "not be empty"),
         ("modality", "PET", "one of CT, MR"),
         ("role", "train", "one of pretrain, finetune"),
@@ -56,13 +58,13 @@ def write_registry(folder, **changes):
         ("labels", {"liver": 1, "lesion": 3}, "without gaps"),
         ("labels", {"liver": 0, "lesion": 1}, "without gaps"),
         ("labels", {"liver": 1, "lesion": 1}, "without gaps"),
-        ("labels", {"liver": 1, "lesion": "2"}, "without gaps"),
+        ("labels", {"liver": 1, "lesion": "2"}, "must be a mapping of text to whole numbers"),
         ("groups", {"liver": "organ"}, "no group for lesion"),
         ("groups", {"liver": "organ", "lesion": "tumour"}, "organ, pathology"),
         ("groups", {"liver": "organ", "lesion": "pathology", "x": "organ"}, "x is not in labels"),
-        ("spacing", [5.0, 5.0], "three positive lengths"),
+        ("spacing", [5.0, 5.0], "must be a list of 3 numbers, got (5.0, 5.0)"),
         ("spacing", [5.0, 5.0, 0.0], "three positive lengths"),
-        ("patch", [32, 32, 1.5], "three positive whole"),
+        ("patch", [32, 32, 1.5], "must be a list of 3 whole numbers"),
         ("nsd_tolerance", -1.0, "a positive length"),
     ],
 )
@@ -344,7 +346,7 @@ def test_description_written_here_reads_the_same(tmp_path):
     "change, message",
     [
         ({"labels": {"background": 0, "liver": 1, "lesion": 3}}, "without gaps"),
-        ({"labels": {"background": 0, "whole": [1, 2], "core": [2]}}, "without gaps"),  # Regions need a class order
+        ({"labels": {"background": 0, "whole": [1, 2], "core": [2]}}, "labels must be a mapping of text to whole"),  # Regions need a class order
         ({"labels": {"background": 0, "liver": 1, "ignore": 5}}, "ignore"),
         ({"channel_names": {}}, "lacks 'channel_names'"),
         ({"labels": []}, "lacks 'labels'"),
@@ -432,3 +434,77 @@ def test_present_values_are_the_sorted_distinct_ones(dtype):
     voxels = np.random.default_rng(3).choice([0, 3, 7, 100], (5, 6, 7)).astype(dtype)
     voxels = voxels - 3 if dtype == "int16" else voxels
     np.testing.assert_array_equal(present_values(voxels), np.unique(voxels))
+
+
+# What a raw folder holds besides its data, and what it is called
+
+
+@pytest.mark.parametrize("name", ["Dataset007_MiniDemoCT", "Dataset007_My Toy", "Dataset007_two  spaces"])
+def test_a_folder_keeps_its_name(tmp_path, name):
+    write_raw(tmp_path / name, BRATS, ["a", "b", "c"], LABEL, channels=4)
+    task = raw_task(tmp_path / name)
+    assert task.folder == name and len(list_cases(task, tmp_path)) == 3
+    assert Task(**json.loads(json.dumps(dataclasses.asdict(task)))) == task
+
+
+def test_a_folder_name_as_title_has_the_number():
+    with pytest.raises(ValueError, match="'demo', title: a folder's name must begin with Dataset007_"):
+        dataclasses.replace(DEMO, title="Dataset008_My Toy")
+
+
+def test_hidden_files_and_notes_are_no_data(raw):
+    folder = raw / DEMO.folder
+    before, files = list_cases(DEMO, raw), data_files(folder)
+    for path in [path for path in folder.rglob("*.nii.gz")]:
+        (path.parent / f"._{path.name}").write_bytes(b"\0\5\26\7Mac OS X")
+    (folder / ".DS_Store").write_bytes(b"Bud1")
+    (folder / "imagesTr/.DS_Store").write_bytes(b"Bud1")
+    (folder / "note.txt").write_text("from the clinic")
+    assert list_cases(DEMO, raw) == before and data_files(folder) == files
+    assert {path.name for path in files} >= {"splits_final.json", "one_0000.nii.gz", "three.nii.gz"}
+
+
+@pytest.mark.parametrize("extra", ["one_0001.nii.gz", "one_0003.nii.gz", "one_0000.nii"])
+def test_a_channel_too_many_or_in_two_formats_is_refused(raw, extra):
+    folder = raw / DEMO.folder / "imagesTr"
+    write_volume(folder / extra, IMAGE, AFFINE)
+    with pytest.raises(BadFile, match=f"one_0000.*{extra}|{extra}.*one_0000") as error:
+        list_cases(DEMO, raw)
+    assert "\n" not in str(error.value)
+
+
+def test_two_channels_of_one_name_are_both_what_it_says(tmp_path):
+    from mednext_v2.prepare import summarise
+
+    about = {"channel_names": {"0": "CT", "1": "CT", "2": "PET"}, "labels": {"background": 0, "liver": 1, "lesion": 2}}
+    write_raw(tmp_path / "Dataset007_Two", about, ["a", "b", "c"], LABEL, channels=3)
+    task = raw_task(tmp_path / "Dataset007_Two")
+    measured = {"spacing": (1, 1, 1), "shape": (4, 4, 4), "kept": 1.0, "values": np.arange(9.0).reshape(3, 3)}
+    assert task.channels == ("CT", "CT", "PET") and summarise(task, [measured]).schemes == ("ct", "ct", "zscore")
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint32", "float64"])
+def test_values_that_float32_cannot_tell_apart_are_refused(raw, dtype):
+    case, fine = list_cases(DEMO, raw)[0], np.arange(IMAGE.size).reshape(IMAGE.shape)
+    write_wide(case.images[0], (fine + 1_000_000_000).astype(dtype))
+    with pytest.raises(BadFile, match="one_0000.nii.gz has values from 1000000000 to 1000000335, which float32 holds to 64"):
+        read_case(DEMO, case)
+    write_wide(case.images[0], (fine * 1_000_000).astype(dtype))  # Rounded, and told apart
+    np.testing.assert_allclose(read_case(DEMO, case).image[0], fine * 1_000_000)
+
+
+def write_wide(path, voxels):
+    nibabel.save(nibabel.Nifti1Image(voxels, AFFINE, dtype=voxels.dtype), path)
+
+
+def test_headers_are_read_without_voxels(tmp_path):
+    lps = AFFINE * [[-1], [-1], [1], [1]]
+    write_volume(tmp_path / "lps.nii.gz", np.random.default_rng(0).integers(-999, 999, (60, 70, 80)).astype(np.int16), lps)
+    data = (tmp_path / "lps.nii.gz").read_bytes()
+    (tmp_path / "half.nii.gz").write_bytes(data[: len(data) // 2])  # Its header is whole
+    spacings, shapes = header_grids([tmp_path / "lps.nii.gz", tmp_path / "half.nii.gz"])
+    np.testing.assert_allclose(spacings, [[2, 3, 4]] * 2)
+    assert shapes.tolist() == [[60, 70, 80]] * 2
+    (tmp_path / "cut.nii.gz").write_bytes(data[:20])
+    with pytest.raises(BadFile, match="cut.nii.gz ends within the header"):
+        header_grids([tmp_path / "cut.nii.gz"])

@@ -25,7 +25,7 @@ CARD = Card(
     modality="CT",
     spacing=(5.0, 5.0, 5.0),
     patch=(32, 32, 32),
-    normalisation={"clip": (-100.0, 200.0)},
+    normalisation={"schemes": ("ct",), "mean": (50.0,), "std": (60.0,), "low": (-100.0,), "high": (200.0,), "nonzero": False},
     recipe={"steps": 1, "patch": (32, 32, 32)},
 )
 NETWORKS = {"mednext_v2_tiny": dict(width=2), "unet": dict(filters=(4, 8, 8))}
@@ -163,5 +163,5 @@ def test_scores_are_written_into_the_card_alone(folder):
     before, weights = read_card(folder), (folder / "model.safetensors").read_bytes()
     card = add_scores(folder, {"dsc": 0.5, "cases": 4}, "mednextv2 evaluate predictions labelsTs")
     assert card == read_card(folder) and dataclasses.replace(card, scores={}) == before
-    assert card.scores == {"dsc": 0.5, "cases": 4, "command": "mednextv2 evaluate predictions labelsTs"}
+    assert card.scores == {"dsc": 0.5, "cases": 4, "grid": "scan", "command": "mednextv2 evaluate predictions labelsTs"}
     assert (folder / "model.safetensors").read_bytes() == weights and read_state(folder)

@@ -848,6 +848,25 @@ def test_licence_is_found_from_any_file_below(world, tmp_path):
     assert licence_of(tmp_path) == (UNKNOWN, "unknown", UNKNOWN, "")
 
 
+STRAY = {"other": '{"animals": ["lion"]}', "list": "[1]", "no JSON": "{", "deep": "[" * 10_000}
+
+
+@pytest.mark.parametrize("text", [*STRAY.values(), None], ids=[*STRAY, "receipt of another model"])
+def test_stray_zoo_json_above_is_nobodys(text, world, tmp_path):
+    folder = world.run(accept_licence=True)
+    (tmp_path / "home/mine").mkdir(parents=True)
+    (tmp_path / "home/zoo.json").write_text(text if text else (folder / "zoo.json").read_text())
+    (tmp_path / "home/mine/model.pth").write_bytes(b"weights")
+    for path in (tmp_path / "home/mine/model.pth", tmp_path / "home/mine"):
+        assert licence_of(path) == (UNKNOWN, "unknown", UNKNOWN, "")
+
+
+def test_own_file_in_a_fetched_folder_is_not_under_its_licence(world):
+    folder = world.run(accept_licence=True)
+    (folder / "mine.pth").write_bytes(b"weights")
+    assert licence_of(folder / "mine.pth").licence == UNKNOWN and licence_of(folder).licence != UNKNOWN
+
+
 LICENCES = sorted({entry.licence for entry in load_zoo().values()} | {"CC BY-NC 4.0", "GPL-3.0", "MIT"})
 
 
