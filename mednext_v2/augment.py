@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BEND_STEP', 'BOTH', 'MIRROR', 'BLUR', 'LOW', 'GAMMA', 'OWN', 'NNUNET_TURN', 'NNUNET', 'AUGMENTATIONS',
            'voxels_by_class', 'ArrayCases', 'bend', 'RandSpatiald', 'RandBlur', 'RandGamma', 'EachChanneld',
-           'thin_axis', 'augmentation', 'same_everywhere', 'seeded', 'margin', 'vary', 'crop', 'place', 'Opened',
-           'look_up', 'Latest', 'PatchSampler', 'naming', 'Failed', 'Ahead', 'one_thread', 'end_workers', 'batches',
-           'patch_loader']
+           'mirrored_axes', 'thin_axis', 'augmentation', 'same_everywhere', 'seeded', 'margin', 'vary', 'crop', 'place',
+           'Opened', 'look_up', 'Latest', 'PatchSampler', 'naming', 'Failed', 'Ahead', 'one_thread', 'end_workers',
+           'batches', 'patch_loader']
 
 # %% ../nbs/27_augment.ipynb #imports
 import atexit
@@ -269,6 +269,13 @@ AUGMENTATIONS = {
     "nnunet": ((RandSpatiald, NNUNET_TURN), *NNUNET),
     "nnunet_elastic": ((RandSpatiald, NNUNET_TURN | dict(bend_prob=0.2)), *NNUNET),
 }
+
+
+def mirrored_axes(
+    preset: str,  # none, light, nnunet or nnunet_elastic
+) -> tuple[int, ...]:  # Of X, Y, Z
+    "Along which axes a preset mirrors: a network that has seen no mirror image may not be shown one"
+    return tuple(options["spatial_axis"] for transform, options in AUGMENTATIONS[preset] if transform is RandFlipd)
 
 # %% ../nbs/27_augment.ipynb #augmentation
 def thin_axis(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_YAML', 'MOST_JSON', 'MOST_VALUES', 'MOST_LEVELS', 'WORDS', 'GROUPS', 'SCHEMES', 'LENGTHS', 'MOST_SIDE',
-           'MOST_VOXELS', 'LEFT', 'FORMULA', 'NAMES', 'NO_FILES', 'root', 'frozen', 'read_yaml', 'parse_json',
+           'MOST_VOXELS', 'LOCKS', 'LEFT', 'FORMULA', 'NAMES', 'NO_FILES', 'root', 'frozen', 'read_yaml', 'parse_json',
            'read_json', 'params', 'shown', 'build', 'are_lengths', 'is_patch', 'locked', 'is_named', 'remove_left',
            'claim', 'claimed', 'permit', 'atomic_file', 'atomic_folder', 'write_json', 'write_csv', 'read_csv', 'room',
            'check_place', 'peak_bytes', 'sha256', 'fingerprint_of', 'ItemsFailed', 'attempt', 'for_all']
@@ -24,10 +24,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
+from uuid import uuid4
 
 # %% ../nbs/00_core.ipynb #root
 def root(
@@ -274,6 +276,7 @@ def is_patch(
     return all(0 < side <= MOST_SIDE for side in sides) and math.prod(sides) <= MOST_VOXELS
 
 # %% ../nbs/00_core.ipynb #atomic-claim
+LOCKS = find_spec("fcntl") is not None  # Not on Windows, where an open file cannot be renamed, nor a folder opened
 LEFT = 4  # Temporary names of a target that are looked at for what killed processes left
 
 
@@ -291,8 +294,10 @@ def locked(
     return True
 
 
-def is_named(handle: int, path: Path) -> bool:
-    "Whether what the handle stands for is still there under that name"
+def is_named(handle: int | None, path: Path) -> bool:
+    "Whether what the handle stands for is still there under that name; of a name that nobody else takes, whether it is there"
+    if handle is None:
+        return os.path.lexists(path)
     try:
         return os.path.samestat(os.fstat(handle), os.lstat(path))
     except FileNotFoundError:
@@ -315,9 +320,13 @@ def remove_left(temporary: Path) -> None:
 def claim(
     path: Path,  # The target
     make: Callable[[Path], None],  # Makes a file or folder; FileExistsError if the name is taken
-) -> tuple[Path, int]:  # What was made, and the handle that keeps it
+) -> tuple[Path, int | None]:  # What was made, and the handle that keeps it; without locks a name that nobody else takes
     "A temporary file or folder beside the target that is this process's alone"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not LOCKS:
+        temporary = path.with_name(f".tmp-{uuid4().hex}-{path.name}")
+        make(temporary)
+        return temporary, None
     # The target's name comes last: nibabel and others choose the format by the suffix
     names = (path.with_name(f".tmp-{number}-{path.name}") for number in itertools.count())
     first = list(itertools.islice(names, LEFT))
@@ -344,7 +353,8 @@ def claimed(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     finally:
         if is_named(handle, temporary):  # Once renamed, the name may be another process's
             shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink()
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 # %% ../nbs/00_core.ipynb #atomic
 def permit(path: Path, mode: int) -> None:
@@ -475,8 +485,13 @@ def peak_bytes() -> int:
     status = Path("/proc/self/status")
     if status.is_file():  # Of Linux; `ru_maxrss` there begins with the parent's
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024
-    import resource  # macOS, in bytes
+    try:
+        import resource  # macOS, in bytes
+    except ImportError:  # Windows
+        import psutil
 
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

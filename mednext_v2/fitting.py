@@ -268,6 +268,7 @@ def train_model(
     "Train a network on prepared data and keep it as a model folder"
     import torch
 
+    from mednext_v2.augment import mirrored_axes
     from mednext_v2.backbones import overrides_of
     from mednext_v2.trainer import fit, patch_validation, training_sampler
     from mednext_v2.weights import Card, save_model
@@ -286,6 +287,7 @@ def train_model(
         overrides={name: value for name, value in overrides_of(model).items() if name != "checkpointing"},  # No trait of weights
         in_channels=data.in_channels,
         patch=recipe.patch,
+        mirror_axes=mirrored_axes(recipe.augment),
         recipe=asdict(recipe),
         init=init,
         parent=source.sha256 if source else None,

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['BROKEN', 'WRAPPINGS', 'FAMILIES', 'MAPS', 'STUNETS', 'UNKNOWN', 'NORMALISATIONS', 'STANDARD', 'FACTS', 'SPARE',
-           'harmless', 'check_archive', 'tensors_of', 'check_declared', 'refusal', 'read_pickle', 'read_safetensors',
-           'read_content', 'Wrapping', 'unwrap', 'Family', 'find_family', 'strip', 'KeyMap', 'rename', 'to_mednext',
-           'count', 'mednext_arch', 'guess_mednext', 'unet_arch', 'segresnet_arch', 'guess_stunet', 'guess_swin_unetr',
-           'guess', 'Found', 'configuration_of', 'nnunet_axes', 'nnunet_normalisation', 'nnunet_labels', 'odd_settings',
-           'nnunet_facts', 'facts_nnunet_v2', 'facts_nnssl', 'facts_nnunet_v1', 'shape_at', 'told_by', 'network_of',
-           'found_in', 'inside_of', 'nnunet_checkpoint', 'found_in_nnunet', 'found_in_model', 'kind_of',
-           'read_checkpoint_file', 'detect', 'turned', 'widen', 'fit_mednext', 'fitted', 'named_for', 'fit_same',
-           'fill', 'Imported', 'build', 'has_auxiliary_heads', 'import_checkpoint', 'card_of', 'import_model', 'listed',
-           'told_lines', 'describe', 'layouts']
+           'MONAI', 'harmless', 'check_archive', 'tensors_of', 'check_declared', 'refusal', 'read_pickle',
+           'read_safetensors', 'read_content', 'Wrapping', 'unwrap', 'Family', 'find_family', 'strip', 'KeyMap',
+           'rename', 'to_mednext', 'count', 'mednext_arch', 'guess_mednext', 'unet_arch', 'segresnet_arch',
+           'guess_stunet', 'guess_swin_unetr', 'guess', 'Found', 'configuration_of', 'nnunet_axes',
+           'nnunet_normalisation', 'nnunet_labels', 'odd_settings', 'nnunet_facts', 'facts_nnunet_v2', 'facts_nnssl',
+           'facts_nnunet_v1', 'shape_at', 'told_by', 'network_of', 'found_in', 'inside_of', 'nnunet_checkpoint',
+           'found_in_nnunet', 'found_in_model', 'kind_of', 'read_checkpoint_file', 'detect', 'turned', 'widen',
+           'fit_mednext', 'fitted', 'named_for', 'fit_same', 'fill', 'Imported', 'build', 'has_auxiliary_heads',
+           'import_checkpoint', 'card_of', 'import_model', 'listed', 'told_lines', 'describe', 'layouts']
 
 # %% ../nbs/17_importers.ipynb #imports
 import argparse
@@ -557,7 +557,7 @@ class Found:
     spacing: tuple[float, ...] | None = None  # mm, (X, Y, Z)
     patch: tuple[int, ...] | None = None  # Voxels, (X, Y, Z)
     normalisation: dict | None = None  # What `prepare.normalise` needs
-    mirror_axes: tuple[int, ...] | None = None  # Of the weights, along which training mirrored
+    mirror_axes: tuple[int, ...] = ()  # Of the weights, along which training mirrored, as far as the file tells
     axes: tuple[int, ...] = (0, 1, 2)  # Which axis of the weights is X, Y and Z, see `turned`
     trainer: str | None = None
     epoch: int | None = None
@@ -678,8 +678,9 @@ def facts_nnunet_v2(content: dict) -> dict:
     if "plans" in known:
         told |= nnunet_facts(known["plans"], known["configuration"], known["dataset_json"])
     mirrored = content.get("inference_allowed_mirroring_axes")
-    notes = (f"mirrored in inference along its axes: {mirrored}",) if mirrored is not None else ()
-    return told | {"mirror_axes": None if mirrored is None else tuple(mirrored), "notes": (*told.get("notes", ()), *notes)}
+    # nnUNetTrainerNoMirroring writes None
+    notes = (f"mirrored in inference along its axes: {mirrored}" if mirrored else "trained without mirroring",)
+    return told | {"mirror_axes": tuple(mirrored or ()), "notes": (*told.get("notes", ()), *notes)}
 
 
 def facts_nnssl(content: dict) -> dict:
@@ -799,11 +800,11 @@ def inside_of(
 
 def nnunet_checkpoint(
     folder: Path,  # Trained by nnU-Net v2
-    fold: str | None = None,  # "all", "0", …
+    fold: str | int | None = None,  # "all", "0", …
 ) -> tuple[Path, tuple[str, ...]]:  # The checkpoint, and notes
     "The weights of one fold; FileNotFoundError names the folds that are there"
     folds = sorted(path.name.removeprefix("fold_") for path in folder.glob("fold_*") if path.is_dir())
-    wanted = fold or ("all" if "all" in folds else next(iter(folds), None))
+    wanted = str(fold) if fold is not None else "all" if "all" in folds else next(iter(folds), None)
     if wanted not in folds:
         raise FileNotFoundError(f"{folder} has no fold {wanted}; it has: {', '.join(folds) or 'none'}")
     names = ("checkpoint_final.pth", "checkpoint_best.pth")
@@ -910,7 +911,7 @@ def turned(
         key: [[row[axis] for axis in found.axes] for row in found.overrides[key]]
         for key in ("kernel_sizes", "strides") if key in found.overrides
     }
-    mirror = None if found.mirror_axes is None else tuple(i for i in range(3) if found.axes[i] in found.mirror_axes)
+    mirror = tuple(i for i in range(3) if found.axes[i] in found.mirror_axes)
     return replace(found, state=state, overrides=found.overrides | turn, mirror_axes=mirror, axes=(0, 1, 2))
 
 # %% ../nbs/17_importers.ipynb #fit
@@ -1079,6 +1080,9 @@ def import_checkpoint(
     return Imported(model, fill(model, found, allow, grn), found)
 
 # %% ../nbs/17_importers.ipynb #to-card
+MONAI = ("mednext_monai", "swin_unetr", "unetr", "segresnet")  # Families whose published models were run with MONAI's windows
+
+
 def card_of(
     found: Found,
     **facts,  # Fields of `Card` that the file does not tell, or tells wrongly
@@ -1093,11 +1097,15 @@ def card_of(
     if lacking := [name for name, value in told.items() if value is None]:
         raise ValueError(f"{found.path} does not tell {', '.join(lacking)}: give them, as a card has them")
     recipe = {"imported": found.layout, "trainer": found.trainer or UNKNOWN, "epoch": found.epoch}
+    notes = found.notes if found.mirror_axes or "trained without mirroring" in found.notes else (
+        *found.notes, "whether its training mirrored is not told, so that prediction does not (mirror_axes)"
+    )
     card = from_fields(Card, {
         "backbone": found.backbone, "overrides": found.overrides, "in_channels": found.in_channels,
         "groups": {}, "task": UNKNOWN, "modality": ", ".join(found.channels) or UNKNOWN, "recipe": recipe,
         "regions": found.regions, "class_order": found.class_order, "licence": found.licence,
-        "mirror_axes": found.mirror_axes, "init": found.layout, "provenance": "; ".join((Path(found.path).name, *found.notes)), **told,
+        "mirror_axes": found.mirror_axes, "windows": "monai" if found.family in MONAI else "nnunet",
+        "init": found.layout, "provenance": "; ".join((Path(found.path).name, *notes)), **told,
     }, f"{found.path} and what was given for it")
     if card.num_classes != found.num_classes:
         raise ValueError(f"{found.path} has {found.num_classes} outputs, and its classes make {card.num_classes}")

@@ -258,7 +258,7 @@ def resample_image(
     coarse: int | None = None,  # Axis along which the nearest slice is taken
     order: int = 3,  # Of the spline along the other axes; 1 is linear
 ) -> np.ndarray:  # float32 (C, *shape)
-    "The same box with another number of voxels; no value leaves the range of its channel"
+    "The same box with another number of voxels; no value leaves the range of its channel or, of slices apart, of its slice"
     image = np.ascontiguousarray(image, np.float32)
     if image.shape[1:] == tuple(shape):
         return image
@@ -266,7 +266,12 @@ def resample_image(
     matrices = [interpolation(*sizes) for sizes in zip(image.shape[1:], shape, orders)]
     result = np.empty((len(image), *shape), np.float32)
     for channel, out in zip(image, result):
-        np.clip(apply_matrices(matrices, channel), channel.min(), channel.max(), out=out)
+        low, high = channel.min(), channel.max()
+        if coarse is not None:  # As nnU-Net, which resamples slice by slice
+            plane = tuple(axis for axis in range(3) if axis != coarse)
+            nearest = matrices[coarse].argmax(axis=1)
+            low, high = (np.take(each(channel, plane, keepdims=True), nearest, coarse) for each in (np.min, np.max))
+        np.clip(apply_matrices(matrices, channel), low, high, out=out)
     return result
 
 
@@ -321,7 +326,7 @@ def resample(
     )
 
 # %% ../nbs/26_prepare.ipynb #prepare
-PREPARATION = 1  # Raise it when the same input no longer gives the same arrays: it is part of every key
+PREPARATION = 2  # Raise it when the same input no longer gives the same arrays: it is part of every key
 IMAGE_TYPE = np.float16
 
 

@@ -13,7 +13,7 @@ HOMES = {
     "grn": ["GRN3d", "convert_grn"],
     "fused": ["use_fused"],
     "blocks": ["MedNeXtBlock", "DownBlock", "UpBlock"],
-    "model": ["Arch", "MedNeXt"],
+    "model": ["Arch", "MedNeXt", "pad_to_stride"],
     "scaling": ["PRESETS", "create_model", "scale", "count_parameters", "count_flops", "estimate"],
     "weights": ["Card", "LoadReport", "save_model"],
     "stunet": ["STUNet"],

@@ -106,13 +106,15 @@ def test_overlap_is_blended_by_a_gaussian_written_out():
             ramp = torch.arange(x.shape[-1], dtype=torch.float32).expand(x.shape[0], 1, *x.shape[2:])
             return torch.cat([torch.zeros_like(ramp), ramp], 1)
 
-    logits = sliding_window(Ramp(), np.zeros((1, 8, 8, 12), np.float32), (8, 8, 8), 0.5)
-    weight = np.exp(-0.5 * ((np.arange(8) - 3.5) / 1.0) ** 2)  # MONAI: sigma is an eighth of the window
-    # Windows start at 0 and 4; a voxel in both is the weighted mean of its two positions
-    for z in range(12):
-        positions = [z - start for start in (0, 4) if 0 <= z - start < 8]
-        expected = np.average(positions, weights=[weight[p] for p in positions])
-        assert logits[1, 4, 4, z].item() == pytest.approx(expected, abs=0.02)
+    # Sigma is an eighth of the window; its centre is the voxel 4 for nnU-Net, between 3 and 4 for MONAI
+    for windows, centre, starts in (("nnunet", 4, (0, 2, 5)), ("monai", 3.5, (0, 4, 5))):
+        logits = sliding_window(Ramp(), np.zeros((1, 8, 8, 13), np.float32), (8, 8, 8), 0.5, windows)
+        weight = np.exp(-0.5 * (np.arange(8) - centre) ** 2)
+        # A voxel in several windows is the weighted mean of its positions in them
+        for z in range(13):
+            positions = [z - start for start in starts if 0 <= z - start < 8]
+            expected = np.average(positions, weights=[weight[p] for p in positions])
+            assert logits[1, 4, 4, z].item() == pytest.approx(expected, abs=0.02)
 
 
 def test_network_is_in_evaluation_and_inference_mode_and_gets_its_modes_back():
@@ -440,14 +442,38 @@ def test_labels_cell_by_cell_are_those_of_the_full_logits(shape, patch, overlap,
             assert found.dtype == full.dtype
 
 
+def nnunet_logits(image: torch.Tensor, patch: tuple, model: nn.Module, overlap: float) -> torch.Tensor:
+    "Window after window as nnU-Net lays, pads and weighs them, with its own functions, and sums in float64"
+    steps = pytest.importorskip("nnunetv2.inference.sliding_window_prediction")
+    pads = [max(side - size, 0) for side, size in zip(patch, image.shape[2:])]
+    flat = [n for pad in reversed(pads) for n in (pad // 2, pad - pad // 2)]
+    padded = nn.functional.pad(image, flat)
+    weight = steps.compute_gaussian(tuple(patch), 1 / 8, 10, device=torch.device("cpu")).double()
+    starts = steps.compute_steps_for_sliding_window(padded.shape[2:], patch, 1 - overlap)
+    total, weights = 0, torch.zeros(padded.shape[2:], dtype=torch.float64)
+    for corner in itertools.product(*starts):
+        spot = tuple(slice(begin, begin + side) for begin, side in zip(corner, patch))
+        logits = model(padded[(slice(None), slice(None), *spot)])[0].double()
+        total = torch.zeros(len(logits), *padded.shape[2:], dtype=torch.float64) if weights.max() == 0 else total
+        total[(slice(None), *spot)] += logits * weight
+        weights[spot] += weight
+    inside = tuple(slice(pad // 2, pad // 2 + size) for pad, size in zip(pads, image.shape[2:]))
+    return (total / weights)[(slice(None), *inside)].float()
+
+
+@pytest.mark.parametrize("windows", ["nnunet", "monai"])
 @pytest.mark.parametrize("shape, patch, overlap, wanted, classes", CASES[:6])
-def test_logits_cell_by_cell_are_those_of_monai_and_torch(shape, patch, overlap, wanted, classes):
+def test_logits_cell_by_cell_are_those_of_nnunet_monai_and_torch(shape, patch, overlap, wanted, classes, windows):
     from monai.inferers import sliding_window_inference
 
     model = Smooth(classes)
     image = torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = sliding_window_inference(image, patch, 1, model, overlap, "gaussian", padding_mode="replicate")
+        if windows == "monai":
+            expected = sliding_window_inference(image, patch, 1, model, overlap, "gaussian", padding_mode="replicate")
+        else:
+            expected = nnunet_logits(image, patch, model, overlap)[None]
+        torch.testing.assert_close(sliding_window(model, image[0], patch, overlap, windows), expected[0], atol=2e-5, rtol=1e-5)
         expected = nn.functional.interpolate(expected, wanted, mode="trilinear", align_corners=False)[0]
     found = torch.full((classes, *wanted), torch.nan)
 
@@ -456,7 +482,8 @@ def test_logits_cell_by_cell_are_those_of_monai_and_torch(shape, patch, overlap,
         found[(slice(None), *place)] = logits
 
     with evaluating(model):
-        labels = bounded_labels(model, image[0], lay_windows(shape, patch, overlap, wanted), visit=visit)
+        axes = lay_windows(shape, patch, overlap, wanted, windows=windows)
+        labels = bounded_labels(model, image[0], axes, visit=visit, windows=windows)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
     best = expected.topk(2, 0)[0]
     sure = (best[0] - best[1]).numpy() > 1e-4
@@ -600,7 +627,7 @@ def test_mirroring_is_the_mean_over_all_mirror_images():
 
 def test_mirror_axes_of_the_card_are_used(raw_intensities):
     scan, model = nifti(ball()), Echo(False)
-    for axes, windows in ((None, 8), ((2,), 2)):
+    for axes, windows in (((0, 1, 2), 8), ((2,), 2), ((), 1)):
         known = card(patch=(32, 32, 32))
         known.mirror_axes = axes
         model.modes.clear()
@@ -679,15 +706,35 @@ def test_windows_start_where_monai_puts_them(side, size, overlap):
     whole = max(size, side)
     step = side if side == whole else max(1, int(side * (1 - overlap)))
     expected = tuple(where.start for (where,) in dense_patch_slices((whole,), (side,), (step,)))
-    for axis in inference.lay_windows((size,) * 3, (side,) * 3, overlap):
+    for axis in inference.lay_windows((size,) * 3, (side,) * 3, overlap, windows="monai"):
         assert axis.starts == expected
+
+
+@pytest.mark.parametrize("side, size, overlap", list(itertools.product((1, 4, 7, 32, 97), (1, 5, 31, 32, 33, 40, 100, 513), (0, 0.25, 0.5, 0.9))))
+def test_windows_start_where_nnunet_puts_them(side, size, overlap):
+    steps = pytest.importorskip("nnunetv2.inference.sliding_window_prediction")
+    expected = steps.compute_steps_for_sliding_window((max(size, side),), (side,), 1 - overlap)[0]
+    for axis in inference.lay_windows((size,) * 3, (side,) * 3, overlap):
+        assert axis.starts == tuple(sorted(set(expected)))  # Steps below a voxel give nnU-Net a window twice
+
+
+@pytest.mark.parametrize("patch", [(1, 1, 1), (2, 3, 4), (16, 8, 5), (64, 32, 96), (128, 128, 128)])
+def test_windows_weigh_what_nnunet_gives_them(patch):
+    steps = pytest.importorskip("nnunetv2.inference.sliding_window_prediction")
+    expected = steps.compute_gaussian(patch, 1 / 8, 10, device=torch.device("cpu"))
+    assert torch.equal(inference.gaussian(patch), expected.float())
+
+
+def test_windows_are_of_a_known_kind():
+    with pytest.raises(ValueError, match="laid as nnunet or monai, got 'gaussian'"):
+        sliding_window(Echo(), np.zeros((1, 8, 8, 8), np.float32), (8, 8, 8), windows="gaussian")
 
 
 @pytest.mark.parametrize("patch", [(1, 1, 1), (2, 3, 4), (16, 8, 5), (64, 32, 96)])
 def test_windows_weigh_what_monai_gives_them(patch):
     from monai.data.utils import compute_importance_map
 
-    assert torch.equal(inference.gaussian(patch), compute_importance_map(patch, "gaussian", 0.125))
+    torch.testing.assert_close(inference.gaussian(patch, windows="monai").float(), compute_importance_map(patch, "gaussian", 0.125), rtol=1e-6, atol=0)
 
 
 def test_predicting_with_a_network_of_its_own_does_not_import_monai(tmp_path):

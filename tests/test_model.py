@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from mednext_v2.model import Arch, MedNeXt, check_input
+from mednext_v2.model import Arch, MedNeXt, check_input, pad_to_stride
 
 TINY = Arch(width=4, depths=(1, 2, 1, 1, 2), ratios=(2, 3, 2, 4, 2))
 NAMES = {  # Written down by hand from the authors' v1 code, one level after the other
@@ -283,7 +283,7 @@ def test_arch_is_a_value():
         ((1, 8, 8, 8), r"five axes; got 4: \(1, 8, 8, 8\)"),
         ((1, 3, 8, 8, 8), r"takes 2 input channels, got 3"),
         ((1, 2, 10, 8, 9), r"multiples of 4, got \(10, 8, 9\); nearest: \(8, 8, 8\) or \(12, 8, 12\)"),
-        ((1, 2, 3, 8, 8), r"nearest: \(4, 8, 8\)$"),
+        ((1, 2, 3, 8, 8), r"nearest: \(4, 8, 8\); or see pad_to_stride\(x, 4\)$"),
         ((1, 2, 0, 8, 8), r"multiples of 4, got \(0, 8, 8\)"),
         ((2, 2, 4, 4, 4), r"leaves one voxel at stride 4.*at least one side must be 8"),
     ],
@@ -300,7 +300,7 @@ def test_the_sizes_an_error_suggests_do_fit():
         try:
             check_input((1, 1, side, 32, 32), 1, 16)
         except ValueError as error:
-            tail = str(error).split("nearest: ")[1]
+            tail = str(error).split("nearest: ")[1].split("; or see")[0]
             for sides in tail.split(" or "):
                 suggested = tuple(map(int, sides.strip("()").split(",")))
                 check_input((1, 1, *suggested), 1, 16)
@@ -320,3 +320,44 @@ def test_the_sizes_an_error_suggests_do_fit():
 def test_model_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         MedNeXt(TINY, **(dict(in_channels=1, num_classes=2) | options))
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (4, 4, 4), (5, 9, 7), (8, 8, 8), (17, 3, 4)])
+@pytest.mark.parametrize("stride", [4, 16])
+def test_padding_fits_and_is_cut_back(size, stride):
+    x = torch.randn(2, 1, *size)
+    padded, crop = pad_to_stride(x, stride, value=-1)
+    check_input(padded.shape, 1, stride)
+    assert torch.equal(padded[crop], x)
+    assert padded.sum() == pytest.approx(float(x.sum()) - (padded.numel() - x.numel()), rel=1e-4, abs=1e-2)
+    assert all(new - old < stride for new, old in zip(padded.shape[2:4], size))
+    if size == (8, 8, 8) and stride == 4:
+        assert padded.shape == x.shape
+
+
+def test_an_odd_volume_goes_through_the_network_and_has_gradients():
+    model = MedNeXt(TINY, 2, 3)
+    x = torch.randn(1, 2, 9, 7, 5, requires_grad=True)
+    padded, crop = pad_to_stride(x, model.stride)
+    y = model(padded)[crop]
+    assert y.shape == (1, 3, 9, 7, 5)
+    y.square().sum().backward()
+    assert x.grad.shape == x.shape and x.grad.isfinite().all() and x.grad.any()
+
+
+def test_a_padded_metatensor_keeps_its_place():
+    from monai.data import MetaTensor
+
+    affine = torch.tensor([[2.0, 0, 0, -9], [0, 3, 0, 5], [0, 0, 4, 1], [0, 0, 0, 1]])
+    x = MetaTensor(torch.randn(1, 2, 9, 7, 5), affine=affine, meta={"name": "scan"})
+    model = MedNeXt(TINY, 2, 3)
+    padded, crop = pad_to_stride(x, model.stride)
+    y = model(padded)[crop]
+    assert isinstance(y, MetaTensor) and y.shape == (1, 3, 9, 7, 5) and y.meta["name"] == "scan"
+    torch.testing.assert_close(y.affine.float(), affine)
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 7, 5), (1, 2, 0, 8, 8)])
+def test_what_cannot_be_padded_is_refused(shape):
+    with pytest.raises(ValueError, match="pad_to_stride takes"):
+        pad_to_stride(torch.zeros(shape), 4)

@@ -6,7 +6,6 @@ What is known to differ:
 - images are stored in half precision here;
 - where two classes have exactly equal weight, the higher one wins here, in nnU-Net the class of the nearest
   voxel in stored order (batchgenerators 0.25.5; the higher one before);
-- the spline's overshoot is cut at the range of the channel here, there at that of a slice if slices are apart;
 - the CT window comes from all labelled voxels here, from a random sample there.
 """
 
