@@ -47,6 +47,7 @@ from mednext_v2.dicom import (
     read_series,
     structure_names,
 )
+from .scans import smallest_type
 from mednext_v2.tasks import (
     ANNOTATED,
     Task,
@@ -202,7 +203,7 @@ def relabel(
     voxels: np.ndarray,  # (X, Y, Z), a publisher's values
     table: dict[int, int],  # Publisher's value to ours
     path: Path,  # What to call it in an error
-) -> tuple[np.ndarray, list[str]]:  # uint8 (X, Y, Z), notes
+) -> tuple[np.ndarray, list[str]]:  # Smallest unsigned type (X, Y, Z), notes
     "Our values; ValueError for one that the table lacks"
     raw = present_values(voxels)
     unknown = [value for value in raw if value not in table]
@@ -215,8 +216,8 @@ def relabel(
     lost = [int(value) for value in raw if value and not table[value]]
     notes = [f"raw value {', '.join(map(str, lost))} taken as background"] if lost else []
     if all(table[value] == value for value in raw):
-        return voxels.astype(np.uint8), notes
-    lookup = np.zeros(max(table) + 1, np.uint8)
+        return voxels.astype(smallest_type(max(table.values()))), notes
+    lookup = np.zeros(max(table) + 1, smallest_type(max(table.values())))
     lookup[list(table)] = list(table.values())
     return np.stack([lookup[slab.astype(np.intp)] for slab in voxels]), notes
 
