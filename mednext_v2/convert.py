@@ -41,6 +41,7 @@ from mednext_v2.dicom import (
     read_series,
     structure_names,
 )
+from .scans import smallest_type
 from mednext_v2.tasks import (
     ANNOTATED,
     Task,
@@ -49,7 +50,7 @@ from mednext_v2.tasks import (
     displacement,
     distinct,
     file_ending,
-    load_image,
+    read_header,
     load_tasks,
     partial_cases,
     patient_of,
@@ -196,7 +197,7 @@ def relabel(
     voxels: np.ndarray,  # (X, Y, Z), a publisher's values
     table: dict[int, int],  # Publisher's value to ours
     path: Path,  # What to call it in an error
-) -> tuple[np.ndarray, list[str]]:  # uint8 (X, Y, Z), notes
+) -> tuple[np.ndarray, list[str]]:  # Smallest unsigned type (X, Y, Z), notes
     "Our values; ValueError for one that the table lacks"
     raw = present_values(voxels)
     unknown = [value for value in raw if value not in table]
@@ -209,8 +210,8 @@ def relabel(
     lost = [int(value) for value in raw if value and not table[value]]
     notes = [f"raw value {', '.join(map(str, lost))} taken as background"] if lost else []
     if all(table[value] == value for value in raw):
-        return voxels.astype(np.uint8), notes
-    lookup = np.zeros(max(table) + 1, np.uint8)
+        return voxels.astype(smallest_type(max(table.values()))), notes
+    lookup = np.zeros(max(table) + 1, smallest_type(max(table.values())))
     lookup[list(table)] = list(table.values())
     return np.stack([lookup[slab.astype(np.intp)] for slab in voxels]), notes
 
@@ -471,8 +472,8 @@ def plan_toothfairy3(
 def read_cbct(origin: Origin, task: Task, name: str, tolerance: float = 0.01) -> Draft:
     "A ToothFairy case; its array is laid right, back and down where the header says left, back and up"
     draft = read_files(origin, task, name, tolerance)
-    declared = nibabel.aff2axcodes(load_image(origin.images[0]).affine)
-    if origin.facts["fix_direction"] and declared == ("L", "P", "S"):
+    declared = read_header(origin.images[0]).axes
+    if origin.facts["fix_direction"] and declared == "LPS":
         draft.channels = [half_turn(voxels) for voxels in draft.channels]
         draft.label = None if draft.label is None else half_turn(draft.label)
         draft.notes.append("direction corrected: the voxels run right, back and down")

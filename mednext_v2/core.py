@@ -261,7 +261,7 @@ def build(
 
 # %% ../nbs/00_core.ipynb #ranges
 GROUPS = ("organ", "pathology", "unspecified")  # Of a class
-SCHEMES = ("ct", "zscore", "none")  # By which `prepare.normalise` scales a channel
+SCHEMES = ("ct", "zscore", "none", "rescale_to_0_1", "rgb_to_0_1")  # By which `prepare.normalise` scales a channel
 LENGTHS = (1e-6, 1e4)  # mm, the least and the most that a voxel or a tolerance may measure
 MOST_SIDE, MOST_VOXELS = 8192, 2**30  # Of a patch
 

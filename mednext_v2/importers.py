@@ -565,7 +565,8 @@ class Found:
     notes: tuple[str, ...] = ()
 
 # %% ../nbs/17_importers.ipynb #nnunet-plans
-NORMALISATIONS = {"CTNormalization": "ct", "ZScoreNormalization": "zscore", "NoNormalization": "none"}
+NORMALISATIONS = {"CTNormalization": "ct", "ZScoreNormalization": "zscore", "NoNormalization": "none",
+                  "RescaleTo01Normalization": "rescale_to_0_1", "RGBTo01Normalization": "rgb_to_0_1"}
 
 
 def configuration_of(

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .losses import finest
-from .prepare import IMAGE_TYPE, bounding_box, coarse_axis, nonzero_box, normalise, resample_image, target_shape
+from .prepare import bounding_box, coarse_axis, image_type, nonzero_box, normalise, resample_image, target_shape
 from .scans import Header, Volume, read_scan, same_grid
 
 # %% ../nbs/40_inference.ipynb #sliding-window
@@ -728,7 +728,8 @@ def prepare_volume(volume: NetworkInput, card) -> np.ndarray:
     "Normalised and on the card's spacing, as `prepare` does it (C, X, Y, Z)"
     image = normalise(volume.image, card.normalisation)
     shape = target_shape(image.shape[1:], volume.spacing, card.spacing)
-    return resample_image(image, shape, coarse_axis(volume.spacing, card.spacing)).astype(IMAGE_TYPE)
+    image = resample_image(image, shape, coarse_axis(volume.spacing, card.spacing))
+    return image.astype(image_type(image, (card.normalisation or {}).get("schemes", ())))
 
 
 def modality_warnings(volume: NetworkInput, card) -> list[str]:

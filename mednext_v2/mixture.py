@@ -309,7 +309,8 @@ def channel_order(samplers: dict[str, PatchSampler], name: str) -> list[int] | N
     tasks = [getattr(samplers[n].prepared, "task", None) for n in (next(iter(samplers)), name)]
     if None in tasks or tasks[0].channels == tasks[1].channels:
         return None
-    wanted, own = (task.channels for task in tasks)
+    # Of two channels called CT, the second is the other's second
+    wanted, own = ([(name, task.channels[:i].count(name)) for i, name in enumerate(task.channels)] for task in tasks)
     return [own.index(channel) for channel in wanted] if set(own) == set(wanted) else None
 
 

@@ -143,10 +143,10 @@ def request_of(
     plan,  # A `Plan`
 ) -> dict:
     "What the weights depend on, as JSON holds it"
+    from mednext_v2.tasks import data_files
     from mednext_v2.weights import read_card
 
-    files = sorted(path for path in plan.raw.rglob("*") if path.is_file())
-    facts = [(str(path.relative_to(plan.raw)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    facts = [(str(path.relative_to(plan.raw)), path.stat().st_size, path.stat().st_mtime_ns) for path in data_files(plan.raw)]
     parent = plan.network["parent"]
     request = dict(
         data=str(plan.raw.resolve()), files=fingerprint_of(facts), init=plan.init,

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MEASURED_CASES', 'SCHEMES', 'ANISOTROPY', 'PREPARATION', 'IMAGE_TYPE', 'PREPARED', 'PREPARED_CASE', 'DESCRIPTIONS',
            'FOLDS', 'bounding_box', 'nonzero_box', 'crop_scan', 'Fingerprint', 'target_shape', 'spread', 'measure_case',
-           'fingerprint', 'summarise', 'tissue_mask', 'normalise', 'coarse_axis', 'interpolation', 'along',
-           'apply_matrices', 'resample_image', 'resample_label', 'bounding_rows', 'resample', 'foreground_places',
-           'case_key', 'prepare_case', 'write_case', 'prepare', 'remove_others', 'Prepared', 'view', 'fold_view']
+           'fingerprint', 'summarise', 'tissue_mask', 'to_unit_range', 'normalise', 'coarse_axis', 'interpolation',
+           'along', 'apply_matrices', 'resample_image', 'resample_label', 'bounding_rows', 'resample', 'image_type',
+           'foreground_places', 'case_key', 'prepare_case', 'write_case', 'prepare', 'remove_others', 'Prepared',
+           'view', 'fold_view']
 
 # %% ../nbs/26_prepare.ipynb #imports
 import hashlib
@@ -88,7 +89,8 @@ class Fingerprint:
 
 # %% ../nbs/26_prepare.ipynb #fingerprint
 MEASURED_CASES = 500
-SCHEMES = {"ct": "ct", "nonorm": "none"}  # By the channel's name, as nnU-Net chooses; others are z-scored
+# By the channel's name, as nnU-Net 2.8.1 chooses; any other is z-scored
+SCHEMES = {"ct": "ct", "nonorm": "none", "rescale_to_0_1": "rescale_to_0_1", "rgb_to_0_1": "rgb_to_0_1"}
 
 
 def target_shape(
@@ -163,7 +165,7 @@ def summarise(
         cases=len(measured),
         spacing=tuple(np.median([each["spacing"] for each in measured], axis=0).tolist()),
         shape=tuple(int(n) for n in np.median([each["shape"] for each in measured], axis=0)),
-        schemes=tuple(SCHEMES.get(channel.lower(), "zscore") for channel in task.channels),
+        schemes=tuple(SCHEMES.get(channel.casefold(), "zscore") for channel in task.channels),
         # nnU-Net's rule: a crop that takes a quarter of the volume away cut at tissue
         nonzero=bool(np.median([each["kept"] for each in measured]) < 0.75),
         **{name: tuple(float(v) for v in value) for name, value in measures.items()},
@@ -177,11 +179,24 @@ def tissue_mask(
     return ndimage.binary_fill_holes((image != 0).any(axis=0))
 
 
+def to_unit_range(channel: np.ndarray, scheme: str) -> None:
+    "Intensities of an image from 0 to 1, in place; ValueError for those that are no 8-bit colours where these are expected"
+    if scheme == "rescale_to_0_1":
+        channel -= channel.min()
+        channel /= max(channel.max(), 1e-8)
+    elif scheme == "rgb_to_0_1":
+        if channel.min() < 0 or channel.max() > 255:
+            raise ValueError(f"a channel called rgb_to_0_1 holds {channel.min():g} to {channel.max():g}: 8-bit colours go from 0 to 255")
+        channel /= 255
+    else:
+        raise ValueError(f"no normalisation is called {scheme!r}; there are: ct, zscore, none, {', '.join(list(SCHEMES)[2:])}")
+
+
 def normalise(
     image: np.ndarray,  # (C, X, Y, Z), as scanned
     fingerprint: Fingerprint | dict,  # Of the data set trained on, or its `normalisation()` from a card
 ) -> np.ndarray:  # float32, same shape
-    "Clip and scale (ct), or scale by the image itself (zscore); a constant image becomes 0"
+    "Clip and scale (ct), scale by the image itself (zscore, rescale_to_0_1) or by 255 (rgb_to_0_1), as nnU-Net; ValueError for another scheme"
     known = fingerprint.normalisation() if isinstance(fingerprint, Fingerprint) else fingerprint
     if image.ndim != 4 or len(image) != len(known["schemes"]):
         raise ValueError(f"image must have shape ({len(known['schemes'])}, X, Y, Z), got {image.shape}")
@@ -190,6 +205,9 @@ def normalise(
     result = np.array(image, np.float32)
     for c, (scheme, channel) in enumerate(zip(known["schemes"], result)):
         if scheme == "none":
+            continue
+        if scheme not in ("ct", "zscore"):
+            to_unit_range(channel, scheme)
             continue
         if scheme == "ct":
             np.clip(channel, known["low"][c], known["high"][c], out=channel)
@@ -332,12 +350,23 @@ PREPARATION = 2  # Raise it when the same input no longer gives the same arrays:
 IMAGE_TYPE = np.float16
 
 
+def image_type(
+    image: np.ndarray,  # (C, X, Y, Z), normalised
+    schemes: tuple[str, ...],  # Of its channels
+) -> type:
+    "Half precision, unless a channel keeps its own scale or a value lies beyond it: float32 then"
+    fits = "none" not in schemes and (not image.size or np.abs(image).max() <= np.finfo(IMAGE_TYPE).max)
+    return IMAGE_TYPE if fits else np.float32
+
+
 def foreground_places(
     label: np.ndarray,  # Unsigned integers (X, Y, Z)
     ignore: int | None = None,  # A value that is no class
     most: int = 1_000,  # Kept per class, evenly spread over it
 ) -> np.ndarray:  # uint16 (n, 4): class, x, y, z; sorted by class
-    "Where each class is, so that a sampler can aim at it"
+    "Where each class is, so that a sampler can aim at it; ValueError for what 16 bits do not hold"
+    if max(*label.shape, int(label.max(initial=0))) >= 2**16:
+        raise ValueError(f"a label map of {label.shape} voxels with values up to {label.max()} is too large: sides and values must be below 65,536")
     rows = [np.zeros((0, 4), np.uint16)]
     for value, box in enumerate(ndimage.find_objects(label), start=1):
         if box is not None and value != ignore:
@@ -369,6 +398,7 @@ def prepare_case(
     if not (target / "case.json").is_file():
         raw = crop_scan(read_case(task, case))
         scan = resample(replace(raw, image=normalise(raw.image, fingerprint)), task.spacing)
+        scan = replace(scan, image=scan.image.astype(image_type(scan.image, fingerprint.schemes)))
         with atomic_folder(target, PREPARED_CASE) as temporary:
             row = write_case(task, scan, temporary)
             grid = {"raw_spacing": "x".join(f"{size:.6g}" for size in raw.spacing)}
@@ -383,15 +413,14 @@ def write_case(
     folder: Path,
 ) -> dict:
     "Arrays of a case, and what the manifest says of them"
-    image = scan.image.astype(IMAGE_TYPE)
-    arrays = {"image.b2nd": image, "label.b2nd": scan.label}
+    arrays = {"image.b2nd": scan.image, "label.b2nd": scan.label}
     digests = [write_array(folder / name, array) for name, array in arrays.items()]
     np.save(folder / "places.npy", foreground_places(scan.label, task.ignore))
     counts = sum(np.bincount(slab.ravel(), minlength=len(task.values)) for slab in scan.label)
     return {
         "shape": "x".join(map(str, scan.label.shape)),
         "spacing": "x".join(f"{size:.6g}" for size in scan.spacing),
-        "lowest": " ".join(repr(float(channel.min())) for channel in image),
+        "lowest": " ".join(repr(float(channel.min())) for channel in scan.image),
         **{f"voxels_{name}": int(counts[value]) for name, value in task.labels.items()},
         "sha256": fingerprint_of(*digests),
     }

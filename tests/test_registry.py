@@ -308,7 +308,6 @@ def test_user_swaps_the_knee_set(tmp_path):
         ("lits", {"title": 7}, r"'lits': title must be text, got 7"),
         ("acdc", {"patient": "patient[0-9]+"}, r"'acdc', patient: a group"),
         ("acdc", {"patient": "(patient"}, r"'acdc', patient: a regular expression"),
-        ("brats", {"channels": ["T1", "T1", "T2", "Flair"]}, r"'brats', channels: no name twice"),
         ("brats", {"regions": {"whole_tumour": [1, 2, 4]}}, r"'brats', (regions|groups)"),
         ("kits", {"class_order": [1, 1, 2]}, r"'kits', class_order: the i-th value must lie"),
         ("kits", {"ignore": 3}, r"'kits', ignore: none, or the value after the last label, 4"),

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from data_toys import DEMO
 
+from mednext_v2.scans import BadFile, present_values, read_scan, write_volume
 from mednext_v2.tasks import (
     Task,
+    data_files,
     deal_out,
     get_task,
+    header_grids,
     list_cases,
     load_tasks,
     plan_spacing,
-    present_values,
     raw_task,
     read_case,
-    read_volume,
     write_dataset,
-    write_volume,
 )
 
 AFFINE = np.array([[2.0, 0, 0, -10], [0, 3.0, 0, 20], [0, 0, 4.0, 30], [0, 0, 0, 1]])
@@ -124,7 +124,7 @@ def test_any_orientation_reads_as_ras(tmp_path, codes):
         nibabel.io_orientation(AFFINE), nibabel.orientations.axcodes2ornt(codes)
     )
     nibabel.save(ras.as_reoriented(turn), tmp_path / "turned.nii.gz")
-    volume = read_volume(tmp_path / "turned.nii.gz")
+    volume = read_scan(tmp_path / "turned.nii.gz")
     np.testing.assert_array_equal(volume.voxels, IMAGE)
     np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-5)
     assert volume.voxels.flags.c_contiguous and volume.spacing == pytest.approx((2, 3, 4))
@@ -225,14 +225,14 @@ def spoil_dimensions(image, label, affine):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (spoil_shape, r"one_0000.nii.gz has shape \(5, 7, 8\), one.nii.gz has \(6, 7, 8\)"),
-        (spoil_affine, r"one_0000.nii.gz and one.nii.gz lie on different grids .* 1.5\)"),
+        (spoil_shape, r"one_0000.nii.gz has the shape \(5, 7, 8\), one.nii.gz has \(6, 7, 8\)"),
+        (spoil_affine, r"one_0000.nii.gz lies on another grid than one.nii.gz, corners up to 1.5 mm apart"),
         (spoil_nan, r"one_0000.nii.gz has 1 voxels that are NaN or infinite, the first at \(2, 3, 4\)"),
         (spoil_inf, r"one_0000.nii.gz has 2 voxels that are NaN or infinite, the first at \(0, 0, 0\)"),
         (spoil_value, r"one.nii.gz has label 7, but demo declares 0 to 2"),
-        (spoil_fraction, r"one.nii.gz has label 0.5, but demo declares 0 to 2"),
+        (spoil_fraction, r"one.nii.gz has label 0.5, which is not a whole number, in \d+ voxels"),
         (spoil_label_nan, r"one.nii.gz has 1 voxels that are NaN"),
-        (spoil_dimensions, r"one_0000.nii.gz has shape \(6, 7, 8, 2\): one 3D volume"),
+        (spoil_dimensions, r"one_0000.nii.gz has the shape \(6, 7, 8, 2\): store one 3D volume"),
     ],
 )
 def test_unfit_case_is_refused(raw, spoil, message):
@@ -249,16 +249,16 @@ def test_unfit_case_is_refused(raw, spoil, message):
 def test_truncated_file_is_refused(raw, keep):
     path = list_cases(DEMO, raw)[0].images[0]
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="one_0000.nii.gz cannot be read .*replace it"):
-        read_volume(path)
+    with pytest.raises(BadFile, match="one_0000.nii.gz (has 0 bytes|is not NIfTI|ends|lacks|has the magic).*: (copy|replace)"):
+        read_scan(path)
 
 
 def test_text_is_not_a_volume(tmp_path):
     (tmp_path / "scan.nii.gz").write_text("see attachment")
-    with pytest.raises(ValueError, match="scan.nii.gz cannot be read"):
-        read_volume(tmp_path / "scan.nii.gz")
+    with pytest.raises(BadFile, match="scan.nii.gz is not NIfTI"):
+        read_scan(tmp_path / "scan.nii.gz")
     with pytest.raises(FileNotFoundError, match="none.nii.gz is missing"):
-        read_volume(tmp_path / "none.nii.gz")
+        read_scan(tmp_path / "none.nii.gz")
 
 
 def test_channels_are_stacked_in_order(raw):
@@ -376,12 +376,12 @@ def test_metaimage_and_nrrd_lie_where_itk_says(tmp_path, ending, codes):
     write_volume(tmp_path / "a.nii.gz", IMAGE, AFFINE)
     image = itk.DICOMOrient(itk.ReadImage(str(tmp_path / "a.nii.gz")), codes)
     itk.WriteImage(image, str(tmp_path / f"a{ending}"))
-    volume = read_volume(tmp_path / f"a{ending}")
+    volume = read_scan(tmp_path / f"a{ending}")
     np.testing.assert_allclose(volume.voxels, IMAGE)
     np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-4)
     (tmp_path / f"half{ending}").write_bytes((tmp_path / f"a{ending}").read_bytes()[:300])
-    with pytest.raises(ValueError, match=f"half{ending} cannot be read"):
-        read_volume(tmp_path / f"half{ending}")
+    with pytest.raises(ValueError, match=f"half{ending} "):
+        read_scan(tmp_path / f"half{ending}")
 
 
 def test_five_folds_are_those_of_nnunet():
@@ -434,3 +434,77 @@ def test_present_values_are_the_sorted_distinct_ones(dtype):
     voxels = np.random.default_rng(3).choice([0, 3, 7, 100], (5, 6, 7)).astype(dtype)
     voxels = voxels - 3 if dtype == "int16" else voxels
     np.testing.assert_array_equal(present_values(voxels), np.unique(voxels))
+
+
+# What a raw folder holds besides its data, and what it is called
+
+
+@pytest.mark.parametrize("name", ["Dataset007_MiniDemoCT", "Dataset007_My Toy", "Dataset007_two  spaces"])
+def test_a_folder_keeps_its_name(tmp_path, name):
+    write_raw(tmp_path / name, BRATS, ["a", "b", "c"], LABEL, channels=4)
+    task = raw_task(tmp_path / name)
+    assert task.folder == name and len(list_cases(task, tmp_path)) == 3
+    assert Task(**json.loads(json.dumps(dataclasses.asdict(task)))) == task
+
+
+def test_a_folder_name_as_title_has_the_number():
+    with pytest.raises(ValueError, match="'demo', title: a folder's name must begin with Dataset007_"):
+        dataclasses.replace(DEMO, title="Dataset008_My Toy")
+
+
+def test_hidden_files_and_notes_are_no_data(raw):
+    folder = raw / DEMO.folder
+    before, files = list_cases(DEMO, raw), data_files(folder)
+    for path in [path for path in folder.rglob("*.nii.gz")]:
+        (path.parent / f"._{path.name}").write_bytes(b"\0\5\26\7Mac OS X")
+    (folder / ".DS_Store").write_bytes(b"Bud1")
+    (folder / "imagesTr/.DS_Store").write_bytes(b"Bud1")
+    (folder / "note.txt").write_text("from the clinic")
+    assert list_cases(DEMO, raw) == before and data_files(folder) == files
+    assert {path.name for path in files} >= {"splits_final.json", "one_0000.nii.gz", "three.nii.gz"}
+
+
+@pytest.mark.parametrize("extra", ["one_0001.nii.gz", "one_0003.nii.gz", "one_0000.nii"])
+def test_a_channel_too_many_or_in_two_formats_is_refused(raw, extra):
+    folder = raw / DEMO.folder / "imagesTr"
+    write_volume(folder / extra, IMAGE, AFFINE)
+    with pytest.raises(BadFile, match=f"one_0000.*{extra}|{extra}.*one_0000") as error:
+        list_cases(DEMO, raw)
+    assert "\n" not in str(error.value)
+
+
+def test_two_channels_of_one_name_are_both_what_it_says(tmp_path):
+    from mednext_v2.prepare import summarise
+
+    about = {"channel_names": {"0": "CT", "1": "CT", "2": "PET"}, "labels": {"background": 0, "liver": 1, "lesion": 2}}
+    write_raw(tmp_path / "Dataset007_Two", about, ["a", "b", "c"], LABEL, channels=3)
+    task = raw_task(tmp_path / "Dataset007_Two")
+    measured = {"spacing": (1, 1, 1), "shape": (4, 4, 4), "kept": 1.0, "values": np.arange(9.0).reshape(3, 3)}
+    assert task.channels == ("CT", "CT", "PET") and summarise(task, [measured]).schemes == ("ct", "ct", "zscore")
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint32", "float64"])
+def test_values_that_float32_cannot_tell_apart_are_refused(raw, dtype):
+    case, fine = list_cases(DEMO, raw)[0], np.arange(IMAGE.size).reshape(IMAGE.shape)
+    write_wide(case.images[0], (fine + 1_000_000_000).astype(dtype))
+    with pytest.raises(BadFile, match="one_0000.nii.gz has values from 1000000000 to 1000000335, which float32 holds to 64"):
+        read_case(DEMO, case)
+    write_wide(case.images[0], (fine * 1_000_000).astype(dtype))  # Rounded, and told apart
+    np.testing.assert_allclose(read_case(DEMO, case).image[0], fine * 1_000_000)
+
+
+def write_wide(path, voxels):
+    nibabel.save(nibabel.Nifti1Image(voxels, AFFINE, dtype=voxels.dtype), path)
+
+
+def test_headers_are_read_without_voxels(tmp_path):
+    lps = AFFINE * [[-1], [-1], [1], [1]]
+    write_volume(tmp_path / "lps.nii.gz", np.random.default_rng(0).integers(-999, 999, (60, 70, 80)).astype(np.int16), lps)
+    data = (tmp_path / "lps.nii.gz").read_bytes()
+    (tmp_path / "half.nii.gz").write_bytes(data[: len(data) // 2])  # Its header is whole
+    spacings, shapes = header_grids([tmp_path / "lps.nii.gz", tmp_path / "half.nii.gz"])
+    np.testing.assert_allclose(spacings, [[2, 3, 4]] * 2)
+    assert shapes.tolist() == [[60, 70, 80]] * 2
+    (tmp_path / "cut.nii.gz").write_bytes(data[:20])
+    with pytest.raises(BadFile, match="cut.nii.gz ends within the header"):
+        header_grids([tmp_path / "cut.nii.gz"])
