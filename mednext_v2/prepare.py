@@ -23,7 +23,7 @@ import pandas as pd
 from scipy import ndimage
 
 from mednext_v2.core import (
-    ItemsFailed, Kind, atomic_folder, build, check_output, fingerprint_of, for_all, held, parse_json, read_json, remove_left, sha256, write_csv, write_json,
+    ItemsFailed, Kind, atomic_folder, build, check_output, fingerprint_of, for_all, held, parse_json, read_csv, read_json, remove_left, sha256, write_csv, write_json,
 )
 from .storage import join, open_array, read_bytes, write_array
 from .tasks import SPLITS, Case, Scan, Task, count_folds, list_cases, partial_cases, read_case, read_splits
@@ -453,6 +453,8 @@ def _prepare(task: Task, raw: str | Path, out: Path, workers: int, progress: boo
     try:
         measured = fingerprint(task, raw, workers, f"measuring {task.name}" if progress else "")
     except ItemsFailed as error:  # The fit ones go on: what is prepared now need not be made again
+        if not error.results:
+            raise
         failures = error.failures
         measured = summarise(task, list(error.results.values()))
     jobs = {id: (task, case, measured, out / "cases") for id, case in cases.items() if id not in failures}
@@ -511,8 +513,8 @@ class Prepared:
         self.task = build(Task, parse_json(files["task.json"], join(folder, "task.json")), join(folder, "task.json"))
         self.fingerprint = build(Fingerprint, parse_json(files["fingerprint.json"], join(folder, "fingerprint.json")), join(folder, "fingerprint.json"))
         # Names such as 001 or NA are names
-        text = {"case": str, "key": str, "sha256": str, "lowest": str, "annotated": str}
-        self.manifest = pd.read_csv(io.BytesIO(files["manifest.csv"]), dtype=text, keep_default_na=False)
+        text = {"key": str, "sha256": str, "lowest": str, "annotated": str}
+        self.manifest = read_csv(io.BytesIO(files["manifest.csv"]), **text).fillna(dict.fromkeys(text, ""))
         self._rows = {row.case: (row.key, row.lowest) for row in self.manifest.itertuples()}
 
     @property

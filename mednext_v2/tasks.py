@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import GROUPS, are_lengths, build, is_patch, read_json, read_yaml, root, write_json
+from .core import GROUPS, are_lengths, build, is_patch, read_csv, read_json, read_yaml, root, write_json
 from mednext_v2.scans import (
     ENDINGS, BadFile, Volume, as_float32, channel_of, check_channels, check_finite, cut_ending, displacement, distinct,
     grid_tolerance, list_volumes, present_values, read_header, read_label, read_scan, same_grid, smallest_type,
@@ -504,7 +504,7 @@ def parse_annotated(
     "Which labels cases have; ValueError names table, case and word"
     where = "the table" if isinstance(table, pd.DataFrame) else str(table)
     if not isinstance(table, pd.DataFrame):
-        table = pd.read_csv(table, dtype=str, keep_default_na=False)
+        table = read_csv(table, annotated=str).fillna({"case": "", "annotated": ""})
     if missing := {"case", "annotated"} - set(table.columns):
         raise ValueError(f"{where} lacks column {', '.join(sorted(missing))}: it needs case and annotated")
     order, found, seen = {label: None for labels in words.values() for label in labels}, {}, set()

@@ -608,3 +608,17 @@ def test_a_scheme_that_is_not_known_is_refused():
         normalise(np.ones((1, 2, 2, 2), np.float32), known)
     with pytest.raises(ValueError, match="8-bit colours go from 0 to 255"):
         normalise(np.full((1, 2, 2, 2), 300, np.float32), known | {"schemes": ("rgb_to_0_1",)})
+
+
+def test_two_channels_below_zero_come_back_from_the_manifest(tmp_path):
+    "Their lowest values are text that begins with a minus, which `write_csv` guards against spreadsheets"
+    task = dataclasses.replace(DEMO, channels=("T1", "T2"), modality="MR")
+    rng, folder = np.random.default_rng(0), tmp_path / "raw" / DEMO.folder
+    for case, suffix in (("a", "Tr"), ("b", "Tr"), ("c", "Ts")):
+        for channel in (0, 1):
+            write_volume(folder / f"images{suffix}/{case}_000{channel}.nii.gz", rng.normal(size=(12, 10, 8)).astype(np.float32), AFFINE)
+        write_volume(folder / f"labels{suffix}/{case}.nii.gz", (rng.random((12, 10, 8)) > 0.5).astype(np.uint8), AFFINE)
+    (folder / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}]))
+    prepare(task, tmp_path / "raw", tmp_path / "out")
+    lowest = Prepared(tmp_path / "out").lowest("a")
+    assert len(lowest) == 2 and max(lowest) < 0 and not Prepared(tmp_path / "out").partial
