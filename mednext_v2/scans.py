@@ -330,6 +330,9 @@ def grid_faults(header) -> list[tuple[str, str]]:  # Code and what is wrong
     "What a header says wrong about where the voxels lie"
     found = []
     unit = int(header["xyzt_units"]) & 7
+    for name in ("sform_code", "qform_code"):  # nibabel takes one that does not exist for none
+        if not 0 <= int(header[name]) <= 5:
+            found.append(("affine-invalid", f"has {name} {int(header[name])}, which does not exist"))
     sizes = header["pixdim"][1:4].astype(float) * unit_mm(header)
     if unit not in UNITS:
         found.append(("units", f"has lengths in unit {unit}, which does not exist"))
