@@ -1214,6 +1214,8 @@ def write_annotated(
     known: dict[str, tuple[str, ...]],  # What a raw data set that is copied says itself
 ) -> None:
     "annotated.csv, if not all cases have all labels"
+    import pandas as pd
+
     texts = {row["case"]: row.get("annotated", "") or " ".join(known.get(row["case"], ())) for row in rows}
     if listed := [(case, text) for case, text in texts.items() if text]:
         write_csv(folder / ANNOTATED, pd.DataFrame(listed, columns=["case", "annotated"]))

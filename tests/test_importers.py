@@ -575,7 +575,7 @@ def test_regions_and_their_order():
 
 @pytest.mark.parametrize("change, expected", [
     ({"normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [True]}, True),
-    ({"normalization_schemes": ["RescaleTo01Normalization"], "use_mask_for_norm": [False]}, None),
+    ({"normalization_schemes": ["HistogramNormalization"], "use_mask_for_norm": [False]}, None),
     ({"normalization_schemes": ["ZScoreNormalization"] * 2, "use_mask_for_norm": [True, False]}, None),
     ({"normalization_schemes": ["CTNormalization"] * 2, "use_mask_for_norm": [False, False]}, None),
 ], ids=["masked", "unknown", "mixed", "unmeasured"])
