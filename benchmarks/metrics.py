@@ -25,7 +25,8 @@ from scipy import ndimage
 
 from mednext_v2.core import root, write_json
 from mednext_v2.metrics import dice, score_case, surface_dice
-from mednext_v2.tasks import Task, read_volume
+from mednext_v2.scans import read_scan
+from mednext_v2.tasks import Task
 
 SPACING = (1.0, 1.0, 1.5)
 TOLERANCE = 1.0
@@ -129,7 +130,7 @@ def difference() -> list[dict]:
 
     rows, rng = [], np.random.default_rng(0)
     for path in sorted((root() / "data/seeds").glob("*_label.nii.gz")):
-        volume = read_volume(path)
+        volume = read_scan(path)
         truth = volume.voxels.astype(np.uint8)
         for size in (0.5, 1.5):
             guess = displaced(truth, rng, size)

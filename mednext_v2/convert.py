@@ -41,7 +41,7 @@ from mednext_v2.dicom import (
     read_series,
     structure_names,
 )
-from .scans import smallest_type
+from .scans import read_scan, smallest_type
 from mednext_v2.tasks import (
     ANNOTATED,
     Task,
@@ -57,7 +57,6 @@ from mednext_v2.tasks import (
     present_values,
     raw_task,
     read_folds,
-    read_volume,
     write_dataset,
     write_volume,
 )
@@ -246,8 +245,7 @@ def read_channels(
     "The images of a case; ValueError if one cannot be read, has NaN, or lies elsewhere than the first"
     volumes, notes = [], []
     for path in origin.images:
-        volume = read_volume(path)
-        check_finite(volume.voxels, path)
+        volume = read_scan(path)
         if volumes:
             notes += same_grid(volume, volumes[0], path, origin.images[0], tolerance)
         volumes.append(volume)
@@ -275,8 +273,7 @@ def read_files(
     volumes, notes = read_channels(origin, tolerance)
     label = None
     if origin.label:
-        volume = read_volume(origin.label[0])
-        check_finite(volume.voxels, origin.label[0])
+        volume = read_scan(origin.label[0])
         notes += same_grid(volume, volumes[0], origin.label[0], origin.images[0], tolerance)
         label, more = relabel(volume.voxels, table_of(name, task), origin.label[0])
         notes += more
@@ -318,7 +315,7 @@ def merge_parts(
     ranks, values = cads_ranks()
     merged, notes, seen = np.zeros(image.voxels.shape, np.uint8), [], set()
     for group, part in zip(groups, parts, strict=True):
-        volume = read_volume(part)
+        volume = read_scan(part)
         notes += same_grid(volume, image, part, path, tolerance)
         for target, slab in zip(merged, volume.voxels):
             held = distinct(slab)

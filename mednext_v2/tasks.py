@@ -583,12 +583,3 @@ def read_case(
         same_grid(channel, label, names=(path, case.label.name))
         channels.append(as_float32(channel.voxels, path))
     return Scan(np.stack(channels), label.voxels.astype(smallest_type(task.values[-1])), label.affine)
-
-# %% ../nbs/20_tasks.ipynb #scan-names
-def check_grid(volume, other, path, reference) -> None:
-    "`same_grid` under its earlier name"
-    same_grid(volume, other, names=(path, reference))
-
-
-read_volume = read_scan
-ITK_ENDINGS = (".mha", ".mhd", ".nrrd")
