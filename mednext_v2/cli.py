@@ -474,7 +474,7 @@ def data_commands(add: Callable) -> None:
     workers(command)
     command.add_argument("--skip", nargs="+", default=[], metavar="ID", help="cases to leave out")
     command.add_argument("--unlabelled", choices=["error", "test"], default="error", help="a case without its label is one")
-    command.add_argument("--tolerance", type=float, default=0.01, metavar="MM", help="image and label on one grid (default: 0.01)")
+    command.add_argument("--tolerance", type=float, metavar="MM", help="between corners on one grid (default: 0.1, or a tenth of a voxel)")
     command.add_argument("--option", nargs="+", default=[], metavar="NAME=VALUE", help="of one converter: see nbs/23_convert.ipynb")
     registry(command)
 

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['CADS_GROUPS', 'CADS_LEVELS', 'TEETH', 'TABLES', 'AXES', 'PASSED_OVER', 'CONVERTERS', 'RECORDS', 'CONVERTED',
            'COLUMNS', 'Origin', 'Draft', 'safe_id', 'natural', 'first_folder', 'stems', 'pairs', 'unite', 'files_of',
-           'guard', 'same_grid', 'relabel', 'ranges', 'compact', 'read_channels', 'table_of', 'read_files',
-           'cads_ranks', 'merge_parts', 'cads_annotated', 'read_cads', 'read_test_list', 'plan_cads',
-           'with_parts_there', 'set_aside', 'closed', 'plan_toothfairy2', 'plan_toothfairy3', 'read_cbct', 'half_turn',
-           'plan_panther', 'plan_ctspine1k', 'spine_name', 'read_spine_split', 'plan_amos', 'plan_kits', 'plan_lits',
-           'plan_btcv', 'plan_acdc', 'read_text', 'plan_brats', 'read_slices', 'read_slice_case', 'upright',
-           'plan_brainmetshare', 'read_array', 'axes_affine', 'stored_voxels', 'knee_mask', 'read_knee', 'knee_channel',
-           'plan_skm_tea', 'plan_pediatric', 'read_pediatric', 'is_raw', 'check_names', 'plan_raw', 'read_raw', 'take',
-           'Converter', 'options_of', 'part_of', 'case_key', 'read_record', 'write_draft', 'convert_case', 'named',
-           'sized', 'forget', 'choose', 'wrong_layout', 'make_plan', 'tidy', 'write_annotated', 'describe', 'convert',
-           'convert_plan', 'left_out']
+           'guard', 'moved', 'relabel', 'ranges', 'compact', 'read_channels', 'table_of', 'read_files', 'cads_ranks',
+           'merge_parts', 'cads_annotated', 'read_cads', 'read_test_list', 'plan_cads', 'with_parts_there', 'set_aside',
+           'closed', 'plan_toothfairy2', 'plan_toothfairy3', 'read_cbct', 'half_turn', 'plan_panther', 'plan_ctspine1k',
+           'spine_name', 'read_spine_split', 'plan_amos', 'plan_kits', 'plan_lits', 'plan_btcv', 'plan_acdc',
+           'read_text', 'plan_brats', 'read_slices', 'read_slice_case', 'upright', 'plan_brainmetshare', 'read_array',
+           'axes_affine', 'stored_voxels', 'knee_mask', 'read_knee', 'knee_channel', 'plan_skm_tea', 'plan_pediatric',
+           'read_pediatric', 'is_raw', 'check_names', 'plan_raw', 'read_raw', 'take', 'Converter', 'options_of',
+           'part_of', 'case_key', 'read_record', 'write_draft', 'convert_case', 'named', 'sized', 'forget', 'choose',
+           'wrong_layout', 'make_plan', 'tidy', 'write_annotated', 'describe', 'convert', 'convert_plan', 'left_out']
 
 # %% ../nbs/23_convert.ipynb #imports
 import inspect
@@ -41,24 +40,19 @@ from mednext_v2.dicom import (
     read_series,
     structure_names,
 )
-from .scans import read_scan, smallest_type
+from mednext_v2.scans import (
+    Volume, check_finite, distinct, present_values, read_header, read_scan, same_grid, smallest_type, write_volume,
+)
 from mednext_v2.tasks import (
     ANNOTATED,
     Task,
-    Volume,
-    check_finite,
-    displacement,
-    distinct,
     file_ending,
-    read_header,
     load_tasks,
     partial_cases,
     patient_of,
-    present_values,
     raw_task,
     read_folds,
     write_dataset,
-    write_volume,
 )
 
 # %% ../nbs/23_convert.ipynb #origin
@@ -170,26 +164,17 @@ def guard(
             )
 
 # %% ../nbs/23_convert.ipynb #grid
-def same_grid(
+def moved(
     volume: Volume,
     reference: Volume,
     path: Path,  # What to call the two in an error
     other: Path,
-    tolerance: float = 0.01,  # mm
+    tolerance: float | None = None,  # mm; that of `same_grid` if not given
 ) -> list[str]:  # A note if the volume was moved, else nothing
-    "ValueError with both names if two volumes differ in shape, or in place by more than the tolerance"
-    if volume.voxels.shape != reference.voxels.shape:
-        raise ValueError(
-            f"{path} has {volume.voxels.shape} voxels, {other} has {reference.voxels.shape}: "
-            "they are not of one scan"
-        )
-    distance = displacement(volume.affine, reference.affine, volume.voxels.shape)
-    if not distance <= tolerance:
-        raise ValueError(
-            f"{path} and {other} lie on different grids, corners up to {distance:.3g} mm apart: "
-            "get the two again, or allow more (tolerance)"
-        )
+    "A volume is taken to lie where the reference does; BadFile with both names if the two differ by more than the tolerance"
+    distance = same_grid(volume, reference, tolerance, (path, other))
     return [f"{path.name} moved by {distance:.2g} mm onto the image"] if distance > 1e-5 else []
+
 
 # %% ../nbs/23_convert.ipynb #relabel
 def relabel(
@@ -240,14 +225,14 @@ def compact(
 # %% ../nbs/23_convert.ipynb #read-files
 def read_channels(
     origin: Origin,
-    tolerance: float,
+    tolerance: float | None,
 ) -> tuple[list[Volume], list[str]]:  # Channels on one grid, notes
     "The images of a case; ValueError if one cannot be read, has NaN, or lies elsewhere than the first"
     volumes, notes = [], []
     for path in origin.images:
         volume = read_scan(path)
         if volumes:
-            notes += same_grid(volume, volumes[0], path, origin.images[0], tolerance)
+            notes += moved(volume, volumes[0], path, origin.images[0], tolerance)
         volumes.append(volume)
     return volumes, notes
 
@@ -267,14 +252,14 @@ def read_files(
     origin: Origin,
     task: Task,
     name: str,  # Of the converter
-    tolerance: float = 0.01,  # mm
+    tolerance: float | None = None,  # mm; that of `same_grid` if not given
 ) -> Draft:
     "A case of one file per channel and one for the label"
     volumes, notes = read_channels(origin, tolerance)
     label = None
     if origin.label:
         volume = read_scan(origin.label[0])
-        notes += same_grid(volume, volumes[0], origin.label[0], origin.images[0], tolerance)
+        notes += moved(volume, volumes[0], origin.label[0], origin.images[0], tolerance)
         label, more = relabel(volume.voxels, table_of(name, task), origin.label[0])
         notes += more
     return Draft([volume.voxels for volume in volumes], volumes[0].affine, label, notes)
@@ -308,7 +293,7 @@ def merge_parts(
     parts: tuple[Path, ...],  # One per group, in order
     image: Volume,
     path: Path,  # The image's, for errors
-    tolerance: float = 0.01,  # mm
+    tolerance: float | None = None,  # mm; that of `same_grid` if not given
     groups: tuple[int, ...] = tuple(CADS_GROUPS),  # Of the parts
 ) -> tuple[np.ndarray, list[str], list[int]]:  # uint8 (X, Y, Z) with values 1..167, notes, hidden values
     "The parts as one map, one part in memory at a time; ValueError for a part that does not fit the image"
@@ -316,7 +301,7 @@ def merge_parts(
     merged, notes, seen = np.zeros(image.voxels.shape, np.uint8), [], set()
     for group, part in zip(groups, parts, strict=True):
         volume = read_scan(part)
-        notes += same_grid(volume, image, part, path, tolerance)
+        notes += moved(volume, image, part, path, tolerance)
         for target, slab in zip(merged, volume.voxels):
             held = distinct(slab)
             if unknown := [value for value in held if value not in range(len(ranks[group]))]:
@@ -347,7 +332,7 @@ def cads_annotated(
     return tuple(name for name, place in zip(names, places) if place[0] in groups and place not in under)
 
 
-def read_cads(origin: Origin, task: Task, name: str, tolerance: float = 0.01) -> Draft:
+def read_cads(origin: Origin, task: Task, name: str, tolerance: float | None = None) -> Draft:
     "A CADS case; ValueError names the part that does not fit"
     if len(task.labels) != sum(CADS_GROUPS.values()):
         raise ValueError(f"data set {task.name} has {len(task.labels)} labels, CADS has 167: correct it")
@@ -466,7 +451,7 @@ def plan_toothfairy3(
     return {id: replace(origin, facts={"fix_direction": fix_direction}) for id, origin in plan.items()}
 
 
-def read_cbct(origin: Origin, task: Task, name: str, tolerance: float = 0.01) -> Draft:
+def read_cbct(origin: Origin, task: Task, name: str, tolerance: float | None = None) -> Draft:
     "A ToothFairy case; its array is laid right, back and down where the header says left, back and up"
     draft = read_files(origin, task, name, tolerance)
     declared = read_header(origin.images[0]).axes
@@ -661,7 +646,7 @@ def read_slices(
     return np.stack(slices, axis=-1), [path.stem for path in paths]
 
 
-def read_slice_case(origin: Origin, task: Task, name: str, tolerance: float = 0.01) -> Draft:
+def read_slice_case(origin: Origin, task: Task, name: str, tolerance: float | None = None) -> Draft:
     "A case of a folder of slices per channel; ValueError if the folders do not hold the same slices"
     volumes, stacks, reference = [], (*origin.images, *origin.label), []
     for folder in stacks:
@@ -775,7 +760,7 @@ def knee_mask(origin: Origin, one_hot: np.ndarray | None) -> tuple[np.ndarray, l
     return label, notes + ([f"the NIfTI mask differs in {differing} voxels"] if differing else [])
 
 
-def read_knee(origin: Origin, task: Task, name: str, tolerance: float = 0.01) -> Draft:
+def read_knee(origin: Origin, task: Task, name: str, tolerance: float | None = None) -> Draft:
     "An SKM-TEA case; ValueError names the file and what it lacks"
     import h5py
 
@@ -865,7 +850,7 @@ def plan_pediatric(
     return plan
 
 
-def read_pediatric(origin: Origin, task: Task, name: str, tolerance: float = 0.01) -> Draft:
+def read_pediatric(origin: Origin, task: Task, name: str, tolerance: float | None = None) -> Draft:
     "A case from DICOM; ValueError names the file or structure that is wrong"
     volume = read_series(origin.images)
     if not origin.label:
@@ -933,7 +918,7 @@ def plan_raw(
     return plan
 
 
-def read_raw(origin: Origin, task: Task, name: str, tolerance: float = 0.01) -> Draft:
+def read_raw(origin: Origin, task: Task, name: str, tolerance: float | None = None) -> Draft:
     "A raw case, checked; its files are taken as they are if their format allows it"
     draft = read_files(origin, task, name, tolerance)
     if origin.facts["as_is"]:
@@ -1049,7 +1034,7 @@ def part_of(origin: Origin) -> str:
     return origin.facts.get("part", "Ts" if origin.split == "test" else "Tr")
 
 
-def case_key(origin: Origin, task: Task, name: str, source: Path, tolerance: float) -> str:
+def case_key(origin: Origin, task: Task, name: str, source: Path, tolerance: float | None) -> str:
     "A hash of all that the written case depends on"
     stats = [(str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns) for p in files_of(origin)]
     facts = [part_of(origin), origin.facts, tolerance]
@@ -1087,7 +1072,7 @@ def convert_case(
     name: str,  # Of the converter
     source: Path,
     folder: Path,  # The data set's, to write to
-    tolerance: float,  # mm
+    tolerance: float | None,  # mm
 ) -> dict:  # Its row of the provenance table
     "Writes one case, unless its record says that it is done; ValueError or FileNotFoundError if it cannot"
     path = folder / RECORDS / f"{id}.json"
@@ -1264,7 +1249,7 @@ def convert(
     registry: str | Path | None = None,  # Another registry than the project's
     skip: tuple[str, ...] = (),  # Cases to leave out, by id
     unlabelled: str = "error",  # What a case without its label is: "error" | "test"
-    tolerance: float = 0.01,  # How far image and label may lie apart to be taken for one grid, mm
+    tolerance: float | None = None,  # How far corners of image and label may lie apart, mm; 0.1 or a tenth of a voxel
     **options,  # Of the converter, see `options_of`
 ):  # pandas table: case, split, patient, files, sha256, label_sha256, warnings
     "A published data set in nnU-Net's raw layout; ItemsFailed names the cases that could not be converted"
@@ -1293,7 +1278,7 @@ def convert_plan(
     source: Path,
     folder: Path,  # The data set's; held
     workers: int,
-    tolerance: float,  # mm
+    tolerance: float | None,  # mm
     progress: bool,
 ):  # As `convert` returns it
     "Every case of a plan, then the files that describe them"

@@ -35,9 +35,9 @@ import numpy as np
 import pandas as pd
 from nibabel.affines import voxel_sizes
 
-from .core import NEW, ItemsFailed, atomic_folder, check_output, for_all, read_json, write_csv, write_json
+from .core import NEW, ItemsFailed, atomic_folder, check_output, for_all, read_csv, read_json, write_csv, write_json
 from mednext_v2.scans import (
-    ENDINGS, FILE_FAULTS, UNITS, Damaged, Header, best_affine, brief, cut_ending, displacement, first_bytes, forms,
+    ENDINGS, FILE_FAULTS, UNITS, Damaged, Header, best_affine, brief, cut_ending, displacement, first_bytes, float32_step, forms,
     grid_distance, grid_tolerance, head_of, inspect_header, is_nifti, open_bytes, parse_header, pieces, show, unit_mm,
     valid_affine,
 )
@@ -93,6 +93,7 @@ FAULTS |= {
     "image-nan": ("error", "repair the scan from its source, or take the case out"),
     "image-infinite": ("error", "repair the scan from its source, or take the case out"),
     "image-constant": ("error", "restore the scan: it shows nothing"),
+    "image-narrow": ("error", "subtract the offset, or store it in another unit"),
     "hu-range": ("warning", "store Hounsfield units (rescale slope and intercept applied, nothing else)"),
     "duplicate-image": ("error", "keep one of the two, or training and validation share a scan"),
     "leak-id": ("error", "take the case out of pretraining, or rename it if it is another scan"),
@@ -661,6 +662,7 @@ class Tally:
     high: float = -np.inf
     nan: int = 0
     infinite: int = 0
+    rounded: bool = False  # Whether float32 changes a value
     sums: list[int] = field(default_factory=lambda: [0, 0])
     values: Counter = field(default_factory=Counter)  # Labels: value to number of voxels
 
@@ -677,6 +679,7 @@ class Tally:
             for index, term in enumerate((mixed, mixed * mixed)):
                 self.sums[index] = (self.sums[index] + int((term * times).sum(dtype=np.uint64))) % 2**64
         finite = np.isfinite(single)
+        self.rounded = self.rounded or bool((single != values)[finite].any())
         if not finite.all():
             weights = np.ones(len(values), int) if counts is None else counts
             self.nan += int(weights[np.isnan(single)].sum())
@@ -710,6 +713,7 @@ class Content:
     nan: int
     infinite: int
     values: dict[float, int]  # Labels only: value to number of voxels
+    rounded: bool = False  # Whether float32, in which networks compute, changes a value
 
 
 def measure(
@@ -736,7 +740,7 @@ def measure(
         tally.add(scaled(present + first, head), histogram[present])
     text = repr((sorted(head.shape), tally.sums))
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return Content(digest, tally.low, tally.high, tally.nan, tally.infinite, dict(tally.values)), faults
+    return Content(digest, tally.low, tally.high, tally.nan, tally.infinite, dict(tally.values), tally.rounded), faults
 
 
 def scaled(piece: np.ndarray, head: Header) -> np.ndarray:
@@ -759,6 +763,8 @@ def image_faults(content: Content, head: Header, computed: bool) -> list[tuple[s
     if content.low >= content.high:
         return found + ([("image-constant", f"every voxel is {content.low:g}")] if not found else [])
     low, high = content.low, content.high
+    if content.rounded and (step := float32_step(low, high)):
+        found.append(("image-narrow", f"intensities are {low:.10g} to {high:.10g}, which float32 holds to {step:.3g} only"))
     reading = f"intensities are {low:g} to {high:g}"
     if not computed or found:
         return found
@@ -1254,7 +1260,7 @@ def prune_splits(source: Path, target: Path, kept: set[str], test: set[str], nam
 
 def prune_annotated(source: Path, target: Path, kept: set[str], name: str) -> list[Change]:
     "annotated.csv without cases that are not there"
-    table = pd.read_csv(source, dtype=str, keep_default_na=False)
+    table = read_csv(source, case=str, annotated=str).fillna("")
     known = table[table.case.isin(kept)]
     write_csv(target, known)
     if len(known) == len(table):

@@ -9,8 +9,8 @@ __all__ = ['FILE_FAULTS', 'ENDINGS', 'UNITS', 'UNREADABLE', 'PIECE', 'BadFile', 
            'forms', 'best_affine', 'grid_faults', 'unit_fault', 'form_faults', 'shear_faults', 'show', 'storage_faults',
            'size_faults', 'volume_shape', 'head_of', 'length_faults', 'opened_by_nibabel', 'read_nifti', 'is_nifti',
            'read_other', 'inspect_header', 'fault_of', 'read_header', 'pieces', 'broken', 'pieces_other', 'Volume',
-           'load_voxels', 'as_header', 'distinct', 'present_values', 'check_finite', 'as_float32', 'read_scan',
-           'smallest_type', 'whole_labels', 'read_label', 'write_volume', 'grid_distance', 'same_grid']
+           'load_voxels', 'as_header', 'distinct', 'present_values', 'check_finite', 'float32_step', 'as_float32',
+           'read_scan', 'smallest_type', 'whole_labels', 'read_label', 'write_volume', 'grid_distance', 'same_grid']
 
 # %% ../nbs/19b_scans.ipynb #imports
 import gzip
@@ -726,6 +726,15 @@ def check_finite(voxels: np.ndarray, path: str | Path) -> None:
         raise BadFile(path, what, "repair the scan or leave it out")
 
 
+def float32_step(
+    low: float,
+    high: float,
+) -> float:  # 0 where it is less than a thousandth of what lies between them
+    "How far apart two values must be for float32 to tell them apart, of an image with these extremes"
+    step = float(np.spacing(np.float32(max(abs(low), abs(high)))))
+    return step if step > (high - low) / 1000 else 0.0
+
+
 def as_float32(
     voxels: np.ndarray,  # Finite
     path: str | Path,  # What to call it in an error
@@ -734,8 +743,8 @@ def as_float32(
     result = voxels.astype(np.float32)
     if voxels.size and voxels.dtype.itemsize > 3 and voxels.dtype != np.float32:
         low, high = float(voxels.min()), float(voxels.max())
-        step = float(np.spacing(np.float32(max(abs(low), abs(high)))))
-        if step > (high - low) / 1000 and any((slab != exact).any() for slab, exact in zip(result.astype(np.float64), voxels)):
+        step = float32_step(low, high)
+        if step and any((slab != exact).any() for slab, exact in zip(result.astype(np.float64), voxels)):
             what = f"has values from {low:.10g} to {high:.10g}, which float32 holds to {step:.3g} only"
             raise BadFile(path, what, "subtract the offset, or store it in another unit")
     return result

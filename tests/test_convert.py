@@ -317,11 +317,11 @@ def test_a_large_shift_names_both_files(tmp_path):
     source, made = start("kits", tmp_path)
     case = made["case_00001"]
     turned = case.affine.copy()
-    turned[0, 0] *= 1.01  # The corner moves by 0.05 mm, no entry by more than 0.01
+    turned[0, 0] *= 1.03  # The corner moves by 0.15 mm, no entry by more than 0.03
     put(case.label_path, case.label.astype(np.uint8), turned)
     reason = failures("kits", source, tmp_path)["case_00001"]
-    assert str(case.label_path) in reason and str(case.image_path) in reason and "0.05 mm apart" in reason
-    assert len(run("kits", source, tmp_path, tolerance=0.1)) == 3
+    assert str(case.label_path) in reason and str(case.image_path) in reason and "0.15 mm apart" in reason
+    assert len(run("kits", source, tmp_path, tolerance=0.2)) == 3
 
 
 def test_other_shapes_and_nan_are_named(tmp_path):
