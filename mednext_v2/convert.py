@@ -41,12 +41,13 @@ from mednext_v2.dicom import (
     structure_names,
 )
 from mednext_v2.scans import (
-    Volume, check_finite, distinct, present_values, read_header, read_scan, same_grid, smallest_type, write_volume,
+    BadFile, Volume, as_float32, check_finite, distinct, present_values, read_header, read_scan, same_grid, smallest_type, stored_files, write_volume,
 )
 from mednext_v2.tasks import (
     ANNOTATED,
     Task,
     file_ending,
+    join_labels,
     load_tasks,
     partial_cases,
     patient_of,
@@ -142,7 +143,7 @@ def files_of(origin: Origin) -> list[Path]:
     "Every file that a case is made of, those in its folders too"
     listed = []
     for path in (*origin.images, *origin.label):
-        inside = path.rglob("*") if path.is_dir() else [path]
+        inside = path.rglob("*") if path.is_dir() else stored_files(path)
         listed += sorted(p for p in inside if not p.is_dir() and not p.name.startswith("."))
     return listed
 
@@ -213,14 +214,15 @@ def ranges(values) -> str:
 
 def compact(
     voxels: np.ndarray,  # (X, Y, Z), an image
+    path: str | Path = "the image",  # What to call it in an error
 ) -> np.ndarray:
-    "Small whole numbers as they are or as int16, others as float32"
+    "Small whole numbers as they are or as int16, others as float32; BadFile where that cannot tell values apart"
     if voxels.dtype.kind in "iu" and voxels.dtype.itemsize <= 2:
         return voxels
     low, high = voxels.min(), voxels.max()
     if -32768 <= low and high <= 32767 and all((slab == np.rint(slab)).all() for slab in voxels):
         return voxels.astype(np.int16)
-    return voxels.astype(np.float32)
+    return as_float32(voxels, path)
 
 # %% ../nbs/23_convert.ipynb #read-files
 def read_channels(
@@ -933,7 +935,9 @@ def take(
     target: Path,
     link: bool,  # A hard link, where the file system can
 ) -> None:
-    "A file under another name, there at once and whole"
+    "A file under another name, there at once and whole; BadFile for a volume whose voxels are in a second file"
+    if len(stored_files(path)) > 1:
+        raise BadFile(path, "keeps its voxels in another file", "store it as one file (.mha, .nrrd or .nii.gz)")
     if link:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
@@ -1050,15 +1054,17 @@ def read_record(path: Path) -> dict:
         return {}
 
 
-def write_draft(draft: Draft, id: str, part: str, folder: Path, link: bool) -> list[str]:
+def write_draft(draft: Draft, origin: Origin, id: str, folder: Path) -> list[str]:
     "The files of a case, images first; their names below the folder"
+    part = part_of(origin)
     if draft.links:
         for target, path in draft.links.items():
-            take(path, folder / target, link)
+            take(path, folder / target, origin.facts.get("link", False))
         return list(draft.links)
     names = [f"images{part}/{id}_{channel:04d}.nii.gz" for channel in range(len(draft.channels))]
-    for name, voxels in zip(names, draft.channels):
-        write_volume(folder / name, compact(voxels), draft.affine)
+    for number, (name, voxels) in enumerate(zip(names, draft.channels)):
+        source = origin.images[min(number, len(origin.images) - 1)]
+        write_volume(folder / name, compact(voxels, source), draft.affine)
     if draft.label is not None:
         names.append(f"labels{part}/{id}.nii.gz")
         write_volume(folder / names[-1], draft.label, draft.affine)
@@ -1088,7 +1094,7 @@ def convert_case(
         return record["row"] | head
     forget(path, folder)
     draft = CONVERTERS[name].read(origin, task, name, tolerance)
-    written = write_draft(draft, id, part_of(origin), folder, origin.facts.get("link", False))
+    written = write_draft(draft, origin, id, folder)
     digests = [sha256(folder / file) for file in written]
     images = len(origin.images) if draft.links else len(draft.channels)
     row = head | {
@@ -1096,7 +1102,7 @@ def convert_case(
         "sha256": ";".join(digests[:images]),
         "label_sha256": ";".join(digests[images:]),
         "warnings": "; ".join(draft.notes),
-        "annotated": " ".join(draft.annotated),
+        "annotated": join_labels(draft.annotated),
     }
     sizes = {file: (folder / file).stat().st_size for file in written}
     write_json(path, {"key": key, "files": sizes, "row": row}, sort_keys=False)
@@ -1198,7 +1204,7 @@ def write_annotated(
     "annotated.csv, if not all cases have all labels"
     import pandas as pd
 
-    texts = {row["case"]: row.get("annotated", "") or " ".join(known.get(row["case"], ())) for row in rows}
+    texts = {row["case"]: row.get("annotated", "") or join_labels(known.get(row["case"], ())) for row in rows}
     if listed := [(case, text) for case, text in texts.items() if text]:
         write_csv(folder / ANNOTATED, pd.DataFrame(listed, columns=["case", "annotated"]))
     else:

@@ -41,7 +41,7 @@ from mednext_v2.scans import (
     grid_distance, grid_tolerance, head_of, inspect_header, is_nifti, open_bytes, parse_header, pieces, show, unit_mm,
     valid_affine,
 )
-from .tasks import ANNOTATED, parse_annotated
+from .tasks import ANNOTATED, description_difference, parse_annotated, registered
 
 # %% ../nbs/24_doctor.ipynb #faults-set
 FAULTS = {  # Code: severity, what to do
@@ -489,29 +489,24 @@ def usual_ending(folder: Path) -> str:
     return endings.most_common(1)[0][0] if endings else ".nii.gz"
 
 
-def task_faults(declared: Declared, task) -> list[Finding]:
+def task_faults(meta: dict, task) -> list[Finding]:
     "Where `dataset.json` and the registry part"
-    ours = {value: name for name, value in task.labels.items()}
-    theirs = {value: name for value, name in declared.names.items() if value}
-    differing = [value for value in sorted({*ours, *theirs}) if ours.get(value) != theirs.get(value)]
-    if task.regions or not differing:
-        return []
-    first = differing[0]
-    what = f"value {first} is {theirs.get(first)!r}, the registry's {task.name} says {ours.get(first)!r}"
-    return [Finding("dataset.json", "labels-task", what)]
+    difference = description_difference(task, meta)
+    return [Finding("dataset.json", "labels-task", difference)] if difference else []
 
 
 def survey(
     folder: Path,  # A data set
-    task=None,  # A `Task` that it should agree with
+    task=None,  # A `Task` that it should agree with; the registered one of the folder's name if not given
 ) -> Layout:
     "Everything that can be said without opening a volume"
     if not os.access(folder, os.R_OK | os.X_OK):
         finding = Finding(".", "file-permission", "the folder may not be listed", "", folder.name)
         return Layout(folder, None, {}, [], [finding])
     declared, meta, findings = declare(folder)
+    task = task or registered(folder)
     if declared and task:
-        findings += task_faults(declared, task)
+        findings += task_faults(meta, task)
         if task.modality == "CT":  # Whatever the channel is called
             declared = replace(declared, channels=("CT",) * len(declared.channels))
     ending = declared.ending if declared else usual_ending(folder)

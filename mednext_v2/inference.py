@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from .losses import finest
 from .prepare import bounding_box, coarse_axis, image_type, nonzero_box, normalise, resample_image, target_shape
-from .scans import Header, Volume, read_scan, same_grid
+from .scans import Header, Volume, as_float32, check_extent, read_scan, same_grid
 
 # %% ../nbs/40_inference.ipynb #sliding-window
 def check_windows(image: Tensor | np.ndarray, patch: tuple[int, int, int], overlap: float) -> None:
@@ -691,7 +691,7 @@ def network_input(
     first = volumes[0]
     for volume in volumes[1:]:
         same_grid(volume, first)
-    values = np.stack([volume.voxels.astype(np.float32, copy=False) for volume in volumes])
+    values = np.stack([as_float32(volume.voxels, volume.header.path) for volume in volumes])
     box, mask = nonzero_box(values), None
     part = tuple(slice(0, side.stop - side.start) for side in box)
     if roi is not None:
@@ -726,6 +726,7 @@ def region_mask(volume: Volume, roi) -> np.ndarray:
 
 def prepare_volume(volume: NetworkInput, card) -> np.ndarray:
     "Normalised and on the card's spacing, as `prepare` does it (C, X, Y, Z)"
+    check_extent(volume.header, card.spacing, volume.header.path)
     image = normalise(volume.image, card.normalisation)
     shape = target_shape(image.shape[1:], volume.spacing, card.spacing)
     image = resample_image(image, shape, coarse_axis(volume.spacing, card.spacing))

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['WRITTEN', 'IMAGES', 'OTHERS', 'label_names', 'colour', 'itksnap_table', 'slicer_table', 'names_extension',
-           'read_names', 'Job', 'is_file_name', 'list_jobs', 'Wish', 'identity', 'is_done', 'read_job', 'write_job',
-           'write_probabilities', 'label_job', 'versions', 'predict_files', 'name_tables', 'read_ahead', 'label_read']
+           'read_names', 'Job', 'is_file_name', 'list_jobs', 'Wish', 'identity', 'own_report', 'is_probabilities',
+           'is_done', 'read_job', 'write_job', 'write_probabilities', 'label_job', 'versions', 'predict_files',
+           'name_tables', 'read_ahead', 'label_read']
 
 # %% ../nbs/43_labelmaps.ipynb #imports
 import colorsys
@@ -17,7 +18,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,7 +33,7 @@ from mednext_v2.inference import (
     Member, NetworkInput, Options, check_channels, device_of, label_image, label_volume, load_members, modality_warnings,
     network_input, temporary_array,
 )
-from .scans import ENDINGS, BadFile, cut_ending, list_scans, list_volumes, read_header, read_scan
+from .scans import ENDINGS, BadFile, cut_ending, list_scans, list_volumes, read_header, read_scan, stored_files
 
 # %% ../nbs/43_labelmaps.ipynb #names
 WRITTEN = (".nii.gz", ".nii")  # Endings of label maps that are written
@@ -171,19 +172,42 @@ class Wish:
 
 def identity(job: Job, members: list[Member], wish: Wish) -> str:
     "A hash of what decides the labels: weights, options, and the files' places, sizes and times"
-    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in job.images]
+    region = wish.region(job)
+    read = [*job.images, *([Path(region)] if isinstance(region, (str, Path)) else [])]
+    paths = [file for path in read for file in stored_files(path)]
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     options = {key: value for key, value in asdict(wish.options).items() if key not in ("device", "memory", "folds")}
-    return fingerprint_of(files, [member.hashes for member in members], options, str(wish.roi), wish.probabilities)
+    return fingerprint_of(files, [member.hashes for member in members], options, str(region), wish.probabilities)
+
+
+def own_report(job: Job) -> dict:
+    "The report beside a label map, empty if there is none; ValueError if what has its name is not ours"
+    table, values = job.beside(".json"), job.beside(".npz")
+    report = {}
+    if table.exists():
+        with suppress(OSError, ValueError):
+            report = read_json(table)
+        if not isinstance(report, dict) or "identity" not in report:
+            raise ValueError(f"{table} is there and is no report of a prediction: choose another name or folder for the output")
+    if not report and values.exists() and not is_probabilities(values):
+        raise ValueError(f"{values} is there and holds no probabilities of a prediction: choose another name or folder for the output")
+    return report
+
+
+def is_probabilities(path: Path) -> bool:
+    "Whether a file is as `write_probabilities` writes it"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist() == ["probabilities.npy"]
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def is_done(job: Job, key: str, wish: Wish) -> bool:
-    "Whether a label map is there, made in the same way; ValueError if another one is"
+    "Whether a label map is there, made in the same way; ValueError if another one is, or a file that is not ours"
+    made = own_report(job).get("identity")
     if wish.overwrite or not job.output.exists():
         return False
-    try:
-        made = read_json(job.beside(".json")).get("identity")
-    except (OSError, ValueError):
-        made = None
     if made != key:
         raise ValueError(f"{job.output} is there and was made in another way: remove it, or allow to overwrite it")
     return True

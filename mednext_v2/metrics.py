@@ -22,10 +22,11 @@ from .core import ItemsFailed, build, for_all, write_csv, write_json
 from .scans import list_volumes, present_values, read_label, same_grid
 from mednext_v2.tasks import (
     Task,
+    check_description,
     get_task,
-    load_tasks,
     read_description,
     read_labels,
+    registered,
 )
 
 # %% ../nbs/41_metrics.ipynb #checked
@@ -351,9 +352,9 @@ def described_task(
 ) -> Task:
     "The task of a dataset.json in nnU-Net's form, as far as scoring needs it; a registered one by its folder's name"
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    for task in load_tasks().values():
-        if task.folder == folder.name:
-            return task
+    if task := registered(folder):
+        check_description(task, folder)
+        return task
     known = read_description(folder)
     labels, regions, ignore = read_labels(known)
     named = known.get("groups") or {}

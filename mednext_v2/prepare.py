@@ -25,8 +25,9 @@ from scipy import ndimage
 from mednext_v2.core import (
     ItemsFailed, Kind, atomic_folder, build, check_output, fingerprint_of, for_all, held, parse_json, read_csv, read_json, remove_left, sha256, write_csv, write_json,
 )
+from .scans import stored_files
 from .storage import join, open_array, read_bytes, write_array
-from .tasks import SPLITS, Case, Scan, Task, count_folds, list_cases, partial_cases, read_case, read_splits
+from .tasks import SPLITS, Case, Scan, Task, count_folds, join_labels, list_cases, partial_cases, read_case, read_splits
 
 # %% ../nbs/26_prepare.ipynb #crop
 def bounding_box(
@@ -381,8 +382,8 @@ def case_key(
     fingerprint: Fingerprint,
 ) -> str:  # Sixteen hexadecimal digits
     "A hash of a case's raw files and of all that decides what becomes of them"
-    files = [sha256(path) for path in (*case.images, case.label)]
-    what = (task.channels, task.values, task.spacing, fingerprint.normalisation(), np.dtype(IMAGE_TYPE).name)
+    files = [sha256(file) for path in (*case.images, case.label) for file in stored_files(path)]
+    what = (task.channels, task.labels, task.values, task.spacing, fingerprint.normalisation(), np.dtype(IMAGE_TYPE).name)
     return fingerprint_of(PREPARATION, files, what)
 
 
@@ -466,7 +467,7 @@ def _prepare(task: Task, raw: str | Path, out: Path, workers: int, progress: boo
         raise ItemsFailed({id: failures[id] for id in cases if id in failures}, rows)
     manifest = pd.DataFrame(list(rows.values()))
     if partial:
-        manifest["annotated"] = [" ".join(partial.get(case, ())) for case in manifest.case]
+        manifest["annotated"] = [join_labels(partial.get(case, ())) for case in manifest.case]
     write_json(out / "fingerprint.json", asdict(measured))
     write_json(out / "task.json", asdict(task), sort_keys=False)  # The order of regions counts
     write_csv(out / "manifest.csv", manifest)

@@ -8,9 +8,10 @@ __all__ = ['FILE_FAULTS', 'ENDINGS', 'UNITS', 'UNREADABLE', 'PIECE', 'BadFile', 
            'check_openable', 'first_bytes', 'parse_header', 'displacement', 'grid_tolerance', 'valid_affine', 'unit_mm',
            'forms', 'best_affine', 'grid_faults', 'unit_fault', 'form_faults', 'shear_faults', 'show', 'storage_faults',
            'size_faults', 'volume_shape', 'head_of', 'length_faults', 'opened_by_nibabel', 'read_nifti', 'is_nifti',
-           'read_other', 'inspect_header', 'fault_of', 'read_header', 'pieces', 'broken', 'pieces_other', 'Volume',
-           'load_voxels', 'as_header', 'distinct', 'present_values', 'check_finite', 'float32_step', 'as_float32',
-           'read_scan', 'smallest_type', 'whole_labels', 'read_label', 'write_volume', 'grid_distance', 'same_grid']
+           'stored_files', 'text_fields', 'other_faults', 'read_other', 'inspect_header', 'fault_of', 'read_header',
+           'pieces', 'broken', 'pieces_other', 'Volume', 'load_voxels', 'as_header', 'distinct', 'present_values',
+           'check_finite', 'float32_step', 'as_float32', 'read_scan', 'smallest_type', 'whole_labels', 'read_label',
+           'check_extent', 'write_volume', 'grid_distance', 'same_grid']
 
 # %% ../nbs/19b_scans.ipynb #imports
 import gzip
@@ -98,6 +99,8 @@ def list_volumes(
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
         stem, ending = cut_ending(path.name)
+        if not ending and (small := cut_ending(path.name.lower())[1]) and not path.name.startswith("."):
+            raise BadFile(path, "has its ending in capitals", f"rename it to {path.name[: -len(small)]}{small}")
         if ending not in endings or path.name.startswith("."):
             continue
         if stem in found:
@@ -224,7 +227,8 @@ def open_bytes(path: Path):
 def brief(error: Exception) -> str:
     "An error in one line; of ITK's, what follows its source file and the address of an object"
     text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"\w+\(0x[0-9a-f]+\): ", "", re.split(r"ERROR: ", text)[-1])[:160]
+    text = re.sub(r"\w+\(0x[0-9a-f]+\): ", "", re.split(r"ERROR: ", text)[-1])
+    return re.sub(r" Reason: .*| The file couldn't be read\..*", "", text)[:160]  # Of the system, on something else
 
 
 def check_openable(path: Path) -> None:
@@ -396,8 +400,10 @@ def storage_faults(header) -> list[tuple[str, str]]:
         dtype = header.get_data_dtype()
     except nibabel.spatialimages.HeaderDataError:
         return [("file-format", f"has datatype {int(header['datatype'])}, which does not exist")]
-    if dtype.names or dtype.kind == "V":
-        return [("datatype-colour", f"holds colours ({len(dtype.names or ())} values a voxel)")]
+    if dtype.kind == "V" and not dtype.names:
+        return [("file-format", f"has datatype {int(header['datatype'])}, single bits or none, which is not read")]
+    if dtype.names:
+        return [("datatype-colour", f"holds colours ({len(dtype.names)} values a voxel)")]
     if dtype.kind == "c":
         return [("datatype-complex", f"holds complex numbers ({dtype.name})")]
     found = []
@@ -493,6 +499,53 @@ def is_nifti(path: Path) -> bool:
     return path.name.endswith((".nii", ".nii.gz"))
 
 
+def stored_files(
+    path: str | Path,  # A volume
+) -> tuple[Path, ...]:  # Itself, and the file that holds its voxels if that is another
+    "The files that a volume consists of; BadFile if they are more than two, or one lies elsewhere"
+    path = Path(path)
+    if path.suffix not in (".mha", ".mhd", ".nrrd") or not path.is_file():
+        return (path,)
+    fields = text_fields(path)
+    name = fields.get("elementdatafile") or fields.get("data file") or fields.get("datafile") or "LOCAL"
+    if name.upper() == "LOCAL":
+        return (path,)
+    voxels = path.parent / name
+    if name.split()[0].upper() == "LIST" or "%" in name or Path(name).name != name:
+        raise fault_of(path, "file-format", f"keeps its voxels in {name}, and not in one file beside it")
+    if not voxels.is_file():
+        raise fault_of(path, "file-format", f"keeps its voxels in {name}, which is missing")
+    return path, voxels
+
+
+def text_fields(path: Path) -> dict[str, str]:
+    "The fields of a MetaImage's or an NRRD's header, names in small letters"
+    fields, sign = {}, ":" if path.suffix == ".nrrd" else "="
+    with open(path, "rb") as file:
+        for line in file.read(2**16).split(b"\n"):
+            if sign == ":" and not line.strip():
+                break
+            name, found, value = line.decode("latin-1").partition(sign)
+            if found and not name.startswith("#"):
+                fields.setdefault(name.strip().lower(), value.removeprefix("=").strip())
+            if name.strip().lower() == "elementdatafile":
+                break
+    return fields
+
+
+def other_faults(path: Path) -> list[tuple[str, str]]:
+    "What the header of a MetaImage or an NRRD leaves to guess: ITK takes what is not stated for 1 mm"
+    fields = text_fields(path)
+    if path.suffix == ".nrrd":
+        if "space directions" not in fields:
+            return [("affine-none", "states no space directions, so size and orientation of its voxels are unknown")]
+        units = set(re.findall(r'"([^"]*)"', fields.get("space units", ""))) - {"", "mm"}
+        return [("units", f"has lengths in {', '.join(sorted(units))}, which ITK takes for mm")] if units else []
+    if not {"elementspacing", "elementsize"} & set(fields):
+        return [("affine-none", "states no ElementSpacing, so the size of its voxels is unknown")]
+    return []
+
+
 def read_other(path: Path) -> tuple[Header, list[tuple[str, str]]]:
     "Header of a .mha, .mhd or .nrrd file, by SimpleITK; Damaged if it refuses"
     try:
@@ -500,6 +553,11 @@ def read_other(path: Path) -> tuple[Header, list[tuple[str, str]]]:
     except ImportError:
         what = f"reading {path.suffix} needs SimpleITK: pip install 'mednext_v2[convert]'"
         raise Damaged("file-format", what) from None
+    try:
+        stored_files(path)
+    except BadFile as error:
+        raise Damaged("file-format", error.what) from None
+    faults = other_faults(path)
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -507,7 +565,7 @@ def read_other(path: Path) -> tuple[Header, list[tuple[str, str]]]:
     except RuntimeError as error:
         raise Damaged("file-format", f"is refused by SimpleITK ({brief(error)})") from None
     shape, parts = tuple(reader.GetSize()), reader.GetNumberOfComponents()
-    if len(shape) != 3 or parts != 1:
+    if len(shape) != 3 or parts != 1 or 0 in shape:
         raise Damaged("dimensions", f"has the shape {shape} with {parts} values a voxel")
     dtype = SimpleITK.GetArrayViewFromImage(SimpleITK.Image(1, 1, 1, reader.GetPixelID())).dtype
     # ITK counts towards left and posterior, NIfTI towards right and anterior
@@ -518,7 +576,7 @@ def read_other(path: Path) -> tuple[Header, list[tuple[str, str]]]:
     head = Header(path, shape, dtype, affine, -1)
     if not valid_affine(affine):
         return head, [("affine-invalid", f"has an affine that is singular: {show(affine[:3])}")]
-    return head, size_faults(shape, affine)
+    return head, faults + shear_faults(affine) + size_faults(shape, affine)
 
 # %% ../nbs/19b_scans.ipynb #inspect-header
 def inspect_header(
@@ -790,6 +848,20 @@ def read_label(
     "A label map turned to RAS; FileNotFoundError, or BadFile if it is at fault or holds other than whole numbers"
     volume = _read(source)
     return Volume(whole_labels(volume.voxels, volume.header.path), volume.affine, volume.header)
+
+
+def check_extent(
+    volume: Header | Volume,
+    target: tuple[float, ...],  # Voxel size in mm that it is going to be resampled to
+    path: str | Path,  # What to call it in an error
+) -> None:
+    "BadFile if a scan has fewer than two such voxels along every axis: then its unit or voxel size is wrong"
+    shape, affine = volume.canonical if isinstance(volume, Header) else (volume.voxels.shape, volume.affine)
+    extent = voxel_sizes(affine) * shape
+    if (extent < 2 * np.asarray(target, float)).all():
+        what = f"is {show(extent)} mm as a whole, and voxels of {show(target)} mm are wanted"
+        raise BadFile(path, what, "look at its voxel size and at the unit of its lengths")
+
 
 # %% ../nbs/19b_scans.ipynb #write-volume
 def write_volume(

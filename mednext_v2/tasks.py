@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MODALITIES', 'ROLES', 'SPLIT_RULES', 'FOLDER_NAME', 'SPLITS', 'ANNOTATED', 'check_regions', 'check_task',
            'own_values', 'Task', 'registry', 'load_tasks', 'parse_tasks', 'get_task', 'read_description',
-           'plan_spacing', 'header_grids', 'read_channels', 'read_labels', 'raw_task', 'find_task', 'file_ending',
-           'list_part', 'list_channels', 'write_dataset', 'Case', 'patient_of', 'deal_out', 'read_folds', 'read_splits',
-           'count_folds', 'list_cases', 'data_files', 'parse_annotated', 'read_annotated', 'partial_cases', 'Scan',
+           'plan_spacing', 'header_grids', 'read_channels', 'read_labels', 'raw_task', 'registered',
+           'description_difference', 'check_description', 'find_task', 'file_ending', 'list_part', 'list_channels',
+           'write_dataset', 'Case', 'patient_of', 'deal_out', 'read_folds', 'read_splits', 'count_folds', 'list_cases',
+           'data_files', 'join_labels', 'split_labels', 'parse_annotated', 'read_annotated', 'partial_cases', 'Scan',
            'check_labels', 'read_case']
 
 # %% ../nbs/20_tasks.ipynb #imports
@@ -21,7 +22,7 @@ import pandas as pd
 
 from .core import GROUPS, are_lengths, build, is_patch, read_csv, read_json, read_yaml, root, write_json
 from mednext_v2.scans import (
-    ENDINGS, BadFile, Volume, as_float32, channel_of, check_channels, check_finite, cut_ending, displacement, distinct,
+    ENDINGS, BadFile, Volume, as_float32, channel_of, check_channels, check_extent, check_finite, cut_ending, displacement, distinct,
     grid_tolerance, list_volumes, present_values, read_header, read_label, read_scan, same_grid, smallest_type,
     visible_files, write_volume,
 )
@@ -210,6 +211,9 @@ def read_description(
     for name in ("channel_names", "labels"):
         if not isinstance(values.get(name), dict) or not values[name]:
             raise ValueError(f"{path} lacks {name!r}: a mapping as in nnU-Net v2's raw layout")
+    if set(values["channel_names"]) != set(map(str, range(len(values["channel_names"])))):
+        keys = ", ".join(map(repr, values["channel_names"]))
+        raise ValueError(f"{path} numbers its channel_names {keys}: number them '0', '1', ... as nnU-Net v2 does")
     return values
 
 
@@ -298,13 +302,51 @@ def raw_task(
         raise ValueError(f"{folder / 'dataset.json'}: {error}") from error
 
 
+def registered(
+    folder: str | Path,  # A data set in nnU-Net's raw layout
+    path: str | Path | None = None,  # Another registry than the project's
+) -> Task | None:
+    "The registered data set of a folder's name; None if there is none"
+    return next((task for task in load_tasks(path).values() if task.folder == Path(folder).absolute().name), None)
+
+
+def description_difference(
+    task: Task,
+    description: dict,  # Of dataset.json
+) -> str:  # Empty if the two agree
+    "What dataset.json says otherwise than the registry"
+    theirs = {n: tuple(np.atleast_1d(v)) for n, v in description["labels"].items() if n not in ("background", "ignore")}
+    ours = {name: tuple(np.atleast_1d(value)) for name, value in (task.regions or task.labels).items()}
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            said = [" ".join(map(str, values[name])) if name in values else "absent" for values in (theirs, ours)]
+            return f"label {name!r} is {said[0]}, the registry's {task.name} says {said[1]}"
+    named = read_channels(description)
+    if len(named) != len(task.channels) or any((a.upper() == "CT") != (b.upper() == "CT") for a, b in zip(named, task.channels)):
+        return f"its channels are {', '.join(named)}, the registry's {task.name} says {', '.join(task.channels)}"
+    return ""
+
+
+def check_description(
+    task: Task,
+    folder: str | Path,  # The data set's
+) -> None:
+    "ValueError if a folder's own dataset.json is not of this data set"
+    if (Path(folder) / "dataset.json").is_file():
+        if difference := description_difference(task, read_description(folder)):
+            remedy = "rename the folder if it is another data set, else correct the file or the registry"
+            raise ValueError(f"{Path(folder) / 'dataset.json'}: {difference}: {remedy}")
+
+
 def find_task(
     folder: str | Path,  # A data set in nnU-Net's raw layout
     path: str | Path | None = None,  # Another registry than the project's
 ) -> Task:
-    "The registered task of that folder name, or else what the folder itself describes"
-    named = {task.folder: task for task in load_tasks(path).values()}
-    return named.get(Path(folder).name) or raw_task(folder)
+    "The registered task of that folder name, or else what the folder itself describes; ValueError if the two differ"
+    if not (task := registered(folder, path)):
+        return raw_task(folder)
+    check_description(task, folder)
+    return task
 
 
 def file_ending(folder: Path) -> str:
@@ -467,6 +509,7 @@ def list_cases(
 ) -> list[Case]:  # Training first, then validation and test
     "The cases of a raw data set; FileNotFoundError names a missing image or label, BadFile a channel too many"
     folder = Path(raw) / task.folder
+    check_description(task, folder)
     ending = file_ending(folder)
     there = {suffix: list_channels(folder, f"images{suffix}") for suffix in ("Tr", "Ts")}
     cases = []
@@ -496,6 +539,18 @@ def data_files(
 ANNOTATED = "annotated.csv"
 
 
+def join_labels(labels: tuple[str, ...]) -> str:
+    "Labels in one field of a table: with blanks between them, or semicolons where a name has blanks itself"
+    return ("; " if any(len(label.split()) > 1 for label in labels) else " ").join(labels)
+
+
+def split_labels(text: str, words) -> list[str]:
+    "The labels of such a field; `words` are those that exist"
+    if ";" in text or text.strip() in words:
+        return [word.strip() for word in text.split(";") if word.strip()]
+    return text.split()
+
+
 def parse_annotated(
     table,  # A CSV, or a table such as a prepared manifest, with columns `case` and `annotated`
     words: dict[str, tuple[str, ...]],  # What may be in the table: a label, or a group of labels, to the labels
@@ -512,10 +567,10 @@ def parse_annotated(
         if case in seen:
             raise ValueError(f"{where} has case {case} twice: keep one row")
         seen.add(case)
-        if unknown := [word for word in text.split() if word not in words]:
-            what = f"{unknown[0]!r} is no label of {name} and no part"
-            raise ValueError(f"{where}, case {case}: {what}; parts are given to `read_annotated`")
-        if named := {label for word in text.split() for label in words[word]}:
+        if unknown := [word for word in split_labels(text, words) if word not in words]:
+            some = ", ".join(list(words)[:8])
+            raise ValueError(f"{where}, case {case}: {unknown[0]!r} is no label of {name}: it has {some} (names with blanks end in ';')")
+        if named := {label for word in split_labels(text, words) for label in words[word]}:
             found[case] = tuple(label for label in order if label in named)
     return found
 
@@ -577,6 +632,7 @@ def read_case(
     "A case as arrays; ValueError names file, value and remedy if it is unfit to train on"
     label = read_label(case.label)
     check_labels(label.voxels, task, case.label)
+    check_extent(label, task.spacing, case.label)
     channels = []
     for path in case.images:
         channel = read_scan(path)

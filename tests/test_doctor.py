@@ -725,6 +725,11 @@ def too_large_for_float32(d):
     edit(d / IMAGE, lambda v: np.where(v > 500, 1e300, v))
 
 
+@damage("image-narrow", IMAGE)
+def offset_that_float32_cannot_hold(folder):
+    edit(folder / IMAGE, lambda v: v.astype(np.float64) * 1e-6 + 1e6)
+
+
 @damage("image-constant", IMAGE)
 def constant_image(d):
     edit(d / IMAGE, lambda v: np.full_like(v, -1024))
@@ -1119,7 +1124,8 @@ def test_task_of_the_registry(healthy, copy_of):
     folder = copy_of(channels=("some name",))
     edit(folder / IMAGE, lambda v: (v + 1024).astype(np.uint16))
     assert found(doctor(folder)) == set()
-    assert found(doctor(folder, task=DEMO)) == {("hu-range", IMAGE)}, "the task says that it is CT"
+    told = {("hu-range", IMAGE), ("labels-task", "dataset.json")}
+    assert found(doctor(folder, task=DEMO)) == told, "the task says that it is CT, dataset.json does not"
     good(folder.parent / "Dataset008_Other", train=3, test=0, seed=1)
     assert doctor(folder.parent, task=DEMO).sets == (NAME,)
     with pytest.raises(FileNotFoundError, match="does not hold Dataset009_MiniDemoCT"):

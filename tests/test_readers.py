@@ -11,10 +11,10 @@ import pytest
 import torch
 from mednext_v2 import cli
 from mednext_v2.backbones import create
-from mednext_v2.core import read_csv
+from mednext_v2.core import read_csv, write_csv
 from mednext_v2.prepare import Prepared
 from mednext_v2.scans import read_label, read_scan, write_volume
-from mednext_v2.tasks import write_dataset
+from mednext_v2.tasks import get_task, read_annotated, write_dataset
 from mednext_v2.weights import Card, save_model
 from test_training_sets import CHEST, SMALL, write_raw
 
@@ -103,11 +103,11 @@ def stored(path: Path):
 
 
 def rewrite(path: Path, voxels, affine, **header) -> None:
-    image = nibabel.Nifti1Image(voxels, affine)
+    content = bytearray(nibabel.Nifti1Image(voxels, affine).to_bytes())
+    changed = nibabel.Nifti1Header(bytes(content[:348]), check=False)
     for name, value in header.items():
-        image.header[name] = value
-    content = bytearray(image.to_bytes())
-    content[:348] = image.header.binaryblock
+        changed[name] = value
+    content[:348] = changed.binaryblock
     path.write_bytes(gzip.compress(bytes(content)))
 
 
@@ -236,8 +236,8 @@ FAULTS = [("image", fault) for fault in (*ANY, too_large, offset)] + [("label", 
 
 
 def concerns(command: str, part: str, fault) -> bool:
-    "Whether a command reads that file, and can know of the fault"
-    return part == {"predict": "image", "evaluate": "label"}.get(command, part)
+    "Whether a command reads that file, and the fault is one to it: `convert` copies intensities as they are"
+    return (command, fault) != ("convert", offset) and part == {"predict": "image", "evaluate": "label"}.get(command, part)
 
 
 TABLE = [(c, part, fault) for c in COMMANDS for part, fault in FAULTS if concerns(c, part, fault)]
@@ -321,3 +321,159 @@ def test_hidden_files_are_no_data(desk, command):
             (place / f"._{CASE}_0000.nii.gz").write_bytes(b"Mac OS X")
     desk.run(command)
     assert not [path for path in (desk.folder / command).rglob("*") if "DS_Store" in path.name or path.name.startswith("._")]
+
+
+# ---- MetaImage and NRRD are held to the same rules
+
+
+def itk_volume(path, spacing=(1.0, 1.0, 1.0), direction=(1.0, 0, 0, 0, 1, 0, 0, 0, 1)):
+    voxels = np.random.default_rng(0).integers(0, 99, (18, 18, 18)).astype(np.int16)
+    image = SimpleITK.GetImageFromArray(voxels)
+    image.SetSpacing(spacing)
+    image.SetDirection(direction)
+    SimpleITK.WriteImage(image, str(path))
+
+
+def edit_text(path, old: bytes, new: bytes):
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    "name, change, words",
+    [
+        ("a.nrrd", lambda p: itk_volume(p, direction=(1, 0.5, 0, 0, 1, 0, 0, 0, 1)), "off right angles"),
+        ("a.mha", lambda p: itk_volume(p, direction=(1, 0.5, 0, 0, 1, 0, 0, 0, 1)), "off right angles"),
+        ("a.nrrd", lambda p: edit_text(p, b"space directions: (1,0,0) (0,1,0) (0,0,1)\n", b""), "no space directions"),
+        ("a.nrrd", lambda p: edit_text(p, b"kinds:", b'space units: "m" "m" "m"\nkinds:'), "lengths in m"),
+        ("a.mha", lambda p: edit_text(p, b"ElementSpacing = 1 1 1\n", b""), "no ElementSpacing"),
+        ("a.mhd", lambda p: edit_text(p, b"DimSize = 18 18 18", b"DimSize = 18 18 0"), "shape"),
+        ("a.mhd", lambda p: p.with_suffix(".raw").unlink(), "a.raw, which is missing"),
+        ("a.mhd", lambda p: edit_text(p, b"a.raw", b"LIST"), "not in one file"),
+        ("a.mha", lambda p: p.write_bytes(p.read_bytes()[:-2000]), "cannot be read"),
+        ("A.NII.GZ", lambda p: None, "capitals"),
+    ],
+)
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_other_formats_are_refused_for_the_same_faults(tmp_path, model, clean, name, change, words, command):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / name
+    itk_volume(tmp_path / "whole.nii.gz") if "NII" in name else itk_volume(path)
+    if "NII" in name:
+        (tmp_path / "whole.nii.gz").rename(path)
+    change(path)
+    words_of = {
+        "predict": ["-m", model, "-i", path.parent, "-o", tmp_path / "out", "--device", "cpu"],
+        "evaluate": [path.parent, path.parent, "--task", clean / "dataset.json", "-o", tmp_path / "out"],
+    }
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, *map(str, words_of[command])])
+    assert name in str(ended.value.code) and words in str(ended.value.code)
+
+
+@pytest.mark.parametrize("command", ["predict", "prepare"])
+def test_a_whole_scan_of_a_few_microns_is_refused(desk, capsys, command):
+    for path in (desk.image, desk.label):
+        voxels, affine = stored(path)
+        rewrite(path, voxels, affine * np.array([2, 2, 2, 1]), xyzt_units=3)
+    words = ["--spacing", "1", "1", "1"] if command == "prepare" else []
+    out = desk.folder / command
+    with pytest.raises(SystemExit) as ended:
+        place = [desk.raw, out] if command == "prepare" else ["-m", desk.model, "-i", desk.image, "-o", out, "--device", "cpu"]
+        cli.main([command, *map(str, place), *words])
+    assert "look at its voxel size and at the unit" in str(ended.value.code) and CASE in str(ended.value.code)
+
+
+# ---- what changed is done anew, what is not ours stays
+
+
+def predict(desk, *more) -> Path:
+    out = desk.folder / "map.nii.gz"
+    cli.main(["predict", "-m", str(desk.model), "-i", str(desk.image), "-o", str(out), "--device", "cpu", *map(str, more)])
+    return out
+
+
+def test_a_mask_that_changed_is_not_taken_for_done(desk):
+    mask, (voxels, affine) = desk.folder / "mask.nii.gz", stored(desk.image)
+    write_volume(mask, np.ones(voxels.shape, np.uint8), affine)
+    predict(desk, "--roi", mask)
+    part = np.zeros(voxels.shape, np.uint8)
+    part[:5] = 1
+    write_volume(mask, part, affine)
+    with pytest.raises(SystemExit, match="made in another way"):
+        predict(desk, "--roi", mask)
+
+
+@pytest.mark.parametrize("command", ["predict", "prepare"])
+def test_voxels_in_a_second_file_are_part_of_a_scan(tmp_path, model, clean, command):
+    raw = tmp_path / clean.name
+    shutil.copytree(clean, raw)
+    for path in sorted(raw.rglob("*.nii.gz")):
+        image = SimpleITK.ReadImage(str(path))
+        path.unlink()
+        SimpleITK.WriteImage(image, str(path).replace(".nii.gz", ".mhd"))
+    edit_text(raw / "dataset.json", b'".nii.gz"', b'".mhd"')
+    scan, out = raw / f"imagesTr/{CASE}_0000.mhd", tmp_path / "out"
+    words = [raw, out] if command == "prepare" else ["-m", model, "-i", scan, "-o", out, "--device", "cpu"]
+    cli.main([command, *map(str, words)])
+    before = Prepared(out).row(CASE) if command == "prepare" else None
+    content = bytearray(scan.with_suffix(".raw").read_bytes())
+    content[100:2000] = bytes(1900)
+    scan.with_suffix(".raw").write_bytes(content)
+    if command == "prepare":
+        cli.main([command, *map(str, words)])
+        assert Prepared(out).row(CASE) != before
+    else:
+        with pytest.raises(SystemExit, match="made in another way"):
+            cli.main([command, *map(str, words)])
+
+
+def test_counts_follow_the_names_of_the_labels(desk):
+    desk.run("prepare")
+    before = Prepared(desk.folder / "prepare").manifest.set_index("case")
+    content = (desk.raw / "dataset.json").read_text()
+    spleen, liver = '"spleen": 1', '"liver": 2'
+    assert spleen in content and liver in content
+    (desk.raw / "dataset.json").write_text(content.replace(spleen, '"spleen": 2').replace(liver, '"liver": 1'))
+    cli.main(["prepare", str(desk.raw), str(desk.folder / "again")])
+    desk.run("prepare")
+    for name in ("prepare", "again"):
+        after = Prepared(desk.folder / name).manifest.set_index("case")
+        assert after.voxels_liver.equals(before.voxels_spleen.rename("voxels_liver"))
+
+
+@pytest.mark.parametrize("ending", [".json", ".npz"])
+@pytest.mark.parametrize("more", [(), ("--overwrite",), ("--save-probabilities",)])
+def test_a_file_beside_the_label_map_that_is_not_ours_stays(desk, ending, more):
+    mine = desk.folder / f"map{ending}"
+    mine.write_text('{"Modality": "CT"}')
+    with pytest.raises(SystemExit, match=f"map{ending} is there"):
+        predict(desk, *more)
+    assert mine.read_text() == '{"Modality": "CT"}'
+
+
+@pytest.mark.parametrize("command", ["prepare", "finetune", "doctor", "evaluate"])
+def test_a_folder_named_like_a_known_data_set_must_be_that_data_set(desk, capsys, command):
+    known = get_task("lits")
+    desk.raw = desk.raw.rename(desk.raw.with_name(known.folder))
+    with pytest.raises(SystemExit) as ended:
+        desk.run(command)
+    assert "label 'liver' is 2, the registry's lits says 1" in str(ended.value.code) + capsys.readouterr().out
+
+
+def test_labels_with_blanks_can_be_listed_as_annotated(desk):
+    edit_text(desk.raw / "dataset.json", b'"spleen": 1', b'"left kidney": 1')
+    edit_text(desk.raw / "dataset.json", b'"spleen": "organ"', b'"left kidney": "organ"')
+    write_csv(desk.raw / "annotated.csv", pd.DataFrame({"case": [CASE, "chest_2"], "annotated": ["left kidney", "left kidney; liver"]}))
+    desk.run("doctor")
+    desk.run("prepare")
+    prepared = Prepared(desk.folder / "prepare")
+    assert read_annotated(prepared.manifest, prepared.task) == {CASE: ("left kidney",), "chest_2": ("left kidney", "liver")}
+
+
+@pytest.mark.parametrize("command", ["prepare", "finetune", "evaluate"])
+def test_channels_are_numbered_from_zero(desk, command):
+    edit_text(desk.raw / "dataset.json", b'"0":', b'"zero":')
+    with pytest.raises(SystemExit, match="dataset.json.* channel_names .*'zero'"):
+        desk.run(command)
