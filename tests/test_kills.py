@@ -1,15 +1,23 @@
 """What a kill, a second run or a wrong folder may not do."""
 
 import errno
+import itertools
 import os
+import shutil
 import subprocess
 import sys
 
+import nibabel
 import pytest
+import torch
+from kill_toys import New, Nth, ended, start, tree
 from mednext_v2 import core
-from mednext_v2.core import NEW, Kind, atomic_files, atomic_folder, check_output, held
-from mednext_v2.prepare import remove_others
-from mednext_v2.weights import MODEL_FOLDER
+from mednext_v2.backbones import create
+from mednext_v2.core import NEW, TRACES, Kind, atomic_files, atomic_folder, check_output, held
+from mednext_v2.prepare import Prepared, remove_others
+from mednext_v2.weights import MODEL_FOLDER, Card, save_model
+from test_hostile import CARD
+from test_training_sets import CHEST, write_raw
 
 HOLD = """
 import sys, time
@@ -87,3 +95,127 @@ def test_a_living_neighbour_and_foreign_folders_stay_in_prepared_cases(tmp_path)
         remove_others(tmp_path, {"a.0123456789abcdef"})
         assert living.is_dir()
         assert {path.name for path in tmp_path.iterdir()} == {"a.0123456789abcdef", "mine", living.name}
+
+
+# ---- a kill wherever a file or a folder gets its name ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    "A raw data set, a model folder that predicts, and scans"
+    folder = tmp_path_factory.mktemp("given")
+    write_raw(CHEST, folder / "raw", cases=2)
+    for path in list((folder / "raw" / CHEST.folder).rglob("chest_0*.nii.gz")):  # To test on
+        place = path.parent.with_name(path.parent.name.replace("Tr", "Ts"))
+        place.mkdir()
+        shutil.copy(path, place / path.name.replace("chest_0", "held"))
+    torch.manual_seed(0)
+    save_model(folder / "model", create("unet", 1, 3, filters=(4, 8, 8)), Card(**CARD))
+    for name in ("one", "two"):
+        source = folder / "raw" / CHEST.folder / f"imagesTr/chest_{int(name == 'two')}_0000.nii.gz"
+        for scans in ("two", name):
+            (folder / scans).mkdir(exist_ok=True)
+            shutil.copy(source, folder / scans / f"{name}_0000.nii.gz")
+    return folder
+
+
+def predict_line(given, scans: str, out, *more) -> list:
+    return ["predict", "-i", given / scans, "-m", given / "model", "-o", out, "--device", "cpu", *more]
+
+
+LINES = {
+    "predict one": lambda given, out: predict_line(given, "one", out),
+    "predict file": lambda given, out: predict_line(given, "one/one_0000.nii.gz", out / "map.nii.gz", "--save-probabilities"),
+    "predict two": lambda given, out: predict_line(given, "two", out, "--save-probabilities"),
+    "prepare": lambda given, out: ["prepare", given / "raw" / CHEST.folder, out],
+    "convert": lambda given, out: ["convert", "--dataset", "raw", given / "raw" / CHEST.folder, out],
+}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("command", LINES)
+def test_killed_at_any_commit_the_same_command_goes_on_to_the_same(given, tmp_path, command, after):
+    root = tmp_path / "root"
+    line, log = LINES[command](given, root / "out"), tmp_path / "log"
+
+    def fresh():
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir()
+        (root / "thesis.txt").write_text("years")
+
+    fresh()
+    assert ended(start(line, log, root)) == 0, log.read_text()
+    wanted = tree(root)
+    for number in itertools.count(1):
+        fresh()
+        code = ended(start(line, log, root, Nth(number, after)))
+        if code == 0:
+            break
+        assert code == 9, log.read_text()
+        assert ended(start(line, log, root)) == 0, (number, log.read_text())
+        assert tree(root) == wanted, number
+    assert number > 3 and tree(root) == wanted
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_map_that_is_labelled_again_is_there_at_any_moment(given, tmp_path, after):
+    "The older good map, or the new one; whatever dies between"
+    root, log = tmp_path / "root", tmp_path / "log"
+    out, old = root / "out", given / "older"
+    line = predict_line(given, "two", out, "--save-probabilities", "--overwrite")
+    if not old.exists():
+        assert ended(start(predict_line(given, "two", old, "--fast", "--save-probabilities"), log, old)) == 0, log.read_text()
+    assert ended(start(line, log, root)) == 0, log.read_text()
+    wanted = tree(root)
+    for number in itertools.count(1):
+        shutil.rmtree(root)
+        shutil.copytree(old, out)
+        code = ended(start(line, log, root, Nth(number, after)))
+        for name in ("one", "two"):
+            assert nibabel.load(out / f"{name}.nii.gz").get_fdata().shape == (20, 20, 20)
+        if code == 0:
+            break
+        assert code == 9 and ended(start(line, log, root)) == 0, log.read_text()
+        assert tree(root) == wanted, number
+    assert number > 6
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_finetune_killed_at_one_commit_after_the_other_ends_as_if_never_killed(given, tmp_path, after):
+    "Each start is killed at the first name that none before it has given; data, training, labels and scores are the same"
+    root, log = tmp_path / "root", tmp_path / "log"
+    line = ["finetune", "-d", given / "raw" / CHEST.folder, "-o", root / "out", "--recipe", "smoke", "--backbone", "unet",
+            "--network", "filters=(4,8,8)", "--device", "cpu", "--unchecked",
+            "--set", "patch=16,16,16", "steps=2", "checkpoint_every=1", "validate_every=2"]  # fmt: skip
+    without = ("out/run",)  # Its seconds, and what only keeps a record
+    assert ended(start(line, log, root)) == 0, log.read_text()
+    wanted = tree(root, without)
+    shutil.rmtree(root)
+    kills = New(tmp_path / "kills", after)
+    while (code := ended(start(line, log, root, kills))) == 9:
+        assert len(kills.list.read_text().splitlines()) < 100
+    assert code == 0, log.read_text()
+    names = {name.rstrip("!") for name in kills.list.read_text().splitlines()}
+    assert {"out/plan.json", "out/prepared/manifest.csv", "out/run/last.pt", "out/model", "out/predictions/held.nii.gz",
+            "out/scores.csv", "out/model/card.json"} <= names  # fmt: skip
+    assert tree(root, without) == wanted
+    assert not [path for path in (root / "out/run").rglob("*") if path.name.startswith(TRACES)]
+
+
+def test_a_prepared_folder_is_never_half_old_and_half_new(given, tmp_path):
+    "While its descriptions change, no manifest says that all is there; folds of an older data set do not stay"
+    root, log, out = tmp_path / "root", tmp_path / "log", tmp_path / "root/out"
+    line = LINES["prepare"](given, out)
+    assert ended(start(line, log, root)) == 0, log.read_text()
+    (out / "folds.json").write_text("[{}, {}]")
+    new = [*line, "--spacing", "2", "2", "2"]
+    for number in itertools.count(1):
+        code = ended(start(new, log, root, Nth(number, after=True)))
+        whole = (out / "manifest.csv").is_file()
+        if whole:
+            prepared = Prepared(out)
+            assert set(prepared.manifest.spacing) == {"x".join(f"{size:g}" for size in prepared.spacing)}
+        if code == 0:
+            break
+        assert code == 9
+    assert prepared.spacing == (2, 2, 2) and not (out / "folds.json").exists()
