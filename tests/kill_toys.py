@@ -113,7 +113,7 @@ def tree(root: Path, without: tuple[str, ...] = ()) -> dict[str, object]:
     "What lies below a folder, without what differs each time"
 
     def content(path: Path):
-        if path.suffix == ".json" and isinstance(value := json.loads(path.read_text()), dict):
+        if path.suffix == ".json" and not path.name.startswith(".") and isinstance(value := json.loads(path.read_text()), dict):
             return {name: one for name, one in value.items() if name not in VOLATILE}
         return path.read_bytes()
 

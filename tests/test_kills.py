@@ -6,11 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import nibabel
 import pytest
 import torch
-from kill_toys import New, Nth, ended, start, tree
+from kill_toys import Meet, New, Nth, ended, start, tree
 from mednext_v2 import core
 from mednext_v2.backbones import create
 from mednext_v2.core import NEW, TRACES, Kind, atomic_files, atomic_folder, check_output, held
@@ -119,6 +120,10 @@ def given(tmp_path_factory):
     return folder
 
 
+TINY = ["--recipe", "smoke", "--backbone", "unet", "--network", "filters=(4,8,8)", "--device", "cpu", "--unchecked",
+        "--set", "patch=16,16,16", "steps=2", "checkpoint_every=1", "validate_every=2"]  # fmt: skip
+
+
 def predict_line(given, scans: str, out, *more) -> list:
     return ["predict", "-i", given / scans, "-m", given / "model", "-o", out, "--device", "cpu", *more]
 
@@ -184,9 +189,7 @@ def test_a_map_that_is_labelled_again_is_there_at_any_moment(given, tmp_path, af
 def test_finetune_killed_at_one_commit_after_the_other_ends_as_if_never_killed(given, tmp_path, after):
     "Each start is killed at the first name that none before it has given; data, training, labels and scores are the same"
     root, log = tmp_path / "root", tmp_path / "log"
-    line = ["finetune", "-d", given / "raw" / CHEST.folder, "-o", root / "out", "--recipe", "smoke", "--backbone", "unet",
-            "--network", "filters=(4,8,8)", "--device", "cpu", "--unchecked",
-            "--set", "patch=16,16,16", "steps=2", "checkpoint_every=1", "validate_every=2"]  # fmt: skip
+    line = ["finetune", "-d", given / "raw" / CHEST.folder, "-o", root / "out", *TINY]
     without = ("out/run",)  # Its seconds, and what only keeps a record
     assert ended(start(line, log, root)) == 0, log.read_text()
     wanted = tree(root, without)
@@ -219,3 +222,45 @@ def test_a_prepared_folder_is_never_half_old_and_half_new(given, tmp_path):
             break
         assert code == 9
     assert prepared.spacing == (2, 2, 2) and not (out / "folds.json").exists()
+
+
+# ---- two at once -----------------------------------------------------------------------------------------------------------
+
+
+def train_line(given, out) -> list:
+    prepared = given / "prepared"
+    if not prepared.exists():
+        assert ended(start(LINES["prepare"](given, prepared), given / "log", given)) == 0
+    return ["train", prepared, out, *TINY]
+
+
+AT_ONCE = {name: LINES[name] for name in ("predict file", "predict two", "prepare", "convert")} | {
+    "finetune": lambda given, out: ["finetune", "-d", given / "raw" / CHEST.folder, "-o", out, *TINY],
+    "train": train_line,
+}
+
+
+@pytest.mark.parametrize("command", AT_ONCE)
+def test_the_second_of_two_at_once_is_told_in_one_line_and_the_first_is_undisturbed(given, tmp_path, command):
+    root, without = tmp_path / "root", ("out/run", "out.run")  # Which hold seconds
+    root.mkdir()
+    line, log, go, here = AT_ONCE[command](given, root / "out"), tmp_path / "log", tmp_path / "go", tmp_path / "here"
+    assert ended(start(line, log, root)) == 0, log.read_text()
+    wanted = tree(root, without)
+    shutil.rmtree(root)
+    root.mkdir()
+    first = start(line, log, root, Meet(here, go))
+    while not here.exists():
+        assert first.is_alive(), log.read_text()
+        time.sleep(0.02)
+    try:
+        before = tree(root)
+        second = ended(start(line, tmp_path / "second", root))
+        assert tree(root) == before
+    finally:
+        go.touch()
+    told = tmp_path.joinpath("second").read_text().splitlines()
+    assert second == 1 and f"is being written by process {first.pid} on " in told[-1] and told[-1].startswith("mednextv2: "), told
+    assert ended(first) == 0, log.read_text()
+    assert tree(root, without) == wanted
+    assert not [path for path in root.rglob("*") if path.name.startswith(TRACES)]
