@@ -27,7 +27,7 @@ import nibabel as nib
 import numpy as np
 
 from . import __version__
-from .core import ItemsFailed, atomic_file, atomic_files, attempt, fingerprint_of, held, peak_bytes, read_json, room
+from .core import ItemsFailed, atomic_file, atomic_files, attempt, check_output, fingerprint_of, held, peak_bytes, read_json, room
 from mednext_v2.inference import (
     Member, NetworkInput, Options, check_channels, device_of, label_image, label_volume, load_members, modality_warnings,
     network_input, temporary_array,
@@ -307,6 +307,8 @@ def predict_files(
     "Label maps, reports and tables of names; ItemsFailed, after all were tried, names the scans that failed"
     from tqdm import tqdm
 
+    if Path(target).is_symlink() or not is_file_name(Path(target)):
+        check_output(target)
     members, wish = load_members(models, options), Wish(options, roi, probabilities, overwrite)
     jobs = list_jobs(source, target, members[0].card.in_channels)
     tables = name_tables(Path(target), label_names(members[0].card), overwrite)
