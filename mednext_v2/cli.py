@@ -6,9 +6,9 @@
 __all__ = ['MENDABLE', 'OUTPUTS', 'info', 'reading', 'import_weights', 'zoo_list', 'zoo_fetch', 'zoo_verify', 'datasets',
            'literal_pair', 'by_split', 'convert', 'doctor', 'prepare', 'train', 'raise_ended', 'starting', 'finetune',
            'mixture_weights', 'forecast_training', 'replay', 'predict', 'evaluate', 'stage', 'compose', 'plan',
-           'results', 'print_readme', 'registry', 'workers', 'zoo', 'cache', 'recipe', 'start', 'running', 'checkpoint',
-           'data_commands', 'model_commands', 'training_commands', 'prediction_commands', 'project_commands', 'parser',
-           'one_line', 'main']
+           'results', 'print_readme', 'at_least', 'registry', 'workers', 'zoo', 'cache', 'recipe', 'start', 'running',
+           'checkpoint', 'data_commands', 'model_commands', 'training_commands', 'prediction_commands',
+           'project_commands', 'parser', 'one_line', 'main']
 
 # %% ../nbs/52_cli.ipynb #imports
 import argparse
@@ -162,12 +162,14 @@ def convert(options: argparse.Namespace) -> str:
 
 def doctor(options: argparse.Namespace) -> str:
     "What is wrong with raw data; exit code 1 if anything is"
-    from mednext_v2.core import write_csv
+    from mednext_v2.core import check_table, write_csv
     from mednext_v2.doctor import doctor as examine
     from mednext_v2.doctor import check_target, fix
 
     if options.fix:
         check_target(options.data, options.fix)
+    if options.csv:
+        check_table(options.csv, "dataset", "code", "what")
     report = examine(options.data, options.against, options.workers, options.quick)
     if options.csv:
         write_csv(options.csv, report.table)
@@ -405,12 +407,23 @@ def print_readme(options: argparse.Namespace) -> str:
     return readme()
 
 # %% ../nbs/52_cli.ipynb #shared-options
+def at_least(least: int) -> Callable:
+    "A parser of whole numbers that are not smaller, and fit into 32 bits"
+
+    def whole(text: str) -> int:
+        if not (text.isascii() and text.isdecimal()) or not least <= int(text) < 2**32:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
+        return int(text)
+
+    return whole
+
+
 def registry(command: argparse.ArgumentParser) -> None:
     command.add_argument("--registry", type=Path, help="another file than data/datasets.yaml")
 
 
 def workers(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    command.add_argument("--workers", type=at_least(1), default=1, help="processes (default: 1)")
 
 
 def zoo(command: argparse.ArgumentParser) -> None:
@@ -441,7 +454,7 @@ def start(
 
 
 def running(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=at_least(0), default=0)
     command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     command.add_argument("--processes", type=int, default=1, help="processes that train, one for each GPU (default: 1)")
     command.add_argument("--unchecked", action="store_true", help="start without forecasting memory and time")
@@ -568,7 +581,7 @@ def training_commands(add: Callable) -> None:
     start(command, "--from")
     command.add_argument("--folder", type=Path, help="for checkpoints and curves (default: OUT.run)")
     running(command)
-    command.add_argument("--workers", type=int, default=2, help="processes that read ahead (default: 2)")
+    command.add_argument("--workers", type=at_least(0), default=2, help="processes that read ahead (default: 2)")
     command.add_argument("--parallel", choices=["ddp", "fsdp"], default="ddp", help="fsdp shards the weights")
     modes = ["none", "default", "reduce-overhead", "max-autotune"]
     command.add_argument("--compile", choices=modes, default="none", help="torch.compile, on a GPU; reduce-overhead takes CUDA graphs")

@@ -7,8 +7,9 @@ __all__ = ['MOST_YAML', 'MOST_JSON', 'MOST_VALUES', 'MOST_LEVELS', 'WORDS', 'GRO
            'MOST_VOXELS', 'LOCKS', 'LEFT', 'TRACES', 'NEW', 'FORMULA', 'NAMES', 'NO_FILES', 'root', 'frozen',
            'read_yaml', 'parse_json', 'read_json', 'params', 'shown', 'build', 'are_lengths', 'is_patch', 'locked',
            'is_named', 'remove_left', 'claim', 'claimed', 'Kind', 'check_output', 'held', 'permit', 'atomic_files',
-           'atomic_file', 'atomic_folder', 'write_json', 'write_csv', 'read_csv', 'room', 'check_place', 'peak_bytes',
-           'sha256', 'fingerprint_of', 'ItemsFailed', 'attempt', 'for_all']
+           'atomic_file', 'atomic_folder', 'write_texts', 'as_json', 'write_json', 'as_csv', 'write_csv', 'read_csv',
+           'check_table', 'room', 'check_place', 'peak_bytes', 'sha256', 'fingerprint_of', 'ItemsFailed', 'attempt',
+           'for_all']
 
 # %% ../nbs/00_core.ipynb #imports
 import dataclasses
@@ -318,7 +319,7 @@ def is_named(handle: int | None, path: Path) -> bool:
 def remove_left(temporary: Path) -> None:
     "Remove what a killed process left under a temporary name; what a living one writes stays"
     try:
-        handle = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
+        handle = os.open(temporary, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     except OSError:  # Nothing is there, or it is another user's
         return
     try:
@@ -428,8 +429,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_held)
 
 
-def _take(lock: Path, path: Path, wait: bool) -> int:
-    "The handle of a lock file that is this process's; ValueError says whose it is"
+def _take(lock: Path, path: Path, wait: bool) -> tuple[int, bool]:
+    "The handle of a lock file that is this process's, and whether its last holder was killed; ValueError says whose it is"
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         taken = _lock(handle, wait)
@@ -440,10 +441,34 @@ def _take(lock: Path, path: Path, wait: bool) -> int:
         if taken is None or is_named(handle, lock):  # Else its last holder has just removed it
             break
         os.close(handle)
+    killed = taken is True and os.fstat(handle).st_size > 0  # Whoever comes to its end takes its lock file away
     with suppress(OSError):  # A full disk
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return handle
+    return handle, killed
+
+
+def _settle(path: Path) -> None:
+    "End what a process that was killed between its two renames of a folder has begun; its lock is ours"
+    aside = path.with_name(f".old-{path.name}")
+    if path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        with suppress(FileNotFoundError):
+            os.replace(aside, path)
+
+
+def _remove_traces(folder: Path, deep: bool) -> None:
+    "Remove what killed processes left in a folder; what a living one writes or holds stays"
+    for place, folders, files in os.walk(folder):
+        for name in sorted((*folders, *files), reverse=True):  # What is .old- before its lock
+            path, target = Path(place, name), Path(place, name.removeprefix(".old-"))
+            if re.match(r"\.tmp-\d+-.|\.lock(-.|$)", name):
+                remove_left(path)
+            elif target != path and target.with_name(f".lock-{target.name}").exists():
+                with suppress(ValueError), held(target, beside=True):
+                    _settle(target)
+        folders[:] = [name for name in folders if deep and not name.startswith(TRACES)]
 
 
 @contextmanager
@@ -461,9 +486,11 @@ def held(
     _check_is_folder(lock.parent)
     made = [place for place in lock.parents if not place.exists()]
     lock.parent.mkdir(parents=True, exist_ok=True)
-    handle = _take(lock, path, wait)
+    handle, killed = _take(lock, path, wait)
     _HELD[lock] = me, handle
     try:
+        if killed:
+            _remove_traces(lock.parent, deep=not beside)
         yield
     finally:
         del _HELD[lock]
@@ -536,24 +563,36 @@ def atomic_folder(
     "Yields a temporary folder beside `path`; it replaces `path` at the end, or is removed on an error"
     path = Path(path)
     check_output(path, own)
-    aside = path.with_name(f".old-{path.name}")
-    if aside.is_dir() and not path.exists():  # A process was killed between its two renames
-        with held(path, beside=True, wait=True), suppress(FileNotFoundError):
-            os.replace(aside, path)
+    if path.with_name(f".old-{path.name}").is_dir():
+        with held(path, beside=True, wait=True):
+            _settle(path)
     with claimed(path, lambda name: name.mkdir(0o700)) as temporary:
         yield temporary
         permit(temporary, 0o777)
         _swap(temporary, path, own)
 
 
-def write_json(
-    path: str | Path,
+def write_texts(
+    texts: dict[Path, str],  # By file; the last one is what says that all are there
+    instead: Iterable[Path] = (),  # As `atomic_files` has it
+) -> None:
+    "Files of text that belong together, the same bytes everywhere"
+    with atomic_files(*texts, instead=instead) as new:
+        for temporary, text in zip(new, texts.values()):
+            temporary.write_bytes(text.encode())
+
+
+def as_json(
     value,
     sort_keys: bool = True,  # Equal values then give equal bytes; not where the order means something
-) -> None:
+) -> str:
+    "JSON, one field a line"
+    return json.dumps(value, indent=1, sort_keys=sort_keys) + "\n"
+
+
+def write_json(path: str | Path, value, sort_keys: bool = True) -> None:
     "JSON, written atomically"
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=sort_keys) + "\n", encoding="utf-8")
+    write_texts({Path(path): as_json(value, sort_keys)})
 
 
 FORMULA = re.compile(r"'*[=+\-@\t\r]")  # How a cell begins that a spreadsheet would calculate
@@ -570,12 +609,16 @@ def _harmless(value):
     return value
 
 
-def write_csv(path: str | Path, table) -> None:
-    "A pandas table without its index, to six significant digits, written atomically; the same bytes everywhere, no cell a formula"
+def as_csv(table) -> str:
+    "A pandas table without its index, to six significant digits, no cell a formula"
     text = table.select_dtypes(exclude="number").columns
     table = table.assign(**{name: table[name].map(_harmless) for name in text})
-    with atomic_file(path) as temporary:
-        table.rename(columns=_harmless).to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+    return table.rename(columns=_harmless).to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
+def write_csv(path: str | Path, table) -> None:
+    "A table as CSV, written atomically"
+    write_texts({Path(path): as_csv(table)})
 
 # %% ../nbs/00_core.ipynb #read-csv
 # Columns that hold names, whatever they look like
@@ -583,7 +626,8 @@ NAMES = ("case", "task", "label", "group", "split", "grid", "backbone", "init", 
 
 
 def read_csv(
-    path: str | Path,  # Written by `write_csv`
+    path,  # Written by `write_csv`; or its bytes as a file
+    name: str | Path = "",  # What to call it in an error
     **kinds,  # Types of further columns, by name
 ):  # A pandas table
     "A table as it was written: a case called 001, =1+1 or NA keeps its name, only an empty field is missing"
@@ -593,9 +637,25 @@ def read_csv(
         return value[1:] if isinstance(value, str) and value[:1] == "'" and FORMULA.match(value) else value
 
     kinds = {_harmless(name): kind for name, kind in (dict.fromkeys(NAMES, str) | kinds).items()}
-    table = pandas.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[""]).rename(columns=itself)
+    try:
+        table = pandas.read_csv(path, dtype=kinds, keep_default_na=False, na_values=[""]).rename(columns=itself)
+    except (ValueError, pandas.errors.ParserError) as error:
+        raise ValueError(f"{name or path} is no table as CSV holds it ({str(error).splitlines()[0]}): correct it, or make it again") from None
     text = table.select_dtypes(exclude=["number", "bool"]).columns
     return table.assign(**{name: table[name].map(itself) for name in text})
+
+
+def check_table(
+    path: str | Path,
+    *columns: str,  # That a table of this kind has
+) -> None:
+    "FileExistsError if a file is there that is no such table, so that it would be lost"
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        with suppress(OSError, ValueError):
+            if set(columns) <= set(read_csv(path)):
+                return
+        raise FileExistsError(f"{path} is there and is no table with {', '.join(columns)}: choose another name or folder")
 
 # %% ../nbs/00_core.ipynb #room
 def room(

@@ -28,7 +28,7 @@ import nibabel as nib
 import numpy as np
 
 from . import __version__
-from .core import ItemsFailed, atomic_file, atomic_files, attempt, fingerprint_of, held, peak_bytes, read_json, room
+from .core import ItemsFailed, atomic_file, atomic_files, attempt, check_output, fingerprint_of, held, peak_bytes, read_json, room
 from mednext_v2.inference import (
     Member, NetworkInput, Options, check_channels, device_of, label_image, label_volume, load_members, modality_warnings,
     network_input, temporary_array,
@@ -189,6 +189,8 @@ def own_report(job: Job) -> dict:
             report = read_json(table)
         if not isinstance(report, dict) or "identity" not in report:
             raise ValueError(f"{table} is there and is no report of a prediction: choose another name or folder for the output")
+    if (other := report.get("output", job.output.name)) != job.output.name:
+        raise ValueError(f"{table} is the report of {other}: choose another name or folder for {job.output.name}")
     if not report and values.exists() and not is_probabilities(values):
         raise ValueError(f"{values} is there and holds no probabilities of a prediction: choose another name or folder for the output")
     return report
@@ -293,6 +295,7 @@ def label_job(
     report = {
         "scan": job.name,
         "files": [path.name for path in job.images],
+        "output": job.output.name,
         "identity": key,
         "shape": list(volume.header.shape),
         "spacing_mm": [round(float(size), 6) for size in nib.affines.voxel_sizes(volume.header.affine)],
@@ -331,6 +334,8 @@ def predict_files(
     "Label maps, reports and tables of names; ItemsFailed, after all were tried, names the scans that failed"
     from tqdm import tqdm
 
+    if Path(target).is_symlink() or not is_file_name(Path(target)):
+        check_output(target)
     members, wish = load_members(models, options), Wish(options, roi, probabilities, overwrite)
     jobs = list_jobs(source, target, members[0].card.in_channels)
     tables = name_tables(Path(target), label_names(members[0].card), overwrite)

@@ -68,7 +68,7 @@ def report(
 ) -> None:
     "Add to what this rank has told; a full disk must not end the run here"
     if path := report_path():
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             known = read_json(path) if path.exists() else {}
             write_json(path, {**known, "pid": os.getpid(), "time": time.time(), **fields})
 
@@ -236,6 +236,8 @@ def is_lost(told: dict) -> bool:
         return psutil.Process(told["pid"]).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+    except psutil.Error:  # It may not look: the exit code will tell
+        return False
 
 
 def stacks_of(reports: dict[int, dict], folder: Path) -> str:
@@ -253,12 +255,12 @@ def kill(
 ) -> None:
     "End every rank with all it has started, then, if need be, what started the ranks"
     for pid, seen in {told["pid"]: told["time"] for told in reports.values()}.items():
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):
             rank = psutil.Process(pid)
             if rank.create_time() > seen:
                 continue  # The rank has ended, and its number belongs to another process now
             for process in [rank, *rank.children(recursive=True)]:
-                with suppress(psutil.NoSuchProcess):
+                with suppress(psutil.Error):
                     process.kill()
     try:
         child.wait(LOST / 2)  # torchrun writes down how its ranks ended
@@ -333,9 +335,9 @@ def memory_note(
         found = f"out of memory: the kernel has killed {count} processes for it since the run began"
     else:
         found = "probably out of memory (or killed by hand, or by the scheduler)"
-    free, total = available_memory() / 1e9, psutil.virtual_memory().total / 1e9
-    help_ = "Use fewer workers, a smaller batch or patch, or ask for more"
-    return f"{found}; now {free:.1f} of {total:.1f} GB are free. {help_}"
+    with suppress(Exception):  # A number more or less may not hide why a run ended
+        found += f"; now {available_memory() / 1e9:.1f} of {psutil.virtual_memory().total / 1e9:.1f} GB are free"
+    return f"{found}. Use fewer workers, a smaller batch or patch, or ask for more"
 
 
 def verdict(

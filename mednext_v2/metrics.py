@@ -6,7 +6,7 @@
 __all__ = ['PIECES', 'LESION_IOU', 'CONVENTIONS', 'EXTRAS', 'dice', 'surface_areas', 'Surfaces', 'surface_distances',
            'surface_dice', 'hausdorff', 'count_lesions', 'conventions', 'score_masks', 'class_values', 'score_case',
            'described_task', 'description_folders', 'scoring_task', 'matched_files', 'score_files', 'nnunet_metrics',
-           'summarise', 'evaluate']
+           'summarise', 'check_scores', 'evaluate']
 
 # %% ../nbs/41_metrics.ipynb #imports
 import itertools
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from .core import ItemsFailed, build, for_all, write_csv, write_json
+from .core import ItemsFailed, build, check_table, for_all, read_json, write_csv, write_json
 from .scans import list_volumes, present_values, read_label, same_grid
 from mednext_v2.tasks import (
     Task,
@@ -457,6 +457,16 @@ def summarise(
     )
 
 # %% ../nbs/41_metrics.ipynb #evaluate
+def check_scores(
+    out: str | Path,  # Folder that is going to get scores.csv and summary.json
+) -> None:
+    "FileExistsError if files of these names are there that are not of an evaluation here, such as nnU-Net's summary.json"
+    check_table(Path(out) / "scores.csv", "case", "label", "dsc")
+    path = Path(out) / "summary.json"
+    if path.exists() and "conventions" not in (read_json(path) or {}):
+        raise FileExistsError(f"{path} is there and was not written by this command: choose another folder")
+
+
 def evaluate(
     predictions: str | Path,  # Folder of label maps, or one file
     truths: str | Path,  # Folder with files of the same names, or one file
@@ -467,6 +477,8 @@ def evaluate(
 ) -> pd.DataFrame:  # Columns task, case and those of `score_case`
     "Score files of equal names; ItemsFailed, after all others are scored and written, names those that cannot be"
     predictions, truths = Path(predictions), Path(truths)
+    if out is not None:
+        check_scores(out)
     task = scoring_task(task, *description_folders(predictions, truths))
     files, failures = matched_files(predictions, truths)
     try:

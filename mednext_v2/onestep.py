@@ -377,6 +377,10 @@ def finetune(
     check_output(out)
     out, built = Path(out), get_recipe(recipe, **changes or {})
     check_output(out / "model", MODEL_FOLDER)
+    if not (out / "plan.json").is_file():  # Then nothing here is of an earlier start
+        for name in ("scores.csv", "summary.json", "review.html", "predictions"):
+            if (out / name).exists():
+                raise FileExistsError(f"{out / name} is there and was not made by this command: choose another folder")
     with held(out):
         raw = raw_folder(raw, out, seed_task, workers)
         if not (out / "model").is_dir():

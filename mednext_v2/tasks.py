@@ -274,7 +274,10 @@ def raw_task(
     names = [files[0] for files in list_channels(folder, "imagesTr").values() if 0 in files]
     if not names:
         raise FileNotFoundError(f"{folder / 'imagesTr'} has no *_0000{file_ending(folder)}: no case to train on")
-    groups = {n: (known.get("groups") or {}).get(n, "unspecified") for n in (*labels, *regions)}
+    named = known.get("groups") or {}
+    if not isinstance(named, dict):
+        raise ValueError(f"{folder / 'dataset.json'}: groups must be a mapping of labels to {', '.join(GROUPS)}, got {named!r}")
+    groups = {n: named.get(n, "unspecified") for n in (*labels, *regions)}
     values = {
         "name": known.get("name") if str(known.get("name", "")).isidentifier() else match[2],
         "dataset": int(match[1]),
@@ -367,7 +370,11 @@ def list_part(
         found = list_volumes(folder / part)
     except FileNotFoundError:
         return {}
-    return {stem: path for stem, path in found.items() if cut_ending(path.name)[1] == file_ending(folder)}
+    ending = file_ending(folder)
+    if other := [path.name for path in found.values() if cut_ending(path.name)[1] != ending]:
+        what = f"holds {', '.join(other[:4])}, and the data set's file_ending is {ending}"
+        raise BadFile(folder / part, what, "store all volumes in one format, and name it in dataset.json")
+    return found
 
 
 def list_channels(

@@ -465,7 +465,8 @@ class Reporter:
         self.curves = curves(session.folder, at.history) if self.main else nullcontext(lambda row: None)
         self.log = self.curves.__enter__()
         if self.trackers:
-            session.engine.init_trackers(self.description or "mednext_v2", config=flat(session.recipe))
+            with optional("trackers"):
+                session.engine.init_trackers(self.description or "mednext_v2", config=flat(session.recipe))
         self.write()
         self.begin = time.perf_counter()
         return self

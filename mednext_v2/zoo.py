@@ -39,7 +39,7 @@ from urllib.request import url2pathname
 import pandas as pd
 
 from . import __version__
-from .core import Kind, atomic_folder, build, fingerprint_of, read_json, read_yaml, room, sha256, write_json
+from .core import Kind, atomic_folder, build, check_output, fingerprint_of, read_json, read_yaml, room, sha256, write_json
 
 # %% ../nbs/18_zoo.ipynb #safe-parts
 def safe_parts(
@@ -815,6 +815,8 @@ def fetch(
     entry, home = get_entry(name, path), cache_folder(cache) / name
     if not (accepted(entry, home) and intact(entry, home)):
         check_available(entry, given)
+        check_output(home)
+        check_output(home / "model", fetched_kind(home / "model"))  # Again after the download: it may have taken hours
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / "lock"), full_disk_named(home):
             permit_use(entry, home, accept_licence)

@@ -542,6 +542,7 @@ def test_arrays_are_those_that_the_preparation_number_stands_for(tmp_path):
     smooth = ndimage.gaussian_filter(rng.normal(0, 400, (24, 20, 12)), 2)
     folder = tmp_path / "raw" / DEMO.folder
     for case, suffix in (("a", "Tr"), ("b", "Tr"), ("c", "Ts")):
+        smooth[0, 0, 0] += 1e-3  # No scan may be in two splits
         write_volume(folder / f"images{suffix}/{case}_0000.nii.gz", smooth.astype(np.float32), AFFINE)
         write_volume(folder / f"labels{suffix}/{case}.nii.gz", (smooth > 20).astype(np.uint8) + (smooth > 60), AFFINE)
     (folder / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}]))

@@ -1,6 +1,7 @@
 """Every command that reads volumes against every fault of a file: the right result, or one line with file, fault and remedy."""
 
 import gzip
+import re
 import shutil
 from pathlib import Path
 
@@ -477,3 +478,75 @@ def test_channels_are_numbered_from_zero(desk, command):
     edit_text(desk.raw / "dataset.json", b'"0":', b'"zero":')
     with pytest.raises(SystemExit, match="dataset.json.* channel_names .*'zero'"):
         desk.run(command)
+
+
+@pytest.mark.parametrize("command", ["prepare", "finetune"])
+def test_volumes_of_another_format_are_not_left_out(desk, command):
+    write_volume(desk.raw / "imagesTr/more_0000.nii", *stored(desk.image))
+    write_volume(desk.raw / "labelsTr/more.nii", *stored(desk.label))
+    with pytest.raises(SystemExit, match="more_0000.nii|NOT CLEAN"):
+        desk.run(command)
+
+
+def test_a_scan_may_not_be_in_two_splits(desk):
+    shutil.copy(desk.image, desk.raw / "imagesTs/chest_0_0000.nii.gz")
+    with pytest.raises(SystemExit, match="is the same file as chest_1_0000.nii.gz, one in the test and one in the train split"):
+        desk.run("prepare")
+
+
+@pytest.mark.parametrize("name", ["scores.csv", "summary.json"])
+@pytest.mark.parametrize("command", ["finetune", "evaluate"])
+def test_scores_that_are_not_ours_stay(desk, command, name):
+    (desk.folder / command).mkdir()
+    mine = desk.folder / command / name
+    mine.write_text('{"foreground_mean": {}}')
+    with pytest.raises(SystemExit, match=f"{name} is there"):
+        desk.run(command)
+    assert mine.read_text() == '{"foreground_mean": {}}'
+
+
+def test_a_file_that_is_no_table_of_findings_stays(desk):
+    before = desk.image.read_bytes()
+    with pytest.raises(SystemExit, match="is there and is no table"):
+        cli.main(["doctor", "--data", str(desk.raw), "--csv", str(desk.image)])
+    assert desk.image.read_bytes() == before
+    for _ in range(2):
+        cli.main(["doctor", "--data", str(desk.raw), "--csv", str(desk.folder / "found.csv")])
+
+
+def test_two_label_maps_of_one_name_do_not_share_a_report(desk):
+    predict(desk)
+    with pytest.raises(SystemExit, match="map.json is the report of map.nii.gz"):
+        cli.main(["predict", "-m", str(desk.model), "-i", str(desk.raw / "imagesTr/chest_2_0000.nii.gz"), "-o", str(desk.folder / "map.nii"), "--device", "cpu"])
+    predict(desk)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda text: text.replace(",", ";"), "lacks the column case"),
+        (lambda text: text.replace("lowest", "least"), "lacks the column lowest"),
+        (lambda text: re.sub(r",-[0-9.]+,", ",abc,", text), "the row of case chest_. is damaged"),
+        (lambda text: text.replace("train", "training"), "the row of case chest_. is damaged"),
+        (lambda text: text + '"', "is no table as CSV holds it"),
+    ],
+)
+def test_a_manifest_that_was_edited_is_named(desk, change, words):
+    desk.run("prepare")
+    manifest = desk.folder / "prepare/manifest.csv"
+    manifest.write_text(change(manifest.read_text()))
+    with pytest.raises(SystemExit, match=f"manifest.csv.*{words}"):
+        cli.main(["train", str(desk.folder / "prepare"), str(desk.folder / "model"), "--backbone", "unet", "--recipe", "smoke"])
+
+
+@pytest.mark.parametrize("words", [["--seed", "-1"], ["--seed", "9" * 20], ["--workers", "-1"]])
+def test_numbers_that_cannot_be_are_refused_by_name(desk, capsys, words):
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(desk.raw), str(desk.folder / "model"), *words])
+    assert f"argument {words[0]}: '{words[1]}' is no whole number from 0 on" in capsys.readouterr().err
+
+
+def test_groups_of_labels_are_a_mapping(desk):
+    edit_text(desk.raw / "dataset.json", (desk.raw / "dataset.json").read_bytes().split(b'"groups": ')[1].split(b"}")[0] + b"}", b'["organ"]')
+    with pytest.raises(SystemExit, match="groups must be a mapping of labels"):
+        desk.run("prepare")

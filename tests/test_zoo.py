@@ -600,6 +600,24 @@ def world(server, tmp_path):
     return world
 
 
+@pytest.mark.parametrize("place", ["zoo/toy", "zoo/toy/model"])
+@pytest.mark.parametrize("what", ["link", "file", "foreign"])
+def test_a_place_that_is_not_its_own_is_refused_before_anything_is_downloaded(world, server, place, what):
+    target, other = world.cache / place, world.cache / "other"
+    target.parent.mkdir(parents=True)
+    other.mkdir()
+    if what == "link":
+        target.symlink_to(other)
+    elif what == "file":
+        target.write_text("a file")
+    else:
+        (world.home / "model").mkdir(parents=True)
+        (world.home / "model/thesis.txt").write_text("years")
+    with pytest.raises(FileExistsError, match={"link": "is a link", "file": "is a file", "foreign": "thesis.txt"}[what]):
+        world.run()
+    assert not server.plan.asked and not list(other.iterdir()) and not (world.home / "download").exists()
+
+
 def test_fetch_brings_the_files_and_a_receipt(world, server):
     folder = world.run()
     assert folder == world.home / "model"
