@@ -855,10 +855,10 @@ def check_extent(
     target: tuple[float, ...],  # Voxel size in mm that it is going to be resampled to
     path: str | Path,  # What to call it in an error
 ) -> None:
-    "BadFile if a scan has fewer than two such voxels along every axis: then its unit or voxel size is wrong"
+    "BadFile if a scan is smaller than one such voxel along every axis: then its unit or voxel size is wrong"
     shape, affine = volume.canonical if isinstance(volume, Header) else (volume.voxels.shape, volume.affine)
     extent = voxel_sizes(affine) * shape
-    if (extent < 2 * np.asarray(target, float)).all():
+    if (extent < np.asarray(target, float)).all():
         what = f"is {show(extent)} mm as a whole, and voxels of {show(target)} mm are wanted"
         raise BadFile(path, what, "look at its voxel size and at the unit of its lengths")
 

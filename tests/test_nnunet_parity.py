@@ -121,6 +121,7 @@ def write_raw(name: str, raw: Path) -> None:
     listed = {}
     for id, (spacing, axes, shift) in {**CASES[name], "spare": list(CASES[name].values())[0]}.items():
         image, label = make_case(name, scan, spacing, shift)
+        image[:, 0, 0, 0] += id == "spare"  # No scan may be in two splits
         affine = np.diag([*spacing, 1.0])
         affine[:3, 3] = -40, 12.5, 300
         stored = nibabel.orientations.axcodes2ornt(axes)

@@ -352,13 +352,16 @@ def test_data_that_are_dealt_keep_all_folds_and_with_test_cases_of_their_own_non
     import dataclasses
 
     from mednext_v2.prepare import FOLDS, prepare
+    from mednext_v2.scans import write_volume
     from mednext_v2.tasks import count_folds, read_splits
 
     task = dataclasses.replace(get_task("corpus_ct"), split="fivefold", role="pretrain")
     folder = shutil.copytree(raw / task.folder, tmp_path / "raw" / task.folder)
     (folder / "splits_final.json").unlink()
     for path in [*folder.glob("labelsTr/*.nii.gz"), *folder.glob("imagesTr/*.nii.gz")]:
-        shutil.copy(path, path.with_name(f"again_{path.name}"))
+        voxels, affine = np.asarray(nibabel.load(path).dataobj).copy(), nibabel.load(path).affine
+        voxels[0, 0, 0] += "images" in path.parent.name  # No scan may be in two splits
+        write_volume(path.with_name(f"again_{path.name}"), voxels, affine)
     prepare(task, tmp_path / "raw", tmp_path / "prepared")
     folds = json.loads((tmp_path / "prepared" / FOLDS).read_text())
     assert len(folds) == 5 and len({id for one in folds for id, split in one.items() if split == "test"}) == len(folds[0])
