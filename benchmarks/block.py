@@ -98,9 +98,9 @@ def network(side: str, case: dict):
         return monai_network(case)
     if side in ("unet", "resenc_l"):
         return nnunet_network(side, case)
-    from mednext_v2.blocks import MedNeXtBlock
-    from mednext_v2.fused import use_fused
-    from mednext_v2.model import Arch, MedNeXt
+    from mednext_v2.network.blocks import MedNeXtBlock
+    from mednext_v2.network.fused import use_fused
+    from mednext_v2.network.mednext import Arch, MedNeXt
 
     arch = Arch(case["width"], case["depths"], case["ratios"], grn=None if side.startswith("v1") else "mean")
     model = use_fused(MedNeXt(arch, 1, 2, deep_supervision=True), side.endswith("fused"))
@@ -132,7 +132,7 @@ def infer(model, x) -> None:
 
 def child_memory(side: str, part: str) -> dict:
     "What two steps add to the peak, and what operators of a third read, write and keep alive"
-    from mednext_v2.scaling import Meter
+    from mednext_v2.network.scaling import Meter
 
     model, x = network(side, PARTS[part]), batch(PARTS[part])
     before = peak_mib()
@@ -159,7 +159,7 @@ def child_flops(side: str, part: str) -> dict:
 def child_peaks() -> dict:
     "What one thread of this machine can do: FLOPs a second of a large product, bytes a second of a large copy"
     import torch
-    from mednext_v2.fused import products
+    from mednext_v2.network.fused import products
 
     torch.set_num_threads(1)
     a, source = torch.randn(2048, 2048), torch.ones(2**27)

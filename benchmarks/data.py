@@ -42,7 +42,7 @@ GRAINS = {
 # ---------------------------------------------------------------- what is measured, one process each
 def mini_tasks(grain: str) -> list:
     "The tasks of the mini suite, on the grid that this grain is prepared to"
-    from mednext_v2.tasks import get_task
+    from mednext_v2.data.datasets import get_task
 
     names, _, target = GRAINS[grain]
     return [replace(task, spacing=target or task.spacing) for task in map(get_task, names)]
@@ -51,7 +51,7 @@ def mini_tasks(grain: str) -> list:
 def child_prepare(raw: str, out: str, grain: str, workers: int) -> dict:
     "Every mini data set prepared by this project"
     begin = time.perf_counter()
-    from mednext_v2.prepare import prepare
+    from mednext_v2.data.preprocess import prepare
 
     cases, imported = 0, time.perf_counter() - begin
     for task in mini_tasks(grain):
@@ -61,8 +61,8 @@ def child_prepare(raw: str, out: str, grain: str, workers: int) -> dict:
 
 def child_case(kind: str, raw: str, out: str) -> dict:
     "A data set of two copies of one case: seconds of a case, and the peak memory of this process"
-    from mednext_v2.prepare import Prepared, fingerprint, prepare
-    from mednext_v2.tasks import list_cases
+    from mednext_v2.data.preprocess import Prepared, fingerprint, prepare
+    from mednext_v2.data.datasets import list_cases
 
     task = big_task(kind)
     before, begin, before_cpu = peak_mib(), time.perf_counter(), time.process_time()
@@ -108,10 +108,10 @@ def child_loader(folder: str, augment: str, steps: int) -> dict:
     "A training loop on two cores, one for the network and one that reads ahead: how long it waits"
     import torch
 
-    from mednext_v2.augment import PatchSampler, patch_loader
-    from mednext_v2.backbones import create
-    from mednext_v2.losses import deep_supervision_loss
-    from mednext_v2.prepare import Prepared
+    from mednext_v2.data.augment import PatchSampler, patch_loader
+    from mednext_v2.models.registry import create
+    from mednext_v2.training.losses import deep_supervision_loss
+    from mednext_v2.data.preprocess import Prepared
 
     torch.set_num_threads(1)
     prepared = Prepared(folder)
@@ -187,7 +187,7 @@ KINDS = {
 
 def big_task(kind: str):
     "A CT task of sixty structures"
-    from mednext_v2.tasks import Task
+    from mednext_v2.data.datasets import Task
 
     labels = {f"structure{value}": value for value in range(1, 61)}
     return Task(
@@ -200,7 +200,7 @@ def big_task(kind: str):
 def big_raw(kind: str, raw: Path) -> None:
     "A body of noisy tissue with sixty ellipsoids; training and validation case are the same files"
     from mednext_v2.core import write_json
-    from mednext_v2.tasks import write_dataset, write_volume
+    from mednext_v2.data.datasets import write_dataset, write_volume
 
     shape, spacing, _ = KINDS[kind]
     rng, half = np.random.default_rng(0), np.array(shape) / 2
@@ -248,7 +248,7 @@ def spread(values: list[float]) -> dict:
 
 def speed(work: Path) -> dict:
     "Cases per second of the mini raw data, ours and nnU-Net's, with one and two processes"
-    from mednext_v2.suite import build_task
+    from mednext_v2.study.seeds import build_task
 
     results = {}
     for grain, (_, spacing, _) in GRAINS.items():
@@ -325,9 +325,9 @@ def paper(work: Path) -> dict:
 
 def loader(work: Path) -> dict:
     "Share of a training step that waits for patches, two cores, the mini profile's network"
-    from mednext_v2.prepare import prepare
-    from mednext_v2.suite import build_task
-    from mednext_v2.tasks import get_task
+    from mednext_v2.data.preprocess import prepare
+    from mednext_v2.study.seeds import build_task
+    from mednext_v2.data.datasets import get_task
 
     task = get_task("abdomen_ct")
     build_task(task.name, None, work / "loader" / "raw")

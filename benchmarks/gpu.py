@@ -73,7 +73,7 @@ def peaks(device: str) -> dict:
 def expected(side: str, case: dict, precision: str) -> dict:
     "FLOPs of a forward pass and, of our own, bytes of a step"
     import torch
-    from mednext_v2.scaling import count_flops, estimate
+    from mednext_v2.network.scaling import count_flops, estimate
 
     _, kind, _, compiled, checkpointing = SIDES[side]
     patch = (case["side"],) * 3

@@ -41,7 +41,7 @@ LARGE_BOUND_GB = 6
 
 # ---------------------------------------------------------------- the sides, one process each
 def ours(model, image, patch: tuple, shape: tuple) -> np.ndarray:
-    from mednext_v2.inference import averaged, bounded_labels, evaluating, lay_windows
+    from mednext_v2.inference.predictor import averaged, bounded_labels, evaluating, lay_windows
 
     with evaluating(model):
         return bounded_labels(averaged([model]), image, lay_windows(image.shape[1:], patch, 0.5, shape))
@@ -85,7 +85,7 @@ def child(side: str, part: str, out: str) -> dict:
     "One side on one scan: seconds and memory; the labels go to a file"
     import torch
 
-    from mednext_v2.backbones import create
+    from mednext_v2.models.registry import create
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -36,8 +36,8 @@ AXES = {  # What it is, and its values
 def step_of(**values):
     "A training step and a forward pass of these sizes, as functions"
     import torch
-    from mednext_v2.losses import deep_supervision_loss
-    from mednext_v2.scaling import create_model
+    from mednext_v2.training.losses import deep_supervision_loss
+    from mednext_v2.network.scaling import create_model
 
     patch, batch, classes = [values["side"]] * 3, values["batch"], values["classes"]
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def step_of(**values):
 def child_axis(axis: str) -> dict:
     "Seconds of each value, and its memory; the first round warms up and is left out"
     import torch
-    from mednext_v2.scaling import Meter
+    from mednext_v2.network.scaling import Meter
 
     sizes = [AROUND | {axis: value} for value in AXES[axis][1]]
     made = [step_of(**size) for size in sizes]
@@ -80,9 +80,9 @@ def child_axis(axis: str) -> dict:
 
 def child_cases(count: int) -> dict:
     "A preparation of so many cases by one process"
-    from mednext_v2.prepare import prepare
-    from mednext_v2.suite import build_task
-    from mednext_v2.tasks import get_task
+    from mednext_v2.data.preprocess import prepare
+    from mednext_v2.study.seeds import build_task
+    from mednext_v2.data.datasets import get_task
 
     with tempfile.TemporaryDirectory(prefix="mednext-") as work:
         build_task("liver_lesion_ct", None, work, (count - 2, 1, 1))
@@ -105,7 +105,7 @@ def measure(axis: str) -> dict:
 
 def table(results: dict) -> str:
     "The cost of each value, and how it grows"
-    from mednext_v2.speed import exponent
+    from mednext_v2.report.speed import exponent
 
     lines = heading("axis", "values", "what", "cost of each value", "exponent")
     for axis, entry in results.items():

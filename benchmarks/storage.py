@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from mednext_v2.core import root, write_json
-from mednext_v2.storage import open_array, opened, write_array
+from mednext_v2.data.storage import open_array, opened, write_array
 
 SIDES = (32, 64, 128)
 SIZE = (256, 256, 200)

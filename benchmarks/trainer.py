@@ -47,7 +47,7 @@ class Batches:
     "Batches that lie in memory, over and over: no side pays for reading or augmentation"
 
     def __init__(self, recipe, prepared):
-        from mednext_v2.trainer import training_sampler
+        from mednext_v2.training.trainer import training_sampler
 
         sampler = training_sampler(recipe, prepared)
         self.ready = [sampler.batch(step) for step in range(READY)]
@@ -86,7 +86,7 @@ class Interleaved(Batches):
 # ---------------------------------------------------------------- the sides
 def recipe_of(**changes):
     "The recipe `mini` without its validations, which are no part of a step"
-    from mednext_v2.recipe import get_recipe
+    from mednext_v2.training.recipe import get_recipe
 
     return get_recipe("mini", validate_every=0, **changes)
 
@@ -95,7 +95,7 @@ def network(prepared):
     "MedNeXt-v2 tiny as the mini profile has it, always with the same weights"
     import torch
 
-    from mednext_v2.backbones import create
+    from mednext_v2.models.registry import create
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -106,8 +106,8 @@ def bare(recipe, model):
     "A function that takes steps with nothing around them: forward, loss, backward, clipping, optimizer"
     import torch
 
-    from mednext_v2.losses import deep_supervision_loss
-    from mednext_v2.recipe import make_optimizer
+    from mednext_v2.training.losses import deep_supervision_loss
+    from mednext_v2.training.recipe import make_optimizer
 
     model = copy.deepcopy(model).train()
     optimizer = make_optimizer(recipe, model)
@@ -154,7 +154,7 @@ def nnunet(recipe, model, folder: Path):
 
     def as_nnunet(image, label) -> dict:
         "What its loader's workers give: the label of every resolution"
-        from mednext_v2.losses import shrink_label
+        from mednext_v2.training.losses import shrink_label
 
         if id(image) not in ready:
             sizes = [tuple(int(n * 0.5**level) for n in label.shape[2:]) for level in range(outputs)]
@@ -176,8 +176,8 @@ def nnunet(recipe, model, folder: Path):
 # ---------------------------------------------------------------- what is measured, one process each
 def child_compare(prepared: str, work: str, changes: dict, peer: bool) -> dict:
     "One run of `fit`, between whose blocks the other sides take theirs: seconds of every block, by both clocks"
-    from mednext_v2.prepare import Prepared
-    from mednext_v2.trainer import fit
+    from mednext_v2.data.preprocess import Prepared
+    from mednext_v2.training.trainer import fit
 
     prepared = Prepared(prepared)
     recipe = recipe_of(steps=BLOCK * (BLOCKS + 1) + 1, **changes)
@@ -201,8 +201,8 @@ def child_growth(prepared: str, work: str, side: int) -> dict:
     "A short run of `fit` at a patch size: seconds a step and peak memory; goes on from weights that are there"
     import torch
 
-    from mednext_v2.prepare import Prepared
-    from mednext_v2.trainer import fit
+    from mednext_v2.data.preprocess import Prepared
+    from mednext_v2.training.trainer import fit
 
     prepared, weights = Prepared(prepared), Path(work) / "weights.pt"
     recipe = recipe_of(steps=GROWTH_STEPS, warmup=5, patch=(side, side, side))
@@ -234,9 +234,9 @@ def child(name: str, **arguments) -> dict:
 # ---------------------------------------------------------------- measurements
 def build(work: Path) -> dict:
     "Raw and prepared data of the mini task; arguments of the children"
-    from mednext_v2.prepare import prepare
-    from mednext_v2.suite import build_task
-    from mednext_v2.tasks import get_task
+    from mednext_v2.data.preprocess import prepare
+    from mednext_v2.study.seeds import build_task
+    from mednext_v2.data.datasets import get_task
 
     build_task(TASK, None, work / "raw")
     prepare(get_task(TASK), work / "raw", work / "prepared")
@@ -266,7 +266,7 @@ def compare(work: Path, changes: dict, peer: bool) -> dict:
     "The trainer beside bare steps and, if asked, nnU-Net's trainer"
     places = build(work)
     if peer:
-        from mednext_v2.tasks import get_task
+        from mednext_v2.data.datasets import get_task
 
         task = get_task(TASK)
         request(work / "nnunet", {task.dataset: task.spacing[::-1]}, 1, voxels=1e6, raw=work / "raw")
@@ -310,7 +310,7 @@ PARTS = {"overhead": overhead, "peer": peer, "growth": growth}
 # ---------------------------------------------------------------- tables
 def about() -> dict:
     "What the numbers were taken on, and of which code"
-    from mednext_v2.checkpoint import STEP_MODULES, code_digest
+    from mednext_v2.training.checkpoint import STEP_MODULES, code_digest
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE)
     found = machine()

@@ -54,7 +54,7 @@ def volume_of(channels: int, side: int):
 # ---------------------------------------------------------------- questions: a function gives the ways, the kept one first
 def expand_product():
     import torch
-    from mednext_v2 import fused
+    from mednext_v2.network import fused
     from torch.nn import functional as F
 
     x, wide = volume_of(CHANNELS, SIDE), CHANNELS * RATIO
@@ -70,7 +70,7 @@ def expand_product():
 
 def expand_and_activate():
     import torch
-    from mednext_v2 import fused
+    from mednext_v2.network import fused
     from torch.nn import functional as F
 
     wide = CHANNELS * RATIO
@@ -85,7 +85,7 @@ def expand_and_activate():
 def sums_over_rows():
     "At twice the channels, where it matters more"
     import torch
-    from mednext_v2 import fused
+    from mednext_v2.network import fused
 
     channels, wide = 2 * CHANNELS, 2 * CHANNELS * RATIO
     cuts = fused.parts(SIDE**3, wide)
@@ -99,7 +99,7 @@ def sums_over_rows():
 
 def norm_statistics():
     import torch
-    from mednext_v2 import fused
+    from mednext_v2.network import fused
 
     x = volume_of(CHANNELS, SIDE)
     rows = fused.tokens(x)[0]
@@ -114,7 +114,7 @@ def depthwise_forward():
     import itertools
 
     import torch
-    from mednext_v2 import fused
+    from mednext_v2.network import fused
     from torch.nn import functional as F
 
     x, weight = volume_of(CHANNELS, SIDE), torch.randn(CHANNELS, 1, 3, 3, 3)
@@ -136,7 +136,7 @@ def depthwise_forward():
 
 def depthwise_gradient():
     import torch
-    from mednext_v2 import fused
+    from mednext_v2.network import fused
 
     x, weight = volume_of(CHANNELS, SIDE), torch.randn(CHANNELS, 1, 3, 3, 3)
     options = ([CHANNELS], [1] * 3, [1] * 3, [1] * 3, False, [0] * 3, CHANNELS, [True, True, False])
@@ -148,8 +148,8 @@ def depthwise_gradient():
 
 def transposed_depthwise():
     import torch
-    from mednext_v2 import fused
-    from mednext_v2.blocks import UpBlock
+    from mednext_v2.network import fused
+    from mednext_v2.network.blocks import UpBlock
     from torch.nn import functional as F
 
     x, block = volume_of(2 * CHANNELS, SIDE // 2).requires_grad_(), UpBlock(2 * CHANNELS, CHANNELS, RATIO)
@@ -187,8 +187,8 @@ def transposed_depthwise():
 def block_step(**settings):
     "A step of a block, with constants of `fused` set"
     import torch
-    from mednext_v2 import fused
-    from mednext_v2.blocks import MedNeXtBlock
+    from mednext_v2.network import fused
+    from mednext_v2.network.blocks import MedNeXtBlock
 
     x, block = volume_of(CHANNELS, SIDE).requires_grad_(), MedNeXtBlock(CHANNELS, ratio=RATIO)
 
@@ -205,7 +205,7 @@ def block_step(**settings):
 
 
 def portions():
-    from mednext_v2.fused import EXPANDED
+    from mednext_v2.network.fused import EXPANDED
 
     sizes = [EXPANDED, *(2**power for power in (14, 16, 20, 22) if 2**power != EXPANDED)]
     return {f"{size * 4 // 1024} KiB at a time": block_step(EXPANDED=size) for size in sizes}

@@ -1,6 +1,6 @@
 """A task that several tests build their raw folders for."""
 
-from mednext_v2.tasks import Task
+from mednext_v2.data.datasets import Task
 
 DEMO = Task(
     name="demo",

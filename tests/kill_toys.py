@@ -14,7 +14,15 @@ import monai.losses  # noqa: F401
 import pytest
 import torch
 import torch._dynamo  # noqa: F401
-from mednext_v2 import cli, convert, doctor, importers, metrics, onestep, prepare, suite, trainer  # noqa: F401
+from mednext_v2 import cli
+from mednext_v2.intake import convert
+from mednext_v2.intake import check
+from mednext_v2.zoo import importers
+from mednext_v2.evaluation import metrics
+from mednext_v2 import finetuning
+from mednext_v2.data import preprocess
+from mednext_v2.study import seeds
+from mednext_v2.training import trainer  # noqa: F401
 
 if find_spec("dvclive"):
     import dvclive  # noqa: F401

@@ -8,16 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mednext_v2 import ablation as module
-from mednext_v2.ablation import (
+from mednext_v2.scoring import ablations as module
+from mednext_v2.scoring.ablations import (
     MODEL_COLUMNS, Ablation, Places, Variant, fewer_cases, pretrainings, read_ablation, run_ablation, snapshot_features,
 )
 from mednext_v2.core import params
-from mednext_v2.pipeline import SCORE_COLUMNS, compose_params, prepare_all
-from mednext_v2.plan import plan_table, published_compute, settings, trainings
-from mednext_v2.prepare import Prepared
-from mednext_v2.suite import build_task
-from mednext_v2.weights import read_card
+from mednext_v2.study.runs import SCORE_COLUMNS, compose_params, prepare_all
+from mednext_v2.report.forecast import plan_table, published_compute, settings, trainings
+from mednext_v2.data.preprocess import Prepared
+from mednext_v2.study.seeds import build_task
+from mednext_v2.models.card import read_card
 
 ROOT = Path(__file__).parents[1]
 COMPUTE = dict(device="cpu", workers=1, threads=1, processes=1, parallel="ddp", readers=0)
@@ -74,7 +74,7 @@ def test_an_ablation_from_pretraining_to_scores_and_again(workplace, prepared, m
     last = features[features.step == features.step.max()]
     assert len(last) == 2 * 17 and {name: one.dtype for name, one in maps.items()} == dict.fromkeys(("mean", "without"), np.uint8)
 
-    monkeypatch.setattr("mednext_v2.trainer.train_step", lambda *rest: pytest.fail("it was trained again"))
+    monkeypatch.setattr("mednext_v2.training.trainer.train_step", lambda *rest: pytest.fail("it was trained again"))
     again = run_ablation(described, plan, where, COMPUTE, 0.25)
     pd.testing.assert_frame_equal(again, table)
 
@@ -142,7 +142,7 @@ def test_two_variants_that_are_the_same_are_refused(workplace, prepared):
 @pytest.mark.parametrize("profile", ["smoke", "mini", "study", "paper"])
 def test_every_variant_of_every_profile_can_be_built(profile, workplace):
     "On the meta device; in the profile paper with the real sizes"
-    from mednext_v2.backbones import create
+    from mednext_v2.models.registry import create
 
     compose_params(profile)
     for name in params("axes.ablations"):
@@ -169,17 +169,17 @@ def test_the_paper_profile_fits_gpus_of_80_gb_and_counts_every_run():
     assert grn.runs.tolist() == [2 * tasks] * 3 + [1] * 3
     # The reference itself is taken to need its published hours
     row = published_compute().set_index("model").loc["MedNeXt-L k3"]
-    from mednext_v2.backbones import cost
-    from mednext_v2.plan import reference_rate
+    from mednext_v2.models.registry import cost
+    from mednext_v2.report.forecast import reference_rate
 
     flops = cost("mednext_v1_large", (128, 128, 128)).flops
     assert flops * 2 * 250_000 / reference_rate() == pytest.approx(row.a100_hours)
 
 
 def test_model_rows_say_what_a_training_took(tmp_path, workplace, prepared):
-    from mednext_v2.ablation import model_row
-    from mednext_v2.pipeline import Run, train_runs
-    from mednext_v2.recipe import Recipe
+    from mednext_v2.scoring.ablations import model_row
+    from mednext_v2.study.runs import Run, train_runs
+    from mednext_v2.training.recipe import Recipe
 
     recipe = Recipe(steps=2, batch=1, patch=(32, 32, 32), warmup=1, augment="none", snapshots=2)
     run = Run("smoke", "unet", "scratch", "brain_lesion_mr", 4)

@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from mednext_v2.augment import (
+from mednext_v2.data.augment import (
     AUGMENTATIONS,
     NNUNET_TURN,
     ArrayCases,
@@ -797,7 +797,7 @@ def test_empty_and_unknown_splits():
 
 LEFT = """
 from training_toys import readers, toy_cases
-from mednext_v2.augment import PatchSampler, patch_loader
+from mednext_v2.data.augment import PatchSampler, patch_loader
 batches = patch_loader(PatchSampler(toy_cases(), "train", (8, 8, 8), augment="none"), steps=50, workers=1)
 next(batches)
 raise ValueError("something else")

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mednext_v2 import backbones
-from mednext_v2.adapt import transfer
-from mednext_v2.backbones import (
+from mednext_v2.models import registry
+from mednext_v2.models.transfer import transfer
+from mednext_v2.models.registry import (
     BACKBONES,
     PlainUNet,
     backbone_table,
@@ -22,11 +22,11 @@ from mednext_v2.backbones import (
     parts,
     topology,
 )
-from mednext_v2.losses import deep_supervision_loss
-from mednext_v2.recipe import get_recipe
-from mednext_v2.scaling import PRESETS, count_parameters
-from mednext_v2.trainer import check_run
-from mednext_v2.weights import Card, save_model
+from mednext_v2.training.losses import deep_supervision_loss
+from mednext_v2.training.recipe import get_recipe
+from mednext_v2.network.scaling import PRESETS, count_parameters
+from mednext_v2.training.trainer import check_run
+from mednext_v2.models.card import Card, save_model
 from monai.networks.nets import DynUNet
 
 # timm imports torchvision, whose compiled operators do not load beside a torch built for the CPU alone.
@@ -42,7 +42,7 @@ except (ImportError, RuntimeError):
 def why_not(module: str) -> str:
     "Why a module cannot be imported; empty if it can"
     try:
-        backbones.optional(module)
+        registry.optional(module)
     except ImportError as error:
         return str(error)
     return ""
@@ -401,7 +401,7 @@ def test_missing_package_names_the_extra(name, module, monkeypatch):
 
 def test_table_has_rows_for_networks_that_cannot_be_built(monkeypatch):
     few = ("unet", "primus_s")
-    monkeypatch.setattr(backbones, "BACKBONES", {name: BACKBONES[name] for name in few})
+    monkeypatch.setattr(registry, "BACKBONES", {name: BACKBONES[name] for name in few})
     monkeypatch.setitem(sys.modules, f"{DNA}.primus", None)
     with pytest.warns(UserWarning, match="'primus_s': .*pip install"):
         table = backbone_table((64, 64, 64))
@@ -430,7 +430,7 @@ def test_flops_of_primus_count_attention(name):
 
 
 TOY = """
-from mednext_v2.backbones import Backbone, declare
+from mednext_v2.models.registry import Backbone, declare
 from torch import nn
 
 def build(in_channels, num_classes, deep_supervision=False, width=4):
@@ -456,7 +456,7 @@ def install(tmp_path, monkeypatch):
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
         lines = [f"{name} = {value}" for name, value in points.items()]
-        (info / "entry_points.txt").write_text("[mednext_v2.backbones]\n" + "\n".join(lines) + "\n")
+        (info / "entry_points.txt").write_text("[mednext_v2.models.registry]\n" + "\n".join(lines) + "\n")
         for name, source in modules.items():
             (tmp_path / f"{name}.py").write_text(source)
             monkeypatch.delitem(sys.modules, name, raising=False)
@@ -487,7 +487,7 @@ def test_broken_plugins_are_named_and_stop_nobody(install):
         "'boom' of crash is left out: does not load (RuntimeError: first line)",
         "'unet' of thief is left out: its name 'unet' is taken",
         "'toy2' of thief is left out: its name 'toy' is taken",
-        "'no' of thief is left out: toys_two:build is a function: it must be a mednext_v2.backbones.Backbone",
+        "'no' of thief is left out: toys_two:build is a function: it must be a mednext_v2.models.registry.Backbone",
         "'gone' of thief is left out: does not load (AttributeError",
     }
     assert all(any(want in text for text in texts) for want in wanted), texts

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from mednext_v2.blocks import DownBlock, MedNeXtBlock, OutBlock, UpBlock
-from mednext_v2.fused import use_fused
+from mednext_v2.network.blocks import DownBlock, MedNeXtBlock, OutBlock, UpBlock
+from mednext_v2.network.fused import use_fused
 from monai.networks.blocks import mednext_block as monai_blocks
 
 PAIRS = {

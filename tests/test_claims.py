@@ -6,11 +6,11 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from mednext_v2.analysis import effects, group_gains, power_law, scaling_law
-from mednext_v2.claims import CLAIMS, LEAST, MARGIN, VERDICTS, Evidence, ledger, ledger_shown, verdict
+from mednext_v2.report.analysis import effects, group_gains, power_law, scaling_law
+from mednext_v2.report.claims import CLAIMS, LEAST, MARGIN, VERDICTS, Evidence, ledger, ledger_shown, verdict
 from mednext_v2.core import root
-from mednext_v2.power import differences, spread
-from mednext_v2.report import published, read_table, select_rows
+from mednext_v2.report.power import differences, spread
+from mednext_v2.report.tables import published, read_table, select_rows
 
 TASKS = {"abdomen_ct": ("liver", "organ"), "liver_lesion_ct": ("lesion", "pathology"), "brain_mr": ("frontal", "organ")}
 
@@ -88,7 +88,7 @@ def test_negligible_means_an_interval_within_the_margin(mr, noise, expected):
 
 
 def test_released_models_are_compared_by_their_names_in_the_zoo(monkeypatch):
-    from mednext_v2.zoo import load_zoo
+    from mednext_v2.zoo.catalogue import load_zoo
 
     other = next(iter(load_zoo()))
     scores = {("mednext_v2_tiny", "corpus_ct"): 0.6, ("mednext_v2_tiny", "scratch"): 0.5, ("resenc_l", other): 0.55}
@@ -189,7 +189,7 @@ def test_rows_are_selected_by_text_and_mistakes_are_named():
 
 
 def test_unsourced_costs_are_refused(tmp_path):
-    from mednext_v2.plan import published_compute
+    from mednext_v2.report.forecast import published_compute
 
     path = tmp_path / "costs.csv"
     path.write_text("model,a100_hours,source\nA,3,\n")

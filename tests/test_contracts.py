@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from mednext_v2.core import build, params, read_yaml
-from mednext_v2.pipeline import TRAINING_MODULES, Plan, compose_params, notebook_parameters, profiles, readme
+from mednext_v2.study.runs import TRAINING_MODULES, Plan, compose_params, notebook_parameters, profiles, readme
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
@@ -102,8 +102,8 @@ def test_params_are_the_composed_mini_profile(tmp_path):
 
 @pytest.mark.parametrize("profile", profiles())
 def test_every_profile_builds_its_dataclasses(profile, tmp_path):
-    from mednext_v2.backbones import create
-    from mednext_v2.recipe import Recipe
+    from mednext_v2.models.registry import create
+    from mednext_v2.training.recipe import Recipe
     import torch
 
     path = compose_params(profile, tmp_path / "params.yaml")

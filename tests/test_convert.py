@@ -31,9 +31,9 @@ from data_toys_convert import (
 )
 from data_toys_dicom import turned_affine
 
-from mednext_v2.convert import CONVERTERS, convert, merge_parts, options_of, table_of
+from mednext_v2.intake.convert import CONVERTERS, convert, merge_parts, options_of, table_of
 from mednext_v2.core import ItemsFailed
-from mednext_v2.tasks import Volume, get_task, list_cases, load_tasks, raw_task, read_case
+from mednext_v2.data.datasets import Volume, get_task, list_cases, load_tasks, raw_task, read_case
 
 NAMES = list(WRITERS)
 get_task = functools.cache(get_task)
@@ -42,7 +42,7 @@ get_task = functools.cache(get_task)
 @pytest.fixture(autouse=True)
 def registry_read_once(monkeypatch):
     "The registry is a long file; reading it for every conversion would take most of the time"
-    monkeypatch.setattr("mednext_v2.convert.load_tasks", READ_ONCE)
+    monkeypatch.setattr("mednext_v2.intake.convert.load_tasks", READ_ONCE)
 
 
 READ_ONCE = functools.cache(load_tasks)
@@ -259,7 +259,7 @@ def test_a_case_that_fails_now_leaves_nothing_of_before(tmp_path, fault):
 
 KILLED = """
 import sys, time
-import mednext_v2.convert as convert
+import mednext_v2.intake.convert as convert
 write = convert.write_volume
 def slow(path, voxels, affine):
     (path.parent / ".tmp-left.nii.gz").parent.mkdir(parents=True, exist_ok=True)

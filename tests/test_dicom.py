@@ -5,7 +5,7 @@ import pydicom
 import pytest
 import SimpleITK
 from data_toys_dicom import CT_IMAGE, FLIP, series_headers, turned_affine, write_ct_series, write_rtstruct
-from mednext_v2.dicom import (
+from mednext_v2.intake.dicom import (
     StructureSet,
     draw_structures,
     fill,

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from mednext_v2.recipe import get_recipe
+from mednext_v2.training.recipe import get_recipe
 from torch import nn
 
 
@@ -13,7 +13,7 @@ def engine():
     "Makes an engine for a small network"
 
     def make(precision="fp32", **options):
-        from mednext_v2.trainer import make_engine
+        from mednext_v2.training.trainer import make_engine
 
         recipe = get_recipe("smoke", precision=precision, accumulate=2)
         return make_engine(recipe, nn.Conv3d(1, 1, 1), **{"device": "cpu"} | options)
@@ -37,7 +37,7 @@ def test_a_variable_against_the_recipe_is_refused_by_name(name, value, engine, m
 
 
 def test_the_cpu_is_not_taken_for_a_gpu_unasked(monkeypatch):
-    from mednext_v2.trainer import check_environment
+    from mednext_v2.training.trainer import check_environment
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "yes")
     check_environment(get_recipe("smoke"), cpu=True, parallel="ddp")
@@ -77,11 +77,11 @@ import importlib, pathlib, pkgutil
 import mednext_v2
 for module in pkgutil.iter_modules(mednext_v2.__path__):
     importlib.import_module("mednext_v2." + module.name)
-from mednext_v2.backbones import create
+from mednext_v2.models.registry import create
 from mednext_v2.core import Kind, atomic_folder, peak_bytes, write_json
-from mednext_v2.inference import sliding_window
-from mednext_v2.recipe import get_recipe
-from mednext_v2.trainer import fit
+from mednext_v2.inference.predictor import sliding_window
+from mednext_v2.training.recipe import get_recipe
+from mednext_v2.training.trainer import fit
 
 class Toy:
     "Steps of noise"
@@ -117,10 +117,10 @@ def test_two_steps_and_a_prediction_where_names_of_posix_are_missing(tmp_path):
 LISTING = """
 import sys
 import torch
-from mednext_v2.augment import patch_loader
+from mednext_v2.data.augment import patch_loader
 
-NAMES = ("accelerate dvc seaborn SimpleITK IPython mlflow tensorboard transformers nnunetv2 mednext_v2.trainer mednext_v2.backbones "
-         "mednext_v2.model mednext_v2.inference mednext_v2.pipeline mednext_v2.launch mednext_v2.fitting mednext_v2.cli").split()
+NAMES = ("accelerate dvc seaborn SimpleITK IPython mlflow tensorboard transformers nnunetv2 mednext_v2.training.trainer mednext_v2.models.registry "
+         "mednext_v2.network.mednext mednext_v2.inference.predictor mednext_v2.study.runs mednext_v2.training.launch mednext_v2.training.run mednext_v2.cli").split()
 
 class Listing:
     "Which of the names the process that makes a batch has imported"
@@ -128,9 +128,9 @@ class Listing:
         return torch.tensor([name in sys.modules for name in NAMES]), torch.tensor([__name__ == "__mp_main__"])
 
 if __name__ == "__main__":
-    import mednext_v2.trainer  # As where one trains
+    import mednext_v2.training.trainer  # As where one trains
     found, spawned = next(patch_loader(Listing(), 0, 1, workers=1, method="spawn"))
-    assert spawned.item() and "mednext_v2.trainer" in sys.modules
+    assert spawned.item() and "mednext_v2.training.trainer" in sys.modules
     print([name for name, there in zip(NAMES, found.tolist()) if there])
 """
 

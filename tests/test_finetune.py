@@ -13,11 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mednext_v2 import cli, launch, onestep
-from mednext_v2.onestep import finetune
-from mednext_v2.prepare import Prepared
-from mednext_v2.tasks import write_volume
-from mednext_v2.weights import read_card, read_state
+from mednext_v2 import cli
+from mednext_v2.training import launch
+from mednext_v2 import finetuning
+from mednext_v2.finetuning import finetune
+from mednext_v2.data.preprocess import Prepared
+from mednext_v2.data.datasets import write_volume
+from mednext_v2.models.card import read_card, read_state
 from test_importers import DNA, dna, nnunet_folder
 from test_training_sets import BELLY, CHEST, scan, write_raw
 
@@ -88,7 +90,7 @@ def test_again_changes_nothing(done, raw):
 def test_only_missing_steps_are_done_again(done, raw, monkeypatch):
     out, table, _ = done
     (out / "scores.csv").unlink()
-    monkeypatch.setattr(onestep, "train_in_processes", None)
+    monkeypatch.setattr(finetuning, "train_in_processes", None)
     before = times(out / "predictions")
     again = finetune(raw, None, out, command="the command", **SETTINGS)
     assert times(out / "predictions") == before and again.dsc.tolist() == table.dsc.tolist()
@@ -116,7 +118,7 @@ def test_sigkill_in_the_middle_and_the_same_call_again(done, raw, tmp_path):
     "The process is killed as the kernel does it, between two steps; nothing of it is left but its folder"
     out = tmp_path / "out"
     code = (
-        "import os, signal, torch; from mednext_v2 import launch; from mednext_v2.onestep import finetune; "
+        "import os, signal, torch; from mednext_v2 import launch; from mednext_v2.finetuning import finetune; "
         "torch.set_num_threads(1); launch.heartbeat = lambda step: step == 5 and os.kill(os.getpid(), signal.SIGKILL); "
         f"finetune({str(raw)!r}, None, {str(out)!r}, **{SETTINGS!r})"
     )
@@ -218,12 +220,12 @@ def test_command_line(raw, tmp_path):
 
 def test_seed_scans_become_a_data_set(tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr("mednext_v2.suite.build_task", lambda *given, **options: built.append(given))
+    monkeypatch.setattr("mednext_v2.study.seeds.build_task", lambda *given, **options: built.append(given))
     seeds = tmp_path / "seeds"
     seeds.mkdir()
     (seeds / "manifest.yaml").write_text("seeds: {}")
-    folder = onestep.raw_folder(seeds, tmp_path / "out", "brain_mr")
+    folder = finetuning.raw_folder(seeds, tmp_path / "out", "brain_mr")
     assert built == [("brain_mr", seeds, tmp_path / "out/raw")] and folder.parent == tmp_path / "out/raw"
     folder.mkdir(parents=True)
-    onestep.raw_folder(seeds, tmp_path / "out", "brain_mr")
-    assert len(built) == 1 and onestep.raw_folder(tmp_path, tmp_path / "out") == tmp_path
+    finetuning.raw_folder(seeds, tmp_path / "out", "brain_mr")
+    assert len(built) == 1 and finetuning.raw_folder(tmp_path, tmp_path / "out") == tmp_path

@@ -6,10 +6,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.multiprocessing as mp
-from mednext_v2.blocks import DownBlock, MedNeXtBlock, UpBlock
-from mednext_v2 import fused
-from mednext_v2.fused import can_fuse, pointwise, use_fused
-from mednext_v2.model import Arch, MedNeXt
+from mednext_v2.network.blocks import DownBlock, MedNeXtBlock, UpBlock
+from mednext_v2.network import fused
+from mednext_v2.network.fused import can_fuse, pointwise, use_fused
+from mednext_v2.network.mednext import Arch, MedNeXt
 from torch import nn
 
 ARCH = {"width": 4, "depths": (1, 1, 1), "ratios": (2, 3, 2)}
@@ -312,7 +312,7 @@ def test_metatensors_get_what_plain_operations_give(grn, mode, autocast, checkpo
 
 
 def test_two_steps_with_a_loader_of_monai_equal_those_with_tensors():
-    from mednext_v2.losses import deep_supervision_loss
+    from mednext_v2.training.losses import deep_supervision_loss
 
     states = []
     for meta in (True, False):

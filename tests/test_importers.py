@@ -16,10 +16,10 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mednext_v2 import importers
-from mednext_v2.backbones import BACKBONES, Backbone, create, load_model
-from mednext_v2.fused import use_fused
-from mednext_v2.importers import (
+from mednext_v2.zoo import importers
+from mednext_v2.models.registry import BACKBONES, Backbone, create, load_model
+from mednext_v2.network.fused import use_fused
+from mednext_v2.zoo.importers import (
     MAPS,
     describe,
     detect,
@@ -39,8 +39,8 @@ from mednext_v2.importers import (
     turned,
     unet_arch,
 )
-from mednext_v2.scaling import create_model
-from mednext_v2.weights import Card, save_model
+from mednext_v2.network.scaling import create_model
+from mednext_v2.models.card import Card, save_model
 from monai.networks.nets import MedNeXt as MonaiMedNeXt
 from monai.networks.nets import SegResNet, SwinUNETR
 from safetensors.torch import save_file

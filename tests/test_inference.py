@@ -14,8 +14,8 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff
 from scipy.spatial.transform import Rotation
 from torch import nn
 
-from mednext_v2 import inference
-from mednext_v2.inference import (
+from mednext_v2.inference import predictor
+from mednext_v2.inference.predictor import (
     Budget,
     averaged,
     bounded_labels,
@@ -28,7 +28,7 @@ from mednext_v2.inference import (
     sliding_window,
 )
 
-from mednext_v2.scans import read_scan
+from mednext_v2.data.scans import read_scan
 
 torch.set_num_threads(1)
 
@@ -72,7 +72,7 @@ def card(spacing=(1.0, 1.0, 1.0), patch=(16, 16, 16), in_channels=1):
 @pytest.fixture
 def raw_intensities(monkeypatch):
     "Geometry without normalisation: the network sees the scan's own values"
-    monkeypatch.setattr(inference, "normalise", lambda image, *_: image)
+    monkeypatch.setattr(predictor, "normalise", lambda image, *_: image)
 
 
 # Windows
@@ -326,8 +326,8 @@ def test_read_scan_refuses_broken_files(tmp_path):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    from mednext_v2.backbones import create
-    from mednext_v2.weights import Card, save_model
+    from mednext_v2.models.registry import create
+    from mednext_v2.models.card import Card, save_model
 
     torch.manual_seed(0)
     overrides = dict(filters=(4, 8, 8))
@@ -376,11 +376,11 @@ def test_predict_reads_the_scan_before_the_model(tmp_path):
 
 
 def test_predict_on_the_file_equals_predict_on_the_prepared_case(tmp_path):
-    from mednext_v2.backbones import create
-    from mednext_v2.prepare import Prepared, prepare
-    from mednext_v2.suite import build_task
-    from mednext_v2.tasks import get_task
-    from mednext_v2.weights import Card, save_model
+    from mednext_v2.models.registry import create
+    from mednext_v2.data.preprocess import Prepared, prepare
+    from mednext_v2.study.seeds import build_task
+    from mednext_v2.data.datasets import get_task
+    from mednext_v2.models.card import Card, save_model
 
     task = get_task("abdomen_ct")
     build_task(task.name, None, tmp_path / "raw", (1, 1, 1))
@@ -515,14 +515,14 @@ def test_half_precision_changes_less_than_two_voxels_in_a_thousand():
 
 def test_cells_that_wait_stay_within_the_budget(monkeypatch):
     most, parked = [0], []
-    real_put, real_park = inference.Cells.put, inference.Cells.park
+    real_put, real_park = predictor.Cells.put, predictor.Cells.park
 
     def put(self, *arguments):
         real_put(self, *arguments)
         most[0] = max(most[0], self.size)
 
-    monkeypatch.setattr(inference.Cells, "put", put)
-    monkeypatch.setattr(inference.Cells, "park", lambda self, key: parked.append(key) or real_park(self, key))
+    monkeypatch.setattr(predictor.Cells, "put", put)
+    monkeypatch.setattr(predictor.Cells, "park", lambda self, key: parked.append(key) or real_park(self, key))
     model, image = Smooth(3), np.zeros((1, 40, 40, 40), np.float32)
     with evaluating(model):
         bounded_labels(averaged([model]), image, lay_windows((40,) * 3, (16,) * 3, 0.5), budget=Budget(5e-5))
@@ -532,7 +532,7 @@ def test_cells_that_wait_stay_within_the_budget(monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_of_temporary_logits_is_one_line(monkeypatch):
     # Writing to this device always meets a full disk
-    monkeypatch.setattr(inference.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))
+    monkeypatch.setattr(predictor.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))
     model = Smooth(3)
     with evaluating(model), pytest.raises(OSError, match="no space for .* GB of logits in .*set TMPDIR") as error:
         bounded_labels(model, np.zeros((1, 24, 24, 24), np.float32), lay_windows((24,) * 3, (16,) * 3, 0.5), budget=Budget(0))
@@ -542,7 +542,7 @@ def test_a_full_disk_of_temporary_logits_is_one_line(monkeypatch):
 def test_only_a_full_accelerator_sends_sums_to_the_cpu(monkeypatch):
     model, image = Smooth(3), np.random.default_rng(0).normal(size=(1, 20, 20, 20)).astype(np.float32)
     axes = lay_windows((20,) * 3, (16,) * 3, 0.5)
-    real, places = inference.add_window, []
+    real, places = predictor.add_window, []
 
     def failing(error):
         def add(cells, logits, *rest):
@@ -552,7 +552,7 @@ def test_only_a_full_accelerator_sends_sums_to_the_cpu(monkeypatch):
             real(cells, logits, *rest)
 
         places.clear()
-        monkeypatch.setattr(inference, "add_window", add)
+        monkeypatch.setattr(predictor, "add_window", add)
 
     with evaluating(model):
         expected = bounded_labels(averaged([model]), image, axes)
@@ -571,21 +571,21 @@ def test_only_a_full_accelerator_sends_sums_to_the_cpu(monkeypatch):
 MEASURE = """
 import sys, json
 import numpy as np, torch
-from mednext_v2 import inference
+from mednext_v2.inference import predictor
 from mednext_v2.core import peak_bytes
 
-from mednext_v2.scans import read_scan
+from mednext_v2.data.scans import read_scan
 
 torch.set_num_threads(1)
 shape, classes, patch, overlap = json.loads(sys.argv[1])
 model = torch.nn.Conv3d(1, classes, 1)
 image = np.random.default_rng(0).standard_normal((1, *shape), np.float32).astype(np.float16)
 small = np.zeros((1, 8, 8, 8), np.float32)
-with inference.evaluating(model):
-    axes = inference.lay_windows(shape, patch, overlap)
-    inference.bounded_labels(model, small, inference.lay_windows((8, 8, 8), (8, 8, 8), 0))  # What torch and MONAI hold
+with predictor.evaluating(model):
+    axes = predictor.lay_windows(shape, patch, overlap)
+    predictor.bounded_labels(model, small, predictor.lay_windows((8, 8, 8), (8, 8, 8), 0))  # What torch and MONAI hold
     before = peak_bytes()
-    labels = inference.bounded_labels(inference.averaged([model]), image, axes, budget=inference.Budget(memory=0.05))
+    labels = predictor.bounded_labels(predictor.averaged([model]), image, axes, budget=predictor.Budget(memory=0.05))
 weight, bias = (value.detach().numpy().ravel() for value in (model.weight, model.bias))
 thin = image[0, ::7, ::5, ::3, None].astype(np.float32) * weight + bias
 top = np.sort(thin, -1)
@@ -643,9 +643,9 @@ def test_mirror_axes_of_the_card_are_used(raw_intensities):
 def test_options_refuse():
     for wrong, message in [({"overlap": 1.0}, "overlap < 1"), ({"memory": -1}, "memory >= 0"), ({"fast": True, "tta": True}, "fast or tta")]:
         with pytest.raises(ValueError, match=message):
-            inference.Options(**wrong)
+            predictor.Options(**wrong)
     with pytest.raises(ValueError, match="device 'tpu' is not available here"):
-        inference.choose_device("tpu")
+        predictor.choose_device("tpu")
 
 
 def test_arrays_and_iterators(model_folder):
@@ -706,7 +706,7 @@ def test_windows_start_where_monai_puts_them(side, size, overlap):
     whole = max(size, side)
     step = side if side == whole else max(1, int(side * (1 - overlap)))
     expected = tuple(where.start for (where,) in dense_patch_slices((whole,), (side,), (step,)))
-    for axis in inference.lay_windows((size,) * 3, (side,) * 3, overlap, windows="monai"):
+    for axis in predictor.lay_windows((size,) * 3, (side,) * 3, overlap, windows="monai"):
         assert axis.starts == expected
 
 
@@ -714,7 +714,7 @@ def test_windows_start_where_monai_puts_them(side, size, overlap):
 def test_windows_start_where_nnunet_puts_them(side, size, overlap):
     steps = pytest.importorskip("nnunetv2.inference.sliding_window_prediction")
     expected = steps.compute_steps_for_sliding_window((max(size, side),), (side,), 1 - overlap)[0]
-    for axis in inference.lay_windows((size,) * 3, (side,) * 3, overlap):
+    for axis in predictor.lay_windows((size,) * 3, (side,) * 3, overlap):
         assert axis.starts == tuple(sorted(set(expected)))  # Steps below a voxel give nnU-Net a window twice
 
 
@@ -722,7 +722,7 @@ def test_windows_start_where_nnunet_puts_them(side, size, overlap):
 def test_windows_weigh_what_nnunet_gives_them(patch):
     steps = pytest.importorskip("nnunetv2.inference.sliding_window_prediction")
     expected = steps.compute_gaussian(patch, 1 / 8, 10, device=torch.device("cpu"))
-    assert torch.equal(inference.gaussian(patch), expected.float())
+    assert torch.equal(predictor.gaussian(patch), expected.float())
 
 
 def test_windows_are_of_a_known_kind():
@@ -734,15 +734,15 @@ def test_windows_are_of_a_known_kind():
 def test_windows_weigh_what_monai_gives_them(patch):
     from monai.data.utils import compute_importance_map
 
-    torch.testing.assert_close(inference.gaussian(patch, windows="monai").float(), compute_importance_map(patch, "gaussian", 0.125), rtol=1e-6, atol=0)
+    torch.testing.assert_close(predictor.gaussian(patch, windows="monai").float(), compute_importance_map(patch, "gaussian", 0.125), rtol=1e-6, atol=0)
 
 
 def test_predicting_with_a_network_of_its_own_does_not_import_monai(tmp_path):
     "Its import takes seconds, as long as many a scan"
     code = (
-        "import sys, numpy, torch; from mednext_v2 import inference; from mednext_v2.backbones import create; "
-        "axes = inference.lay_windows((36, 36, 36), (32, 32, 32), 0.5); model = create('mednext_v2_tiny', 1, 3, width=4); "
-        "context = inference.evaluating(model); context.__enter__(); "
-        "inference.bounded_labels(inference.averaged([model]), numpy.zeros((1, 36, 36, 36)), axes); assert 'monai' not in sys.modules"
+        "import sys, numpy, torch; from mednext_v2 import inference; from mednext_v2.models.registry import create; "
+        "axes = predictor.lay_windows((36, 36, 36), (32, 32, 32), 0.5); model = create('mednext_v2_tiny', 1, 3, width=4); "
+        "context = predictor.evaluating(model); context.__enter__(); "
+        "inference.bounded_labels(predictor.averaged([model]), numpy.zeros((1, 36, 36, 36)), axes); assert 'monai' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

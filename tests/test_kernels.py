@@ -12,10 +12,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from mednext_v2 import fused, kernels
-from mednext_v2.blocks import DownBlock, MedNeXtBlock, UpBlock
-from mednext_v2.fused import use_fused
-from mednext_v2.scaling import PRESETS, estimate
+from mednext_v2.network import fused
+from mednext_v2.network import kernels
+from mednext_v2.network.blocks import DownBlock, MedNeXtBlock, UpBlock
+from mednext_v2.network.fused import use_fused
+from mednext_v2.network.scaling import PRESETS, estimate
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CASES = {  # A block, and sides that no tile divides; norms of a few voxels would make the gradients before them a difference of equals
@@ -105,7 +106,7 @@ def test_blocks_without_kernels_keep_the_plain_form():
 @gpu
 @pytest.mark.parametrize("width, side, checkpointing", [(16, 96, "none"), (32, 64, "none"), (32, 128, "none"), (32, 128, "block")])
 def test_the_estimate_of_a_step_is_within_15_percent(width, side, checkpointing):
-    from mednext_v2.model import MedNeXt
+    from mednext_v2.network.mednext import MedNeXt
 
     arch = replace(PRESETS["base"], width=width)
     promised = estimate(arch, (side,) * 3, 1, "bf16", checkpointing, deep_supervision=True, fused="cuda")

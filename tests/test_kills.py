@@ -20,14 +20,16 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 from kill_toys import Meet, New, Nth, ended, start, tree
-from mednext_v2 import cli, core, launch
-from mednext_v2.backbones import create
-from mednext_v2.checkpoint import identity
+from mednext_v2 import cli
+from mednext_v2 import core
+from mednext_v2.training import launch
+from mednext_v2.models.registry import create
+from mednext_v2.training.checkpoint import identity
 from mednext_v2.core import NEW, TRACES, Kind, atomic_files, atomic_folder, check_output, held
-from mednext_v2.prepare import Prepared, remove_others
-from mednext_v2.scans import write_volume
-from mednext_v2.trainer import fit, training_sampler
-from mednext_v2.weights import MODEL_FOLDER, Card, save_model
+from mednext_v2.data.preprocess import Prepared, remove_others
+from mednext_v2.data.scans import write_volume
+from mednext_v2.training.trainer import fit, training_sampler
+from mednext_v2.models.card import MODEL_FOLDER, Card, save_model
 from test_hostile import CARD
 from test_training_sets import CHEST, write_raw
 from training_toys import toy_cases, toy_model, toy_recipe, toy_run
@@ -290,7 +292,7 @@ def test_predict_refuses_a_link_before_it_loads_anything(given, tmp_path, monkey
     kept = tmp_path / "kept"
     kept.mkdir() if target == "link" else kept.write_text("kept")
     (tmp_path / target).symlink_to(kept)
-    monkeypatch.setattr("mednext_v2.labelmaps.load_members", None)
+    monkeypatch.setattr("mednext_v2.inference.files.load_members", None)
     with pytest.raises(SystemExit, match=f"mednextv2: .*{target} is a link"):
         cli.main([str(word) for word in predict_line(given, scans, tmp_path / target, *more)])
     assert (tmp_path / target).is_symlink() and (kept.read_text() == "kept" if kept.is_file() else not list(kept.iterdir()))

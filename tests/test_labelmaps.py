@@ -9,10 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from mednext_v2 import core, inference, labelmaps
+from mednext_v2 import core
+from mednext_v2.inference import predictor
+from mednext_v2.inference import files
 from mednext_v2.core import ItemsFailed
-from mednext_v2.inference import Options, predict
-from mednext_v2.labelmaps import (
+from mednext_v2.inference.predictor import Options, predict
+from mednext_v2.inference.files import (
     colour,
     itksnap_table,
     label_names,
@@ -22,8 +24,8 @@ from mednext_v2.labelmaps import (
     read_names,
     slicer_table,
 )
-from mednext_v2.scans import BadFile
-from mednext_v2.weights import Card, read_card, save_model
+from mednext_v2.data.scans import BadFile
+from mednext_v2.models.card import Card, read_card, save_model
 
 torch.set_num_threads(1)
 CPU = Options(device="cpu")
@@ -32,7 +34,7 @@ KNOWN = {"schemes": ["zscore"], "mean": [0], "std": [1], "low": [0], "high": [0]
 
 def save(folder, seed=0, **changes):
     "A small U-Net with random weights"
-    from mednext_v2.backbones import create
+    from mednext_v2.models.registry import create
 
     about = dict(
         backbone="unet", overrides={"filters": (4, 8, 8)}, in_channels=1, labels={"core": 1, "rim": 2},
@@ -136,14 +138,14 @@ def test_folds_average_logits_and_models_average_probabilities(model, tmp_path):
     for number, folder in enumerate((model, other)):
         (tmp_path / "folds").mkdir(exist_ok=True)
         (tmp_path / f"folds/fold_{number}").symlink_to(folder)
-    weights = [inference.load_members(folder, CPU)[0].models[0] for folder in (model, other)]
+    weights = [predictor.load_members(folder, CPU)[0].models[0] for folder in (model, other)]
     card = read_card(model)
 
     class Mean(torch.nn.Module):
         def forward(self, x):
             return (weights[0](x) + weights[1](x)) / 2
 
-    expected = inference.predict_scan(Mean(), card, [nib.load(source)])
+    expected = predictor.predict_scan(Mean(), card, [nib.load(source)])
     for folds in ((), ("0", "1")):
         found = predict(tmp_path / "folds", source, device="cpu", folds=folds)
         np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(expected.dataobj))
@@ -210,8 +212,8 @@ def test_done_ones_are_skipped_and_others_are_not_overwritten(model, tmp_path, m
     before = everything(tmp_path / "out")
     (tmp_path / "out/a.nii.gz").unlink()
     labelled = []
-    real = labelmaps.label_volume
-    monkeypatch.setattr(labelmaps, "label_volume", lambda *args: labelled.append(1) or real(*args))
+    real = files.label_volume
+    monkeypatch.setattr(files, "label_volume", lambda *args: labelled.append(1) or real(*args))
     predict_files(model, tmp_path / "in", tmp_path / "out", CPU)
     after = everything(tmp_path / "out")
     assert labelled == [1]
@@ -227,14 +229,14 @@ def test_done_ones_are_skipped_and_others_are_not_overwritten(model, tmp_path, m
 def test_a_full_disk_is_one_line_and_leaves_no_part(model, tmp_path, monkeypatch):
     for name in "ab":
         scan(tmp_path / f"in/{name}.nii.gz")
-    real = labelmaps.nib.save
+    real = files.nib.save
 
     def full(image, path):
         if path.name.endswith("a.nii.gz"):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return real(image, path)
 
-    monkeypatch.setattr(labelmaps.nib, "save", full)
+    monkeypatch.setattr(files.nib, "save", full)
     with pytest.raises(ItemsFailed, match="No space left on device") as error:
         predict_files(model, tmp_path / "in", tmp_path / "out", CPU)
     assert list(error.value.failures) == ["a"]
@@ -244,19 +246,19 @@ def test_a_full_disk_is_one_line_and_leaves_no_part(model, tmp_path, monkeypatch
 def test_a_disk_without_room_is_found_before_the_network_works(model, tmp_path, monkeypatch):
     scan(tmp_path / "in/a.nii.gz")
     monkeypatch.setattr(core.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(labelmaps, "label_job", None)
+    monkeypatch.setattr(files, "label_job", None)
     with pytest.raises(ItemsFailed, match="a.nii.gz, before compression, needs .* has 1000 left") as error:
         predict_files(model, tmp_path / "in/a.nii.gz", tmp_path / "new/folder/a.nii.gz", CPU)
     assert list(error.value.failures) == ["a"] and not (tmp_path / "new").exists()
 
 
-@pytest.mark.skipif(not hasattr(inference.os, "posix_fallocate"), reason="needs posix_fallocate")
+@pytest.mark.skipif(not hasattr(predictor.os, "posix_fallocate"), reason="needs posix_fallocate")
 def test_probabilities_without_room_are_refused_and_do_not_end_the_process(model, tmp_path, monkeypatch):
     def full(file, start, size):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     scan(tmp_path / "in/a.nii.gz")
-    monkeypatch.setattr(inference.os, "posix_fallocate", full)
+    monkeypatch.setattr(predictor.os, "posix_fallocate", full)
     with pytest.raises(ItemsFailed, match="no space for .* GB of probabilities .* TMPDIR"):
         predict_files(model, tmp_path / "in", tmp_path / "out", CPU, probabilities=True)
     assert not list((tmp_path / "out").glob("*"))

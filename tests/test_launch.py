@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from mednext_v2 import launch as module
-from mednext_v2.launch import HUNG, SAVED, Forecast, RunEnded, Step, check_memory, heartbeat, launch, read_spec
+from mednext_v2.training import launch as module
+from mednext_v2.training.launch import HUNG, SAVED, Forecast, RunEnded, Step, check_memory, heartbeat, launch, read_spec
 
 HERE = Path(__file__).parent
 
@@ -116,7 +116,7 @@ def start(tmp_path):
         spec.write_text(json.dumps({
             "function": f"test_launch:{function.__name__}", "arguments": dict(out=str(tmp_path), **arguments),
         }))
-        line = [sys.executable, "-m", "mednext_v2.launch", str(spec), *options]
+        line = [sys.executable, "-m", "mednext_v2.training.launch", str(spec), *options]
         (tmp_path / "temporary").mkdir(exist_ok=True)
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
         env["TMPDIR"] = str(tmp_path / "temporary")
@@ -348,7 +348,7 @@ def test_several_machines_meet_at_the_rendezvous(tmp_path, monkeypatch):
     options = parse_args(line[line.index("agent") + 1 :])
     assert (options.nnodes, options.nproc_per_node, options.rdzv_backend) == ("2", "4", "c10d")
     assert (options.rdzv_endpoint, options.rdzv_id) == ("node1:29500", "77")
-    assert (options.module, options.training_script) == (True, "mednext_v2.launch")
+    assert (options.module, options.training_script) == (True, "mednext_v2.training.launch")
 
 
 def free_port() -> int:
@@ -394,7 +394,7 @@ MEASURED = Forecast(resident=10**8, memory=1.5, speed=1e9)
 
 @cache
 def needed_by_hand(step: Step) -> float:
-    from mednext_v2.scaling import estimate, get_arch
+    from mednext_v2.network.scaling import estimate, get_arch
 
     cost = estimate(
         get_arch("tiny", width=8), step.patch, step.batch, step.precision, step.checkpointing, 1, 3, True

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from mednext_v2.losses import (
+from mednext_v2.training.losses import (
     check_labels,
     deep_supervision_loss,
     deep_supervision_weights,
@@ -182,8 +182,8 @@ def test_unknown_weighting_is_refused():
 
 @pytest.mark.parametrize("name, weighting", [("pretrain", "mednext"), ("finetune", "mednext"), ("v1", "mednext"), ("nnunet", "nnunet")])
 def test_recipe_weighs_outputs_as_its_source(name, weighting):
-    from mednext_v2.recipe import get_recipe
-    from mednext_v2.trainer import loss_options
+    from mednext_v2.training.recipe import get_recipe
+    from mednext_v2.training.trainer import loss_options
 
     recipe = get_recipe(name)
     assert recipe.weighting == loss_options(recipe)["weights"] == weighting
@@ -194,7 +194,7 @@ def test_recipe_weighs_outputs_as_its_source(name, weighting):
 @pytest.mark.parametrize("name, outputs", [("nnunet_plain", 5), ("resenc_l", 5), ("mednext_v2_base", 5)])
 def test_networks_give_as_many_outputs_as_their_source(name, outputs):
     "nnU-Net supervises one output fewer than a network has stages (six), MedNeXt each of its five levels"
-    from mednext_v2.backbones import create
+    from mednext_v2.models.registry import create
 
     with torch.device("meta"):
         network = create(name, 1, 3, True)

@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 
 from mednext_v2.core import ItemsFailed
-from mednext_v2.metrics import (
+from mednext_v2.evaluation.metrics import (
     CONVENTIONS,
     conventions,
     count_lesions,
@@ -23,7 +23,7 @@ from mednext_v2.metrics import (
     surface_dice,
     surface_distances,
 )
-from mednext_v2.tasks import Task, write_dataset, write_volume
+from mednext_v2.data.datasets import Task, write_dataset, write_volume
 
 SPACINGS = [(1.0, 1.0, 1.0), (0.7, 0.9, 3.1), (0.3, 0.3, 5.0)]
 TOLERANCES = [0.0, 1.0, 1.234, 3.456]
@@ -300,7 +300,7 @@ def test_importing_metrics_does_not_import_monai():
     import subprocess
     import sys
 
-    code = "import sys, mednext_v2.metrics; sys.exit('monai' in sys.modules)"
+    code = "import sys, mednext_v2.evaluation.metrics; sys.exit('monai' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

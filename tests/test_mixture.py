@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mednext_v2.augment import ArrayCases, PatchSampler, patch_loader
-from mednext_v2.convert import CADS_GROUPS
-from mednext_v2.losses import deep_supervision_loss
-from mednext_v2.mixture import (
+from mednext_v2.data.augment import ArrayCases, PatchSampler, patch_loader
+from mednext_v2.intake.convert import CADS_GROUPS
+from mednext_v2.training.losses import deep_supervision_loss
+from mednext_v2.data.mixture import (
     MixtureSampler,
     allot,
     consecutive_parts,
@@ -26,7 +26,7 @@ from mednext_v2.mixture import (
     union_labels,
     whole_shares,
 )
-from mednext_v2.tasks import Task, get_task
+from mednext_v2.data.datasets import Task, get_task
 from training_toys import readers
 
 
@@ -629,10 +629,10 @@ def test_own_heads_hold_in_half_precision_and_for_partial_cases():
 
 
 def test_a_failed_step_with_own_heads_replays_with_its_own_loss(tmp_path):
-    from mednext_v2.backbones import create
-    from mednext_v2.guard import read_bundle, replay, write_bundle
-    from mednext_v2.recipe import get_recipe
-    from mednext_v2.trainer import loss_options
+    from mednext_v2.models.registry import create
+    from mednext_v2.training.replay import read_bundle, replay, write_bundle
+    from mednext_v2.training.recipe import get_recipe
+    from mednext_v2.training.trainer import loss_options
 
     sampler = mixture(labels=OWN, patch=(16, 16, 16))
     network = create("unet", 1, len(OWN.outputs), deep_supervision=True, filters=(4, 8, 8))

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from mednext_v2.model import Arch, MedNeXt, check_input, pad_to_stride
+from mednext_v2.network.mednext import Arch, MedNeXt, check_input, pad_to_stride
 
 TINY = Arch(width=4, depths=(1, 2, 1, 1, 2), ratios=(2, 3, 2, 4, 2))
 NAMES = {  # Written down by hand from the authors' v1 code, one level after the other

@@ -75,7 +75,7 @@ def make_both(size: tuple, spacing: tuple, regions: bool, mirrored: bool, folds:
     from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as module
     from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import nnUNetTrainerNoMirroring
 
-    from mednext_v2.importers import import_model
+    from mednext_v2.zoo.importers import import_model
 
     kind = module.nnUNetTrainer if mirrored else nnUNetTrainerNoMirroring
     patch.setattr(predicting, "recursive_find_trainer_class_by_name", lambda name: kind)
@@ -115,9 +115,9 @@ def nnunet_labels(theirs, values: np.ndarray, spacing: tuple) -> np.ndarray:
 
 def margins(model, image, found: np.ndarray, other: np.ndarray, tta: bool) -> np.ndarray:
     "By how much our logits prefer our label to the other, where the two differ; of regions, how far the nearest is from 0"
-    from mednext_v2.inference import Options, load_members, network_input, prepare_volume, pass_windows, lay_windows
-    from mednext_v2.inference import averaged, evaluating, resample_logits
-    from mednext_v2.prepare import coarse_axis
+    from mednext_v2.inference.predictor import Options, load_members, network_input, prepare_volume, pass_windows, lay_windows
+    from mednext_v2.inference.predictor import averaged, evaluating, resample_logits
+    from mednext_v2.data.preprocess import coarse_axis
 
     member = load_members(model, Options(device="cpu", tta=tta))[0]
     volume = network_input([image])
@@ -140,8 +140,8 @@ def margins(model, image, found: np.ndarray, other: np.ndarray, tta: bool) -> np
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("resampled", [False, True])
 def test_labels_are_nnunets(both, size, resampled, monkeypatch):
-    from mednext_v2.inference import predict
-    from mednext_v2.weights import read_card
+    from mednext_v2.inference.predictor import predict
+    from mednext_v2.models.card import read_card
 
     theirs, model, mirrored = both
     single = model if (model / "card.json").is_file() else model / "fold_0"
@@ -166,8 +166,8 @@ def test_labels_are_nnunets(both, size, resampled, monkeypatch):
 
 
 def test_a_model_without_mirroring_is_never_mirrored(both, recwarn):
-    from mednext_v2.inference import predict
-    from mednext_v2.weights import read_card
+    from mednext_v2.inference.predictor import predict
+    from mednext_v2.models.card import read_card
 
     _, model, mirrored = both
     single = model if (model / "card.json").is_file() else model / "fold_0"

@@ -19,9 +19,9 @@ import mednext_v2
 import psutil
 import pytest
 import torch
-from mednext_v2.augment import PatchSampler
-from mednext_v2.scaling import create_model
-from mednext_v2.trainer import PatchValidation, fit, patch_validation
+from mednext_v2.data.augment import PatchSampler
+from mednext_v2.network.scaling import create_model
+from mednext_v2.training.trainer import PatchValidation, fit, patch_validation
 from training_toys import toy_cases, toy_recipe
 
 SLOW = 300  # Seconds that a start may take on a crowded machine

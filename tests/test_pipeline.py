@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from mednext_v2.core import ItemsFailed, params, read_yaml
-from mednext_v2.fitting import fit_patch
-from mednext_v2.pipeline import (
+from mednext_v2.training.run import fit_patch
+from mednext_v2.study.runs import (
     SCORE_COLUMNS,
     Run,
     collect,
@@ -26,9 +26,9 @@ from mednext_v2.pipeline import (
     run_stage,
     train_runs,
 )
-from mednext_v2.suite import build_task
-from mednext_v2.tasks import get_task
-from mednext_v2.recipe import Recipe
+from mednext_v2.study.seeds import build_task
+from mednext_v2.data.datasets import get_task
+from mednext_v2.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPE = Recipe(steps=3, batch=1, patch=(32, 32, 32), lr=1e-2, warmup=1, augment="light", checkpoint_every=2)
@@ -88,7 +88,7 @@ def test_changing_a_figure_reruns_that_figure_alone(graph):
 
 def test_report_never_retrains(graph):
     above, _, files = graph
-    readers = {stage for stage, own in files.items() if "mednext_v2/report.py" in own}
+    readers = {stage for stage, own in files.items() if "mednext_v2/report/tables.py" in own}
     rerun = readers | {stage for stage, parents in above.items() if parents & readers}
     assert not {stage.split("@")[0] for stage in rerun} & {"suite", "prepare", "pretrain", "scratch", "finetune"}
 
@@ -206,7 +206,7 @@ def train(runs, prepared, out, parent=None, recipe=RECIPE, **options):
 
 
 def test_pretrain_finetune_evaluate_collect(raw, prepared, workplace):
-    from mednext_v2.weights import read_card
+    from mednext_v2.models.card import read_card
 
     corpus = Run("smoke", "unet", "scratch", "corpus_ct")
     run = Run("smoke", "unet", "corpus_ct", "brain_lesion_mr", seed=3)
@@ -242,11 +242,11 @@ def between_grids(source: Path, folder: Path) -> Path:
 
 def test_pipeline_scores_as_predict_and_evaluate_and_finetune_do_on_the_scans_own_grid(raw, workplace):
     from mednext_v2 import cli
-    from mednext_v2.onestep import Plan as Tuning
-    from mednext_v2.onestep import score_model
-    from mednext_v2.prepare import Prepared
-    from mednext_v2.tasks import list_cases
-    from mednext_v2.weights import read_card
+    from mednext_v2.finetuning import Plan as Tuning
+    from mednext_v2.finetuning import score_model
+    from mednext_v2.data.preprocess import Prepared
+    from mednext_v2.data.datasets import list_cases
+    from mednext_v2.models.card import read_card
 
     task = get_task("brain_lesion_mr")
     own = between_grids(raw / task.folder, workplace / "raw" / task.folder)
@@ -280,8 +280,8 @@ def test_pipeline_scores_as_predict_and_evaluate_and_finetune_do_on_the_scans_ow
 
 
 def test_raw_case_that_is_gone_is_named(raw, prepared, workplace):
-    from mednext_v2.pipeline import raw_cases
-    from mednext_v2.prepare import Prepared
+    from mednext_v2.study.runs import raw_cases
+    from mednext_v2.data.preprocess import Prepared
 
     data, task = Prepared(prepared / "brain_lesion_mr"), get_task("brain_lesion_mr")
     assert [case.id for case in raw_cases(data, raw, "test")] == data.ids("test")
@@ -295,8 +295,8 @@ def test_raw_case_that_is_gone_is_named(raw, prepared, workplace):
 
 
 def test_pretrained_weights_are_what_finetuning_starts_from(prepared, workplace, monkeypatch):
-    import mednext_v2.trainer
-    from mednext_v2.weights import read_state
+    import mednext_v2.training.trainer
+    from mednext_v2.models.card import read_state
 
     train([Run("smoke", "unet", "scratch", "corpus_ct")], prepared, workplace / "pretrain")
     parent = workplace / "pretrain/corpus_ct-s0"
@@ -306,7 +306,7 @@ def test_pretrained_weights_are_what_finetuning_starts_from(prepared, workplace,
         seen.update({name: value.clone() for name, value in model.state_dict().items()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mednext_v2.trainer, "fit", stop)
+    monkeypatch.setattr(mednext_v2.training.trainer, "fit", stop)
     with pytest.raises(KeyboardInterrupt):
         train([Run("smoke", "unet", "corpus_ct", "brain_lesion_mr")], prepared, workplace / "finetune", parent)
     source = read_state(parent)
@@ -316,8 +316,8 @@ def test_pretrained_weights_are_what_finetuning_starts_from(prepared, workplace,
 
 
 def test_every_fold_is_trained_on_its_own_cases_and_all_cases_are_scored_once(raw, prepared, workplace):
-    from mednext_v2.prepare import FOLDS, Prepared
-    from mednext_v2.weights import read_card
+    from mednext_v2.data.preprocess import FOLDS, Prepared
+    from mednext_v2.models.card import read_card
 
     data = shutil.copytree(prepared, workplace / "prepared")
     task = data / "brain_lesion_mr"
@@ -337,7 +337,7 @@ def test_every_fold_is_trained_on_its_own_cases_and_all_cases_are_scored_once(ra
 
 
 def test_folds_are_those_of_tasks_that_are_dealt(project):
-    from mednext_v2.pipeline import finetuning_runs
+    from mednext_v2.study.runs import finetuning_runs
 
     change_params(project / "params.yaml", "  - abdomen_ct", "  - panther")
     change_params(project / "params.yaml", "  folds:\n  - 0\n", "  folds:\n  - 0\n  - 4\n")
@@ -351,9 +351,9 @@ def test_folds_are_those_of_tasks_that_are_dealt(project):
 def test_data_that_are_dealt_keep_all_folds_and_with_test_cases_of_their_own_none(raw, tmp_path):
     import dataclasses
 
-    from mednext_v2.prepare import FOLDS, prepare
-    from mednext_v2.scans import write_volume
-    from mednext_v2.tasks import count_folds, read_splits
+    from mednext_v2.data.preprocess import FOLDS, prepare
+    from mednext_v2.data.scans import write_volume
+    from mednext_v2.data.datasets import count_folds, read_splits
 
     task = dataclasses.replace(get_task("corpus_ct"), split="fivefold", role="pretrain")
     folder = shutil.copytree(raw / task.folder, tmp_path / "raw" / task.folder)
@@ -371,10 +371,10 @@ def test_data_that_are_dealt_keep_all_folds_and_with_test_cases_of_their_own_non
 
 
 def test_a_released_model_is_tuned_and_scored_like_ours(raw, prepared, workplace, monkeypatch):
-    from mednext_v2 import pipeline
-    from mednext_v2.pipeline import Plan, run_released
-    from mednext_v2.weights import read_card
-    from mednext_v2.zoo import RECEIPT
+    from mednext_v2.study import runs
+    from mednext_v2.study.runs import Plan, run_released
+    from mednext_v2.models.card import read_card
+    from mednext_v2.zoo.catalogue import RECEIPT
 
     name, compute = "suprem_unet", dict(device="cpu", workers=1, threads=1, processes=1, parallel="ddp", readers=0)
     plan = Plan("smoke", ("corpus_ct",), ("unet",), ("scratch",), ("brain_lesion_mr",), (0,), released=(name,))
@@ -389,17 +389,17 @@ def test_a_released_model_is_tuned_and_scored_like_ours(raw, prepared, workplace
     assert set(scores.init) == {name} and set(scores.backbone) == {"unet"}
     assert read_card(places["models"] / "unet/brain_lesion_mr-s0").parent == read_card(model).sha256
     assert len(collect(workplace / "runs/smoke/evaluate", workplace / "results")) == len(scores)
-    from mednext_v2 import ablation
+    from mednext_v2.scoring import ablations
 
     (workplace / "data/prepared").mkdir()
     shutil.copytree(prepared, workplace / "data/prepared/smoke")
-    rows = ablation.main_models("smoke", Plan("smoke", (), (), ("scratch",), ("brain_lesion_mr",), (0,), released=(name,)))
+    rows = ablations.main_models("smoke", Plan("smoke", (), (), ("scratch",), ("brain_lesion_mr",), (0,), released=(name,)))
     assert [(row["task"], row["init"], row["backbone"]) for row in rows] == [("brain_lesion_mr", name, "unet")]
-    assert pipeline.released_model(name, workplace / "other") == model
+    assert runs.released_model(name, workplace / "other") == model
 
 
 def test_same_seed_same_weights_and_another_seed_others(prepared, workplace):
-    from mednext_v2.weights import read_card
+    from mednext_v2.models.card import read_card
 
     hashes = []
     for attempt, seed in enumerate((0, 0, 1)):
@@ -411,7 +411,7 @@ def test_same_seed_same_weights_and_another_seed_others(prepared, workplace):
 
 
 def test_finished_runs_of_a_failed_stage_are_not_trained_again(prepared, workplace, monkeypatch):
-    from mednext_v2 import trainer
+    from mednext_v2.training import trainer
 
     run = Run("smoke", "unet", "scratch", "brain_lesion_mr")
     missing = Run("smoke", "unet", "scratch", "no_such_task")
@@ -424,7 +424,7 @@ def test_finished_runs_of_a_failed_stage_are_not_trained_again(prepared, workpla
 
 
 def weights(folder: Path) -> dict:
-    from mednext_v2.weights import read_state
+    from mednext_v2.models.card import read_state
 
     return read_state(folder)
 
@@ -438,8 +438,8 @@ TWO = Recipe(steps=3, batch=2, patch=(32, 32, 32), lr=1e-2, warmup=1, augment="l
 
 STAGE = """
 from pathlib import Path
-from mednext_v2.pipeline import Run, train_runs
-from mednext_v2.recipe import Recipe
+from mednext_v2.study.runs import Run, train_runs
+from mednext_v2.training.recipe import Recipe
 recipe = Recipe(**{recipe!r})
 history = train_runs([Run("smoke", "unet", "scratch", "corpus_ct")], recipe, {small!r}, Path({data!r}), Path("models"),
                      Path("curves"), processes=int(processes))
@@ -491,7 +491,7 @@ def test_a_rank_that_fails_ends_the_stage_with_its_message(prepared, workplace, 
 
 
 def test_checkpoints_go_when_the_models_are_there_and_only_what_is_gone_is_trained(prepared, workplace, monkeypatch):
-    from mednext_v2 import trainer
+    from mednext_v2.training import trainer
 
     runs, trained, fit = [Run("smoke", "unet", "scratch", "corpus_ct", seed) for seed in (0, 1)], [], trainer.fit
 

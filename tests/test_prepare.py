@@ -15,7 +15,7 @@ from data_toys import DEMO
 from scipy import ndimage
 
 from mednext_v2.core import ItemsFailed, build, root
-from mednext_v2.prepare import (
+from mednext_v2.data.preprocess import (
     PREPARATION,
     SCHEMES,
     Fingerprint,
@@ -31,8 +31,8 @@ from mednext_v2.prepare import (
     spread,
     target_shape,
 )
-from mednext_v2.suite import build_task
-from mednext_v2.tasks import Scan, get_task, list_cases, read_case, write_volume
+from mednext_v2.study.seeds import build_task
+from mednext_v2.data.datasets import Scan, get_task, list_cases, read_case, write_volume
 
 AFFINE = np.diag([2.0, 3.0, 4.0, 1.0])
 GOLDEN = [-3.43508, 10.287038, 2.189345, -10.527577, 0.567898, -5.582685]
@@ -140,7 +140,7 @@ def test_fingerprint_ignores_validation_test_and_background(raw):
 
 
 def test_fingerprint_measures_crops_and_some_of_many_cases(raw, monkeypatch):
-    monkeypatch.setattr("mednext_v2.prepare.MEASURED_CASES", 1)
+    monkeypatch.setattr("mednext_v2.data.preprocess.MEASURED_CASES", 1)
     assert fingerprint(DEMO, raw).cases == 1
 
 
@@ -484,7 +484,7 @@ def test_unfit_training_case_does_not_stop_the_others(raw, tmp_path):
 
 
 def test_second_run_makes_nothing_again_and_a_mended_case_alone(raw, tmp_path, monkeypatch):
-    from mednext_v2 import prepare as module
+    from mednext_v2.data import preprocess as module
 
     made = []
     write = module.write_case
@@ -507,7 +507,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from data_toys import DEMO
-from mednext_v2 import prepare as module
+from mednext_v2.data import preprocess as module
 write, count = module.write_case, [0]
 
 def killed(task, scan, folder):
@@ -527,7 +527,7 @@ def test_killed_preparation_goes_on_where_it_was(raw, tmp_path, monkeypatch):
     assert subprocess.run(command, cwd=Path(__file__).parent).returncode == -9
     assert len([p for p in (tmp_path / "out" / "cases").iterdir() if not p.name.startswith(".tmp")]) == 2
     prepare(DEMO, raw, tmp_path / "whole")
-    from mednext_v2 import prepare as module
+    from mednext_v2.data import preprocess as module
 
     made, write = [], module.write_case
     monkeypatch.setattr(module, "write_case", lambda task, scan, folder: made.append(1) or write(task, scan, folder))
@@ -572,7 +572,7 @@ def test_workers_of_a_dask_cluster_prepare_the_same_bytes(raw, tmp_path):
 
 def test_missing_file_stops_before_any_image_is_read(raw, tmp_path, monkeypatch):
     list_cases(DEMO, raw)[-1].label.unlink()
-    monkeypatch.setattr("mednext_v2.prepare.read_case", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr("mednext_v2.data.preprocess.read_case", lambda *_: pytest.fail("an image was read"))
     with pytest.raises(FileNotFoundError, match="labelsTs/004.nii.gz is missing"):
         prepare(DEMO, raw, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -582,7 +582,7 @@ def test_unexpected_failure_names_the_case(raw, tmp_path, monkeypatch):
     def fail(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("mednext_v2.prepare.resample", fail)
+    monkeypatch.setattr("mednext_v2.data.preprocess.resample", fail)
     with pytest.raises(ItemsFailed, match="001: MemoryError: no room"):
         prepare(DEMO, raw, tmp_path / "out")
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from mednext_v2.backbones import BACKBONES
-from mednext_v2.claims import CLAIMS, ledger_markdown
-from mednext_v2.plan import settings
-from mednext_v2.report import published
-from mednext_v2.scaling import count_parameters, create_model
-from mednext_v2.speed import block_costs, read_benchmark
-from mednext_v2.tasks import get_task
+from mednext_v2.models.registry import BACKBONES
+from mednext_v2.report.claims import CLAIMS, ledger_markdown
+from mednext_v2.report.forecast import settings
+from mednext_v2.report.tables import published
+from mednext_v2.network.scaling import count_parameters, create_model
+from mednext_v2.report.speed import block_costs, read_benchmark
+from mednext_v2.data.datasets import get_task
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 import torch
 from mednext_v2 import cli
-from mednext_v2.backbones import create
+from mednext_v2.models.registry import create
 from mednext_v2.core import read_csv, write_csv
-from mednext_v2.prepare import Prepared
-from mednext_v2.scans import read_label, read_scan, write_volume
-from mednext_v2.tasks import get_task, read_annotated, write_dataset
-from mednext_v2.weights import Card, save_model
+from mednext_v2.data.preprocess import Prepared
+from mednext_v2.data.scans import read_label, read_scan, write_volume
+from mednext_v2.data.datasets import get_task, read_annotated, write_dataset
+from mednext_v2.models.card import Card, save_model
 from test_training_sets import CHEST, SMALL, write_raw
 
 SimpleITK = pytest.importorskip("SimpleITK")

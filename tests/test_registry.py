@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mednext_v2.core import root
-from mednext_v2.tasks import load_tasks, read_splits, write_dataset
+from mednext_v2.data.datasets import load_tasks, read_splits, write_dataset
 
 TASKS = load_tasks()
 MINI = [task for task in TASKS.values() if task.source == "seeds"]

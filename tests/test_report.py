@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mednext_v2 import report
+from mednext_v2.report import tables
 from mednext_v2.core import root
-from mednext_v2.report import (
+from mednext_v2.report.tables import (
     caption,
     gains,
     main_table,
@@ -23,8 +23,8 @@ from mednext_v2.report import (
     score_text,
     summary,
 )
-from mednext_v2.stats import bootstrap_interval, declared_mean
-from mednext_v2.tasks import Task
+from mednext_v2.evaluation.statistics import bootstrap_interval, declared_mean
+from mednext_v2.data.datasets import Task
 
 matplotlib.use("Agg")
 
@@ -95,7 +95,7 @@ def test_published_holds_exactly_the_known_figures():
 
 
 def test_published_names_backbones_that_exist():
-    from mednext_v2.backbones import BACKBONES
+    from mednext_v2.models.registry import BACKBONES
 
     assert set(published().backbone) - {""} <= set(BACKBONES)
 
@@ -358,17 +358,17 @@ def test_score_text():
 
 
 def test_titles_are_those_of_the_registry_and_colours_differ():
-    from mednext_v2.backbones import BACKBONES
+    from mednext_v2.models.registry import BACKBONES
 
-    assert {name: report.backbone_title(name) for name in BACKBONES} == {n: b.title for n, b in BACKBONES.items()}
-    colours = [report.backbone_colour(name) for name in BACKBONES]
+    assert {name: tables.backbone_title(name) for name in BACKBONES} == {n: b.title for n, b in BACKBONES.items()}
+    colours = [tables.backbone_colour(name) for name in BACKBONES]
     assert len(set(colours)) == len(colours)
 
 
 def draw():
     import matplotlib.pyplot as plt
 
-    report.house_style()
+    tables.house_style()
     figure, axes = plt.subplots(figsize=(2, 1.5))
     axes.plot([0, 1], [1, 3], label="a")
     axes.fill_between([0, 1], [1, 2], [2, 4], clip_path=None)
@@ -409,9 +409,9 @@ TOY = Task("toy", 999, "Toy", "CT", {"liver": 1, "lesion": 2, "rib": 3}, {"liver
 
 
 def test_label_colours_are_warm_for_pathology_only():
-    colours = report.label_colours(TOY)
+    colours = tables.label_colours(TOY)
     assert list(colours) == list(TOY.labels) and len(set(colours.values())) == 3
-    assert colours["lesion"] in report.WARM and {colours["liver"], colours["rib"]} <= set(report.COOL)
+    assert colours["lesion"] in tables.WARM and {colours["liver"], colours["rib"]} <= set(tables.COOL)
 
 
 def test_best_slice_prefers_pathology_then_classes():
@@ -419,10 +419,10 @@ def test_best_slice_prefers_pathology_then_classes():
     labels[:, :, 1] = 1
     labels[:2, :, 2] = 1
     labels[2:4, :, 2] = 3
-    assert report.best_slice(labels, TOY) == 2
+    assert tables.best_slice(labels, TOY) == 2
     labels[0, 0, 3] = labels[0, :2, 4] = 2
-    assert report.best_slice(labels, TOY) == 4
-    assert report.best_slice(np.zeros((6, 6, 5), int), TOY) == 0
+    assert tables.best_slice(labels, TOY) == 4
+    assert tables.best_slice(np.zeros((6, 6, 5), int), TOY) == 0
 
 
 def test_slices_show_the_right_side_on_the_left_and_anterior_on_top():
@@ -433,7 +433,7 @@ def test_slices_show_the_right_side_on_the_left_and_anterior_on_top():
     image[7, 9] = 1  # RAS: the rightmost, most anterior pixel
     labels = np.zeros((8, 10), int)
     labels[7, 9] = 1
-    report.show_slice(axes, image, labels, {1: "#ff0000"}, (2, 3), (0, 1))
+    tables.show_slice(axes, image, labels, {1: "#ff0000"}, (2, 3), (0, 1))
     grey, tint = (picture.get_array() for picture in axes.images)
     assert grey.shape == (10, 8) and grey[9, 0] == 1 and grey.sum() == 1  # origin lower: the last row is on top
     assert tint[9, 0, 3] > 0 and np.count_nonzero(tint[..., 3]) == 1
@@ -463,7 +463,7 @@ def project(tmp_path, monkeypatch):
     import nibabel
 
     from mednext_v2.core import write_json
-    from mednext_v2.tasks import get_task, write_dataset, write_volume
+    from mednext_v2.data.datasets import get_task, write_dataset, write_volume
 
     tasks = {name: get_task(name) for name in ("abdomen_ct", "brain_lesion_mr")}
     (tmp_path / "dvc.yaml").write_text("")
@@ -585,19 +585,19 @@ def test_scores_from_before_they_were_computed_on_the_scans_own_grid_are_told_ap
     path = project / f"results/mini/{name}.csv"
     table = pd.read_csv(project / "results/mini/scores.csv")
     table.to_csv(path, index=False)
-    old = report.read_table("mini", name)
-    assert set(old.grid) == {"prepared"} and "scored on the prepared grid, not on the scans' own. n =" in report.caption("Means", "mini", old)
+    old = tables.read_table("mini", name)
+    assert set(old.grid) == {"prepared"} and "scored on the prepared grid, not on the scans' own. n =" in tables.caption("Means", "mini", old)
     table.assign(grid="scan").to_csv(path, index=False)
-    new = report.read_table("mini", name)
-    assert set(new.grid) == {"scan"} and "grid" not in report.caption("Means", "mini", new)
+    new = tables.read_table("mini", name)
+    assert set(new.grid) == {"scan"} and "grid" not in tables.caption("Means", "mini", new)
 
 
 def test_read_scores_says_how_to_make_them(project):
     text = (project / "results/mini/scores.csv").read_text()
     (project / "results/mini/scores.csv").write_text(text.replace("abdomen_ct_0", "001"))
-    assert "001" in set(report.read_scores("mini").case)
+    assert "001" in set(tables.read_scores("mini").case)
     with pytest.raises(FileNotFoundError, match="run `make repro PROFILE=paper`"):
-        report.read_scores("paper")
+        tables.read_scores("paper")
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX here")

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mednext_v2.fused import use_fused
-from mednext_v2.model import Arch, MedNeXt
-from mednext_v2.scaling import (
+from mednext_v2.network.fused import use_fused
+from mednext_v2.network.mednext import Arch, MedNeXt
+from mednext_v2.network.scaling import (
     Meter,
     PRESETS,
     count_flops,

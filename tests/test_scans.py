@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mednext_v2.inference import network_input
-from mednext_v2.metrics import score_files
-from mednext_v2.scans import BadFile, list_scans, list_volumes, read_header, read_label, read_scan, same_grid, write_volume
+from mednext_v2.inference.predictor import network_input
+from mednext_v2.evaluation.metrics import score_files
+from mednext_v2.data.scans import BadFile, list_scans, list_volumes, read_header, read_label, read_scan, same_grid, write_volume
 
 SimpleITK = pytest.importorskip("SimpleITK")
 SimpleITK.ProcessObject_SetGlobalWarningDisplay(False)

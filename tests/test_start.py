@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from mednext_v2 import cli
-from mednext_v2.prepare import prepare
-from mednext_v2.weights import read_card, read_state
+from mednext_v2.data.preprocess import prepare
+from mednext_v2.models.card import read_card, read_state
 from test_importers import DNA, V2, dna, nnunet_folder
 from test_training_sets import CHEST, write_raw
 

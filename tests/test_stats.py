@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from mednext_v2.core import root
-from mednext_v2.stats import (
+from mednext_v2.evaluation.statistics import (
     bootstrap,
     bootstrap_interval,
     choose,
@@ -75,7 +75,7 @@ def test_means_follow_the_declared_order(order):
 
 
 def test_means_equal_the_report_where_each_case_has_each_seed():
-    from mednext_v2.report import summary
+    from mednext_v2.report.tables import summary
 
     scores = make_scores(seeds=(0, 1), share_nan=0)
     found = summary(scores, ["backbone", "init"])

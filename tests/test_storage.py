@@ -13,9 +13,9 @@ import time
 
 import numpy as np
 import pytest
-from mednext_v2 import storage
+from mednext_v2.data import storage
 from mednext_v2.core import sha256
-from mednext_v2.storage import exists, join, open_array, read_bytes, write_array, write_bytes
+from mednext_v2.data.storage import exists, join, open_array, read_bytes, write_array, write_bytes
 
 KINDS = ["float16", "float32", "float64", "uint8", "int16", "int32", "uint16", "bool", ">f4", ">i2"]
 
@@ -108,7 +108,7 @@ def test_equal_arrays_are_equal_bytes_in_any_process(tmp_path):
     digest = write_array(tmp_path / "a.b2nd", array)
     assert digest == sha256(tmp_path / "a.b2nd")
     np.save(tmp_path / "a.npy", np.asfortranarray(array).astype(">f4"))
-    code = ("import sys, numpy, blosc2; from mednext_v2.storage import write_array; blosc2.set_nthreads(5)\n"
+    code = ("import sys, numpy, blosc2; from mednext_v2.data.storage import write_array; blosc2.set_nthreads(5)\n"
             "print(write_array(sys.argv[2], numpy.load(sys.argv[1])[:, ::1]))")
     files = [str(tmp_path / name) for name in ("a.npy", "b.b2nd")]
     other = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True)
@@ -161,7 +161,7 @@ from collections import Counter
 from pathlib import Path
 sys.path.insert(0, {str(os.path.dirname(__file__))!r})
 from test_storage import outcome, random_array
-from mednext_v2.storage import write_array
+from mednext_v2.data.storage import write_array
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 folder, rng = Path(sys.argv[1]), random.Random(0)
 array = random_array(np.random.default_rng(6), (1, 50, 40, 33))
@@ -212,7 +212,7 @@ def test_files_of_others_are_named(tmp_path):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from mednext_v2 import storage
+from mednext_v2.data import storage
 moment, path = sys.argv[1:]
 if moment == "half":  # Voxels written, checksums not yet
     storage.checksums = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from mednext_v2.scaling import count_flops, count_parameters
-from mednext_v2.stunet import SIZES, Enlarge, STUNet, check_volume, stunet
+from mednext_v2.network.scaling import count_flops, count_parameters
+from mednext_v2.models.stunet import SIZES, Enlarge, STUNet, check_volume, stunet
 from torch.nn import functional as F
 
 # README of uni-medical/STU-Net: millions of parameters, and tera multiply-adds at 128³

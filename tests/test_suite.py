@@ -11,7 +11,7 @@ import pytest
 from scipy import ndimage
 
 from mednext_v2.core import root, sha256
-from mednext_v2.suite import (
+from mednext_v2.study.seeds import (
     BRAIN_LESION,
     HEAD_BLEED,
     SOURCES,
@@ -32,7 +32,7 @@ from mednext_v2.suite import (
     synthesise_mr,
     verify_seeds,
 )
-from mednext_v2.tasks import list_cases, load_tasks, read_case
+from mednext_v2.data.datasets import list_cases, load_tasks, read_case
 
 SEEDS = root() / "data" / "seeds"
 TASKS = {name: task for name, task in load_tasks().items() if task.source == "seeds"}
@@ -198,7 +198,7 @@ def test_failed_build_leaves_what_was_there(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr("mednext_v2.suite.write_descriptions", fail)
+    monkeypatch.setattr("mednext_v2.study.seeds.write_descriptions", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         build_task("brain_mr", SEEDS, tmp_path, cases=(1, 1, 1), seed=1)
     assert contents(tmp_path) == before and len(list(tmp_path.iterdir())) == 1

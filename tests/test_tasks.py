@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from data_toys import DEMO
 
-from mednext_v2.scans import BadFile, present_values, read_scan, write_volume
-from mednext_v2.tasks import (
+from mednext_v2.data.scans import BadFile, present_values, read_scan, write_volume
+from mednext_v2.data.datasets import (
     Task,
     data_files,
     deal_out,
@@ -284,7 +284,7 @@ def test_modules_start_without_torch():
     import sys
 
     code = (
-        "import sys, mednext_v2.tasks, mednext_v2.suite, mednext_v2.prepare;"
+        "import sys, mednext_v2.data.datasets, mednext_v2.study.seeds, mednext_v2.data.preprocess;"
         "print({'torch', 'monai', 'matplotlib'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -474,7 +474,7 @@ def test_a_channel_too_many_or_in_two_formats_is_refused(raw, extra):
 
 
 def test_two_channels_of_one_name_are_both_what_it_says(tmp_path):
-    from mednext_v2.prepare import summarise
+    from mednext_v2.data.preprocess import summarise
 
     about = {"channel_names": {"0": "CT", "1": "CT", "2": "PET"}, "labels": {"background": 0, "liver": 1, "lesion": 2}}
     write_raw(tmp_path / "Dataset007_Two", about, ["a", "b", "c"], LABEL, channels=3)

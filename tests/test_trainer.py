@@ -18,12 +18,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mednext_v2 import checkpoint
-from mednext_v2.backbones import create
-from mednext_v2.checkpoint import read_checkpoint, save_checkpoint, weights_digest
-from mednext_v2.losses import deep_supervision_loss
-from mednext_v2.recipe import RECIPES, Recipe, get_recipe, learning_rate, make_optimizer
-from mednext_v2.trainer import (
+from mednext_v2.training import checkpoint
+from mednext_v2.models.registry import create
+from mednext_v2.training.checkpoint import read_checkpoint, save_checkpoint, weights_digest
+from mednext_v2.training.losses import deep_supervision_loss
+from mednext_v2.training.recipe import RECIPES, Recipe, get_recipe, learning_rate, make_optimizer
+from mednext_v2.training.trainer import (
     PREEMPTED,
     PatchValidation,
     check_run,
@@ -665,7 +665,7 @@ SIGNALLED = """
 import os, signal, sys
 from pathlib import Path
 from training_toys import toy_cases, toy_model, toy_recipe
-from mednext_v2.trainer import fit, training_sampler
+from mednext_v2.training.trainer import fit, training_sampler
 recipe = toy_recipe(steps=12, checkpoint_every=100)
 sampler = training_sampler(recipe, toy_cases())
 
@@ -679,7 +679,7 @@ class Signals:
 
 model = toy_model()
 fit(recipe, model, Signals(), Path(sys.argv[1]), device="cpu", progress=False)
-from mednext_v2.checkpoint import weights_digest
+from mednext_v2.training.checkpoint import weights_digest
 print(weights_digest(model))
 """
 
@@ -757,7 +757,7 @@ def test_network_is_plain_again_after_bf16(tmp_path):
 
 
 def test_bundle_of_regions_and_ignored_voxels_replays_with_their_loss(tmp_path):
-    from mednext_v2.guard import replay, write_bundle
+    from mednext_v2.training.replay import replay, write_bundle
 
     recipe, model = toy_recipe(), toy_model()
     batch = torch.randn(2, 1, 8, 8, 8), torch.randint(0, 5, (2, 1, 8, 8, 8))  # 4 is ignored, the network has 3 outputs
@@ -767,7 +767,7 @@ def test_bundle_of_regions_and_ignored_voxels_replays_with_their_loss(tmp_path):
 
 
 def test_frozen_parts_do_not_move_and_are_free_again(tmp_path):
-    from mednext_v2.backbones import parts
+    from mednext_v2.models.registry import parts
 
     recipe = toy_recipe(freeze="encoder", precision="fp32")
     before = {name: value.clone() for name, value in toy_model().state_dict().items()}

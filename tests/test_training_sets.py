@@ -12,21 +12,24 @@ import pandas as pd
 import pytest
 import torch
 from data_toys_convert import write_cads
-from mednext_v2 import cli, fitting, launch, trainer
-from mednext_v2.adapt import class_channels
-from mednext_v2.backbones import BACKBONES, create, load_model
-from mednext_v2.convert import CADS_GROUPS, CADS_LEVELS, cads_annotated, convert
+from mednext_v2 import cli
+from mednext_v2.training import run
+from mednext_v2.training import launch
+from mednext_v2.training import trainer
+from mednext_v2.models.transfer import class_channels
+from mednext_v2.models.registry import BACKBONES, create, load_model
+from mednext_v2.intake.convert import CADS_GROUPS, CADS_LEVELS, cads_annotated, convert
 from mednext_v2.core import ItemsFailed, write_csv
-from mednext_v2.doctor import doctor, fix
-from mednext_v2.fitting import read_data, train_model
-from mednext_v2.inference import predict
-from mednext_v2.mixture import union_labels
-from mednext_v2.prepare import Prepared, prepare
-from mednext_v2.recipe import Recipe, get_recipe
-from mednext_v2.scaling import estimate
-from mednext_v2.tasks import Task, get_task, partial_cases, write_dataset, write_volume
-from mednext_v2.trainer import patch_validation
-from mednext_v2.weights import read_card, read_state
+from mednext_v2.intake.check import doctor, fix
+from mednext_v2.training.run import read_data, train_model
+from mednext_v2.inference.predictor import predict
+from mednext_v2.data.mixture import union_labels
+from mednext_v2.data.preprocess import Prepared, prepare
+from mednext_v2.training.recipe import Recipe, get_recipe
+from mednext_v2.network.scaling import estimate
+from mednext_v2.data.datasets import Task, get_task, partial_cases, write_dataset, write_volume
+from mednext_v2.training.trainer import patch_validation
+from mednext_v2.models.card import read_card, read_state
 
 SMALL = {"filters": (4, 8, 8)}
 SETTINGS = dict(batch=4, patch=(16, 16, 16), lr=2e-2, warmup=1, foreground=0.5, augment="none", checkpoint_every=100)
@@ -382,8 +385,8 @@ def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path,
 
 
 def test_checkpointing_auto_is_what_free_memory_allows(sets, tmp_path, monkeypatch):
-    data, recipe = fitting.read_data(sets / "chest"), replace(SHORT, patch=(32, 32, 32), batch=2)
-    network, patch = fitting.network_for(data, "mednext_v2_tiny", recipe, {"width": 4})
+    data, recipe = run.read_data(sets / "chest"), replace(SHORT, patch=(32, 32, 32), batch=2)
+    network, patch = run.network_for(data, "mednext_v2_tiny", recipe, {"width": 4})
     options = dict(batch=2, in_channels=data.in_channels, num_classes=data.outputs, deep_supervision=recipe.deep_supervision)
     kinds = ("none", "expansion", "block")
     for free, device, expected in [
@@ -391,13 +394,13 @@ def test_checkpointing_auto_is_what_free_memory_allows(sets, tmp_path, monkeypat
         (0, "cuda", "block"), (estimate(network.arch, patch, fused="cpu", **options).total_bytes / 0.8 + 9, "cpu", "none"),
     ]:
         monkeypatch.setattr(launch, "available_memory", lambda device: int(free))
-        found = fitting.network_for(data, "mednext_v2_tiny", recipe, {"width": 4, "checkpointing": "auto"}, device=device)
+        found = run.network_for(data, "mednext_v2_tiny", recipe, {"width": 4, "checkpointing": "auto"}, device=device)
         assert found[0].checkpointing == expected
     monkeypatch.undo()
     others = dict(overrides={"width": 4, "checkpointing": "auto"}, device="cpu", progress=False)
     train_model(sets / "chest", tmp_path / "model", "mednext_v2_tiny", recipe, tmp_path / "run", **others)
     assert read_card(tmp_path / "model").overrides == {"width": 4}
-    fitting.network_for(data, "unet", recipe, SMALL | {"checkpointing": "auto"})  # Has no such choice
+    run.network_for(data, "unet", recipe, SMALL | {"checkpointing": "auto"})  # Has no such choice
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name.startswith("mednext")])

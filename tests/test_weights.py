@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from mednext_v2.backbones import create
-from mednext_v2.weights import (
+from mednext_v2.models.registry import create
+from mednext_v2.models.card import (
     Card,
     LoadReport,
     add_scores,

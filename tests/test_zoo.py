@@ -18,8 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from mednext_v2 import zoo
-from mednext_v2.zoo import (
+from mednext_v2.zoo import catalogue
+from mednext_v2.zoo.catalogue import (
     UNKNOWN,
     Limits,
     derived_licence,
@@ -97,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(zoo, "WAIT", 0.0)
+    monkeypatch.setattr(catalogue, "WAIT", 0.0)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     running.handle_error = lambda *request: None  # A client that hangs up is no news here
@@ -142,7 +142,7 @@ def test_cut_connection_goes_on_from_where_it_was(get, server):
 
 
 def test_next_call_goes_on_where_the_last_gave_up(get, server, monkeypatch):
-    monkeypatch.setattr(zoo, "TRIES", 1)
+    monkeypatch.setattr(catalogue, "TRIES", 1)
     server.plan.script = ["cut", "503"]
     with pytest.raises(ConnectionError, match="bytes are kept: call again"):
         get()
@@ -161,9 +161,9 @@ def test_server_without_ranges_starts_again(get, server):
 
 def test_server_that_always_cuts_and_has_no_ranges_is_given_up(get, server):
     server.plan.ranges, server.plan.script = False, ["cut"] * 50
-    with pytest.raises(ConnectionError, match=f"given up after {zoo.TRIES} tries"):
+    with pytest.raises(ConnectionError, match=f"given up after {catalogue.TRIES} tries"):
         get()
-    assert len(server.plan.asked) == zoo.TRIES + 1  # The first brought new bytes
+    assert len(server.plan.asked) == catalogue.TRIES + 1  # The first brought new bytes
 
 
 @pytest.mark.parametrize("etag", ["", 'W/"weak"'])
@@ -203,7 +203,7 @@ def test_kill_between_note_and_body_leaves_no_mixture(get, server, monkeypatch):
 
     server.plan.script = ["cut", "changed"]
     with monkeypatch.context() as patched:
-        patched.setattr(zoo, "write_json", write_then_die)
+        patched.setattr(catalogue, "write_json", write_then_die)
         with pytest.raises(KeyboardInterrupt):
             get()
     assert notes == ['"one"', '"two"']
@@ -246,7 +246,7 @@ def test_passing_errors_are_tried_again(get, server):
 
 
 def test_server_that_stalls_is_tried_again(get, server, monkeypatch):
-    monkeypatch.setattr(zoo, "TIMEOUT", (5, 0.1))
+    monkeypatch.setattr(catalogue, "TIMEOUT", (5, 0.1))
     server.plan.script = ["cut", "stall"]
     assert get() == digest(BODY)
     assert len(server.plan.asked) == 3
@@ -342,7 +342,7 @@ def test_redirect_may_not_give_up_encryption():
             return Answer()
 
     with pytest.raises(ValueError, match="from https to http"):
-        zoo.ask(Session(), "https://example.org/a", {})
+        catalogue.ask(Session(), "https://example.org/a", {})
 
 
 @pytest.mark.parametrize("url", ["ftp://example.org/a", "data:,a", "/etc/passwd", "s3://bucket/a"])
@@ -482,9 +482,9 @@ def test_stream_longer_than_its_header_is_cut_off(place):
             return bytes(size)
 
     endless = Endless()
-    member = zoo.Member("bomb", False, 3 * 2**20, lambda: endless)
+    member = catalogue.Member("bomb", False, 3 * 2**20, lambda: endless)
     with pytest.raises(ValueError, match="does not have the 3145728 bytes"):
-        zoo.write_member(member, place / "bomb", 10**9)
+        catalogue.write_member(member, place / "bomb", 10**9)
     assert endless.given <= 4 * 2**20 and (place / "bomb").stat().st_size <= 3 * 2**20
 
 
@@ -726,7 +726,7 @@ def test_full_disk_while_downloading_keeps_what_arrived(world, server, monkeypat
             self.file.close()
 
     with monkeypatch.context() as patched:
-        patched.setattr(zoo, "open", lambda path, mode: Full(real(path, mode)), raising=False)
+        patched.setattr(catalogue, "open", lambda path, mode: Full(real(path, mode)), raising=False)
         with pytest.raises(OSError, match="is full: free some, then call again"):
             world.run()
     assert not (world.home / "model").exists()
@@ -742,7 +742,7 @@ def waiting(world, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(zoo, "write_member", full)
+        patched.setattr(catalogue, "write_member", full)
         with pytest.raises(OSError, match="is full"):
             world.run()
     return world
@@ -980,7 +980,7 @@ def test_registry_agrees_with_the_licence_names():
 
 
 def test_backbones_are_in_their_registry():
-    from mednext_v2.backbones import BACKBONES
+    from mednext_v2.models.registry import BACKBONES
 
     if "resenc_l" not in BACKBONES:
         pytest.skip("the registry has no peers yet")
@@ -989,7 +989,7 @@ def test_backbones_are_in_their_registry():
 
 
 def test_layouts_are_those_of_the_importers():
-    importers = pytest.importorskip("mednext_v2.importers")
+    importers = pytest.importorskip("mednext_v2.zoo.importers")
     for entry in load_zoo().values():
         wrapping, _, family = entry.layout.partition("/")
         assert entry.layout == UNKNOWN or wrapping in importers.WRAPPINGS, entry.name
@@ -1022,12 +1022,12 @@ def test_safe_parts_never_lead_out(tmp_path):
 def test_default_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("MEDNEXT_V2_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert zoo.cache_folder() == tmp_path / "mednext_v2/zoo"
+    assert catalogue.cache_folder() == tmp_path / "mednext_v2/zoo"
     monkeypatch.setenv("MEDNEXT_V2_CACHE", str(tmp_path / "own"))
-    assert zoo.cache_folder() == tmp_path / "own/zoo"
-    assert zoo.cache_folder(tmp_path / "given") == tmp_path / "given/zoo"
+    assert catalogue.cache_folder() == tmp_path / "own/zoo"
+    assert catalogue.cache_folder(tmp_path / "given") == tmp_path / "given/zoo"
 
 
 def test_package_data_has_the_registry():
     text = (Path(__file__).parents[1] / "setup.py").read_text()
-    assert '"zoo.yaml"' in text and zoo.zoo_file().is_file()
+    assert '"zoo.yaml"' in text and catalogue.zoo_file().is_file()

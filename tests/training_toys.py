@@ -4,10 +4,10 @@ import multiprocessing
 
 import numpy as np
 import torch
-from mednext_v2.augment import ArrayCases
-from mednext_v2.backbones import create
-from mednext_v2.recipe import Recipe
-from mednext_v2.trainer import fit, training_sampler
+from mednext_v2.data.augment import ArrayCases
+from mednext_v2.models.registry import create
+from mednext_v2.training.recipe import Recipe
+from mednext_v2.training.trainer import fit, training_sampler
 
 
 def toy_cases(train: int = 3, size: int = 20) -> ArrayCases:
