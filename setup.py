@@ -26,9 +26,9 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     # The registry lies in data/, where people look for it, and is installed inside the package
-    packages=[*find_packages(include=["mednext_v2", "mednext_v2.*"]), "mednext_v2.data"],
-    package_dir={"mednext_v2.data": "data"},
-    package_data={"mednext_v2": ["py.typed"], "mednext_v2.data": ["datasets.yaml", "zoo.yaml"]},
+    packages=[*find_packages(include=["mednext_v2", "mednext_v2.*"]), "mednext_v2.registries"],
+    package_dir={"mednext_v2.registries": "data"},
+    package_data={"mednext_v2": ["py.typed"], "mednext_v2.registries": ["datasets.yaml", "zoo.yaml"]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split("\n"),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

@@ -200,7 +200,8 @@ def big_task(kind: str):
 def big_raw(kind: str, raw: Path) -> None:
     "A body of noisy tissue with sixty ellipsoids; training and validation case are the same files"
     from mednext_v2.core import write_json
-    from mednext_v2.data.datasets import write_dataset, write_volume
+    from mednext_v2.data.datasets import write_dataset
+    from mednext_v2.data.scans import write_volume
 
     shape, spacing, _ = KINDS[kind]
     rng, half = np.random.default_rng(0), np.array(shape) / 2

@@ -363,7 +363,7 @@ def evaluate(options: argparse.Namespace) -> str:
 # %% ../nbs/90_cli.ipynb #pipeline-commands
 def stage(options: argparse.Namespace) -> str:
     "Run a stage notebook of the pipeline"
-    from mednext_v2.study.runs import run_stage
+    from mednext_v2.stages import run_stage
 
     run_stage(options.notebook, options.out, *options.pairs)
     return ""
@@ -371,7 +371,7 @@ def stage(options: argparse.Namespace) -> str:
 
 def compose(options: argparse.Namespace) -> str:
     "Compose params.yaml for a profile"
-    from mednext_v2.study.runs import compose_params
+    from mednext_v2.stages import compose_params
 
     return f"{compose_params(options.profile).name} holds the profile {options.profile}"
 
@@ -402,7 +402,7 @@ def results(options: argparse.Namespace) -> str:
 
 def print_readme(options: argparse.Namespace) -> str:
     "The README that nbs/index.ipynb makes"
-    from mednext_v2.study.runs import readme
+    from mednext_v2.stages import readme
 
     return readme()
 

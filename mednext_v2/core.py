@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MOST_YAML', 'MOST_JSON', 'MOST_VALUES', 'MOST_LEVELS', 'WORDS', 'GROUPS', 'SCHEMES', 'LENGTHS', 'MOST_SIDE',
-           'MOST_VOXELS', 'LOCKS', 'LEFT', 'TRACES', 'NEW', 'FORMULA', 'NAMES', 'NO_FILES', 'root', 'frozen',
-           'read_yaml', 'parse_json', 'read_json', 'params', 'shown', 'build', 'are_lengths', 'is_patch', 'locked',
-           'is_named', 'remove_left', 'claim', 'claimed', 'Kind', 'check_output', 'held', 'permit', 'atomic_files',
-           'atomic_file', 'atomic_folder', 'write_texts', 'as_json', 'write_json', 'as_csv', 'write_csv', 'read_csv',
-           'check_table', 'room', 'check_place', 'peak_bytes', 'sha256', 'fingerprint_of', 'ItemsFailed', 'attempt',
-           'for_all']
+           'MOST_VOXELS', 'LOCKS', 'LEFT', 'TRACES', 'NEW', 'FORMULA', 'NAMES', 'NO_FILES', 'root', 'registry_file',
+           'frozen', 'read_yaml', 'parse_json', 'read_json', 'params', 'shown', 'build', 'are_lengths', 'is_patch',
+           'locked', 'is_named', 'remove_left', 'claim', 'claimed', 'Kind', 'check_output', 'held', 'permit',
+           'atomic_files', 'atomic_file', 'atomic_folder', 'write_texts', 'as_json', 'write_json', 'as_csv',
+           'write_csv', 'read_csv', 'check_table', 'room', 'check_place', 'peak_bytes', 'sha256', 'fingerprint_of',
+           'ItemsFailed', 'attempt', 'for_all', 'stop_workers', 'in_pool']
 
 # %% ../nbs/00_core.ipynb #imports
 import dataclasses
@@ -48,6 +48,15 @@ def root(
     raise FileNotFoundError(
         f"no dvc.yaml in {start} or above: run this inside a clone of mednext_v2"
     )
+
+# %% ../nbs/00_core.ipynb #registry-file
+def registry_file(
+    name: str,  # datasets.yaml or zoo.yaml
+) -> Path:
+    "A registry as it is installed with the package; that of the clone, if the installation is editable"
+    package = Path(__file__).parent
+    installed = package / "registries" / name
+    return installed if installed.is_file() else package.parent / "data" / name
 
 # %% ../nbs/00_core.ipynb #params
 MOST_YAML, MOST_JSON = 2**20, 2**26  # Bytes that a file of values may have
@@ -774,4 +783,23 @@ def for_all(
     results = {name: results[name] for name in items if name in results}
     if failures:
         raise ItemsFailed({name: failures[name] for name in items if name in failures}, results)
+    return results
+
+# %% ../nbs/00_core.ipynb #stop-workers
+def stop_workers() -> None:
+    "End the idle processes of joblib's pool"
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown(wait=True)
+
+
+def in_pool(
+    jobs: list,  # Of joblib's `delayed` calls
+    workers: int,
+) -> list:
+    "Results of calls in a pool of processes, which ends afterwards"
+    from joblib import Parallel
+
+    results = Parallel(n_jobs=max(1, min(workers, len(jobs))))(jobs)
+    stop_workers()
     return results

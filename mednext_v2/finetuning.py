@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['raw_folder', 'check_raw', 'checkpoint_in', 'parent_folder', 'plan_task', 'held_out', 'planned_data', 'request_of',
-           'check_request', 'predict_cases', 'score_cases', 'write_scores', 'note_scores', 'Plan', 'make_plan', 'tell',
-           'fit_model', 'score_model', 'finetune', 'review_scores']
+           'check_request', 'Plan', 'make_plan', 'tell', 'fit_model', 'score_model', 'finetune', 'review_scores']
 
 # %% ../nbs/60_finetuning.ipynb #imports
 import json
@@ -17,7 +16,8 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from .core import ItemsFailed, attempt, check_output, fingerprint_of, for_all, held, read_csv, read_json, write_csv, write_json
+from .core import check_output, fingerprint_of, held, read_csv, read_json, write_json
+from .evaluation.cases import note_scores, predict_cases, score_cases, write_scores
 from .training.run import TrainingData, drawn, forecast_fit, network_for, start_from, train_in_processes
 
 # %% ../nbs/60_finetuning.ipynb #raw-folder
@@ -166,86 +166,6 @@ def check_request(
         known = read_json(path)
         if differing := [name for name in request if known.get(name) != request[name]]:
             raise ValueError(f"{path} was made with other {', '.join(differing)}: choose another folder, or remove it")
-
-# %% ../nbs/60_finetuning.ipynb #predict-cases
-def predict_cases(
-    model: Path,  # Model folder
-    cases: list,  # Of `Case`
-    out: Path,  # Gets a label map and a report a case
-    device: str = "auto",
-    overlap: float = 0.5,  # Share of a window that its neighbour sees too
-    overwrite: bool = False,  # Replace label maps that are there
-) -> dict[str, Path]:  # Label maps by case
-    "Label maps on the scans' own grids; what is there is skipped unless it is to be replaced; ItemsFailed, after all were tried"
-    from mednext_v2.inference.predictor import Options, load_members
-    from mednext_v2.inference.files import Job, Wish, label_job, read_job, write_job
-
-    options = Options(overlap=overlap, device=device)
-    members, wish = load_members(model, options), Wish(options, overwrite=overwrite)
-
-    def label(case) -> None:
-        job = Job(case.id, case.images, out / f"{case.id}.nii.gz")
-        volume, key, seconds = read_job(job, members, wish)
-        if volume is not None:
-            write_job(*label_job(job, members, wish, volume, key, seconds))
-
-    with held(out):
-        ended = {case.id: attempt(label, case.id, (case,))[2] for case in cases}
-    results = {case: out / f"{case}.nii.gz" for case, reason in ended.items() if reason is None}
-    if failures := {case: reason for case, reason in ended.items() if reason is not None}:
-        raise ItemsFailed(failures, results)
-    return results
-
-
-def score_cases(
-    labelled: dict[str, Path],  # Label maps by case
-    cases: list,  # Of `Case`
-    task,  # A `Task`
-    workers: int = 1,
-) -> pd.DataFrame:  # Columns case and those of `score_case`; of a case that lacks labels, the annotated ones
-    "Score label maps against the truth, on the scans' own grids"
-    from mednext_v2.evaluation.metrics import score_files
-    from mednext_v2.data.datasets import partial_cases
-
-    scored = for_all(score_files, {case.id: (labelled[case.id], case.label, task) for case in cases}, workers)
-    known = partial_cases(task, cases[0].label.parents[2])
-    parts = [part.assign(case=case)[part.label.isin(known.get(case, part.label))] for case, part in scored.items()]
-    table = pd.concat(parts, ignore_index=True)
-    return table[["case", *table.columns.drop("case")]]
-
-
-def write_scores(
-    table: pd.DataFrame,  # Of `score_cases`
-    labelled: dict[str, Path],  # Label maps by case
-    cases: list,  # Of `Case`
-    task,  # A `Task`
-    out: Path,  # Gets scores.csv and summary.json
-) -> pd.DataFrame:  # With columns task and split before the others
-    "Keep scores beside what nnU-Net would write"
-    from mednext_v2.evaluation.metrics import summarise
-    from mednext_v2.data.datasets import partial_cases
-
-    table = table.assign(task=task.name, split=cases[0].split)
-    first = ["task", "split", "case"]
-    table = table[[*first, *table.columns.difference(first, sort=False)]]
-    if not partial_cases(task, cases[0].label.parents[2]):  # Means over classes need all classes of a case
-        write_json(out / "summary.json", summarise(table, task, {case.id: (labelled[case.id], case.label) for case in cases}))
-    write_csv(out / "scores.csv", table)
-    return table
-
-
-def note_scores(
-    model: Path,  # Model folder
-    table: pd.DataFrame,
-    command: str,  # That made them
-) -> None:
-    "Mean scores into the model's card"
-    from mednext_v2.evaluation.statistics import means
-    from mednext_v2.models.card import add_scores
-
-    mean = means(table, (), ["dsc", "nsd"], order=("case", "label")).iloc[0]
-    values = {name: round(float(mean[name]), 4) for name in mean.index if pd.notna(mean[name])}
-    add_scores(model, values | {"cases": table.case.nunique(), "split": table.split.iloc[0]}, command)
 
 # %% ../nbs/60_finetuning.ipynb #steps
 @dataclass(frozen=True)

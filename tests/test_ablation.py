@@ -8,12 +8,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mednext_v2.report import collect as collected
 from mednext_v2.scoring import ablations as module
 from mednext_v2.scoring.ablations import (
-    MODEL_COLUMNS, Ablation, Places, Variant, fewer_cases, pretrainings, read_ablation, run_ablation, snapshot_features,
+    MODEL_COLUMNS,
+    Ablation,
+    Places,
+    Variant,
+    fewer_cases,
+    pretrainings,
+    read_ablation,
+    run_ablation,
 )
+from mednext_v2.scoring.features import snapshot_features
 from mednext_v2.core import params
-from mednext_v2.study.runs import SCORE_COLUMNS, compose_params, prepare_all
+from mednext_v2.scoring.evaluate import SCORE_COLUMNS
+from mednext_v2.stages import compose_params
+from mednext_v2.data.preprocess import prepare_all
 from mednext_v2.report.forecast import plan_table, published_compute, settings, trainings
 from mednext_v2.data.preprocess import Prepared
 from mednext_v2.study.seeds import build_task
@@ -194,11 +205,11 @@ def test_model_rows_say_what_a_training_took(tmp_path, workplace, prepared):
 
 def test_collected_models_hold_main_runs_and_ablations(workplace, monkeypatch):
     _, plan = read_ablation("smoke", "grn")
-    monkeypatch.setattr(module, "main_models", lambda *rest: [dict.fromkeys(MODEL_COLUMNS, 1)])
+    monkeypatch.setattr(collected, "main_models", lambda *rest: [dict.fromkeys(MODEL_COLUMNS, 1)])
     part = workplace / "runs/smoke/ablate/grn"
     part.mkdir(parents=True)
     pd.DataFrame([dict.fromkeys(MODEL_COLUMNS, 2)]).to_csv(part / "models.csv", index=False)
     pd.DataFrame([dict.fromkeys(["ablation", "variant", *SCORE_COLUMNS], "001")]).to_csv(part / "scores.csv", index=False)
-    tables = module.collect_tables("smoke", plan)
+    tables = collected.collect_tables("smoke", plan)
     assert tables["models"].steps.tolist() == [1, 2] and tables["ablations"].case.tolist() == ["001"] and len(tables["features"]) == 0
     assert (workplace / "results/smoke/features.csv").is_file()

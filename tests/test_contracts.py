@@ -13,11 +13,16 @@ from pathlib import Path
 
 import pytest
 from mednext_v2.core import build, params, read_yaml
-from mednext_v2.study.runs import TRAINING_MODULES, Plan, compose_params, notebook_parameters, profiles, readme
+from mednext_v2.study.runs import TRAINING_ROOMS, Plan
+from mednext_v2.stages import compose_params, notebook_parameters, profiles, readme
 
 ROOT = Path(__file__).parents[1]
-CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 THIN = sorted([*(ROOT / "nbs/pipeline").glob("*.ipynb"), *(ROOT / "nbs/paper").glob("*.ipynb")])
+CHAPTERS = sorted({*(ROOT / "nbs").glob("[0-9]*.ipynb"), *(ROOT / "nbs").glob("*/[0-9]*.ipynb")} - set(THIN))
+# From the ground up: a module imports from its own room and from those before it
+FLOORS = (
+    "core network models data training inference evaluation zoo intake study finetuning scoring stages report cli public"
+).split()
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 NAME = {"ids": lambda path: path.stem}
 
@@ -28,7 +33,7 @@ def cells(path: Path, kind: str = "code") -> list[str]:
 
 
 def exports(path: Path) -> str | None:
-    match = re.search(r"#\| default_exp (\w+)", "\n".join(cells(path)))
+    match = re.search(r"#\| default_exp ([\w.]+)", "\n".join(cells(path)))
     return match and match[1]
 
 
@@ -65,24 +70,56 @@ def test_library_and_readme_are_in_step_with_the_notebooks(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
     code = "from nbdev.doclinks import nbdev_export; nbdev_export()"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment)
-    fresh = {path.name: path.read_text() for path in (tmp_path / "mednext_v2").glob("*.py")}
-    kept = {path.name: path.read_text() for path in (ROOT / "mednext_v2").glob("*.py")}
+    fresh, kept = (
+        {str(path.relative_to(place)): path.read_text() for path in (place / "mednext_v2").rglob("*.py")} for place in (tmp_path, ROOT)
+    )
     differing = sorted(name for name in fresh.keys() | kept.keys() if fresh.get(name) != kept.get(name))
     assert not differing, f"{', '.join(differing)}: run `make export`, and edit notebooks only"
     assert (ROOT / "README.md").read_text(encoding="utf-8").strip() == readme().strip(), "run `make readme`"
 
 
-def test_modules_import_only_those_before_them():
-    order = [exports(path) for path in CHAPTERS]
-    for module in order:
-        tree = ast.parse((ROOT / f"mednext_v2/{module}.py").read_text())
-        # The map of public names and the command line may look anywhere, when they are used
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.ImportFrom) or node.module is None:
-                continue
-            name = node.module if node.level else node.module.removeprefix("mednext_v2.")
-            if name in order:
-                assert order.index(name) < order.index(module), f"{module} imports {name}"
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted((ROOT / "mednext_v2").rglob("*.py"))}
+
+
+def imported(tree: ast.AST, module: str = "") -> set[str]:
+    "Modules of this package that some code imports, at its top or within a function"
+    package, found = (module if MODULES.get(module, ROOT).name == "__init__.py" else module.rpartition(".")[0]).split("."), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {base, *(f"{base}.{name.name}" for name in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+    return (found & set(MODULES)) - {"mednext_v2", module}
+
+
+GRAPH = {name: imported(ast.parse(path.read_text()), name) for name, path in MODULES.items() if name != "mednext_v2"}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def all_imported(start: set[str]) -> set[str]:
+    "What some modules import, what that imports, and so on"
+    seen, rest = set(), list(start)
+    while rest:
+        if (module := rest.pop()) not in seen:
+            seen.add(module)
+            rest += GRAPH[module]
+    return seen
+
+
+@pytest.mark.parametrize("module", [name for name in GRAPH if not name.endswith("_modidx")])
+def test_imports_go_downwards(module):
+    chapters = [exports(path) for path in CHAPTERS]
+    for other in GRAPH[module]:
+        above = FLOORS.index(room(other)) > FLOORS.index(room(module))
+        assert not above, f"{module} imports {other} from a floor above"
+        if room(other) == room(module) and "." in other.removeprefix("mednext_v2."):
+            before, after = (chapters.index(name.removeprefix("mednext_v2.")) for name in (other, module))
+            assert before < after, f"{module} imports {other}, which is a later chapter"
 
 
 def test_package_version_comes_from_settings():
@@ -134,25 +171,35 @@ def test_stage_sends_parameters_that_its_notebook_has(name):
             assert sent <= notebook_parameters(ROOT / path.replace("${item.item}", item))
 
 
+def notebooks_of(stage: dict) -> list[Path]:
+    path = next(word for word in stage["cmd"].split() if word.endswith(".ipynb"))
+    return [ROOT / path.replace("${item.item}", item) for item in (params("papers") if "${item.item}" in path else [""])]
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_stage_depends_on_every_module_its_notebook_uses(name):
-    """Follows the imports of the notebook, and those of the modules, and compares with `deps`."""
-    stage = STAGES[name]
-    declared = {Path(dep).stem for dep in stage["deps"] if str(dep).startswith("mednext_v2/")}
-    path = next(word for word in stage["cmd"].split() if word.endswith(".ipynb"))
-    items = params("papers") if "${item.item}" in path else [""]
-    top_level = set()
-    for item in items:
-        source = "\n".join(cells(ROOT / path.replace("${item.item}", item)))
-        top_level |= set(re.findall(r"from mednext_v2\.(\w+) import", source))
-    assert top_level - declared == set(), f"{name} does not declare {sorted(top_level - declared)}"
-    assert all((ROOT / f"mednext_v2/{module}.py").exists() for module in declared)
+    """Follows the imports of the notebook and those of the modules, and compares with the rooms in `deps`."""
+    declared = {str(dep) for dep in STAGES[name]["deps"] if str(dep).startswith("mednext_v2/")}
+    used = set()
+    for path in notebooks_of(STAGES[name]):
+        used |= imported(ast.parse("\n".join(line for line in "\n".join(cells(path)).splitlines() if not line.startswith("%"))))
+    needed = {f"mednext_v2/{room(module)}" + ("" if module.count(".") > 1 else ".py") for module in all_imported(used)}
+    assert needed - {"mednext_v2/__init__.py"} <= declared, f"{name} does not declare {sorted(needed - declared)}"
+    assert declared <= needed | {"mednext_v2/core.py"}, f"{name} declares more than it uses: {sorted(declared - needed)}"
+    assert all((ROOT / dep).exists() for dep in declared)
+
+
+@pytest.mark.parametrize("room", ["intake", "zoo", "report", "cli.py", "inference", "evaluation", "scoring"])
+@pytest.mark.parametrize("name", ["suite", "prepare", "pretrain", "scratch", "finetune"])
+def test_what_only_reads_or_shows_models_retrains_nothing(name, room):
+    assert f"mednext_v2/{room}" not in STAGES[name]["deps"]
 
 
 def test_training_stages_declare_what_the_key_of_a_run_hashes():
     for name in ("pretrain", "scratch", "finetune"):
-        declared = {Path(dep).stem for dep in STAGES[name]["deps"] if str(dep).startswith("mednext_v2/")}
-        assert set(TRAINING_MODULES) <= declared
+        declared = [str(dep) for dep in STAGES[name]["deps"] if str(dep).startswith("mednext_v2/")]
+        assert {f"mednext_v2/{room}" for room in TRAINING_ROOMS} <= set(declared)
+        assert len(declared) <= 6
 
 
 def test_tracked_text_names_no_machine():

@@ -33,7 +33,8 @@ from data_toys_dicom import turned_affine
 
 from mednext_v2.intake.convert import CONVERTERS, convert, merge_parts, options_of, table_of
 from mednext_v2.core import ItemsFailed
-from mednext_v2.data.datasets import Volume, get_task, list_cases, load_tasks, raw_task, read_case
+from mednext_v2.data.scans import Volume
+from mednext_v2.data.datasets import get_task, list_cases, load_tasks, raw_task, read_case
 
 NAMES = list(WRITERS)
 get_task = functools.cache(get_task)

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mednext_v2 import cli
-from mednext_v2.study import runs
+from mednext_v2 import stages
 from mednext_v2.models.registry import create, load_model
 from mednext_v2.core import MOST_LEVELS, read_csv, read_json, read_yaml, root, write_csv
 from mednext_v2.models.card import MOST_CARD, Card, read_card, save_model
@@ -136,7 +136,7 @@ def composed(field: str, value) -> dict:
 @pytest.mark.parametrize("field", ["profile", "papers", "corpora", "backbones", "inits", "released", "ablations"])
 def test_names_for_a_shell_are_names(field, name):
     value = name if field == "profile" else ("scratch", name)
-    refused(lambda: runs.check_names(composed(field, value)), field, repr(name))
+    refused(lambda: stages.check_names(composed(field, value)), field, repr(name))
 
 
 def test_what_dvc_puts_into_commands_is_checked_where_it_is_composed():
@@ -147,7 +147,7 @@ def test_what_dvc_puts_into_commands_is_checked_where_it_is_composed():
     for command in re.findall(r"cmd: (?:>-\n)?(.*?)\n    \w", text, re.S):
         assert set(re.findall(r"\$\{(.*?)\}", command)) - {"run"} <= {f"item.{n}" for n in
                 re.findall(r"^      (\w+): ", text, re.M)}
-    runs.check_names(read_yaml(root() / "params.yaml"))
+    stages.check_names(read_yaml(root() / "params.yaml"))
 
 
 def test_profile_with_a_hostile_name_is_not_composed(tmp_path, monkeypatch):

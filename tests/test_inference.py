@@ -740,9 +740,9 @@ def test_windows_weigh_what_monai_gives_them(patch):
 def test_predicting_with_a_network_of_its_own_does_not_import_monai(tmp_path):
     "Its import takes seconds, as long as many a scan"
     code = (
-        "import sys, numpy, torch; from mednext_v2 import inference; from mednext_v2.models.registry import create; "
+        "import sys, numpy, torch; from mednext_v2.inference import predictor; from mednext_v2.models.registry import create; "
         "axes = predictor.lay_windows((36, 36, 36), (32, 32, 32), 0.5); model = create('mednext_v2_tiny', 1, 3, width=4); "
         "context = predictor.evaluating(model); context.__enter__(); "
-        "inference.bounded_labels(predictor.averaged([model]), numpy.zeros((1, 36, 36, 36)), axes); assert 'monai' not in sys.modules"
+        "predictor.bounded_labels(predictor.averaged([model]), numpy.zeros((1, 36, 36, 36)), axes); assert 'monai' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

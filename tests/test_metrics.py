@@ -23,7 +23,8 @@ from mednext_v2.evaluation.metrics import (
     surface_dice,
     surface_distances,
 )
-from mednext_v2.data.datasets import Task, write_dataset, write_volume
+from mednext_v2.data.datasets import Task, write_dataset
+from mednext_v2.data.scans import write_volume
 
 SPACINGS = [(1.0, 1.0, 1.0), (0.7, 0.9, 3.1), (0.3, 0.3, 5.0)]
 TOLERANCES = [0.0, 1.0, 1.234, 3.456]

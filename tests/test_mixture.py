@@ -21,11 +21,11 @@ from mednext_v2.data.mixture import (
     known_only,
     look_alikes,
     mix,
-    read_annotated,
     select_outputs,
     union_labels,
     whole_shares,
 )
+from mednext_v2.data.datasets import read_annotated
 from mednext_v2.data.datasets import Task, get_task
 from training_toys import readers
 

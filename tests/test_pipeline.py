@@ -12,20 +12,12 @@ import pandas as pd
 import pytest
 from mednext_v2.core import ItemsFailed, params, read_yaml
 from mednext_v2.training.run import fit_patch
-from mednext_v2.study.runs import (
-    SCORE_COLUMNS,
-    Run,
-    collect,
-    compose_params,
-    evaluate_runs,
-    prepare_all,
-    profiles,
-    read_plan,
-    run_key,
-    run_notebook,
-    run_stage,
-    train_runs,
-)
+from mednext_v2.scoring.evaluate import SCORE_COLUMNS, evaluate_runs
+from mednext_v2.study.runs import Run, run_key, train_runs
+from mednext_v2.report.collect import collect
+from mednext_v2.stages import check_plan, compose_params, profiles, run_notebook, run_stage
+from mednext_v2.data.preprocess import prepare_all
+from mednext_v2.study.plan import read_plan
 from mednext_v2.study.seeds import build_task
 from mednext_v2.data.datasets import get_task
 from mednext_v2.training.recipe import Recipe
@@ -126,7 +118,7 @@ def change_params(path: Path, old: str, new: str) -> None:
 def test_misspelt_axis_is_named_with_the_known_ones(project, old, new, message):
     change_params(project / "params.yaml", old, new)
     with pytest.raises(ValueError) as error:
-        read_plan("smoke")
+        check_plan(read_plan("smoke"))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -280,7 +272,7 @@ def test_pipeline_scores_as_predict_and_evaluate_and_finetune_do_on_the_scans_ow
 
 
 def test_raw_case_that_is_gone_is_named(raw, prepared, workplace):
-    from mednext_v2.study.runs import raw_cases
+    from mednext_v2.scoring.evaluate import raw_cases
     from mednext_v2.data.preprocess import Prepared
 
     data, task = Prepared(prepared / "brain_lesion_mr"), get_task("brain_lesion_mr")
@@ -372,7 +364,8 @@ def test_data_that_are_dealt_keep_all_folds_and_with_test_cases_of_their_own_non
 
 def test_a_released_model_is_tuned_and_scored_like_ours(raw, prepared, workplace, monkeypatch):
     from mednext_v2.study import runs
-    from mednext_v2.study.runs import Plan, run_released
+    from mednext_v2.study.runs import Plan
+    from mednext_v2.scoring.released import run_released
     from mednext_v2.models.card import read_card
     from mednext_v2.zoo.catalogue import RECEIPT
 
@@ -389,13 +382,14 @@ def test_a_released_model_is_tuned_and_scored_like_ours(raw, prepared, workplace
     assert set(scores.init) == {name} and set(scores.backbone) == {"unet"}
     assert read_card(places["models"] / "unet/brain_lesion_mr-s0").parent == read_card(model).sha256
     assert len(collect(workplace / "runs/smoke/evaluate", workplace / "results")) == len(scores)
-    from mednext_v2.scoring import ablations
+    from mednext_v2.report.collect import main_models
+    from mednext_v2.scoring.released import released_model
 
     (workplace / "data/prepared").mkdir()
     shutil.copytree(prepared, workplace / "data/prepared/smoke")
-    rows = ablations.main_models("smoke", Plan("smoke", (), (), ("scratch",), ("brain_lesion_mr",), (0,), released=(name,)))
+    rows = main_models("smoke", Plan("smoke", (), (), ("scratch",), ("brain_lesion_mr",), (0,), released=(name,)))
     assert [(row["task"], row["init"], row["backbone"]) for row in rows] == [("brain_lesion_mr", name, "unet")]
-    assert runs.released_model(name, workplace / "other") == model
+    assert released_model(name, workplace / "other") == model
 
 
 def test_same_seed_same_weights_and_another_seed_others(prepared, workplace):

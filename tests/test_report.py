@@ -463,7 +463,8 @@ def project(tmp_path, monkeypatch):
     import nibabel
 
     from mednext_v2.core import write_json
-    from mednext_v2.data.datasets import get_task, write_dataset, write_volume
+    from mednext_v2.data.datasets import get_task, write_dataset
+    from mednext_v2.data.scans import write_volume
 
     tasks = {name: get_task(name) for name in ("abdomen_ct", "brain_lesion_mr")}
     (tmp_path / "dvc.yaml").write_text("")

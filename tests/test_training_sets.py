@@ -27,7 +27,8 @@ from mednext_v2.data.mixture import union_labels
 from mednext_v2.data.preprocess import Prepared, prepare
 from mednext_v2.training.recipe import Recipe, get_recipe
 from mednext_v2.network.scaling import estimate
-from mednext_v2.data.datasets import Task, get_task, partial_cases, write_dataset, write_volume
+from mednext_v2.data.datasets import Task, get_task, partial_cases, write_dataset
+from mednext_v2.data.scans import write_volume
 from mednext_v2.training.trainer import patch_validation
 from mednext_v2.models.card import read_card, read_state
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 from mednext_v2.zoo import catalogue
+from mednext_v2.core import registry_file
 from mednext_v2.zoo.catalogue import (
     UNKNOWN,
     Limits,
-    derived_licence,
     download,
     fetch,
     get_entry,
@@ -34,6 +34,7 @@ from mednext_v2.zoo.catalogue import (
     verify,
     zoo_table,
 )
+from mednext_v2.models.licence import derived_licence
 
 BODY = random.Random(0).randbytes(700_001)
 
@@ -232,7 +233,7 @@ def test_part_that_is_whole_is_not_asked_for_again(get, server, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(zoo, "sha256", killed)
+        patched.setattr(catalogue, "sha256", killed)
         with pytest.raises(KeyboardInterrupt):
             get()
     assert get.part.stat().st_size == len(BODY) and not get.target.exists()
@@ -1030,4 +1031,4 @@ def test_default_cache_follows_the_environment(monkeypatch, tmp_path):
 
 def test_package_data_has_the_registry():
     text = (Path(__file__).parents[1] / "setup.py").read_text()
-    assert '"zoo.yaml"' in text and catalogue.zoo_file().is_file()
+    assert '"zoo.yaml"' in text and registry_file("zoo.yaml").is_file()

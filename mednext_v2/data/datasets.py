@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import GROUPS, are_lengths, build, is_patch, read_csv, read_json, read_yaml, root, write_json
+from ..core import GROUPS, are_lengths, build, is_patch, read_csv, read_json, read_yaml, registry_file, root, write_json
 from mednext_v2.data.scans import (
     ENDINGS, BadFile, Volume, as_float32, channel_of, check_channels, check_extent, check_finite, cut_ending, displacement, distinct,
     grid_tolerance, list_volumes, present_values, read_header, read_label, read_scan, same_grid, smallest_type,
@@ -158,9 +158,7 @@ def registry() -> Path:
     try:
         return root() / "data" / "datasets.yaml"
     except FileNotFoundError:
-        installed = Path(__file__).parent / "data" / "datasets.yaml"
-        # An editable installation looks into its clone
-        return installed if installed.is_file() else Path(__file__).parents[1] / "data" / "datasets.yaml"
+        return registry_file("datasets.yaml")
 
 
 def load_tasks(

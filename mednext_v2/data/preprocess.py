@@ -8,7 +8,8 @@ __all__ = ['MEASURED_CASES', 'SCHEMES', 'ANISOTROPY', 'PREPARATION', 'IMAGE_TYPE
            'measure_case', 'fingerprint', 'summarise', 'tissue_mask', 'to_unit_range', 'normalise', 'coarse_axis',
            'interpolation', 'along', 'apply_matrices', 'resample_image', 'resample_label', 'bounding_rows', 'resample',
            'image_type', 'foreground_places', 'file_hashes', 'case_key', 'prepare_case', 'write_case', 'prepare',
-           'check_splits', 'remove_others', 'check_manifest', 'is_number', 'Prepared', 'view', 'fold_view']
+           'check_splits', 'remove_others', 'check_manifest', 'is_number', 'Prepared', 'view', 'fold_view',
+           'prepare_all']
 
 # %% ../../nbs/data/40_preprocess.ipynb #imports
 import hashlib
@@ -23,12 +24,12 @@ import pandas as pd
 from scipy import ndimage
 
 from mednext_v2.core import (
-    ItemsFailed, Kind, as_csv, as_json, atomic_folder, build, check_output, fingerprint_of, for_all, held, parse_json, read_csv, read_json, remove_left, sha256,
+    ItemsFailed, Kind, as_csv, as_json, atomic_folder, build, check_output, fingerprint_of, for_all, held, parse_json, read_csv, read_json, remove_left, sha256, stop_workers,
     write_csv, write_json, write_texts,
 )
 from .scans import BadFile, stored_files
 from .storage import join, open_array, read_bytes, write_array
-from .datasets import SPLITS, Case, Scan, Task, count_folds, join_labels, list_cases, partial_cases, read_case, read_splits
+from .datasets import SPLITS, Case, Scan, Task, count_folds, get_task, join_labels, list_cases, partial_cases, read_case, read_splits
 
 # %% ../../nbs/data/40_preprocess.ipynb #crop
 def bounding_box(
@@ -637,3 +638,22 @@ def fold_view(
         raise ValueError(f"{prepared} has {len(folds)} fold(s), fold {fold} was asked for")
     splits = manifest.case.map(folds[fold])
     return view(prepared, manifest.assign(split=splits)[splits.notna()], out)
+
+# %% ../../nbs/data/40_preprocess.ipynb #prepare-all
+def prepare_all(
+    tasks: tuple[str, ...],  # Names of tasks
+    raw: Path,  # Folder of raw data sets, in nnU-Net's layout
+    out: Path,  # Gets a folder a task
+    workers: int = 1,
+) -> pd.DataFrame:  # The manifests of all tasks, with a column `task`
+    "Prepare several tasks; ItemsFailed, after all were tried, names the cases that are unfit"
+    manifests, failures = {}, {}
+    for name in tasks:
+        try:
+            manifests[name] = prepare(get_task(name), raw, out / name, workers, progress=True).assign(task=name)
+        except ItemsFailed as error:
+            failures |= {f"{name}, case {case}": reason for case, reason in error.failures.items()}
+    stop_workers()
+    if failures:
+        raise ItemsFailed(failures, manifests)
+    return pd.concat(manifests.values(), ignore_index=True)

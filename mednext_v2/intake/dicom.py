@@ -19,7 +19,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from ..data.datasets import Volume
+from ..data.scans import Volume
 
 # %% ../../nbs/intake/10_dicom.ipynb #read-header
 DEFLATED = "1.2.840.10008.1.2.1.99"

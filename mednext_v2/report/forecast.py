@@ -31,7 +31,7 @@ def published_compute(
 @lru_cache(maxsize=8)
 def settings(profile: str) -> dict:
     "What `params.yaml` holds for a profile, composed without touching it"
-    from mednext_v2.study.runs import compose_params
+    from mednext_v2.stages import compose_params
 
     with tempfile.TemporaryDirectory() as folder:
         return read_yaml(compose_params(profile, Path(folder) / "params.yaml"))

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL_COLUMNS', 'Variant', 'own_pretraining', 'Ablation', 'read_ablation', 'fewer_cases', 'Training', 'size_of',
-           'model_row', 'Places', 'pretrainings', 'finetunings', 'run_ablation', 'told_apart', 'snapshot_features',
-           'middle_patches', 'main_models', 'collect_tables']
+           'model_row', 'Places', 'pretrainings', 'finetunings', 'run_ablation', 'told_apart']
 
 # %% ../../nbs/scoring/30_ablations.ipynb #imports
 import shutil
@@ -16,10 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import atomic_folder, build, params, read_csv, read_json, root, write_csv
-from mednext_v2.study.runs import (
-    STAGE, SCORE_COLUMNS, Plan, Run, evaluate_one, finetuning_runs, in_pool, pretrained_folder, read_plan, run_folder, train_one,
-)
+from ..core import atomic_folder, build, in_pool, params, read_csv, read_json, root, write_csv
+from .evaluate import SCORE_COLUMNS, evaluate_one
+from ..study.plan import Plan, read_plan
+from ..study.runs import STAGE, Run, finetuning_runs, pretrained_folder, run_folder, train_one
 
 # %% ../../nbs/scoring/30_ablations.ipynb #variant
 @dataclass(frozen=True)
@@ -284,106 +283,3 @@ def told_apart(ablation: Ablation, trainings: list[Training]) -> None:
         what = repr((one.run, one.recipe, one.overrides, one.parent))
         if (other := known.setdefault(what, one.variant)) != one.variant:
             raise ValueError(f"ablation {ablation.name}: {other} and {one.variant} train the same {one.run.label}: take one out")
-
-# %% ../../nbs/scoring/30_ablations.ipynb #snapshot-features
-def snapshot_features(
-    models: Path,  # Model folders of pretrainings by variant: <variant>/<corpus>-s0, each with snapshots
-    data: Path,  # Folder of prepared tasks
-    profile: str,
-    patches: int = 2,  # Validation patches that every snapshot is shown
-) -> tuple[pd.DataFrame, dict]:  # profile, variant, step, then as `network_features`; and `channel_maps` by variant
-    "Feature statistics of every snapshot of every variant, and channel maps of the last ones"
-    import torch
-
-    from mednext_v2.report.analysis import channel_maps, network_features
-    from mednext_v2.models.registry import load_model
-    from mednext_v2.data.preprocess import Prepared
-    from safetensors.torch import load_file
-
-    rows, maps = [], {}
-    for folder in sorted(path for path in models.glob("*/*") if (path / "snapshots").is_dir()):
-        model, card = load_model(folder)
-        images = torch.stack(middle_patches(Prepared(data / card.task), card.patch, patches))
-        own = model.state_dict()
-        for path in sorted((folder / "snapshots").glob("step*.safetensors")):
-            state = load_file(path)
-            model.load_state_dict({name: state[name] for name in own})
-            step = int(path.stem.removeprefix("step"))
-            rows.append(network_features(model, images).assign(profile=profile, variant=folder.parent.name, step=step))
-        maps[folder.parent.name] = channel_maps(model, images[:1])
-    if not rows:
-        raise FileNotFoundError(f"{models} holds no model with snapshots: set `snapshots` in the pretraining of ablation grn")
-    table = pd.concat(rows, ignore_index=True)
-    first = ["profile", "variant", "step"]
-    return table[[*first, *table.columns.difference(first, sort=False)]], maps
-
-
-def middle_patches(
-    prepared,  # `Prepared`
-    patch: tuple[int, int, int],
-    count: int,
-) -> list:  # Tensors (C, *patch)
-    "The middle of the first validation cases, or of training cases if there are none"
-    import numpy as np
-    import torch
-    from torch.nn import functional as F
-
-    found = []
-    for case in (*prepared.ids("val"), *prepared.ids("train"))[:count]:
-        image = torch.from_numpy(np.asarray(prepared.image(case), np.float32))
-        low = [max(0, (size - side) // 2) for size, side in zip(image.shape[1:], patch)]
-        image = image[(slice(None), *(slice(begin, begin + side) for begin, side in zip(low, patch)))]
-        pads = [n for size, side in zip(reversed(image.shape[1:]), reversed(patch)) for n in (0, side - size)]
-        found.append(F.pad(image, pads))
-    return found
-
-# %% ../../nbs/scoring/30_ablations.ipynb #main-models
-def main_models(
-    profile: str,
-    plan: Plan,
-) -> list[dict]:
-    "Rows of models.csv for the main runs"
-    from mednext_v2.data.preprocess import Prepared
-
-    base, data, rows = root(), root() / "data/prepared" / profile, []
-    counts = {name: len(Prepared(data / name).ids("train")) for name in (*plan.corpora, *plan.tasks)}
-
-    def add(role: str, task: str, folder: Path, curves: Path) -> None:
-        rows.append(model_row(folder, curves, ablation="", variant="", profile=profile, role=role, task=task, scans=counts[task]))
-
-    for backbone in plan.backbones:
-        for corpus in plan.corpora:
-            run, part = Run(profile, backbone, "scratch", corpus), f"pretrain/{corpus}-{backbone}"
-            add("pretrain", corpus, pretrained_folder(profile, corpus, backbone), base / "runs" / profile / part / run.name)
-        for init in plan.inits:
-            for run in finetuning_runs(plan, backbone, init):
-                folder = base / "models" / profile / "finetune" / init / backbone / run.name
-                add("finetune", run.task, folder, base / "runs" / profile / f"finetune/{init}-{backbone}" / run.name)
-    for name in plan.released:
-        tuned = next(path for path in (base / "models" / profile / "released" / name).iterdir() if path.name != "parent")
-        for run in finetuning_runs(plan, tuned.name, name):
-            add("finetune", run.task, tuned / run.name, base / "runs" / profile / "evaluate" / name / "curves" / run.name)
-    return rows
-
-
-def collect_tables(
-    profile: str,
-    plan: Plan,
-) -> dict[str, pd.DataFrame]:  # By name: ablations, models, features
-    "Write ablations.csv, models.csv and features.csv of a profile from what its stages left"
-    runs, out = root() / "runs" / profile, root() / "results" / profile
-
-    def gather(pattern: str, columns: list[str]) -> pd.DataFrame:
-        parts = [read_csv(path) for path in sorted(runs.glob(pattern))]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
-
-    models = pd.DataFrame(main_models(profile, plan))[MODEL_COLUMNS]
-    models = pd.concat([models, gather("ablate/*/models.csv", MODEL_COLUMNS)], ignore_index=True)
-    tables = {
-        "ablations": gather("ablate/*/scores.csv", ["ablation", "variant", *SCORE_COLUMNS]),
-        "models": models,
-        "features": gather("features/features.csv", ["profile", "variant", "step"]),
-    }
-    for name, table in tables.items():
-        write_csv(out / f"{name}.csv", table)
-    return tables

@@ -7,6 +7,7 @@ __all__ = ['STEP_MODULES', 'FREE', 'RUN_FILES', 'weights_digest', 'code_digest',
            'save_checkpoint', 'read_checkpoint', 'set_aside']
 
 # %% ../../nbs/training/30_checkpoint.ipynb #imports
+from collections.abc import Sequence
 import dataclasses
 import errno
 import hashlib
@@ -41,13 +42,13 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def code_digest(
-    modules: list[str],  # Of this package
+    rooms: Sequence[str],  # Sub-packages of this package
 ) -> str:
-    "A hash of the source of some modules"
+    "A hash of the source of some rooms"
     import mednext_v2
 
     folder = Path(mednext_v2.__file__).parent
-    return fingerprint_of([(folder / f"{name}.py").read_text(encoding="utf-8") for name in modules])
+    return fingerprint_of([path.read_text(encoding="utf-8") for room in rooms for path in sorted((folder / room).rglob("*.py"))])
 
 
 def fused_parts(model: nn.Module) -> str:

@@ -76,7 +76,7 @@ class TrainingData:
         source=None,  # `Card` of the model that the training started from
     ) -> dict:
         "What a card says of the data; a licence of the source's weights goes on to what is made from them"
-        from mednext_v2.zoo.catalogue import derived_licence
+        from mednext_v2.models.licence import derived_licence
 
         tasks = [one.task for one in self.sets.values()]
         ranges = [one.fingerprint.normalisation() for one in self.sets.values()]
