@@ -1,6 +1,5 @@
 """The seams between notebooks, `dvc.yaml`, `params.yaml`, `conf/` and the exported library."""
 
-import ast
 import configparser
 import json
 import os
@@ -13,16 +12,13 @@ from pathlib import Path
 
 import pytest
 from mednext_v2.core import build, params, read_yaml
+from mednext_v2.rooms import ROOMS, all_imported, chapters, floor_plan, graph, imported, room_of
 from mednext_v2.study.runs import TRAINING_ROOMS, Plan
 from mednext_v2.stages import compose_params, notebook_parameters, profiles, readme
 
 ROOT = Path(__file__).parents[1]
 THIN = sorted([*(ROOT / "nbs/pipeline").glob("*.ipynb"), *(ROOT / "nbs/paper").glob("*.ipynb")])
 CHAPTERS = sorted({*(ROOT / "nbs").glob("[0-9]*.ipynb"), *(ROOT / "nbs").glob("*/[0-9]*.ipynb")} - set(THIN))
-# From the ground up: a module imports from its own room and from those before it
-FLOORS = (
-    "core network models data training inference evaluation zoo intake study finetuning scoring stages report cli public"
-).split()
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 NAME = {"ids": lambda path: path.stem}
 
@@ -78,48 +74,19 @@ def test_library_and_readme_are_in_step_with_the_notebooks(tmp_path):
     assert (ROOT / "README.md").read_text(encoding="utf-8").strip() == readme().strip(), "run `make readme`"
 
 
-MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted((ROOT / "mednext_v2").rglob("*.py"))}
-
-
-def imported(tree: ast.AST, module: str = "") -> set[str]:
-    "Modules of this package that some code imports, at its top or within a function"
-    package, found = (module if MODULES.get(module, ROOT).name == "__init__.py" else module.rpartition(".")[0]).split("."), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            found |= {base, *(f"{base}.{name.name}" for name in node.names)}
-        elif isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
-    return (found & set(MODULES)) - {"mednext_v2", module}
-
-
-GRAPH = {name: imported(ast.parse(path.read_text()), name) for name, path in MODULES.items() if name != "mednext_v2"}
-
-
-def room(module: str) -> str:
-    return module.split(".")[1]
-
-
-def all_imported(start: set[str]) -> set[str]:
-    "What some modules import, what that imports, and so on"
-    seen, rest = set(), list(start)
-    while rest:
-        if (module := rest.pop()) not in seen:
-            seen.add(module)
-            rest += GRAPH[module]
-    return seen
-
-
-@pytest.mark.parametrize("module", [name for name in GRAPH if not name.endswith("_modidx")])
+@pytest.mark.parametrize("module", graph())
 def test_imports_go_downwards(module):
-    chapters = [exports(path) for path in CHAPTERS]
-    for other in GRAPH[module]:
-        above = FLOORS.index(room(other)) > FLOORS.index(room(module))
-        assert not above, f"{module} imports {other} from a floor above"
-        if room(other) == room(module) and "." in other.removeprefix("mednext_v2."):
-            before, after = (chapters.index(name.removeprefix("mednext_v2.")) for name in (other, module))
+    floors, order = list(ROOMS), [exports(path) for path in CHAPTERS]
+    for other in graph()[module]:
+        assert floors.index(room_of(other)) <= floors.index(room_of(module)), f"{module} imports {other} from a floor above"
+        if room_of(other) == room_of(module) and other.count(".") > 1:
+            before, after = (order.index(name.removeprefix("mednext_v2.")) for name in (other, module))
             assert before < after, f"{module} imports {other}, which is a later chapter"
+
+
+def test_the_plan_in_the_readme_is_the_one_of_the_code():
+    assert floor_plan().replace("](", "](nbs/") in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {room_of(module) for module in graph()} == set(ROOMS) and all(chapters().values())
 
 
 def test_package_version_comes_from_settings():
@@ -182,9 +149,9 @@ def test_stage_depends_on_every_module_its_notebook_uses(name):
     declared = {str(dep) for dep in STAGES[name]["deps"] if str(dep).startswith("mednext_v2/")}
     used = set()
     for path in notebooks_of(STAGES[name]):
-        used |= imported(ast.parse("\n".join(line for line in "\n".join(cells(path)).splitlines() if not line.startswith("%"))))
-    needed = {f"mednext_v2/{room(module)}" + ("" if module.count(".") > 1 else ".py") for module in all_imported(used)}
-    assert needed - {"mednext_v2/__init__.py"} <= declared, f"{name} does not declare {sorted(needed - declared)}"
+        used |= imported("\n".join(line for line in "\n".join(cells(path)).splitlines() if not line.startswith("%")))
+    needed = {f"mednext_v2/{room_of(module)}" + (".py" if (ROOT / f"mednext_v2/{room_of(module)}.py").exists() else "") for module in all_imported(used)}
+    assert needed <= declared, f"{name} does not declare {sorted(needed - declared)}"
     assert declared <= needed | {"mednext_v2/core.py"}, f"{name} declares more than it uses: {sorted(declared - needed)}"
     assert all((ROOT / dep).exists() for dep in declared)
 
@@ -200,6 +167,17 @@ def test_training_stages_declare_what_the_key_of_a_run_hashes():
         declared = [str(dep) for dep in STAGES[name]["deps"] if str(dep).startswith("mednext_v2/")]
         assert {f"mednext_v2/{room}" for room in TRAINING_ROOMS} <= set(declared)
         assert len(declared) <= 6
+
+
+LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)[^)]*\)")
+
+
+@pytest.mark.parametrize("path", [*CHAPTERS, *THIN, ROOT / "nbs/index.ipynb", *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("benchmarks/*.md"))], **NAME)
+def test_links_lead_somewhere(path):
+    text = "\n".join(cells(path, "markdown")) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    for link in LINK.findall(re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)):
+        target = path.parent / link
+        assert target.exists() or target.with_suffix(".ipynb").exists(), link
 
 
 def test_tracked_text_names_no_machine():
