@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from mednext_v2.training.recipe import get_recipe
 from torch import nn
+
+from mednext_v2.training.recipe import get_recipe
 
 
 @pytest.fixture
@@ -120,7 +121,8 @@ import torch
 from mednext_v2.data.augment import patch_loader
 
 NAMES = ("accelerate dvc seaborn SimpleITK IPython mlflow tensorboard transformers nnunetv2 mednext_v2.training.trainer mednext_v2.models.registry "
-         "mednext_v2.network.mednext mednext_v2.inference.predictor mednext_v2.study.runs mednext_v2.training.launch mednext_v2.training.run mednext_v2.cli").split()
+         "mednext_v2.network.mednext mednext_v2.inference.predictor mednext_v2.study.runs mednext_v2.training.launch mednext_v2.training.run "
+         "mednext_v2.cli").split()
 
 class Listing:
     "Which of the names the process that makes a batch has imported"

@@ -4,6 +4,7 @@ import multiprocessing
 
 import numpy as np
 import torch
+
 from mednext_v2.data.augment import ArrayCases
 from mednext_v2.models.registry import create
 from mednext_v2.training.recipe import Recipe

@@ -6,7 +6,6 @@
 __all__ = ['SIZES', 'ResidualBlock', 'residual_stage', 'Enlarge', 'check_volume', 'he_weights', 'STUNet', 'stunet']
 
 # %% ../../nbs/models/10_stunet.ipynb #imports
-from functools import partial
 from math import prod
 
 import torch

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import build, check_output, held, read_csv, write_csv
+from ..core import build, check_output, read_csv, write_csv
 
 # %% ../../nbs/training/70_run.ipynb #fit-patch
 def fit_patch(
