@@ -7,7 +7,7 @@ __all__ = ['GROUPS', 'SCHEMES', 'NEW', 'root', 'registry_file', 'frozen', 'read_
            'shown', 'build', 'are_lengths', 'is_patch', 'remove_left', 'Kind', 'check_output', 'held', 'atomic_files',
            'atomic_file', 'atomic_folder', 'write_texts', 'as_json', 'write_json', 'as_csv', 'write_csv', 'read_csv',
            'check_table', 'room', 'check_place', 'peak_bytes', 'sha256', 'fingerprint_of', 'ItemsFailed', 'attempt',
-           'for_all', 'stop_workers', 'in_pool']
+           'for_all', 'stop_workers', 'in_pool', 'find_device']
 
 # %% ../nbs/00_core.ipynb #imports
 import dataclasses
@@ -806,3 +806,18 @@ def in_pool(
     results = Parallel(n_jobs=max(1, min(workers, len(jobs))))(jobs)
     stop_workers()
     return results
+
+# %% ../nbs/00_core.ipynb #find-device
+def find_device(
+    name: str = "auto",  # auto, or as PyTorch names it: cpu, cuda, cuda:1, mps
+) -> str:
+    "The device that a name stands for; ValueError if it is not there"
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return "cuda" if there["cuda"] else "cpu"
+    if not there.get(name.split(":")[0], False):
+        found = ", ".join(kind for kind, usable in there.items() if usable)
+        raise ValueError(f"device {name!r} is not available here: use one of auto, {found}")
+    return name

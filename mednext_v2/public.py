@@ -10,31 +10,26 @@ from importlib import import_module
 
 # %% ../nbs/91_public.ipynb #names
 HOMES = {
-    "network.grn": ["GRN3d", "convert_grn"],
-    "network.fused": ["use_fused"],
-    "network.blocks": ["MedNeXtBlock", "DownBlock", "UpBlock"],
+    "network.grn": ["GRN3d"],
+    "network.blocks": ["MedNeXtBlock"],
     "network.mednext": ["Arch", "MedNeXt", "pad_to_stride"],
-    "network.scaling": ["PRESETS", "create_model", "scale", "count_parameters", "count_flops", "estimate"],
-    "models.card": ["Card", "LoadReport", "save_model"],
-    "models.stunet": ["STUNet"],
-    "models.registry": ["BACKBONES", "Backbone", "backbone_table", "create", "declare", "load_model"],
-    "zoo.importers": ["describe", "import_checkpoint", "import_model"],
-    "zoo.catalogue": ["fetch", "verify", "zoo_table"],
-    "models.transfer": ["class_channels", "freeze", "transfer"],
-    "data.datasets": ["Task", "get_task", "load_tasks", "raw_task"],
-    "study.seeds": ["build_suite"],
-    "data.storage": ["open_array", "write_array"],
+    "network.scaling": ["PRESETS", "create_model", "scale", "count_parameters", "estimate"],
+    "models.card": ["Card", "save_model"],
+    "models.registry": ["backbone_table", "create", "declare", "load_model"],
+    "models.transfer": ["freeze", "transfer"],
+    "data.datasets": ["Task", "get_task", "raw_task"],
     "data.preprocess": ["Prepared"],
     "data.augment": ["PatchSampler", "patch_loader"],
     "training.losses": ["dice_ce", "deep_supervision_loss"],
-    "training.recipe": ["Recipe", "get_recipe", "learning_rate"],
-    "data.mixture": ["MixtureSampler", "union_labels"],
+    "training.recipe": ["Recipe", "get_recipe"],
     "training.trainer": ["fit"],
     "inference.predictor": ["predict", "sliding_window"],
     "inference.files": ["predict_files"],
+    "evaluation.metrics": ["dice", "surface_dice", "hausdorff", "evaluate"],
+    "evaluation.statistics": ["bootstrap", "compare"],
+    "zoo.importers": ["import_model"],
+    "zoo.catalogue": ["fetch", "zoo_table"],
     "finetuning": ["finetune"],
-    "evaluation.metrics": ["dice", "surface_dice", "hausdorff", "score_case", "evaluate"],
-    "evaluation.statistics": ["bootstrap", "compare", "compare_all", "means", "rank_stability", "seed_spread"],
 }
 HOME_OF = {name: module for module, names in HOMES.items() for name in names}
 
@@ -44,3 +39,9 @@ def lookup(name: str):
     if name not in HOME_OF:
         raise AttributeError(f"module 'mednext_v2' has no attribute {name!r}")
     return getattr(import_module(f"mednext_v2.{HOME_OF[name]}"), name)
+
+# %% ../nbs/91_public.ipynb #stub
+def stub() -> str:
+    "The text of `__init__.pyi`"
+    lines = [f"from .{home} import {name} as {name}" for home, names in HOMES.items() for name in names]
+    return "\n".join(["# Written by `make export` from nbs/91_public.ipynb", *lines, "", "__version__: str", "__all__: list[str]", ""])

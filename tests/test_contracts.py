@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from mednext_v2.core import build, params, read_yaml
+from mednext_v2.public import stub
 from mednext_v2.rooms import ROOMS, all_imported, chapters, floor_plan, graph, imported, room_of
 from mednext_v2.study.runs import TRAINING_ROOMS, Plan
 from mednext_v2.stages import compose_params, notebook_parameters, profiles, readme
@@ -82,6 +84,16 @@ def test_imports_go_downwards(module):
         if room_of(other) == room_of(module) and other.count(".") > 1:
             before, after = (order.index(name.removeprefix("mednext_v2.")) for name in (other, module))
             assert before < after, f"{module} imports {other}, which is a later chapter"
+
+
+def test_names_for_editors_are_those_of_the_package():
+    assert (ROOT / "mednext_v2/__init__.pyi").read_text(encoding="utf-8") == stub(), "run `make export`"
+
+
+def test_public_names_stay_few():
+    """A name is public because a user types it or another room calls it."""
+    found = {name: sum(not word.startswith("_") for word in getattr(import_module(name), "__all__", ())) for name in graph()}
+    assert sum(found.values()) <= 322, f"more public names than agreed: {found}"
 
 
 def test_the_plan_in_the_readme_is_the_one_of_the_code():

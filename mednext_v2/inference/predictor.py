@@ -27,6 +27,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core import find_device
 from ..training.losses import finest
 from ..data.preprocess import bounding_box, coarse_axis, image_type, nonzero_box, normalise, resample_image, target_shape
 from ..data.scans import Header, Volume, as_float32, check_extent, read_scan, same_grid
@@ -564,7 +565,7 @@ class Options:
     fast: bool = False  # Overlap 0.25, no mirroring
     folds: tuple[str, ...] = ()  # Of a model folder that holds fold_0, fold_1, ...: which; all if empty
     head: str | None = None  # Data set whose labels are wanted, if the model has a head for each of several
-    device: str = "auto"  # auto, cpu, cuda or mps
+    device: str = "auto"  # As `find_device` takes it
     memory: float = 1.0  # GB of logits before some wait in a temporary file
     half: bool = False  # Logits summed in float16
 
@@ -576,17 +577,6 @@ class Options:
         object.__setattr__(self, "folds", tuple(map(str, self.folds)))
         if self.fast:
             object.__setattr__(self, "overlap", 0.25)
-
-# %% ../../nbs/inference/10_predictor.ipynb #choose-device
-def choose_device(name: str) -> torch.device:
-    "The device of that name; `auto` is the first of cuda, mps and cpu that is there; ValueError if it is not"
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, found in there.items() if found)
-    if not there.get(name.split(":")[0], False):
-        found = ", ".join(kind for kind, usable in there.items() if usable)
-        raise ValueError(f"device {name!r} is not available here: use one of auto, {found}")
-    return torch.device(name)
 
 # %% ../../nbs/inference/10_predictor.ipynb #members
 @dataclass(frozen=True)
@@ -632,7 +622,7 @@ def load_members(
     folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
     if not folders:
         raise ValueError("needs at least one model folder")
-    device, members = choose_device(options.device), []
+    device, members = torch.device(find_device(options.device)), []
     for folder in folders:
         loaded = [load_model(fold, head=options.head) for fold in fold_folders(folder, options.folds)]
         cards = [card for _, card in loaded]

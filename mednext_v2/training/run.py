@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import build, check_output, held, read_csv, write_csv
+from ..core import build, check_output, find_device, held, read_csv, write_csv
 
 # %% ../../nbs/training/70_run.ipynb #fit-patch
 def fit_patch(
@@ -122,15 +122,6 @@ def read_data(
         )
     return TrainingData({task.name: one for task, one in zip(tasks, found)}, space)
 
-# %% ../../nbs/training/70_run.ipynb #network-for
-def found_device(
-    device: str,  # auto, cpu, cuda, ...
-) -> str:
-    "The device itself; for auto a GPU if there is one"
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
 # %% ../../nbs/training/70_run.ipynb #network-for-part
 def network_for(
     data: TrainingData,
@@ -232,7 +223,7 @@ def forecast_fit(
     from mednext_v2.models.registry import overrides_of
     from mednext_v2.training.launch import Step, check_memory
 
-    device, parts = found_device(device), processes * recipe.accumulate
+    device, parts = find_device(device), processes * recipe.accumulate
     with torch.device("meta"):
         network, patch = network_for(data, backbone, recipe, overrides, parent, device, processes)
     others = overrides_of(network)
@@ -276,7 +267,7 @@ def train_model(
     check_output(folder)
     data = read_data(data, heads)
     torch.manual_seed(seed)
-    device = found_device(options.get("device", "auto"))
+    device = find_device(options.get("device", "auto"))
     model, patch = network_for(data, backbone, recipe, overrides or {}, parent, device, int(os.environ.get("WORLD_SIZE", 1)))
     recipe, source = replace(recipe, patch=patch), start_from(parent, model, data, start or {}, folder)
     what = dict(prepared=data.read_by_sampler, labels=data.space, allow=tuple(allow))

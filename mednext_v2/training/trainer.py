@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ..models.transfer import freeze
 from ..data.augment import PatchSampler, patch_loader
 from .checkpoint import check_identity, identity, read_checkpoint, save_checkpoint, set_aside
-from ..core import atomic_file, check_output, held, peak_bytes, write_json
+from ..core import atomic_file, check_output, find_device, held, peak_bytes, write_json
 from .replay import write_bundle
 from .losses import deep_supervision_loss, finest, sum_over_processes
 from ..data.mixture import LabelSpace, MixtureSampler, known_only, mix, select_outputs
@@ -99,7 +99,9 @@ def make_engine(
 
     if parallel not in ("ddp", "fsdp"):
         raise ValueError(f"parallel must be ddp or fsdp, got {parallel!r}")
-    cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if ":" in device:
+        raise ValueError(f"device {device!r}: a training takes its GPU from the environment, set CUDA_VISIBLE_DEVICES and give cuda")
+    cpu = find_device(device) == "cpu"
     if cpu and recipe.precision == "fp16":
         raise ValueError("recipe: precision fp16 needs a GPU, the CPU would compute in fp32 unasked; take fp32 or bf16")
     check_environment(recipe, cpu, parallel)
