@@ -15,7 +15,8 @@ import pytest
 from mednext_v2.core import build, params, read_yaml
 from mednext_v2.public import stub
 from mednext_v2.rooms import ROOMS, all_imported, chapters, floor_plan, graph, imported, room_of
-from mednext_v2.study.runs import TRAINING_ROOMS, Plan
+from mednext_v2.study.plan import Plan
+from mednext_v2.training.checkpoint import STEP_MODULES, TRAINING_ROOMS, code_digest
 from mednext_v2.stages import compose_params, notebook_parameters, profiles, readme
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +173,14 @@ def test_stage_depends_on_every_module_its_notebook_uses(name):
 @pytest.mark.parametrize("name", ["suite", "prepare", "pretrain", "scratch", "finetune"])
 def test_what_only_reads_or_shows_models_retrains_nothing(name, room):
     assert f"mednext_v2/{room}" not in STAGES[name]["deps"]
+
+
+def test_what_decides_a_step_is_hashed_and_there():
+    rooms = {name.split("/")[0] for name in STEP_MODULES}
+    assert rooms == set(TRAINING_ROOMS)
+    assert len({code_digest([name]) for name in (*STEP_MODULES, *TRAINING_ROOMS)}) == len(STEP_MODULES) + len(TRAINING_ROOMS)
+    with pytest.raises(FileNotFoundError):
+        code_digest(["training/absent"])
 
 
 def test_training_stages_declare_what_the_key_of_a_run_hashes():

@@ -17,7 +17,7 @@ from ..core import Kind, atomic_folder, fingerprint_of, in_pool, read_csv, read_
 from ..data.preprocess import Prepared, fold_view
 from ..models.card import read_card
 from .plan import Plan
-from ..training.checkpoint import code_digest
+from ..training.checkpoint import TRAINING_ROOMS, code_digest
 from ..training.run import train_in_processes
 
 # %% ../../nbs/study/30_runs.ipynb #run-class
@@ -59,9 +59,6 @@ def run_data(
     return fold_view(data / run.task, run.fold, root() / "scratch/folds" / run.profile / f"{run.task}-{run.fold}")
 
 # %% ../../nbs/study/30_runs.ipynb #training-rooms
-TRAINING_ROOMS = ("network", "models", "data", "training")
-
-
 def run_key(
     run: Run,
     *configuration,  # Whatever else the weights depend on

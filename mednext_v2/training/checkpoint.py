@@ -24,9 +24,10 @@ from ..core import atomic_file, fingerprint_of
 from .recipe import Recipe
 
 # %% ../../nbs/training/30_checkpoint.ipynb #same
-# That decide what a step does
-STEP_MODULES = (
-    "grn fused kernels blocks model scaling stunet backbones adapt storage augment losses recipe checkpoint mixture trainer"
+TRAINING_ROOMS = ("network", "models", "data", "training")  # What the weights of a run depend on
+STEP_MODULES = (  # What decides a step: a run does not go on after a change there
+    "network/grn network/fused network/kernels network/blocks network/mednext network/scaling models/stunet models/registry models/transfer "
+    "data/storage data/augment training/losses training/recipe training/checkpoint data/mixture training/trainer"
 ).split()
 FREE = ("checkpoint_every",)  # Of a recipe: how a run is kept, not what it does
 
@@ -41,13 +42,15 @@ def weights_digest(model: nn.Module) -> str:
 
 # %% ../../nbs/training/30_checkpoint.ipynb #code-digest
 def code_digest(
-    rooms: Sequence[str],  # Sub-packages of this package
+    parts: Sequence[str],  # Rooms, or modules as `room/module`
 ) -> str:
-    "A hash of the source of some rooms"
+    "A hash of the source of some parts of this package; FileNotFoundError for one that is not there"
     import mednext_v2
 
-    folder = Path(mednext_v2.__file__).parent
-    return fingerprint_of([path.read_text(encoding="utf-8") for room in rooms for path in sorted((folder / room).rglob("*.py"))])
+    package, files = Path(mednext_v2.__file__).parent, []
+    for part in parts:
+        files += sorted((package / part).rglob("*.py")) if (package / part).is_dir() else [package / f"{part}.py"]
+    return fingerprint_of([path.read_text(encoding="utf-8") for path in files])
 
 # %% ../../nbs/training/30_checkpoint.ipynb #fused-parts
 def fused_parts(model: nn.Module) -> str:
