@@ -52,8 +52,9 @@ bench: $(READY) ## Measure storage, data, training, blocks, scores and label map
 params: $(READY) ## Compose params.yaml anew from conf/ (profile mini)
 	@mednextv2 params mini
 
-export: $(READY) ## Write mednext_v2/*.py from the notebooks, and clean them
+export: $(READY) ## Write mednext_v2/ from the notebooks, and clean them
 	@nbdev_export && nbdev_clean
+	@python -c "from mednext_v2.public import stub; print(stub(), end='')" > mednext_v2/__init__.pyi
 
 readme: $(READY) ## Write README.md from nbs/index.ipynb
 	@mednextv2 readme > README.md

@@ -28,7 +28,7 @@ setup(
     # The registry lies in data/, where people look for it, and is installed inside the package
     packages=[*find_packages(include=["mednext_v2", "mednext_v2.*"]), "mednext_v2.registries"],
     package_dir={"mednext_v2.registries": "data"},
-    package_data={"mednext_v2": ["py.typed"], "mednext_v2.registries": ["datasets.yaml", "zoo.yaml"]},
+    package_data={"mednext_v2": ["py.typed", "__init__.pyi"], "mednext_v2.registries": ["datasets.yaml", "zoo.yaml"]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split("\n"),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

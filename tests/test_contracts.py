@@ -8,14 +8,17 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from mednext_v2.core import build, params, read_yaml
+from mednext_v2.public import stub
 from mednext_v2.rooms import ROOMS, all_imported, chapters, floor_plan, graph, imported, room_of
 from mednext_v2.stages import compose_params, notebook_parameters, profiles, readme
-from mednext_v2.study.runs import TRAINING_ROOMS, Plan
+from mednext_v2.study.plan import Plan
+from mednext_v2.training.checkpoint import STEP_MODULES, TRAINING_ROOMS, code_digest
 
 ROOT = Path(__file__).parents[1]
 THIN = sorted([*(ROOT / "nbs/pipeline").glob("*.ipynb"), *(ROOT / "nbs/paper").glob("*.ipynb")])
@@ -83,6 +86,16 @@ def test_imports_go_downwards(module):
         if room_of(other) == room_of(module) and other.count(".") > 1:
             before, after = (order.index(name.removeprefix("mednext_v2.")) for name in (other, module))
             assert before < after, f"{module} imports {other}, which is a later chapter"
+
+
+def test_names_for_editors_are_those_of_the_package():
+    assert (ROOT / "mednext_v2/__init__.pyi").read_text(encoding="utf-8") == stub(), "run `make export`"
+
+
+def test_public_names_stay_few():
+    """A name is public because a user types it or another room calls it."""
+    found = {name: sum(not word.startswith("_") for word in getattr(import_module(name), "__all__", ())) for name in graph()}
+    assert sum(found.values()) <= 322, f"more public names than agreed: {found}"
 
 
 def test_the_plan_in_the_readme_is_the_one_of_the_code():
@@ -174,6 +187,14 @@ def test_stage_depends_on_every_module_its_notebook_uses(name):
 @pytest.mark.parametrize("name", ["suite", "prepare", "pretrain", "scratch", "finetune"])
 def test_what_only_reads_or_shows_models_retrains_nothing(name, room):
     assert f"mednext_v2/{room}" not in STAGES[name]["deps"]
+
+
+def test_what_decides_a_step_is_hashed_and_there():
+    rooms = {name.split("/")[0] for name in STEP_MODULES}
+    assert rooms == set(TRAINING_ROOMS)
+    assert len({code_digest([name]) for name in (*STEP_MODULES, *TRAINING_ROOMS)}) == len(STEP_MODULES) + len(TRAINING_ROOMS)
+    with pytest.raises(FileNotFoundError):
+        code_digest(["training/absent"])
 
 
 def test_training_stages_declare_what_the_key_of_a_run_hashes():

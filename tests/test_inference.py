@@ -14,6 +14,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff
 from scipy.spatial.transform import Rotation
 from torch import nn
 
+from mednext_v2.core import find_device
 from mednext_v2.data.scans import read_scan
 from mednext_v2.inference import predictor
 from mednext_v2.inference.predictor import (
@@ -644,7 +645,7 @@ def test_options_refuse():
         with pytest.raises(ValueError, match=message):
             predictor.Options(**wrong)
     with pytest.raises(ValueError, match="device 'tpu' is not available here"):
-        predictor.choose_device("tpu")
+        find_device("tpu")
 
 
 def test_arrays_and_iterators(model_folder):

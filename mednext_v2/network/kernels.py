@@ -27,8 +27,7 @@ else:
         return kernel
 
 # %% auto #0
-__all__ = ['PROGRAMS', 'ROWS', 'SIZES', 'grown', 'depthwise', 'shares', 'depthwise_gradients', 'expand', 'expand_gradients',
-           'Block', 'run_block', 'available', 'fused_form', 'fits', 'triton_block']
+__all__ = ['fused_form']
 
 # %% ../../nbs/network/30_kernels.ipynb #depthwise-kernel
 @jit
@@ -450,7 +449,7 @@ def available(
     nvidia = device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None
     return nvidia and triton is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
-
+# %% ../../nbs/network/30_kernels.ipynb #fused-form
 def fused_form(
     device: str | torch.device,
 ) -> str | None:  # `cpu` or `cuda`; None for the plain form
@@ -458,7 +457,7 @@ def fused_form(
     kind = torch.device(device).type
     return kind if kind == "cpu" or available(device) else None
 
-
+# %% ../../nbs/network/30_kernels.ipynb #fits
 def fits(
     channels: int,  # That come in
     out_channels: int,  # That go out
