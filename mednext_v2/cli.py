@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from .core import ItemsFailed, check_place, read_csv
+from .core import ItemsFailed, Resources, check_place, read_csv
 
 # %% ../nbs/90_cli.ipynb #info
 def info(options: argparse.Namespace) -> str:
@@ -205,6 +205,7 @@ def train(options: argparse.Namespace) -> str:
     from mednext_v2.training.launch import RunEnded
     from mednext_v2.training.run import drawn, train_in_processes
     from mednext_v2.training.recipe import get_recipe
+    from mednext_v2.training.trainer import Display
     from mednext_v2.core import check_output
     from mednext_v2.models.card import MODEL_FOLDER, read_card
 
@@ -217,27 +218,20 @@ def train(options: argparse.Namespace) -> str:
         print(forecast_training(options, recipe, overrides), file=sys.stderr)
     try:
         train_in_processes(
-            options.processes,
+            resources(options),
+            starting(options),
+            Display(pictures=drawn()),
             data=[str(path) for path in (options.data, *options.others)],
             out=str(options.out),
             backbone=options.backbone,
             recipe=asdict(recipe),
             folder=str(options.folder or f"{options.out}.run"),
             overrides=overrides,
-            parent=str(options.parent) if options.parent else None,
-            start=starting(options),
-            init=options.parent.name if options.parent else "scratch",
             seed=options.seed,
-            weights=mixture_weights(options.weights),
+            sampling=mixture_weights(options.weights),
             heads=options.heads,
             allow=options.allow,
-            device=options.device,
-            workers=options.workers,
-            parallel=options.parallel,
-            compiled=options.compile,
-            channels_last=options.channels_last,
             resume=options.resume,
-            pictures=drawn(),
         )
     except RunEnded as ended:
         raise_ended(ended)
@@ -252,10 +246,21 @@ def raise_ended(
     raise SystemExit(ended.code) from None
 
 
-def starting(options: argparse.Namespace) -> dict:
-    "How a network starts from the weights of another, as `adapt.transfer` takes it"
+def starting(
+    options: argparse.Namespace,
+):  # `transfer.Start`
+    "What a training starts from"
+    from mednext_v2.models.transfer import Start
+
     mapping = dict(pair.split("=", 1) for pair in options.mapping)
-    return dict(mapping=mapping, heads=options.start_heads, scope=options.scope, convert=options.convert)
+    parent = options.parent if hasattr(options, "parent") else options.model
+    return Start(parent, mapping=mapping, heads=options.start_heads, scope=options.scope, convert=options.convert)
+
+
+def resources(options: argparse.Namespace) -> Resources:
+    "What a command may use"
+    named = dict(device="device", workers="workers", processes="processes", parallel="parallel", compiled="compile", channels_last="channels_last")
+    return Resources(**{name: getattr(options, option) for name, option in named.items() if hasattr(options, option)})
 
 
 def finetune(options: argparse.Namespace) -> str:
@@ -267,11 +272,11 @@ def finetune(options: argparse.Namespace) -> str:
     from mednext_v2.finetuning import review_scores
     from mednext_v2.evaluation.statistics import means
 
-    same = ("backbone", "device", "processes", "recipe", "registry", "seed", "seed_task", "spacing", "workers")
+    same = ("backbone", "recipe", "registry", "seed", "seed_task", "spacing")
     try:
         table = make(
-            options.data, options.model, options.out, changes=dict(literal_pair(pair) for pair in options.set),
-            overrides=dict(literal_pair(pair) for pair in options.network), start=starting(options),
+            options.data, starting(options), options.out, changes=dict(literal_pair(pair) for pair in options.set),
+            overrides=dict(literal_pair(pair) for pair in options.network), resources=resources(options),
             check=not options.unchecked, reading=reading(options), command=shlex.join(["mednextv2", *sys.argv[1:]]),
             **{name: getattr(options, name) for name in same},
         )

@@ -30,6 +30,8 @@ from mednext_v2.network.scaling import estimate
 from mednext_v2.data.datasets import Task, get_task, partial_cases, write_dataset
 from mednext_v2.data.scans import write_volume
 from mednext_v2.training.trainer import patch_validation
+from training_toys import split
+from mednext_v2.models.transfer import Start
 from mednext_v2.models.card import read_card, read_state
 
 SMALL = {"filters": (4, 8, 8)}
@@ -95,8 +97,7 @@ def sets(tmp_path_factory):
 
 
 def train(data, out, recipe=SHORT, **options):
-    options = dict(overrides=SMALL, device="cpu", progress=False) | options
-    return train_model(data, out, "unet", recipe, f"{out}.run", **options)
+    return train_model(data, out, "unet", recipe, f"{out}.run", **split(dict(overrides=SMALL) | options))
 
 
 # ---- cases that lack labels
@@ -285,7 +286,7 @@ def test_fine_tuning_takes_the_rows_of_its_classes(own, shared, sets, tmp_path, 
         (own[0], read_card(own[0]).heads[target]["outputs"]),
     ):
         with pytest.raises(KeyboardInterrupt):
-            train(sets / target, tmp_path / "tuned", parent=parent)
+            train(sets / target, tmp_path / "tuned", start=Start(parent))
         given = read_state(parent)
         changed = [name for name in begun if begun[name].shape != given[name].shape]
         assert changed  # The heads
@@ -399,7 +400,7 @@ def test_checkpointing_auto_is_what_free_memory_allows(sets, tmp_path, monkeypat
         assert found[0].checkpointing == expected
     monkeypatch.undo()
     others = dict(overrides={"width": 4, "checkpointing": "auto"}, device="cpu", progress=False)
-    train_model(sets / "chest", tmp_path / "model", "mednext_v2_tiny", recipe, tmp_path / "run", **others)
+    train_model(sets / "chest", tmp_path / "model", "mednext_v2_tiny", recipe, tmp_path / "run", **split(others))
     assert read_card(tmp_path / "model").overrides == {"width": 4}
     run.network_for(data, "unet", recipe, SMALL | {"checkpointing": "auto"})  # Has no such choice
 
@@ -416,7 +417,7 @@ def test_training_with_recomputing_gives_the_same_weights_and_a_plain_card(sets,
     recipe, kinds = replace(SHORT, patch=(32, 32, 32), batch=1), ("none", "expansion", "block")
     for kind in kinds:
         options = dict(overrides={"width": 4, "checkpointing": kind}, device="cpu", progress=False)
-        train_model(sets / "chest", tmp_path / kind, "mednext_v2_tiny", recipe, tmp_path / f"{kind}.run", **options)
+        train_model(sets / "chest", tmp_path / kind, "mednext_v2_tiny", recipe, tmp_path / f"{kind}.run", **split(options))
         assert read_card(tmp_path / kind).overrides == {"width": 4}
     plain, *others = (read_state(tmp_path / kind) for kind in kinds)
     assert all(torch.equal(value, other[name]) for other in others for name, value in plain.items())
