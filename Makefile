@@ -11,11 +11,11 @@ JOBS ?= $(if $(filter paper,$(PROFILE)),1,2)
 export OMP_NUM_THREADS ?= 1
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup repro smoke test bench params export readme clean distclean
+.PHONY: help setup repro smoke lint test bench params export readme clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
-	@echo "  PROFILE=mini (default) | smoke | paper   chooses the profile of make repro"
+	@echo "  PROFILE=mini (default) | smoke | study | paper   chooses the profile of make repro"
 
 setup: $(READY) ## Install everything into .venv (about three minutes, once)
 
@@ -39,6 +39,9 @@ repro: $(READY) ## Regenerate results, tables and figures of a profile with DVC
 smoke: $(READY) ## Run the whole pipeline at toy size in a scratch copy
 	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && git clone --quiet . "$$copy/mednext_v2" && cd "$$copy/mednext_v2" \
 	  && python -m mednext_v2.cli params smoke && dvc repro
+
+lint: $(READY) ## Look for unused names, unsorted imports and the like with ruff (rules in pyproject.toml)
+	@ruff check mednext_v2 tests benchmarks
 
 test: $(READY) ## Run every test and every chapter
 	@python -m pytest -n 2 $(PYTEST)

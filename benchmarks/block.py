@@ -17,8 +17,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from data import child, heading, measure_parts, row, run_script, spread  # noqa: E402
-from nnunet_peer import peak_mib  # noqa: E402
+from data import child, heading, measure_parts, row, run_script, spread
+from nnunet_peer import peak_mib
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "block.json"
@@ -159,6 +159,7 @@ def child_flops(side: str, part: str) -> dict:
 def child_peaks() -> dict:
     "What one thread of this machine can do: FLOPs a second of a large product, bytes a second of a large copy"
     import torch
+
     from mednext_v2.network.fused import products
 
     torch.set_num_threads(1)

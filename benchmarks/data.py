@@ -23,9 +23,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from nnunet_peer import peak_mib, request  # noqa: E402
+from nnunet_peer import peak_mib, request
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "data.json"
@@ -61,8 +61,8 @@ def child_prepare(raw: str, out: str, grain: str, workers: int) -> dict:
 
 def child_case(kind: str, raw: str, out: str) -> dict:
     "A data set of two copies of one case: seconds of a case, and the peak memory of this process"
-    from mednext_v2.data.preprocess import Prepared, fingerprint, prepare
     from mednext_v2.data.datasets import list_cases
+    from mednext_v2.data.preprocess import Prepared, fingerprint, prepare
 
     task = big_task(kind)
     before, begin, before_cpu = peak_mib(), time.perf_counter(), time.process_time()
@@ -109,9 +109,9 @@ def child_loader(folder: str, augment: str, steps: int) -> dict:
     import torch
 
     from mednext_v2.data.augment import PatchSampler, patch_loader
+    from mednext_v2.data.preprocess import Prepared
     from mednext_v2.models.registry import create
     from mednext_v2.training.losses import deep_supervision_loss
-    from mednext_v2.data.preprocess import Prepared
 
     torch.set_num_threads(1)
     prepared = Prepared(folder)
@@ -221,9 +221,8 @@ def big_raw(kind: str, raw: Path) -> None:
         part = image[start : start + 32]
         part += rng.normal(0, 15, part.shape).astype(np.int16)
     folder = raw / big_task(kind).folder
-    for id in ("one", "two"):
-        (folder / "imagesTr").mkdir(parents=True, exist_ok=True)
-        (folder / "labelsTr").mkdir(exist_ok=True)
+    (folder / "imagesTr").mkdir(parents=True, exist_ok=True)
+    (folder / "labelsTr").mkdir(exist_ok=True)
     affine = np.diag([*spacing, 1.0])
     write_volume(folder / "imagesTr" / "one_0000.nii.gz", image, affine)
     write_volume(folder / "labelsTr" / "one.nii.gz", label, affine)
@@ -326,9 +325,9 @@ def paper(work: Path) -> dict:
 
 def loader(work: Path) -> dict:
     "Share of a training step that waits for patches, two cores, the mini profile's network"
+    from mednext_v2.data.datasets import get_task
     from mednext_v2.data.preprocess import prepare
     from mednext_v2.study.seeds import build_task
-    from mednext_v2.data.datasets import get_task
 
     task = get_task("abdomen_ct")
     build_task(task.name, None, work / "loader" / "raw")

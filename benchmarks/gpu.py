@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from block import BASE, network  # noqa: E402
-from data import heading, log, machine, row  # noqa: E402
+from block import BASE, network
+from data import heading, log, machine, row
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.json"
 SIDES = {  # Title; then the network of `block.network`, memory format, compiled or not, and what backward recomputes
@@ -73,6 +73,7 @@ def peaks(device: str) -> dict:
 def expected(side: str, case: dict, precision: str) -> dict:
     "FLOPs of a forward pass and, of our own, bytes of a step"
     import torch
+
     from mednext_v2.network.scaling import count_flops, estimate
 
     _, kind, _, compiled, checkpointing = SIDES[side]
@@ -153,7 +154,8 @@ def measure(case: dict, device: str, sides: list[str], repeats: int, precision: 
 def table(case: dict, found: dict, precision: str, limits: dict) -> str:
     "Milliseconds, GiB, and ratios to MONAI's network"
     name = f"width {case['width']}, {case['side']}³, batch {case['batch']}, {precision}"
-    lines, base = heading(name, "step, ms", "/ MONAI's", "of peak", "forward, ms", "/ MONAI's", "memory, GiB", "estimated", "first step, s"), found.get("monai", {})
+    base = found.get("monai", {})
+    lines = heading(name, "step, ms", "/ MONAI's", "of peak", "forward, ms", "/ MONAI's", "memory, GiB", "estimated", "first step, s")
     for side, one in found.items():
         if "failed" in one:
             lines.append(row(SIDES[side][0], one["failed"], *[""] * 7))

@@ -21,10 +21,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from data import heading, log, machine, row, show, spread  # noqa: E402
-from nnunet_peer import peak_mib  # noqa: E402
+from data import heading, log, machine, row, show, spread
+from nnunet_peer import peak_mib
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "inference.json"

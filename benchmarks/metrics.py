@@ -24,9 +24,9 @@ import numpy as np
 from scipy import ndimage
 
 from mednext_v2.core import root, write_json
-from mednext_v2.evaluation.metrics import dice, score_case, surface_dice
-from mednext_v2.data.scans import read_scan
 from mednext_v2.data.datasets import Task
+from mednext_v2.data.scans import read_scan
+from mednext_v2.evaluation.metrics import dice, score_case, surface_dice
 
 SPACING = (1.0, 1.0, 1.5)
 TOLERANCE = 1.0

@@ -16,8 +16,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from data import child, heading, measure_parts, row, run_script, spread  # noqa: E402
-from nnunet_peer import peak_mib  # noqa: E402
+from data import child, heading, measure_parts, row, run_script, spread
+from nnunet_peer import peak_mib
 
 RESULTS = Path(__file__).resolve().parent / "results" / "scaling.json"
 REPEATS = int(os.environ.get("BENCH_REPEATS", 5))
@@ -36,8 +36,9 @@ AXES = {  # What it is, and its values
 def step_of(**values):
     "A training step and a forward pass of these sizes, as functions"
     import torch
-    from mednext_v2.training.losses import deep_supervision_loss
+
     from mednext_v2.network.scaling import create_model
+    from mednext_v2.training.losses import deep_supervision_loss
 
     patch, batch, classes = [values["side"]] * 3, values["batch"], values["classes"]
     torch.manual_seed(0)
@@ -58,6 +59,7 @@ def step_of(**values):
 def child_axis(axis: str) -> dict:
     "Seconds of each value, and its memory; the first round warms up and is left out"
     import torch
+
     from mednext_v2.network.scaling import Meter
 
     sizes = [AROUND | {axis: value} for value in AXES[axis][1]]
@@ -80,9 +82,9 @@ def child_axis(axis: str) -> dict:
 
 def child_cases(count: int) -> dict:
     "A preparation of so many cases by one process"
+    from mednext_v2.data.datasets import get_task
     from mednext_v2.data.preprocess import prepare
     from mednext_v2.study.seeds import build_task
-    from mednext_v2.data.datasets import get_task
 
     with tempfile.TemporaryDirectory(prefix="mednext-") as work:
         build_task("liver_lesion_ct", None, work, (count - 2, 1, 1))

@@ -254,7 +254,7 @@ def measure(
     rows = {m: {"array": name, "method": m, "raw_bytes": array.nbytes, "write_ms": [], "first_ms": [],
                 "cold_ms": [], "held_ms": {str(side): [] for side in SIDES}} for m in methods}
     paths = {m: folder / f"{name}-{i}{METHODS[m].suffix}" for i, m in enumerate(methods)}
-    for again in range(1 + (rounds > 1)):
+    for _ in range(1 + (rounds > 1)):
         for m in methods:
             rows[m]["write_ms"].append(timed(METHODS[m].write, paths[m], array)[0])
     for m in methods:

@@ -23,10 +23,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from data import heading, log, machine, row, show, spread  # noqa: E402
-from nnunet_peer import peak_mib, request  # noqa: E402
+from data import heading, log, machine, row, show, spread
+from nnunet_peer import peak_mib, request
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "trainer.json"
@@ -176,8 +176,8 @@ def nnunet(recipe, model, folder: Path):
 # ---------------------------------------------------------------- what is measured, one process each
 def child_compare(prepared: str, work: str, changes: dict, peer: bool) -> dict:
     "One run of `fit`, between whose blocks the other sides take theirs: seconds of every block, by both clocks"
-    from mednext_v2.data.preprocess import Prepared
     from mednext_v2.core import Resources
+    from mednext_v2.data.preprocess import Prepared
     from mednext_v2.training.trainer import fit
 
     prepared = Prepared(prepared)
@@ -202,8 +202,8 @@ def child_growth(prepared: str, work: str, side: int) -> dict:
     "A short run of `fit` at a patch size: seconds a step and peak memory; goes on from weights that are there"
     import torch
 
-    from mednext_v2.data.preprocess import Prepared
     from mednext_v2.core import Resources
+    from mednext_v2.data.preprocess import Prepared
     from mednext_v2.training.trainer import fit
 
     prepared, weights = Prepared(prepared), Path(work) / "weights.pt"
@@ -236,9 +236,9 @@ def child(name: str, **arguments) -> dict:
 # ---------------------------------------------------------------- measurements
 def build(work: Path) -> dict:
     "Raw and prepared data of the mini task; arguments of the children"
+    from mednext_v2.data.datasets import get_task
     from mednext_v2.data.preprocess import prepare
     from mednext_v2.study.seeds import build_task
-    from mednext_v2.data.datasets import get_task
 
     build_task(TASK, None, work / "raw")
     prepare(get_task(TASK), work / "raw", work / "prepared")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from block import PARTS, batch, network, step  # noqa: E402
-from data import child, heading, measure_parts, row, run_script, spread  # noqa: E402
+from block import PARTS, batch, network, step
+from data import child, heading, measure_parts, row, run_script, spread
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tried.json"
 REPEATS = int(os.environ.get("BENCH_REPEATS", 7))
@@ -54,8 +54,9 @@ def volume_of(channels: int, side: int):
 # ---------------------------------------------------------------- questions: a function gives the ways, the kept one first
 def expand_product():
     import torch
-    from mednext_v2.network import fused
     from torch.nn import functional as F
+
+    from mednext_v2.network import fused
 
     x, wide = volume_of(CHANNELS, SIDE), CHANNELS * RATIO
     rows, weight, bias = fused.tokens(x)[0], torch.randn(wide, CHANNELS), torch.randn(wide)
@@ -70,8 +71,9 @@ def expand_product():
 
 def expand_and_activate():
     import torch
-    from mednext_v2.network import fused
     from torch.nn import functional as F
+
+    from mednext_v2.network import fused
 
     wide = CHANNELS * RATIO
     rows, weight, bias = fused.tokens(volume_of(CHANNELS, SIDE))[0], torch.randn(wide, CHANNELS), torch.randn(wide)
@@ -85,6 +87,7 @@ def expand_and_activate():
 def sums_over_rows():
     "At twice the channels, where it matters more"
     import torch
+
     from mednext_v2.network import fused
 
     channels, wide = 2 * CHANNELS, 2 * CHANNELS * RATIO
@@ -99,6 +102,7 @@ def sums_over_rows():
 
 def norm_statistics():
     import torch
+
     from mednext_v2.network import fused
 
     x = volume_of(CHANNELS, SIDE)
@@ -114,8 +118,9 @@ def depthwise_forward():
     import itertools
 
     import torch
-    from mednext_v2.network import fused
     from torch.nn import functional as F
+
+    from mednext_v2.network import fused
 
     x, weight = volume_of(CHANNELS, SIDE), torch.randn(CHANNELS, 1, 3, 3, 3)
     plain = x.contiguous()
@@ -136,6 +141,7 @@ def depthwise_forward():
 
 def depthwise_gradient():
     import torch
+
     from mednext_v2.network import fused
 
     x, weight = volume_of(CHANNELS, SIDE), torch.randn(CHANNELS, 1, 3, 3, 3)
@@ -148,9 +154,10 @@ def depthwise_gradient():
 
 def transposed_depthwise():
     import torch
+    from torch.nn import functional as F
+
     from mednext_v2.network import fused
     from mednext_v2.network.blocks import UpBlock
-    from torch.nn import functional as F
 
     x, block = volume_of(2 * CHANNELS, SIDE // 2).requires_grad_(), UpBlock(2 * CHANNELS, CHANNELS, RATIO)
     kept = fused.depthwise
@@ -187,6 +194,7 @@ def transposed_depthwise():
 def block_step(**settings):
     "A step of a block, with constants of `fused` set"
     import torch
+
     from mednext_v2.network import fused
     from mednext_v2.network.blocks import MedNeXtBlock
 

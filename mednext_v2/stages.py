@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from .core import atomic_file, build, params, read_json, read_yaml, root
+from .core import atomic_file, build, read_json, read_yaml, root
 from .study.plan import Plan
 
 # %% ../nbs/70_stages.ipynb #notebook-parameters

@@ -9,8 +9,9 @@ import h5py
 import nibabel
 import numpy as np
 import SimpleITK as sitk
-from data_toys_dicom import turned_affine, write_ct_series, write_rtstruct
 from PIL import Image
+
+from data_toys_dicom import turned_affine, write_ct_series, write_rtstruct
 
 SHAPE = (6, 7, 8)
 SCANNER = {"axes": "LPS", "spacing": (1.0, 1.5, 2.5), "origin": (10.0, -20.0, 30.0)}

@@ -8,24 +8,25 @@ from importlib.util import find_spec
 from multiprocessing import forkserver
 from pathlib import Path
 
-import accelerate  # noqa: F401 Whatever a command imports is imported once, before the forks
-import matplotlib.figure  # noqa: F401
-import monai.losses  # noqa: F401
+# Whatever a command imports is imported once, before the forks: unused here
+# ruff: noqa: F401
+import accelerate
+import matplotlib.figure
+import monai.losses
 import pytest
 import torch
-import torch._dynamo  # noqa: F401
-from mednext_v2 import cli
-from mednext_v2.intake import convert
-from mednext_v2.intake import check
-from mednext_v2.zoo import importers
-from mednext_v2.evaluation import metrics
-from mednext_v2 import finetuning
+import torch._dynamo
+
+from mednext_v2 import cli, finetuning
 from mednext_v2.data import preprocess
+from mednext_v2.evaluation import metrics
+from mednext_v2.intake import check, convert
 from mednext_v2.study import seeds
-from mednext_v2.training import trainer  # noqa: F401
+from mednext_v2.training import trainer
+from mednext_v2.zoo import importers
 
 if find_spec("dvclive"):
-    import dvclive  # noqa: F401
+    import dvclive
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([__name__])

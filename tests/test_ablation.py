@@ -8,8 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
+from mednext_v2.core import params
+from mednext_v2.data.preprocess import Prepared, prepare_all
+from mednext_v2.models.card import read_card
 from mednext_v2.report import collect as collected
-from mednext_v2.scoring import ablations as module
+from mednext_v2.report.forecast import plan_table, published_compute, settings, trainings
 from mednext_v2.scoring.ablations import (
     MODEL_COLUMNS,
     Ablation,
@@ -20,15 +24,10 @@ from mednext_v2.scoring.ablations import (
     read_ablation,
     run_ablation,
 )
-from mednext_v2.scoring.features import snapshot_features
-from mednext_v2.core import params
 from mednext_v2.scoring.evaluate import SCORE_COLUMNS
+from mednext_v2.scoring.features import snapshot_features
 from mednext_v2.stages import compose_params
-from mednext_v2.data.preprocess import prepare_all
-from mednext_v2.report.forecast import plan_table, published_compute, settings, trainings
-from mednext_v2.data.preprocess import Prepared
 from mednext_v2.study.seeds import build_task
-from mednext_v2.models.card import read_card
 
 ROOT = Path(__file__).parents[1]
 COMPUTE = dict(device="cpu", workers=1, threads=1, processes=1, parallel="ddp", readers=0)

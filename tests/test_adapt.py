@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+
+from mednext_v2.models.card import Card, save_model
+from mednext_v2.models.registry import create, parts
 from mednext_v2.models.transfer import (
     adapt_stem,
     class_channels,
@@ -13,9 +16,7 @@ from mednext_v2.models.transfer import (
     rate_scales,
     transfer,
 )
-from mednext_v2.models.registry import create, parts
 from mednext_v2.network.fused import use_fused
-from mednext_v2.models.card import Card, save_model
 
 NETWORKS = {"mednext_v2_tiny": dict(width=2), "unet": dict(filters=(4, 8, 8))}
 AB, ABC = {"background": 0, "a": 1, "b": 2}, {"background": 0, "a": 1, "b": 2, "c": 3}

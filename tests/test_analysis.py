@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from table_toys import toy_ablations, toy_models, toy_scores, write_tables
 from torch import nn
 
-from mednext_v2.report.analysis import effects, forest, group_gains, scaling_law
-from mednext_v2.scoring.features import feature_statistics, network_features
 from mednext_v2.core import root
 from mednext_v2.network.scaling import create_model
+from mednext_v2.report.analysis import effects, forest, group_gains, scaling_law
+from mednext_v2.scoring.features import feature_statistics, network_features
+from table_toys import toy_ablations, toy_models, toy_scores, write_tables
 
 matplotlib.use("Agg")
 HERE = root(__file__)

@@ -1,14 +1,18 @@
 "Patches: pure in seed and step, placed where they should be, image and label together, read box by box"
 
-import subprocess
-import sys
 import os
 import pickle
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from monai.data.meta_obj import get_track_meta
+from monai.transforms import Compose
+from scipy import ndimage
+
 from mednext_v2.data.augment import (
     AUGMENTATIONS,
     NNUNET_TURN,
@@ -30,9 +34,6 @@ from mednext_v2.data.augment import (
     vary,
     voxels_by_class,
 )
-from monai.data.meta_obj import get_track_meta
-from monai.transforms import Compose
-from scipy import ndimage
 from training_toys import readers, toy_cases
 
 
@@ -696,10 +697,11 @@ def test_nothing_is_invented_inside_of_a_scan(augment):
             return (-9.0,)
 
         def foreground(self, case):
-            return {1: np.array([place])}
+            return {1: np.array([self.middle])}
 
-    for place, clean in (((48, 48, 48), True), ((0, 48, 95), False)):
+    for middle, clean in (((48, 48, 48), True), ((0, 48, 95), False)):
         cases = Cases(ones, {"a": np.ones((96, 96, 96), np.uint8)}, {"train": ("a",)})
+        cases.middle = middle
         source = PatchSampler(cases, "train", (20, 20, 20), 1, 1.0, "none")
         source.transforms = Compose(augmentation(augment, (20, 20, 20)).transforms[:1])
         outside = [source.batch(step) for step in range(30)]

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from monai.networks.nets import DynUNet
+
 from mednext_v2.models import registry
-from mednext_v2.models.transfer import transfer
+from mednext_v2.models.card import Card, save_model
 from mednext_v2.models.registry import (
     BACKBONES,
     PlainUNet,
@@ -22,12 +24,11 @@ from mednext_v2.models.registry import (
     parts,
     topology,
 )
+from mednext_v2.models.transfer import transfer
+from mednext_v2.network.scaling import PRESETS, count_parameters
 from mednext_v2.training.losses import deep_supervision_loss
 from mednext_v2.training.recipe import get_recipe
-from mednext_v2.network.scaling import PRESETS, count_parameters
 from mednext_v2.training.trainer import check_run
-from mednext_v2.models.card import Card, save_model
-from monai.networks.nets import DynUNet
 
 # timm imports torchvision, whose compiled operators do not load beside a torch built for the CPU alone.
 # Primus uses none of them: declared, they let the Python part of torchvision import.

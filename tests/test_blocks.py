@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from monai.networks.blocks import mednext_block as monai_blocks
+
 from mednext_v2.network.blocks import DownBlock, MedNeXtBlock, OutBlock, UpBlock
 from mednext_v2.network.fused import use_fused
-from monai.networks.blocks import mednext_block as monai_blocks
 
 PAIRS = {
     MedNeXtBlock: (monai_blocks.MedNeXtBlock, 4),

@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+
+from mednext_v2.core import root
 from mednext_v2.report.analysis import effects, group_gains, power_law, scaling_law
 from mednext_v2.report.claims import CLAIMS, LEAST, MARGIN, VERDICTS, Evidence, ledger, ledger_shown, verdict
-from mednext_v2.core import root
 from mednext_v2.report.power import differences, spread
 from mednext_v2.report.tables import published, read_table, select_rows
 

@@ -12,12 +12,13 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+
 from mednext_v2.core import build, params, read_yaml
 from mednext_v2.public import stub
 from mednext_v2.rooms import ROOMS, all_imported, chapters, floor_plan, graph, imported, room_of
+from mednext_v2.stages import compose_params, notebook_parameters, profiles, readme
 from mednext_v2.study.plan import Plan
 from mednext_v2.training.checkpoint import STEP_MODULES, TRAINING_ROOMS, code_digest
-from mednext_v2.stages import compose_params, notebook_parameters, profiles, readme
 
 ROOT = Path(__file__).parents[1]
 THIN = sorted([*(ROOT / "nbs/pipeline").glob("*.ipynb"), *(ROOT / "nbs/paper").glob("*.ipynb")])
@@ -102,6 +103,18 @@ def test_the_plan_in_the_readme_is_the_one_of_the_code():
     assert {room_of(module) for module in graph()} == set(ROOMS) and all(chapters().values())
 
 
+def test_the_linter_finds_nothing():
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", "mednext_v2", "tests", "benchmarks"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}\nin mednext_v2/ it is the notebook that wants mending"
+
+
+@pytest.mark.parametrize("path", ["Makefile", "conf/config.yaml"])
+def test_where_profiles_are_listed_none_is_missing(path):
+    listed = re.search(r"PROFILE=(?=\w+[ |(])(.+?)(?:  |\n)", (ROOT / path).read_text(encoding="utf-8"))[1]
+    assert set(re.findall(r"\w+", listed.replace("(default)", ""))) == set(profiles())
+
+
 def test_package_version_comes_from_settings():
     settings = configparser.ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini")
@@ -119,9 +132,10 @@ def test_params_are_the_composed_mini_profile(tmp_path):
 
 @pytest.mark.parametrize("profile", profiles())
 def test_every_profile_builds_its_dataclasses(profile, tmp_path):
+    import torch
+
     from mednext_v2.models.registry import create
     from mednext_v2.training.recipe import Recipe
-    import torch
 
     path = compose_params(profile, tmp_path / "params.yaml")
     values = read_yaml(path)

@@ -17,6 +17,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+
 from data_toys_convert import (
     CADS_SIZES,
     SHAPE,
@@ -30,11 +31,10 @@ from data_toys_convert import (
     put_slices,
 )
 from data_toys_dicom import turned_affine
-
-from mednext_v2.intake.convert import CONVERTERS, convert, merge_parts, options_of, table_of
 from mednext_v2.core import ItemsFailed
-from mednext_v2.data.scans import Volume
 from mednext_v2.data.datasets import get_task, list_cases, load_tasks, raw_task, read_case
+from mednext_v2.data.scans import Volume
+from mednext_v2.intake.convert import CONVERTERS, convert, merge_parts, options_of, table_of
 
 NAMES = list(WRITERS)
 get_task = functools.cache(get_task)
@@ -456,7 +456,7 @@ OVERLAPS = [
 def test_finer_structures_lie_on_top(tmp_path):
     parts = {group: np.zeros(SHAPE, np.uint8) for group in CADS_SIZES}
     labels = get_task("cads").labels
-    for row, (lower, upper, name) in enumerate(OVERLAPS):
+    for row, (lower, upper, _) in enumerate(OVERLAPS):
         place = (row % 6, row // 6, 0)
         for group, value in (lower, upper):
             parts[group][place] = value

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from mednext_v2 import core
 from mednext_v2.core import Kind, atomic_file, locked, remove_left
 

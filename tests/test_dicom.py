@@ -4,6 +4,9 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
+from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
+from skimage.draw import polygon2mask
+
 from data_toys_dicom import CT_IMAGE, FLIP, series_headers, turned_affine, write_ct_series, write_rtstruct
 from mednext_v2.intake.dicom import (
     StructureSet,
@@ -16,8 +19,6 @@ from mednext_v2.intake.dicom import (
     read_series,
     structure_names,
 )
-from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
-from skimage.draw import polygon2mask
 
 SHAPE, SPACING, ORIGIN = (32, 24, 10), (1.0, 1.5, 3.0), (12.5, -40.25, 700.0)
 GRIDS = {

@@ -12,12 +12,13 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+
 from data_toys import DEMO
-from mednext_v2.intake import check as module
 from mednext_v2.core import sha256
-from mednext_v2.intake.check import COLUMNS, FAULTS, doctor, fix, measure
-from mednext_v2.data.scans import FILE_FAULTS, BadFile, inspect_header, read_label, read_scan
 from mednext_v2.data.datasets import Case, raw_task, read_case
+from mednext_v2.data.scans import FILE_FAULTS, BadFile, inspect_header, read_label, read_scan
+from mednext_v2.intake import check as module
+from mednext_v2.intake.check import COLUMNS, FAULTS, doctor, fix, measure
 
 AFFINE = np.array([[2.0, 0, 0, -20], [0, 3, 0, -30], [0, 0, 4, -40], [0, 0, 0, 1]])
 SHAPE = (24, 20, 16)

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from mednext_v2.training.recipe import get_recipe
 from torch import nn
+
+from mednext_v2.training.recipe import get_recipe
 
 
 @pytest.fixture
@@ -94,7 +95,8 @@ class Toy:
 torch.set_num_threads(1)
 model = create("mednext_v2_tiny", 1, 2, True)
 folder = pathlib.Path(sys.argv[1])
-history = fit(get_recipe("smoke", steps=2, checkpoint_every=1), model, Toy(), folder / "run", resources=Resources("cpu"), display=Display(progress=False, log_every=1))
+recipe, quiet = get_recipe("smoke", steps=2, checkpoint_every=1), Display(progress=False, log_every=1)
+history = fit(recipe, model, Toy(), folder / "run", resources=Resources("cpu"), display=quiet)
 assert len(history) == 2 and history.loss.notna().all(), history
 assert (folder / "run" / "last.pt").is_file()
 scores = sliding_window(model.eval(), torch.randn(1, 40, 33, 32), (32, 32, 32))
@@ -121,7 +123,8 @@ import torch
 from mednext_v2.data.augment import patch_loader
 
 NAMES = ("accelerate dvc seaborn SimpleITK IPython mlflow tensorboard transformers nnunetv2 mednext_v2.training.trainer mednext_v2.models.registry "
-         "mednext_v2.network.mednext mednext_v2.inference.predictor mednext_v2.study.runs mednext_v2.training.launch mednext_v2.training.run mednext_v2.cli").split()
+         "mednext_v2.network.mednext mednext_v2.inference.predictor mednext_v2.study.runs mednext_v2.training.launch mednext_v2.training.run "
+         "mednext_v2.cli").split()
 
 class Listing:
     "Which of the names the process that makes a batch has imported"

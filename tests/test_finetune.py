@@ -13,14 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mednext_v2 import cli
-from mednext_v2.training import launch
-from mednext_v2 import finetuning
-from mednext_v2.finetuning import finetune
+
+from mednext_v2 import cli, finetuning
 from mednext_v2.core import Resources
 from mednext_v2.data.preprocess import Prepared
 from mednext_v2.data.scans import write_volume
+from mednext_v2.finetuning import finetune
 from mednext_v2.models.card import read_card, read_state
+from mednext_v2.training import launch
 from test_importers import DNA, dna, nnunet_folder
 from test_training_sets import BELLY, CHEST, scan, write_raw
 

@@ -6,11 +6,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.multiprocessing as mp
-from mednext_v2.network.blocks import DownBlock, MedNeXtBlock, UpBlock
+from torch import nn
+
 from mednext_v2.network import fused
+from mednext_v2.network.blocks import DownBlock, MedNeXtBlock, UpBlock
 from mednext_v2.network.fused import can_fuse, pointwise, use_fused
 from mednext_v2.network.mednext import Arch, MedNeXt
-from torch import nn
 
 ARCH = {"width": 4, "depths": (1, 1, 1), "ratios": (2, 3, 2)}
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mednext_v2.network.grn import GRN3d, convert_grn, global_response_norm, response
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mednext_v2 import cli
-from mednext_v2 import stages
-from mednext_v2.models.registry import create, load_model
+
+from mednext_v2 import cli, stages
 from mednext_v2.core import MOST_LEVELS, read_csv, read_json, read_yaml, root, write_csv
 from mednext_v2.models.card import MOST_CARD, Card, read_card, save_model
+from mednext_v2.models.registry import create, load_model
 
 LAUGHS = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghijk", "bcdefghijkl")

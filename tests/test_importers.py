@@ -16,9 +16,16 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mednext_v2.zoo import importers
+from monai.networks.nets import MedNeXt as MonaiMedNeXt
+from monai.networks.nets import SegResNet, SwinUNETR
+from safetensors.torch import save_file
+from torch import nn
+
+from mednext_v2.models.card import Card, save_model
 from mednext_v2.models.registry import BACKBONES, Backbone, create, load_model
 from mednext_v2.network.fused import use_fused
+from mednext_v2.network.scaling import create_model
+from mednext_v2.zoo import importers
 from mednext_v2.zoo.importers import (
     MAPS,
     describe,
@@ -39,12 +46,6 @@ from mednext_v2.zoo.importers import (
     turned,
     unet_arch,
 )
-from mednext_v2.network.scaling import create_model
-from mednext_v2.models.card import Card, save_model
-from monai.networks.nets import MedNeXt as MonaiMedNeXt
-from monai.networks.nets import SegResNet, SwinUNETR
-from safetensors.torch import save_file
-from torch import nn
 
 IMAGE = torch.randn(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(1))
 

@@ -15,6 +15,7 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 from mednext_v2.core import find_device
+from mednext_v2.data.scans import read_scan
 from mednext_v2.inference import predictor
 from mednext_v2.inference.predictor import (
     Budget,
@@ -28,8 +29,6 @@ from mednext_v2.inference.predictor import (
     resample_logits,
     sliding_window,
 )
-
-from mednext_v2.data.scans import read_scan
 
 torch.set_num_threads(1)
 
@@ -327,8 +326,8 @@ def test_read_scan_refuses_broken_files(tmp_path):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    from mednext_v2.models.registry import create
     from mednext_v2.models.card import Card, save_model
+    from mednext_v2.models.registry import create
 
     torch.manual_seed(0)
     overrides = dict(filters=(4, 8, 8))
@@ -377,11 +376,11 @@ def test_predict_reads_the_scan_before_the_model(tmp_path):
 
 
 def test_predict_on_the_file_equals_predict_on_the_prepared_case(tmp_path):
-    from mednext_v2.models.registry import create
-    from mednext_v2.data.preprocess import Prepared, prepare
-    from mednext_v2.study.seeds import build_task
     from mednext_v2.data.datasets import get_task
+    from mednext_v2.data.preprocess import Prepared, prepare
     from mednext_v2.models.card import Card, save_model
+    from mednext_v2.models.registry import create
+    from mednext_v2.study.seeds import build_task
 
     task = get_task("abdomen_ct")
     build_task(task.name, None, tmp_path / "raw", (1, 1, 1))
@@ -659,7 +658,8 @@ def test_arrays_and_iterators(model_folder):
     assert not isinstance(found, list)
     for labels in found:
         np.testing.assert_array_equal(labels.get_fdata(), expected)
-    for wrong, message in [(values, "is a ndarray: give"), ((values, (1, 1)), "three positive sizes"), ((values, (1, 1, 0)), "three positive"), ([], "at least one")]:
+    refused = [(values, "is a ndarray: give"), ((values, (1, 1)), "three positive sizes"), ((values, (1, 1, 0)), "three positive"), ([], "at least one")]
+    for wrong, message in refused:
         with pytest.raises(ValueError, match=message):
             predict(model_folder, wrong, device="cpu")
 

@@ -1,6 +1,7 @@
 """GPU kernels give what the formula gives
 
-On a machine without a GPU they run in Triton's interpreter, in `float32`. It must be chosen before Triton is imported, so blocks are computed in a process of their own.
+On a machine without a GPU they run in Triton's interpreter, in `float32`. It must be chosen before Triton is imported, so blocks are computed in a process of
+their own.
 """
 
 import json
@@ -12,8 +13,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from mednext_v2.network import fused
-from mednext_v2.network import kernels
+
+from mednext_v2.network import fused, kernels
 from mednext_v2.network.blocks import DownBlock, MedNeXtBlock, UpBlock
 from mednext_v2.network.fused import use_fused
 from mednext_v2.network.scaling import PRESETS, estimate

@@ -19,18 +19,17 @@ import psutil
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
+
 from kill_toys import Meet, New, Nth, ended, start, tree
-from mednext_v2 import cli
-from mednext_v2 import core
-from mednext_v2.training import launch
-from mednext_v2.models.registry import create
-from mednext_v2.training.checkpoint import identity
-from mednext_v2.core import Resources, NEW, TRACES, Kind, atomic_files, atomic_folder, check_output, held
+from mednext_v2 import cli, core
+from mednext_v2.core import NEW, TRACES, Kind, Resources, atomic_files, atomic_folder, check_output, held
 from mednext_v2.data.preprocess import Prepared, remove_others
 from mednext_v2.data.scans import write_volume
-from mednext_v2.training import trainer
-from mednext_v2.training.trainer import Display, training_sampler
 from mednext_v2.models.card import MODEL_FOLDER, Card, save_model
+from mednext_v2.models.registry import create
+from mednext_v2.training import launch, trainer
+from mednext_v2.training.checkpoint import identity
+from mednext_v2.training.trainer import Display, training_sampler
 from test_hostile import CARD
 from test_training_sets import CHEST, write_raw
 from training_toys import fit, toy_cases, toy_model, toy_recipe, toy_run

@@ -9,11 +9,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+
 from mednext_v2 import core
-from mednext_v2.inference import predictor
-from mednext_v2.inference import files
 from mednext_v2.core import ItemsFailed
-from mednext_v2.inference.predictor import Options, predict
+from mednext_v2.data.scans import BadFile
+from mednext_v2.inference import files, predictor
 from mednext_v2.inference.files import (
     colour,
     itksnap_table,
@@ -24,7 +24,7 @@ from mednext_v2.inference.files import (
     read_names,
     slicer_table,
 )
-from mednext_v2.data.scans import BadFile
+from mednext_v2.inference.predictor import Options, predict
 from mednext_v2.models.card import Card, read_card, save_model
 
 torch.set_num_threads(1)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from mednext_v2.training import launch as module
 from mednext_v2.training.launch import HUNG, SAVED, Forecast, RunEnded, Step, check_memory, heartbeat, launch, read_spec
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
 from mednext_v2.training.losses import (
     check_labels,
     deep_supervision_loss,
@@ -71,7 +72,7 @@ def test_present_only_per_sample_ignores_the_other_sample():
 def test_gradients(present_only):
     logits, label = draw(classes=3, size=2, dtype=torch.float64)
     label %= 2
-    function = lambda x: dice_ce(x, label, present_only=present_only)  # noqa: E731
+    function = lambda x: dice_ce(x, label, present_only=present_only)
     assert torch.autograd.gradcheck(function, logits.requires_grad_())
 
 
@@ -367,7 +368,7 @@ def test_equals_monai_regions(batch_dice, smooth):
     # The first channel of MONAI's counts only if its "background" is included: there is none among regions
     target = torch.cat([label >= 1, label >= 2, label >= 3], 1).double()
     dice = DiceLoss(sigmoid=True, **options)
-    oracle = lambda x: dice(x, target) + torch.nn.BCEWithLogitsLoss()(x, target)  # noqa: E731
+    oracle = lambda x: dice(x, target) + torch.nn.BCEWithLogitsLoss()(x, target)
     ours = loss_and_gradient(dice_ce, logits[:, 1:], label, smooth, batch_dice, regions=REGIONS)
     torch.testing.assert_close(ours, loss_and_gradient(oracle, logits[:, 1:]), rtol=0, atol=1e-10)
     excluded = DiceLoss(sigmoid=True, **options | {"include_background": False})(logits[:, 1:], target)

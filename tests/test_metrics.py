@@ -10,6 +10,8 @@ import torch
 from scipy import ndimage
 
 from mednext_v2.core import ItemsFailed
+from mednext_v2.data.datasets import Task, write_dataset
+from mednext_v2.data.scans import write_volume
 from mednext_v2.evaluation.metrics import (
     CONVENTIONS,
     conventions,
@@ -23,8 +25,6 @@ from mednext_v2.evaluation.metrics import (
     surface_dice,
     surface_distances,
 )
-from mednext_v2.data.datasets import Task, write_dataset
-from mednext_v2.data.scans import write_volume
 
 SPACINGS = [(1.0, 1.0, 1.0), (0.7, 0.9, 3.1), (0.3, 0.3, 5.0)]
 TOLERANCES = [0.0, 1.0, 1.234, 3.456]
@@ -331,7 +331,10 @@ def label_maps(seed: int, classes: int = 4, shape=(16, 14, 12)) -> tuple[np.ndar
     return (smooth + 0.7 * smooth[::-1]).argmax(0).astype(np.uint8), truth
 
 
-def write_pairs(folder, pairs: dict, affine=np.diag([1.0, 1.5, 2.0, 1.0])) -> None:
+AFFINE = np.diag([1.0, 1.5, 2.0, 1.0])
+
+
+def write_pairs(folder, pairs: dict, affine=AFFINE) -> None:
     for case, maps in pairs.items():
         for name, labels in zip(("predictions", "truths"), maps):
             if labels is not None:
@@ -472,7 +475,7 @@ def test_evaluate_scores_as_score_case_in_any_orientation(tmp_path):
 
 
 def test_evaluate_names_what_it_cannot_score_and_scores_the_rest(tmp_path):
-    good, other = label_maps(0), label_maps(1)
+    good = label_maps(0)
     pairs = {"good": good, "no-truth": (good[0], None), "no-prediction": (None, good[1])}
     pairs |= {"shape": (good[0][1:], good[1]), "value": (np.full_like(good[0], 9), good[1]), "broken": good}
     write_pairs(tmp_path, pairs)

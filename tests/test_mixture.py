@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
 from mednext_v2.data.augment import ArrayCases, PatchSampler, patch_loader
-from mednext_v2.intake.convert import CADS_GROUPS
-from mednext_v2.training.losses import deep_supervision_loss
+from mednext_v2.data.datasets import Task, get_task, read_annotated
 from mednext_v2.data.mixture import (
     MixtureSampler,
     allot,
@@ -25,8 +25,8 @@ from mednext_v2.data.mixture import (
     union_labels,
     whole_shares,
 )
-from mednext_v2.data.datasets import read_annotated
-from mednext_v2.data.datasets import Task, get_task
+from mednext_v2.intake.convert import CADS_GROUPS
+from mednext_v2.training.losses import deep_supervision_loss
 from training_toys import readers
 
 
@@ -630,8 +630,8 @@ def test_own_heads_hold_in_half_precision_and_for_partial_cases():
 
 def test_a_failed_step_with_own_heads_replays_with_its_own_loss(tmp_path):
     from mednext_v2.models.registry import create
-    from mednext_v2.training.replay import read_bundle, replay, write_bundle
     from mednext_v2.training.recipe import get_recipe
+    from mednext_v2.training.replay import read_bundle, replay, write_bundle
     from mednext_v2.training.trainer import loss_options
 
     sampler = mixture(labels=OWN, patch=(16, 16, 16))

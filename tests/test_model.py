@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+
 from mednext_v2.network.mednext import Arch, MedNeXt, check_input, pad_to_stride
 
 TINY = Arch(width=4, depths=(1, 2, 1, 1, 2), ratios=(2, 3, 2, 4, 2))

@@ -22,9 +22,9 @@ import pytest
 from scipy import ndimage
 
 from mednext_v2.core import root, write_json
+from mednext_v2.data.datasets import Task, list_cases, read_case, write_dataset
 from mednext_v2.data.preprocess import Prepared, prepare
 from mednext_v2.study.seeds import read_seed, seeds_folder, verify_seeds
-from mednext_v2.data.datasets import Task, list_cases, read_case, write_dataset
 
 pytestmark = pytest.mark.skipif(find_spec("nnunetv2") is None, reason="nnunetv2 is not installed")
 sys.path.insert(0, str(root() / "benchmarks"))

@@ -115,9 +115,18 @@ def nnunet_labels(theirs, values: np.ndarray, spacing: tuple) -> np.ndarray:
 
 def margins(model, image, found: np.ndarray, other: np.ndarray, tta: bool) -> np.ndarray:
     "By how much our logits prefer our label to the other, where the two differ; of regions, how far the nearest is from 0"
-    from mednext_v2.inference.predictor import Options, load_members, network_input, prepare_volume, pass_windows, lay_windows
-    from mednext_v2.inference.predictor import averaged, evaluating, resample_logits
     from mednext_v2.data.preprocess import coarse_axis
+    from mednext_v2.inference.predictor import (
+        Options,
+        averaged,
+        evaluating,
+        lay_windows,
+        load_members,
+        network_input,
+        pass_windows,
+        prepare_volume,
+        resample_logits,
+    )
 
     member = load_members(model, Options(device="cpu", tta=tta))[0]
     volume = network_input([image])

@@ -15,10 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-import mednext_v2
 import psutil
 import pytest
 import torch
+
+import mednext_v2
 from mednext_v2.data.augment import PatchSampler
 from mednext_v2.network.scaling import create_model
 from mednext_v2.training.trainer import PatchValidation, patch_validation

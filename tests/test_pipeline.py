@@ -10,17 +10,18 @@ import nibabel
 import numpy as np
 import pandas as pd
 import pytest
+
 from mednext_v2.core import ItemsFailed, params, read_yaml
-from mednext_v2.training.run import fit_patch
-from mednext_v2.scoring.evaluate import SCORE_COLUMNS, evaluate_runs
-from mednext_v2.study.runs import Run, run_key, train_runs
-from mednext_v2.report.collect import collect
-from mednext_v2.stages import check_plan, compose_params, profiles, run_notebook, run_stage
-from mednext_v2.data.preprocess import prepare_all
-from mednext_v2.study.plan import read_plan
-from mednext_v2.study.seeds import build_task
 from mednext_v2.data.datasets import get_task
+from mednext_v2.data.preprocess import prepare_all
+from mednext_v2.report.collect import collect
+from mednext_v2.scoring.evaluate import SCORE_COLUMNS, evaluate_runs
+from mednext_v2.stages import check_plan, compose_params, profiles, run_notebook, run_stage
+from mednext_v2.study.plan import read_plan
+from mednext_v2.study.runs import Run, run_key, train_runs
+from mednext_v2.study.seeds import build_task
 from mednext_v2.training.recipe import Recipe
+from mednext_v2.training.run import fit_patch
 
 ROOT = Path(__file__).parents[1]
 RECIPE = Recipe(steps=3, batch=1, patch=(32, 32, 32), lr=1e-2, warmup=1, augment="light", checkpoint_every=2)
@@ -235,12 +236,12 @@ def between_grids(source: Path, folder: Path) -> Path:
 def test_pipeline_scores_as_predict_and_evaluate_and_finetune_do_on_the_scans_own_grid(raw, workplace):
     from mednext_v2 import cli
     from mednext_v2.core import Resources
+    from mednext_v2.data.datasets import list_cases
+    from mednext_v2.data.preprocess import Prepared
     from mednext_v2.finetuning import Plan as Tuning
     from mednext_v2.finetuning import score_model
-    from mednext_v2.models.transfer import Start
-    from mednext_v2.data.preprocess import Prepared
-    from mednext_v2.data.datasets import list_cases
     from mednext_v2.models.card import read_card
+    from mednext_v2.models.transfer import Start
 
     task = get_task("brain_lesion_mr")
     own = between_grids(raw / task.folder, workplace / "raw" / task.folder)
@@ -274,8 +275,8 @@ def test_pipeline_scores_as_predict_and_evaluate_and_finetune_do_on_the_scans_ow
 
 
 def test_raw_case_that_is_gone_is_named(raw, prepared, workplace):
-    from mednext_v2.scoring.evaluate import raw_cases
     from mednext_v2.data.preprocess import Prepared
+    from mednext_v2.scoring.evaluate import raw_cases
 
     data, task = Prepared(prepared / "brain_lesion_mr"), get_task("brain_lesion_mr")
     assert [case.id for case in raw_cases(data, raw, "test")] == data.ids("test")
@@ -345,9 +346,9 @@ def test_folds_are_those_of_tasks_that_are_dealt(project):
 def test_data_that_are_dealt_keep_all_folds_and_with_test_cases_of_their_own_none(raw, tmp_path):
     import dataclasses
 
+    from mednext_v2.data.datasets import count_folds, read_splits
     from mednext_v2.data.preprocess import FOLDS, prepare
     from mednext_v2.data.scans import write_volume
-    from mednext_v2.data.datasets import count_folds, read_splits
 
     task = dataclasses.replace(get_task("corpus_ct"), split="fivefold", role="pretrain")
     folder = shutil.copytree(raw / task.folder, tmp_path / "raw" / task.folder)
@@ -365,10 +366,9 @@ def test_data_that_are_dealt_keep_all_folds_and_with_test_cases_of_their_own_non
 
 
 def test_a_released_model_is_tuned_and_scored_like_ours(raw, prepared, workplace, monkeypatch):
-    from mednext_v2.study import runs
-    from mednext_v2.study.runs import Plan
-    from mednext_v2.scoring.released import run_released
     from mednext_v2.models.card import read_card
+    from mednext_v2.scoring.released import run_released
+    from mednext_v2.study.runs import Plan
     from mednext_v2.zoo.catalogue import RECEIPT
 
     name, compute = "suprem_unet", dict(device="cpu", workers=1, threads=1, processes=1, parallel="ddp", readers=0)
@@ -446,8 +446,9 @@ history.to_csv("seen.csv", index=False)
 
 def training_notebook(folder: Path, prepared: Path, recipe: Recipe) -> Path:
     "A stage that trains in as many processes as its parameter says"
-    import nbformat
     from dataclasses import asdict
+
+    import nbformat
 
     notebook = nbformat.v4.new_notebook(
         metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}

@@ -11,10 +11,11 @@ import joblib
 import nibabel
 import numpy as np
 import pytest
-from data_toys import DEMO
 from scipy import ndimage
 
+from data_toys import DEMO
 from mednext_v2.core import ItemsFailed, build, root
+from mednext_v2.data.datasets import Scan, get_task, list_cases, read_case
 from mednext_v2.data.preprocess import (
     PREPARATION,
     SCHEMES,
@@ -31,9 +32,8 @@ from mednext_v2.data.preprocess import (
     spread,
     target_shape,
 )
-from mednext_v2.study.seeds import build_task
-from mednext_v2.data.datasets import Scan, get_task, list_cases, read_case
 from mednext_v2.data.scans import write_volume
+from mednext_v2.study.seeds import build_task
 
 AFFINE = np.diag([2.0, 3.0, 4.0, 1.0])
 GOLDEN = [-3.43508, 10.287038, 2.189345, -10.527577, 0.567898, -5.582685]

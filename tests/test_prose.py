@@ -7,13 +7,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+
+from mednext_v2.data.datasets import get_task
 from mednext_v2.models.registry import BACKBONES
+from mednext_v2.network.scaling import count_parameters, create_model
 from mednext_v2.report.claims import CLAIMS, ledger_markdown
 from mednext_v2.report.forecast import settings
-from mednext_v2.report.tables import published
-from mednext_v2.network.scaling import count_parameters, create_model
 from mednext_v2.report.speed import block_costs, read_benchmark
-from mednext_v2.data.datasets import get_task
+from mednext_v2.report.tables import published
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
 from mednext_v2 import cli
-from mednext_v2.models.registry import create
 from mednext_v2.core import read_csv, write_csv
+from mednext_v2.data.datasets import get_task, read_annotated, write_dataset
 from mednext_v2.data.preprocess import Prepared
 from mednext_v2.data.scans import read_label, read_scan, write_volume
-from mednext_v2.data.datasets import get_task, read_annotated, write_dataset
 from mednext_v2.models.card import Card, save_model
+from mednext_v2.models.registry import create
 from test_training_sets import CHEST, SMALL, write_raw
 
 SimpleITK = pytest.importorskip("SimpleITK")
@@ -232,8 +233,11 @@ def smaller(path):
     nibabel.save(nibabel.Nifti1Image(voxels[:-1], affine), path)
 
 
-ANY = [colour, complex_numbers, four_axes, flat, cut, cut_inside, empty, web_page, other_format, broken_link, folder, huge, singular, not_a_number]
-FAULTS = [("image", fault) for fault in (*ANY, too_large, offset)] + [("label", fault) for fault in (*ANY, fraction, negative, unknown_value, shifted, turned, smaller)]
+ANY = [
+    colour, complex_numbers, four_axes, flat, cut, cut_inside, empty, web_page, other_format, broken_link, folder, huge, singular, not_a_number,
+]
+OF_LABELS = [*ANY, fraction, negative, unknown_value, shifted, turned, smaller]
+FAULTS = [("image", fault) for fault in (*ANY, too_large, offset)] + [("label", fault) for fault in OF_LABELS]
 
 
 def concerns(command: str, part: str, fault) -> bool:
@@ -517,7 +521,8 @@ def test_a_file_that_is_no_table_of_findings_stays(desk):
 def test_two_label_maps_of_one_name_do_not_share_a_report(desk):
     predict(desk)
     with pytest.raises(SystemExit, match="map.json is the report of map.nii.gz"):
-        cli.main(["predict", "-m", str(desk.model), "-i", str(desk.raw / "imagesTr/chest_2_0000.nii.gz"), "-o", str(desk.folder / "map.nii"), "--device", "cpu"])
+        scan, out = desk.raw / "imagesTr/chest_2_0000.nii.gz", desk.folder / "map.nii"
+        cli.main(["predict", "-m", str(desk.model), "-i", str(scan), "-o", str(out), "--device", "cpu"])
     predict(desk)
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mednext_v2.report import tables
 from mednext_v2.core import root
+from mednext_v2.data.datasets import Task
+from mednext_v2.evaluation.statistics import bootstrap_interval, declared_mean
+from mednext_v2.report import tables
 from mednext_v2.report.tables import (
     caption,
     gains,
@@ -23,8 +25,6 @@ from mednext_v2.report.tables import (
     score_text,
     summary,
 )
-from mednext_v2.evaluation.statistics import bootstrap_interval, declared_mean
-from mednext_v2.data.datasets import Task
 
 matplotlib.use("Agg")
 
@@ -609,7 +609,7 @@ def test_latex_compiles_and_stays_on_the_page(tmp_path):
     for name, table in {"wide": shown, "words": words}.items():
         save_table(table, tmp_path, name, "A caption with 95 % – and _more_", table)
         (tmp_path / f"{name}_page.tex").write_text(
-            "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\\input{%s.tex}\\end{document}" % name
+            "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}" f"\\input{{{name}.tex}}" "\\end{document}"
         )
         command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", f"{name}_page.tex"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from mednext_v2.network.fused import use_fused
 from mednext_v2.network.mednext import Arch, MedNeXt
 from mednext_v2.network.scaling import (
-    Meter,
     PRESETS,
+    Meter,
     count_flops,
     count_parameters,
     create_model,

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mednext_v2.inference.predictor import network_input
-from mednext_v2.evaluation.metrics import score_files
 from mednext_v2.data.scans import BadFile, list_scans, list_volumes, read_header, read_label, read_scan, same_grid, write_volume
+from mednext_v2.evaluation.metrics import score_files
+from mednext_v2.inference.predictor import network_input
 
 SimpleITK = pytest.importorskip("SimpleITK")
 SimpleITK.ProcessObject_SetGlobalWarningDisplay(False)
@@ -53,7 +53,10 @@ def agree(one: tuple, other: tuple) -> bool:
 
 numbers = st.sampled_from([0.0, 1.0, -1.0, 2.0, 2.5, 1e-3, 1e3, 1e-8, 1e8, float("nan"), float("inf")])
 edits = st.dictionaries(
-    st.sampled_from(["xyzt_units", "sform_code", "qform_code", "scl_slope", "scl_inter", "quatern_b", "quatern_d", "qoffset_x", "pixdim", "srow_x", "srow_y", "datatype", "dim", "magic", "vox_offset", "qfac"]),
+    st.sampled_from([
+        "xyzt_units", "sform_code", "qform_code", "scl_slope", "scl_inter", "quatern_b", "quatern_d", "qoffset_x", "pixdim", "srow_x",
+        "srow_y", "datatype", "dim", "magic", "vox_offset", "qfac",
+    ]),
     st.tuples(numbers, st.integers(0, 7), st.integers(0, 4)), max_size=4,
 )
 

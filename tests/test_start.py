@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
 from mednext_v2 import cli
 from mednext_v2.data.preprocess import prepare
 from mednext_v2.models.card import read_card, read_state

@@ -179,7 +179,7 @@ def test_compare_equals_scipy_over_cases():
     scores = make_scores(cases=15, share_nan=0.2, seeds=(0, 1))
     found = compare(scores, {"backbone": "one"}, {"backbone": "two"})
     differences, tasks = [], {}
-    for (task, case), part in scores.groupby(["task", "case"]):
+    for (task, _), part in scores.groupby(["task", "case"]):
         rows = part.groupby(["backbone", "label"]).dsc.mean().unstack(0).dropna()
         if len(rows):
             differences.append((rows.one - rows.two).mean())
@@ -214,7 +214,7 @@ def test_equal_methods_do_not_differ():
 
 def test_wilcoxon_raises_as_many_false_alarms_as_it_says():
     generator, alarms, trials = np.random.default_rng(0), 0, 100
-    for trial in range(trials):
+    for _ in range(trials):
         sides = [one_task(generator.normal(size=20), backbone=name) for name in ("one", "two")]
         pairs = paired(pd.concat(sides), {"backbone": "one"}, {"backbone": "two"})
         alarms += scipy.stats.wilcoxon(pairs.a - pairs.b).pvalue < 0.05

@@ -13,8 +13,9 @@ import time
 
 import numpy as np
 import pytest
-from mednext_v2.data import storage
+
 from mednext_v2.core import sha256
+from mednext_v2.data import storage
 from mednext_v2.data.storage import exists, join, open_array, read_bytes, write_array, write_bytes
 
 KINDS = ["float16", "float32", "float64", "uint8", "int16", "int32", "uint16", "bool", ">f4", ">i2"]
@@ -265,9 +266,8 @@ class Patches:
 
 
 def test_workers_read_what_their_parent_has_read_before(tmp_path):
-    from torch.utils.data import DataLoader
-
     import blosc2
+    from torch.utils.data import DataLoader
 
     array = random_array(np.random.default_rng(9), (1, 80, 70, 60), "float32")
     write_array(tmp_path / "a.b2nd", array)

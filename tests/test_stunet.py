@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from mednext_v2.network.scaling import count_flops, count_parameters
-from mednext_v2.models.stunet import SIZES, Enlarge, STUNet, check_volume, stunet
 from torch.nn import functional as F
+
+from mednext_v2.models.stunet import SIZES, Enlarge, STUNet, check_volume, stunet
+from mednext_v2.network.scaling import count_flops, count_parameters
 
 # README of uni-medical/STU-Net: millions of parameters, and tera multiply-adds at 128³
 PUBLISHED = {"small": (14.60, 0.13), "base": (58.26, 0.51), "large": (440.30, 3.81), "huge": (1457.33, 12.60)}

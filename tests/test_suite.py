@@ -11,6 +11,7 @@ import pytest
 from scipy import ndimage
 
 from mednext_v2.core import root, sha256
+from mednext_v2.data.datasets import list_cases, load_tasks, read_case
 from mednext_v2.study.seeds import (
     BRAIN_LESION,
     HEAD_BLEED,
@@ -32,7 +33,6 @@ from mednext_v2.study.seeds import (
     synthesise_mr,
     verify_seeds,
 )
-from mednext_v2.data.datasets import list_cases, load_tasks, read_case
 
 SEEDS = root() / "data" / "seeds"
 TASKS = {name: task for name, task in load_tasks().items() if task.source == "seeds"}

@@ -7,9 +7,8 @@ import shutil
 import nibabel
 import numpy as np
 import pytest
-from data_toys import DEMO
 
-from mednext_v2.data.scans import BadFile, present_values, read_scan, write_volume
+from data_toys import DEMO
 from mednext_v2.data.datasets import (
     Task,
     data_files,
@@ -23,6 +22,7 @@ from mednext_v2.data.datasets import (
     read_case,
     write_dataset,
 )
+from mednext_v2.data.scans import BadFile, present_values, read_scan, write_volume
 
 AFFINE = np.array([[2.0, 0, 0, -10], [0, 3.0, 0, 20], [0, 0, 4.0, 30], [0, 0, 0, 1]])
 IMAGE = np.random.default_rng(0).normal(0, 100, (6, 7, 8)).astype(np.float32)

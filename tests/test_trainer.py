@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from pathlib import Path
 
@@ -18,8 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mednext_v2.training import checkpoint
+
 from mednext_v2.models.registry import create
+from mednext_v2.training import checkpoint
 from mednext_v2.training.checkpoint import read_checkpoint, save_checkpoint, weights_digest
 from mednext_v2.training.losses import deep_supervision_loss
 from mednext_v2.training.recipe import RECIPES, Recipe, get_recipe, learning_rate, make_optimizer
@@ -512,7 +512,7 @@ def test_history_counts_every_step_once(tmp_path):
     recipe = toy_recipe(steps=10, validate_every=4)
     _, every = toy_run(tmp_path / "a", recipe, log_every=1)
     calls = []
-    validate = lambda model: calls.append(model.training) or 0.5  # noqa: E731
+    validate = lambda model: calls.append(model.training) or 0.5
     _, history = toy_run(tmp_path / "b", recipe, log_every=3, validate=validate)
     assert history.step.tolist() == [3, 4, 6, 8, 9, 10]
     assert history.val_dice.notna().tolist() == [False, True, False, True, False, True]

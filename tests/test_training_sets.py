@@ -11,28 +11,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
 from data_toys_convert import write_cads
 from mednext_v2 import cli
-from mednext_v2.training import run
-from mednext_v2.training import launch
-from mednext_v2.training import trainer
-from mednext_v2.models.transfer import class_channels
-from mednext_v2.models.registry import BACKBONES, create, load_model
-from mednext_v2.intake.convert import CADS_GROUPS, CADS_LEVELS, cads_annotated, convert
 from mednext_v2.core import ItemsFailed, write_csv
-from mednext_v2.intake.check import doctor, fix
-from mednext_v2.training.run import read_data, train_model
-from mednext_v2.inference.predictor import predict
+from mednext_v2.data.datasets import Task, get_task, partial_cases, write_dataset
 from mednext_v2.data.mixture import union_labels
 from mednext_v2.data.preprocess import Prepared, prepare
-from mednext_v2.training.recipe import Recipe, get_recipe
-from mednext_v2.network.scaling import estimate
-from mednext_v2.data.datasets import Task, get_task, partial_cases, write_dataset
 from mednext_v2.data.scans import write_volume
+from mednext_v2.inference.predictor import predict
+from mednext_v2.intake.check import doctor, fix
+from mednext_v2.intake.convert import CADS_GROUPS, CADS_LEVELS, cads_annotated, convert
+from mednext_v2.models.card import read_card, read_state
+from mednext_v2.models.registry import BACKBONES, create, load_model
+from mednext_v2.models.transfer import Start, class_channels
+from mednext_v2.network.scaling import estimate
+from mednext_v2.training import launch, run, trainer
+from mednext_v2.training.recipe import Recipe, get_recipe
+from mednext_v2.training.run import read_data, train_model
 from mednext_v2.training.trainer import patch_validation
 from training_toys import split
-from mednext_v2.models.transfer import Start
-from mednext_v2.models.card import read_card, read_state
 
 SMALL = {"filters": (4, 8, 8)}
 SETTINGS = dict(batch=4, patch=(16, 16, 16), lr=2e-2, warmup=1, foreground=0.5, augment="none", checkpoint_every=100)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from mednext_v2.models.registry import create
+
 from mednext_v2.models.card import (
     Card,
     LoadReport,
@@ -14,6 +14,7 @@ from mednext_v2.models.card import (
     read_state,
     save_model,
 )
+from mednext_v2.models.registry import create
 
 CARD = Card(
     backbone="mednext_v2_tiny",

@@ -18,15 +18,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from mednext_v2.zoo import catalogue
+
 from mednext_v2.core import registry_file
+from mednext_v2.models.licence import derived_licence, kind_of
+from mednext_v2.zoo import catalogue
 from mednext_v2.zoo.catalogue import (
     UNKNOWN,
     Limits,
     download,
     fetch,
     get_entry,
-    kind_of,
     licence_of,
     load_zoo,
     safe_parts,
@@ -34,7 +35,6 @@ from mednext_v2.zoo.catalogue import (
     verify,
     zoo_table,
 )
-from mednext_v2.models.licence import derived_licence
 
 BODY = random.Random(0).randbytes(700_001)
 

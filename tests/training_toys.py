@@ -5,11 +5,12 @@ import multiprocessing
 
 import numpy as np
 import torch
+
+from mednext_v2.core import Resources
 from mednext_v2.data.augment import ArrayCases
 from mednext_v2.models.registry import create
-from mednext_v2.training.recipe import Recipe
-from mednext_v2.core import Resources
 from mednext_v2.training import trainer
+from mednext_v2.training.recipe import Recipe
 from mednext_v2.training.trainer import Display, training_sampler
 
 

@@ -94,7 +94,7 @@ class ArrayCases:
         "One row a case: case, split, sha256 of image and label"
         rows = [(case, split) for split, cases in self.splits.items() for case in cases]
         arrays = [(self.images[case], self.labels[case]) for case, _ in rows]
-        digests = [hashlib.sha256(i.tobytes() + l.tobytes()).hexdigest() for i, l in arrays]
+        digests = [hashlib.sha256(image.tobytes() + label.tobytes()).hexdigest() for image, label in arrays]
         return pd.DataFrame(rows, columns=["case", "split"]).assign(sha256=digests)
 
 # %% ../../nbs/data/50_augment.ipynb #spatial

@@ -19,9 +19,8 @@ import pandas as pd
 
 from ..core import GROUPS, are_lengths, build, is_patch, read_csv, read_json, read_yaml, registry_file, root, write_json
 from mednext_v2.data.scans import (
-    ENDINGS, BadFile, Volume, as_float32, channel_of, check_channels, check_extent, check_finite, cut_ending, displacement, distinct,
-    grid_tolerance, list_volumes, present_values, read_header, read_label, read_scan, same_grid, smallest_type,
-    visible_files, write_volume,
+    ENDINGS, BadFile, Volume, as_float32, channel_of, check_channels, check_extent, cut_ending, list_volumes, present_values, read_header,
+    read_label, read_scan, same_grid, smallest_type, visible_files,
 )
 
 # %% ../../nbs/data/20_datasets.ipynb #check-task

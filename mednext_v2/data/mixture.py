@@ -15,7 +15,6 @@ from math import gcd, isfinite, lcm, sqrt
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 

@@ -19,8 +19,8 @@ import pandas as pd
 from scipy import ndimage
 
 from mednext_v2.core import (
-    ItemsFailed, Kind, as_csv, as_json, atomic_folder, build, check_output, fingerprint_of, for_all, held, parse_json, read_csv, read_json, remove_left, sha256, stop_workers,
-    write_csv, write_json, write_texts,
+    ItemsFailed, Kind, as_csv, as_json, atomic_folder, build, check_output, fingerprint_of, for_all, held, parse_json,
+    read_csv, read_json, remove_left, sha256, stop_workers, write_csv, write_json, write_texts,
 )
 from .scans import BadFile, stored_files
 from .storage import join, open_array, read_bytes, write_array

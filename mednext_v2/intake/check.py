@@ -26,7 +26,7 @@ from nibabel.affines import voxel_sizes
 
 from ..core import NEW, ItemsFailed, atomic_folder, check_output, for_all, read_csv, read_json, write_csv, write_json
 from mednext_v2.data.scans import (
-    ENDINGS, FILE_FAULTS, UNITS, Damaged, Header, best_affine, brief, cut_ending, displacement, first_bytes, float32_step, forms,
+    ENDINGS, FILE_FAULTS, Damaged, Header, best_affine, brief, cut_ending, displacement, first_bytes, float32_step, forms,
     grid_distance, grid_tolerance, head_of, inspect_header, is_nifti, open_bytes, parse_header, pieces, show, unit_mm,
     valid_affine,
 )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..core import shown
 from ..network.scaling import PRESETS, count_flops, count_parameters, create_model
-from .stunet import SIZES, check_volume, stunet
+from .stunet import check_volume, stunet
 from .card import Card, read_card, read_state
 
 # %% ../../nbs/models/30_registry.ipynb #unet

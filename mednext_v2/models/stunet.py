@@ -6,7 +6,6 @@
 __all__ = ['STUNet']
 
 # %% ../../nbs/models/10_stunet.ipynb #imports
-from functools import partial
 from math import prod
 
 import torch

@@ -7,7 +7,7 @@ __all__ = ['EFFECT_COLUMNS', 'effects', 'start_look', 'forest', 'group_gains', '
            'report_effects', 'effects_shown']
 
 # %% ../../nbs/report/20_analysis.ipynb #imports
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd

@@ -96,7 +96,8 @@ def suboptimal(tables) -> Evidence | None:
     found = compare_all(scores, ["backbone"], against={"backbone": "unet"})
     best = found.loc[found.difference.idxmax()]
     holds = bool(best.low > 0 and best.p_holm < 0.05)
-    return Evidence(best.difference, best.low, best.high, holds, **size(scores), detail=f"{backbone_title(best.a)} less {backbone_title('unet')}, DSC from scratch")
+    detail = f"{backbone_title(best.a)} less {backbone_title('unet')}, DSC from scratch"
+    return Evidence(best.difference, best.low, best.high, holds, **size(scores), detail=detail)
 
 
 def predicts(tables) -> Evidence | None:

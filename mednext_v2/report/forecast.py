@@ -7,7 +7,7 @@ __all__ = ['published_compute', 'plan_table', 'plan_summary']
 
 # %% ../../nbs/report/60_forecast.ipynb #imports
 import tempfile
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,7 +77,7 @@ REFERENCE = "MedNeXt-L k3"  # Of published_compute.csv: what hours are extrapola
 A100_WATTS = 400  # Largest board power of the A100 SXM, by its data sheet: energy is at most this
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference_rate() -> float:
     "FLOPs of forward passes in an hour on an A100, of the reference"
     from mednext_v2.models.registry import cost

@@ -279,8 +279,9 @@ def save_figure(
 # %% ../../nbs/report/10_tables.ipynb #table-style
 TABLE_STYLE = (
     "table{border-collapse:collapse;font:13px/1.5 sans-serif}caption{text-align:left;max-width:60em;padding:6px 0}"
-    "th,td{padding:3px 10px;text-align:left;white-space:nowrap}td.long{white-space:normal;min-width:15em;max-width:24em}thead tr:last-child th{border-bottom:1px solid}"
-    "thead tr:first-child th{border-top:2px solid}tbody tr:last-child td,tbody tr:last-child th{border-bottom:2px solid}"
+    "th,td{padding:3px 10px;text-align:left;white-space:nowrap}td.long{white-space:normal;min-width:15em;max-width:24em}"
+    "thead tr:last-child th{border-bottom:1px solid}thead tr:first-child th{border-top:2px solid}"
+    "tbody tr:last-child td,tbody tr:last-child th{border-bottom:2px solid}"
 )
 
 # %% ../../nbs/report/10_tables.ipynb #table-html

@@ -9,15 +9,15 @@ __all__ = ['MODEL_COLUMNS', 'Variant', 'own_pretraining', 'read_ablation', 'mode
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
-from ..core import Resources, atomic_folder, build, in_pool, params, read_csv, read_json, root, write_csv
+from ..core import Resources, atomic_folder, build, in_pool, params, read_json, root, write_csv
 from .evaluate import SCORE_COLUMNS, evaluate_one
 from ..study.plan import Plan, read_plan
-from ..study.runs import STAGE, Run, finetuning_runs, pretrained_folder, resources_of, run_folder, train_one
+from ..study.runs import STAGE, Run, pretrained_folder, resources_of, run_folder, train_one
 
 # %% ../../nbs/scoring/30_ablations.ipynb #variant
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Training:
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def size_of(backbone: str, patch: tuple, in_channels: int, num_classes: int, changes: tuple):
     "`backbones.cost` of a network, which is built once for all runs that share it"
     from mednext_v2.models.registry import cost

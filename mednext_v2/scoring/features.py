@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file
-from torch import nn
 from torch.nn import functional as F
 
 from ..data.preprocess import Prepared

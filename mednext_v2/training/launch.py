@@ -439,7 +439,7 @@ class Step:
             options["checkpointing"] = self.checkpointing
         return create(self.network, self.in_channels, self.num_classes, self.deep_supervision, **options)
 
-    @cache
+    @cache  # noqa: B019, a handful of sizes in a process
     def cost(self, fused: str | None = None):  # A `scaling.Estimate`
         "What the step costs, from sizes alone; with blocks in the form that `estimate` calls so"
         import torch

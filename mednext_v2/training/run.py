@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import Resources, build, check_output, find_device, held, read_csv, write_csv
+from ..core import Resources, build, check_output, find_device, read_csv, write_csv
 from ..models.transfer import Start
 
 # %% ../../nbs/training/70_run.ipynb #fit-patch

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from glob import escape
 from pathlib import Path
@@ -32,7 +32,7 @@ from urllib.request import url2pathname
 import pandas as pd
 
 from .. import __version__
-from ..models.licence import UNKNOWN, kind_of
+from ..models.licence import UNKNOWN
 from ..core import Kind, atomic_folder, build, check_output, fingerprint_of, read_json, read_yaml, registry_file, room, sha256, write_json
 
 # %% ../../nbs/zoo/20_catalogue.ipynb #safe-parts
@@ -625,7 +625,7 @@ def permit_use(
             f"{entry.name} is under {entry.licence} (non-commercial: {entry.non_commercial}); read the terms at "
             f"{entry.where or entry.url}, then accept them with --accept-licence (accept_licence=True)"
         )
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     state = read_note(home / "state.json")
     write_json(home / "state.json", state | {"accepted": entry.licence, "accepted_at": now})
 
