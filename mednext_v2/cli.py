@@ -8,12 +8,13 @@ __all__ = []
 # %% ../nbs/90_cli.ipynb #imports
 import argparse
 import os
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from .core import ItemsFailed, Resources, check_place, read_csv
+from .core import ItemsFailed, Resources, check_place, read_csv, versions
 
 # %% ../nbs/90_cli.ipynb #info
 def info(options: argparse.Namespace) -> str:
@@ -671,6 +672,11 @@ def project_commands(add: Callable) -> None:
     add("readme", print_readme, "Print the README that nbs/index.ipynb makes.", "readme > README.md")
 
 # %% ../nbs/90_cli.ipynb #parser
+def version_line() -> str:
+    "What an issue should say: versions and the system"
+    return ", ".join([*(f"{name} {found}" for name, found in versions().items()), platform.platform()])
+
+
 def parser() -> argparse.ArgumentParser:
     "All commands and their options"
     top = argparse.ArgumentParser(
@@ -678,6 +684,7 @@ def parser() -> argparse.ArgumentParser:
         description="MedNeXt-v2 for 3D medical image segmentation.",
         epilog="Regenerate the paper's tables and figures with `make repro` in a clone of the repository.",
     )
+    top.add_argument("--version", action="version", version=version_line(), help="what an issue should say: versions and the system")
     groups = {"": top.add_subparsers(title="commands", metavar="COMMAND", required=True)}
 
     def add(name: str, function, text: str, example: str) -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import reprlib
 import shutil
@@ -27,12 +28,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 from uuid import uuid4
+
+from . import __version__
 
 # %% ../nbs/00_core.ipynb #root
 def root(
@@ -842,3 +846,14 @@ class Resources:
                 raise ValueError(f"{name} must be a whole number from {least} on, got {getattr(self, name)!r}")
         if self.parallel not in ("ddp", "fsdp"):
             raise ValueError(f"parallel must be ddp or fsdp, got {self.parallel!r}")
+
+# %% ../nbs/00_core.ipynb #versions
+def versions() -> dict[str, str]:
+    "Versions of Python, of this library and of what decides its results, by name"
+    found = {"python": platform.python_version(), "mednext_v2": __version__}
+    for name in ("torch", "monai", "nibabel", "numpy", "scipy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not available"
+    return found

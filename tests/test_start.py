@@ -78,6 +78,21 @@ def test_encoder_alone_and_fresh_heads(imported, prepared, tmp_path):
     assert set(became[became.index.str.startswith(("decoder.stages", "decoder.seg_layers"))]) == {"missing", "skipped"}
 
 
+def test_version_tells_what_an_issue_asks_for():
+    import importlib.metadata
+    import platform
+
+    from mednext_v2 import __version__
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    facts = " ".join(said.getvalue().split())  # argparse wraps lines
+    assert ended.value.code == 0 and platform.platform() in facts
+    for name, found in {"mednext_v2": __version__, "python": platform.python_version(), "torch": importlib.metadata.version("torch")}.items():
+        assert f"{name} {found}" in facts
+
+
 def test_info_tells_model_folders_and_files(imported, tmp_path):
     said = run(f"info {imported}")
     assert "resenc_l" in said and "liver" in said and "CC-BY-NC" in said

@@ -9,7 +9,6 @@ __all__ = ['Job', 'Wish', 'read_job', 'write_job', 'label_job', 'predict_files']
 import colorsys
 import json
 import math
-import platform
 import time
 import warnings
 import zipfile
@@ -17,15 +16,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from xml.etree import ElementTree
 
 import nibabel as nib
 import numpy as np
 
-from .. import __version__
-from ..core import ItemsFailed, atomic_file, atomic_files, attempt, check_output, fingerprint_of, held, peak_bytes, read_json, room
+from ..core import ItemsFailed, atomic_file, atomic_files, attempt, check_output, fingerprint_of, held, peak_bytes, read_json, room, versions
 from mednext_v2.inference.predictor import (
     Member, NetworkInput, Options, check_channels, device_of, label_image, label_volume, load_members, modality_warnings,
     network_input, temporary_array,
@@ -305,17 +302,6 @@ def label_job(
         "versions": versions(),
     }
     return job, labels, volume, names, scratch, report, stack, wish
-
-# %% ../../nbs/inference/20_files.ipynb #versions
-def versions() -> dict[str, str]:
-    "Of what decides the labels"
-    found = {"python": platform.python_version(), "mednext_v2": __version__}
-    for name in ("torch", "monai", "nibabel", "numpy", "scipy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not available"
-    return found
 
 # %% ../../nbs/inference/20_files.ipynb #predict-files
 def predict_files(
