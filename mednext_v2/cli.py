@@ -229,7 +229,7 @@ def train(options: argparse.Namespace) -> str:
             folder=str(options.folder or f"{options.out}.run"),
             overrides=overrides,
             seed=options.seed,
-            sampling=mixture_weights(options.weights),
+            sampling=mixture_weights(options.sampling),
             heads=options.heads,
             allow=options.allow,
             resume=options.resume,
@@ -362,21 +362,6 @@ def evaluate(options: argparse.Namespace) -> str:
     return f"scores.csv, summary.json{' and review.html' if options.html else ''} are in {out}"
 
 # %% ../nbs/90_cli.ipynb #pipeline-commands
-def stage(options: argparse.Namespace) -> str:
-    "Run a stage notebook of the pipeline"
-    from mednext_v2.stages import run_stage
-
-    run_stage(options.notebook, options.out, *options.pairs)
-    return ""
-
-
-def compose(options: argparse.Namespace) -> str:
-    "Compose params.yaml for a profile"
-    from mednext_v2.stages import compose_params
-
-    return f"{compose_params(options.profile).name} holds the profile {options.profile}"
-
-
 def plan(options: argparse.Namespace) -> str:
     "What a profile will take: runs, memory, storage, and A100 hours extrapolated from a published training"
     from mednext_v2.report.forecast import plan_summary, plan_table
@@ -399,13 +384,6 @@ def results(options: argparse.Namespace) -> str:
     if options.csv:
         return table.to_csv(index=False).rstrip("\n")
     return table.to_string(index=False, float_format="{:.4g}".format, na_rep="not available")
-
-
-def print_readme(options: argparse.Namespace) -> str:
-    "The README that nbs/index.ipynb makes"
-    from mednext_v2.stages import readme
-
-    return readme()
 
 # %% ../nbs/90_cli.ipynb #shared-options
 def at_least(least: int) -> Callable:
@@ -572,7 +550,7 @@ def training_commands(add: Callable) -> None:
     several = "further prepared data sets, trained on together"
     command.add_argument("--with", dest="others", nargs="+", type=Path, default=[], metavar="DATA", help=several)
     rules = "of data sets: sqrt (of the number of cases, the default), proportional, or NAME=NUMBER for each"
-    command.add_argument("--weights", nargs="+", default=["sqrt"], metavar="RULE", help=rules)
+    command.add_argument("--sampling", nargs="+", default=["sqrt"], metavar="RULE", help=rules)
     heads = "one for all data sets (default), or one for the labels of each"
     command.add_argument("--heads", choices=["shared", "own"], default="shared", help=heads)
     differences = "of data sets that is meant: channels, modality, spacing, normalisation"
@@ -651,13 +629,6 @@ def prediction_commands(add: Callable) -> None:
 
 def project_commands(add: Callable) -> None:
     "The pipeline and the documents"
-    command = add("stage", stage, "Run a stage notebook (dvc.yaml calls this).", "stage NOTEBOOK OUT name=value")
-    command.add_argument("notebook", type=Path)
-    command.add_argument("out", type=Path, help="folder for the executed notebook")
-    command.add_argument("pairs", nargs="*", metavar="name=value", help="values for its parameters cell")
-
-    command = add("params", compose, "Compose params.yaml for a profile (conf/profile).", "params mini")
-    command.add_argument("profile")
     command = add("plan", plan, "What a profile will take, before it is started.", "plan --profile paper")
     command.add_argument("--profile", default="paper", help="smoke, mini, study or paper (default)")
     command.add_argument("--all", action="store_true", help="a row for each network and recipe, not for each stage")
@@ -669,7 +640,6 @@ def project_commands(add: Callable) -> None:
     command.add_argument("--where", nargs="+", default=[], metavar="column=value", help="keep these rows")
     command.add_argument("--by", metavar="column,column", help="means with 95 %% intervals over all else")
     command.add_argument("--csv", action="store_true", help="as CSV")
-    add("readme", print_readme, "Print the README that nbs/index.ipynb makes.", "readme > README.md")
 
 # %% ../nbs/90_cli.ipynb #parser
 def version_line() -> str:

@@ -137,7 +137,7 @@ def test_unknown_profile_lists_the_known(project):
 def test_altered_seed_stops_the_stage_in_one_line_and_leaves_nothing(project):
     seed = project / "data/seeds/ctB.nii.gz"
     seed.write_bytes(seed.read_bytes()[:-7] + b"altered")
-    command = [sys.executable, "-m", "mednext_v2.cli", "stage", "nbs/pipeline/10_suite.ipynb", "runs/smoke/suite"]
+    command = [sys.executable, "-m", "mednext_v2.stages", "run", "nbs/pipeline/10_suite.ipynb", "runs/smoke/suite"]
     done = subprocess.run([*command, "profile=smoke"], capture_output=True, text=True, cwd=project)
     assert done.returncode == 1
     line = next(line for line in done.stderr.splitlines() if "failed:" in line)

@@ -335,7 +335,7 @@ def test_command_line_trains_on_two_sets(sets, tmp_path, capsys):
     settings = ["steps=2", "batch=2", "patch=(16,16,16)", "warmup=1", "augment=none", "checkpoint_every=2"]
     line = ["train", str(sets / "chest"), str(tmp_path / "model"), "--with", str(sets / "belly"), "--backbone", "unet"]
     line += ["--recipe", "smoke", "--network", "filters=(4,8,8)", "--device", "cpu", "--workers", "0", "--unchecked"]
-    cli.main([*line, "--weights", "chest=2", "belly=1", "--heads", "own", "--set", *settings])
+    cli.main([*line, "--sampling", "chest=2", "belly=1", "--heads", "own", "--set", *settings])
     assert "wrote" in capsys.readouterr().out and set(read_card(tmp_path / "model").heads) == {"chest", "belly"}
     write_volume(tmp_path / "scan.nii.gz", scan(5)[0], np.eye(4))
     ask = ["predict", "-m", str(tmp_path / "model"), "-i", str(tmp_path / "scan.nii.gz"), "-o", str(tmp_path / "l.nii.gz")]
@@ -344,7 +344,7 @@ def test_command_line_trains_on_two_sets(sets, tmp_path, capsys):
     with pytest.raises(SystemExit, match="name one, got head None"):
         cli.main(ask)
     with pytest.raises(SystemExit, match="weights are for chest, the data sets are chest, belly"):
-        cli.main([*line[:2], str(tmp_path / "other"), *line[3:], "--weights", "chest=2", "--set", *settings])
+        cli.main([*line[:2], str(tmp_path / "other"), *line[3:], "--sampling", "chest=2", "--set", *settings])
 
 
 # ---- memory
