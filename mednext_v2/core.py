@@ -275,7 +275,7 @@ def build(
 
 # %% ../nbs/00_core.ipynb #ranges
 GROUPS = ("organ", "pathology", "unspecified")  # Of a class
-SCHEMES = ("ct", "zscore", "none", "rescale_to_0_1", "rgb_to_0_1")  # By which `prepare.normalise` scales a channel
+SCHEMES = ("ct", "zscore", "none", "rescale_to_0_1", "rgb_to_0_1")  # By which `preprocess.normalise` scales a channel
 
 # %% ../nbs/00_core.ipynb #lengths
 LENGTHS = (1e-6, 1e4)  # mm, the least and the most that a voxel or a tolerance may measure

@@ -188,7 +188,7 @@ def read_source(
 
 # %% ../../nbs/models/40_transfer.ipynb #transfer-part
 def transfer(
-    model: nn.Module,  # Changed in place; made by `backbones.create`
+    model: nn.Module,  # Changed in place; made by `registry.create`
     source: str | Path | dict[str, Tensor],  # A model folder, or weights
     classes: dict[str, int] | None = None,  # Of the model, see `class_channels`; None leaves the heads fresh
     source_classes: dict[str, int] | None = None,  # Of the source; read from the card of a model folder
@@ -228,7 +228,7 @@ def transfer(
 
 # %% ../../nbs/models/40_transfer.ipynb #freeze
 def freeze(
-    model: nn.Module,  # Made by `backbones.create`
+    model: nn.Module,  # Made by `registry.create`
     frozen: Collection[str],  # Of `PARTS`: stem, encoder, decoder, heads
 ) -> list[str]:  # Names of the parameters that keep their values
     "Take parts of a network out of training; ValueError for an unknown part, or if nothing is left to train"
@@ -245,7 +245,7 @@ def freeze(
 
 # %% ../../nbs/models/40_transfer.ipynb #layers
 def layers(
-    model: nn.Module,  # Made by `backbones.create`
+    model: nn.Module,  # Made by `registry.create`
 ) -> dict[str, int]:  # Parameter to the number of its layer; 0 is the stem, the heads are the last
     "The layers of a network in their order: parts first, within a part as its modules were made"
     part_of = parts(model)

@@ -134,7 +134,7 @@ class Training:
 
 @cache
 def size_of(backbone: str, patch: tuple, in_channels: int, num_classes: int, changes: tuple):
-    "`backbones.cost` of a network, which is built once for all runs that share it"
+    "`registry.cost` of a network, which is built once for all runs that share it"
     from mednext_v2.models.registry import cost
 
     return cost(backbone, patch, in_channels, num_classes, **dict(changes))

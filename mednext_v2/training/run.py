@@ -64,7 +64,7 @@ class TrainingData:
 
     @property
     def class_channels(self) -> dict[str, int]:
-        "Which output stands for which class, as `adapt.transfer` matches them"
+        "Which output stands for which class, as `transfer.transfer` matches them"
         from mednext_v2.models.transfer import class_channels
 
         if self.space is None:
