@@ -30,7 +30,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt benchmarks/peers.
 	@touch $(READY)
 
 repro: $(READY) ## Regenerate results, tables and figures of a profile with DVC
-	@mednextv2 params $(PROFILE)
+	@python -m mednext_v2.stages params $(PROFILE)
 	@dvc stage list --name-only | grep '^prepare@' | xargs dvc repro
 	@dvc stage list --name-only | grep '^pretrain@' | xargs -P $(JOBS) -I{} sh -c 'dvc repro -s {} || exit 1' || true
 	@dvc repro  # Whatever is left, and what two DVC processes did not get past each other
@@ -38,7 +38,7 @@ repro: $(READY) ## Regenerate results, tables and figures of a profile with DVC
 
 smoke: $(READY) ## Run the whole pipeline at toy size in a scratch copy
 	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && git clone --quiet . "$$copy/mednext_v2" && cd "$$copy/mednext_v2" \
-	  && python -m mednext_v2.cli params smoke && dvc repro
+	  && python -m mednext_v2.stages params smoke && dvc repro
 
 lint: $(READY) ## Look for unused names, unsorted imports and the like with ruff (rules in pyproject.toml)
 	@ruff check mednext_v2 tests benchmarks
@@ -50,14 +50,14 @@ bench: $(READY) ## Measure storage, data, training, blocks, scores and label map
 	@for part in storage data trainer block scaling tried metrics inference; do python benchmarks/$$part.py || exit 1; done
 
 params: $(READY) ## Compose params.yaml anew from conf/ (profile mini)
-	@mednextv2 params mini
+	@python -m mednext_v2.stages params mini
 
 export: $(READY) ## Write mednext_v2/ from the notebooks, and clean them
 	@nbdev_export && nbdev_clean
 	@python -c "from mednext_v2.public import stub; print(stub(), end='')" > mednext_v2/__init__.pyi
 
 readme: $(READY) ## Write README.md from nbs/index.ipynb
-	@mednextv2 readme > README.md
+	@python -m mednext_v2.stages readme > README.md
 
 clean: ## Remove unfinished trainings
 	rm -rf scratch

@@ -176,6 +176,7 @@ def nnunet(recipe, model, folder: Path):
 # ---------------------------------------------------------------- what is measured, one process each
 def child_compare(prepared: str, work: str, changes: dict, peer: bool) -> dict:
     "One run of `fit`, between whose blocks the other sides take theirs: seconds of every block, by both clocks"
+    from mednext_v2.core import Resources
     from mednext_v2.data.preprocess import Prepared
     from mednext_v2.training.trainer import fit
 
@@ -187,7 +188,7 @@ def child_compare(prepared: str, work: str, changes: dict, peer: bool) -> dict:
         others["nnunet"] = nnunet(recipe, model, Path(work) / "nnunet")
     sampler = Interleaved(recipe, prepared, others)
     begin = clock()
-    fit(recipe, model, sampler, Path(work) / "run", device="cpu")
+    fit(recipe, model, sampler, Path(work) / "run", resources=Resources("cpu"))
     return {
         "start_s": (sampler.first - begin).tolist(),
         "block": BLOCK,
@@ -201,6 +202,7 @@ def child_growth(prepared: str, work: str, side: int) -> dict:
     "A short run of `fit` at a patch size: seconds a step and peak memory; goes on from weights that are there"
     import torch
 
+    from mednext_v2.core import Resources
     from mednext_v2.data.preprocess import Prepared
     from mednext_v2.training.trainer import fit
 
@@ -211,7 +213,7 @@ def child_growth(prepared: str, work: str, side: int) -> dict:
         model.load_state_dict(torch.load(weights, weights_only=True))
     before = peak_mib()
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        fit(recipe, model, sampler, folder, device="cpu")
+        fit(recipe, model, sampler, folder, resources=Resources("cpu"))
     torch.save(model.state_dict(), weights)
     steps = np.diff(sampler.asked, axis=0)[4:]
     wall, processor = np.median(steps, axis=0).tolist()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from .core import ItemsFailed, check_place, read_csv, versions
+from .core import ItemsFailed, Resources, check_place, read_csv, versions
 
 # %% ../nbs/90_cli.ipynb #info
 def info(options: argparse.Namespace) -> str:
@@ -206,6 +206,7 @@ def train(options: argparse.Namespace) -> str:
     from mednext_v2.training.launch import RunEnded
     from mednext_v2.training.run import drawn, train_in_processes
     from mednext_v2.training.recipe import get_recipe
+    from mednext_v2.training.trainer import Display
     from mednext_v2.core import check_output
     from mednext_v2.models.card import MODEL_FOLDER, read_card
 
@@ -218,27 +219,20 @@ def train(options: argparse.Namespace) -> str:
         print(forecast_training(options, recipe, overrides), file=sys.stderr)
     try:
         train_in_processes(
-            options.processes,
+            resources(options),
+            starting(options),
+            Display(pictures=drawn()),
             data=[str(path) for path in (options.data, *options.others)],
             out=str(options.out),
             backbone=options.backbone,
             recipe=asdict(recipe),
             folder=str(options.folder or f"{options.out}.run"),
             overrides=overrides,
-            parent=str(options.parent) if options.parent else None,
-            start=starting(options),
-            init=options.parent.name if options.parent else "scratch",
             seed=options.seed,
-            weights=mixture_weights(options.weights),
+            sampling=mixture_weights(options.sampling),
             heads=options.heads,
             allow=options.allow,
-            device=options.device,
-            workers=options.workers,
-            parallel=options.parallel,
-            compiled=options.compile,
-            channels_last=options.channels_last,
             resume=options.resume,
-            pictures=drawn(),
         )
     except RunEnded as ended:
         raise_ended(ended)
@@ -253,10 +247,21 @@ def raise_ended(
     raise SystemExit(ended.code) from None
 
 
-def starting(options: argparse.Namespace) -> dict:
-    "How a network starts from the weights of another, as `adapt.transfer` takes it"
+def starting(
+    options: argparse.Namespace,
+):  # `transfer.Start`
+    "What a training starts from"
+    from mednext_v2.models.transfer import Start
+
     mapping = dict(pair.split("=", 1) for pair in options.mapping)
-    return dict(mapping=mapping, heads=options.start_heads, scope=options.scope, convert=options.convert)
+    parent = options.parent if hasattr(options, "parent") else options.model
+    return Start(parent, mapping=mapping, heads=options.start_heads, scope=options.scope, convert=options.convert)
+
+
+def resources(options: argparse.Namespace) -> Resources:
+    "What a command may use"
+    named = dict(device="device", workers="workers", processes="processes", parallel="parallel", compiled="compile", channels_last="channels_last")
+    return Resources(**{name: getattr(options, option) for name, option in named.items() if hasattr(options, option)})
 
 
 def finetune(options: argparse.Namespace) -> str:
@@ -268,11 +273,11 @@ def finetune(options: argparse.Namespace) -> str:
     from mednext_v2.finetuning import review_scores
     from mednext_v2.evaluation.statistics import means
 
-    same = ("backbone", "device", "processes", "recipe", "registry", "seed", "seed_task", "spacing", "workers")
+    same = ("backbone", "recipe", "registry", "seed", "seed_task", "spacing")
     try:
         table = make(
-            options.data, options.model, options.out, changes=dict(literal_pair(pair) for pair in options.set),
-            overrides=dict(literal_pair(pair) for pair in options.network), start=starting(options),
+            options.data, starting(options), options.out, changes=dict(literal_pair(pair) for pair in options.set),
+            overrides=dict(literal_pair(pair) for pair in options.network), resources=resources(options),
             check=not options.unchecked, reading=reading(options), command=shlex.join(["mednextv2", *sys.argv[1:]]),
             **{name: getattr(options, name) for name in same},
         )
@@ -357,21 +362,6 @@ def evaluate(options: argparse.Namespace) -> str:
     return f"scores.csv, summary.json{' and review.html' if options.html else ''} are in {out}"
 
 # %% ../nbs/90_cli.ipynb #pipeline-commands
-def stage(options: argparse.Namespace) -> str:
-    "Run a stage notebook of the pipeline"
-    from mednext_v2.stages import run_stage
-
-    run_stage(options.notebook, options.out, *options.pairs)
-    return ""
-
-
-def compose(options: argparse.Namespace) -> str:
-    "Compose params.yaml for a profile"
-    from mednext_v2.stages import compose_params
-
-    return f"{compose_params(options.profile).name} holds the profile {options.profile}"
-
-
 def plan(options: argparse.Namespace) -> str:
     "What a profile will take: runs, memory, storage, and A100 hours extrapolated from a published training"
     from mednext_v2.report.forecast import plan_summary, plan_table
@@ -394,13 +384,6 @@ def results(options: argparse.Namespace) -> str:
     if options.csv:
         return table.to_csv(index=False).rstrip("\n")
     return table.to_string(index=False, float_format="{:.4g}".format, na_rep="not available")
-
-
-def print_readme(options: argparse.Namespace) -> str:
-    "The README that nbs/index.ipynb makes"
-    from mednext_v2.stages import readme
-
-    return readme()
 
 # %% ../nbs/90_cli.ipynb #shared-options
 def at_least(least: int) -> Callable:
@@ -567,7 +550,7 @@ def training_commands(add: Callable) -> None:
     several = "further prepared data sets, trained on together"
     command.add_argument("--with", dest="others", nargs="+", type=Path, default=[], metavar="DATA", help=several)
     rules = "of data sets: sqrt (of the number of cases, the default), proportional, or NAME=NUMBER for each"
-    command.add_argument("--weights", nargs="+", default=["sqrt"], metavar="RULE", help=rules)
+    command.add_argument("--sampling", nargs="+", default=["sqrt"], metavar="RULE", help=rules)
     heads = "one for all data sets (default), or one for the labels of each"
     command.add_argument("--heads", choices=["shared", "own"], default="shared", help=heads)
     differences = "of data sets that is meant: channels, modality, spacing, normalisation"
@@ -646,13 +629,6 @@ def prediction_commands(add: Callable) -> None:
 
 def project_commands(add: Callable) -> None:
     "The pipeline and the documents"
-    command = add("stage", stage, "Run a stage notebook (dvc.yaml calls this).", "stage NOTEBOOK OUT name=value")
-    command.add_argument("notebook", type=Path)
-    command.add_argument("out", type=Path, help="folder for the executed notebook")
-    command.add_argument("pairs", nargs="*", metavar="name=value", help="values for its parameters cell")
-
-    command = add("params", compose, "Compose params.yaml for a profile (conf/profile).", "params mini")
-    command.add_argument("profile")
     command = add("plan", plan, "What a profile will take, before it is started.", "plan --profile paper")
     command.add_argument("--profile", default="paper", help="smoke, mini, study or paper (default)")
     command.add_argument("--all", action="store_true", help="a row for each network and recipe, not for each stage")
@@ -664,7 +640,6 @@ def project_commands(add: Callable) -> None:
     command.add_argument("--where", nargs="+", default=[], metavar="column=value", help="keep these rows")
     command.add_argument("--by", metavar="column,column", help="means with 95 %% intervals over all else")
     command.add_argument("--csv", action="store_true", help="as CSV")
-    add("readme", print_readme, "Print the README that nbs/index.ipynb makes.", "readme > README.md")
 
 # %% ../nbs/90_cli.ipynb #parser
 def version_line() -> str:

@@ -7,7 +7,7 @@ __all__ = ['GROUPS', 'SCHEMES', 'NEW', 'root', 'registry_file', 'frozen', 'read_
            'shown', 'build', 'are_lengths', 'is_patch', 'remove_left', 'Kind', 'check_output', 'held', 'atomic_files',
            'atomic_file', 'atomic_folder', 'write_texts', 'as_json', 'write_json', 'as_csv', 'write_csv', 'read_csv',
            'check_table', 'room', 'check_place', 'peak_bytes', 'sha256', 'fingerprint_of', 'ItemsFailed', 'attempt',
-           'for_all', 'stop_workers', 'in_pool', 'find_device']
+           'for_all', 'stop_workers', 'in_pool', 'find_device', 'Resources']
 
 # %% ../nbs/00_core.ipynb #imports
 import dataclasses
@@ -275,7 +275,7 @@ def build(
 
 # %% ../nbs/00_core.ipynb #ranges
 GROUPS = ("organ", "pathology", "unspecified")  # Of a class
-SCHEMES = ("ct", "zscore", "none", "rescale_to_0_1", "rgb_to_0_1")  # By which `prepare.normalise` scales a channel
+SCHEMES = ("ct", "zscore", "none", "rescale_to_0_1", "rgb_to_0_1")  # By which `preprocess.normalise` scales a channel
 
 # %% ../nbs/00_core.ipynb #lengths
 LENGTHS = (1e-6, 1e4)  # mm, the least and the most that a voxel or a tolerance may measure
@@ -825,6 +825,27 @@ def find_device(
         found = ", ".join(kind for kind, usable in there.items() if usable)
         raise ValueError(f"device {name!r} is not available here: use one of auto, {found}")
     return name
+
+# %% ../nbs/00_core.ipynb #resources
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    "What a command may use; none of it changes what is computed, but for the three that say so. ValueError for values that cannot work"
+
+    device: str = "auto"  # As `find_device` takes it
+    workers: int = 0  # Processes that read ahead; the patches are the same with any number
+    processes: int = 1  # That train together, one for each GPU
+    threads: int = 0  # Of each process; as many as PyTorch takes if 0
+    parallel: str = "ddp"  # Or fsdp, which shards the weights over the processes
+    compiled: str = "none"  # Mode of `torch.compile`; rounding differs between modes
+    channels_last: bool = False  # Memory format of the network; rounding differs
+    augment_on_device: bool = False  # Cut patches on the CPU, turn and blur them on the device; rounding differs
+
+    def __post_init__(self):
+        for name, least in (("workers", 0), ("processes", 1), ("threads", 0)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"{name} must be a whole number from {least} on, got {getattr(self, name)!r}")
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"parallel must be ddp or fsdp, got {self.parallel!r}")
 
 # %% ../nbs/00_core.ipynb #versions
 def versions() -> dict[str, str]:

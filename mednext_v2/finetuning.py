@@ -9,15 +9,17 @@ __all__ = ['parent_folder', 'finetune', 'review_scores']
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 
-from .core import check_output, fingerprint_of, held, read_csv, read_json, write_json
+from .core import Resources, check_output, fingerprint_of, held, read_csv, read_json, write_json
 from .evaluation.cases import note_scores, predict_cases, score_cases, write_scores
 from .training.run import TrainingData, drawn, forecast_fit, network_for, start_from, train_in_processes
+from .models.transfer import Start
+from .training.trainer import Display
 
 # %% ../nbs/60_finetuning.ipynb #raw-folder
 def raw_folder(
@@ -146,11 +148,11 @@ def request_of(
     from mednext_v2.models.card import read_card
 
     facts = [(str(path.relative_to(plan.raw)), path.stat().st_size, path.stat().st_mtime_ns) for path in data_files(plan.raw)]
-    parent = plan.network["parent"]
+    parent = plan.start.model
     request = dict(
-        data=str(plan.raw.resolve()), files=fingerprint_of(facts), init=plan.init,
+        data=str(plan.raw.resolve()), files=fingerprint_of(facts), init=plan.start.name,
         parent=read_card(parent).sha256 if parent else None, backbone=plan.network["backbone"],
-        network=plan.network["overrides"], recipe=asdict(plan.network["recipe"]), start=plan.start, seed=plan.seed,
+        network=plan.network["overrides"], recipe=asdict(plan.network["recipe"]), start=plan.start.options, seed=plan.seed,
         task=asdict(plan.task),
     )
     return json.loads(json.dumps(request))
@@ -174,14 +176,13 @@ class Plan:
     task: object  # A `Task`, with the voxel size to train at
     raw: Path
     out: Path
-    network: dict  # backbone, recipe, overrides and parent, as `fitting.network_for` takes them
-    init: str = "scratch"  # What the card calls the start
-    start: dict = field(default_factory=dict)  # Options of `adapt.transfer`
+    network: dict  # backbone, recipe and overrides, as `run.network_for` takes them
+    start: Start  # The parent as a model folder
     seed: int = 0
 
     def describe(self) -> str:
         "One line"
-        begin = f"from {self.init}" if self.network["parent"] else "from random weights"
+        begin = f"from {self.start.name}" if self.start.model else "from random weights"
         spacing = " x ".join(f"{size:g}" for size in self.task.spacing)
         recipe = self.network["recipe"]
         return (
@@ -194,13 +195,13 @@ class Plan:
         data: TrainingData,
     ) -> None:
         "Start a network from the parent's weights and leave it; ValueError if they do not fit"
-        if parent := self.network["parent"]:
-            start_from(parent, network_for(data, **self.network)[0], data, self.start, self.out / "run")
+        if self.start.model:
+            start_from(self.start, network_for(data, **self.network, parent=self.start.model)[0], data, self.out / "run")
 
 
 def make_plan(
     raw: Path,
-    model: str | Path | None,
+    start: Start,
     out: Path,
     recipe,  # A `Recipe`
     backbone: str | None,
@@ -208,18 +209,19 @@ def make_plan(
     spacing: tuple[float, ...] | None,
     registry: str | Path | None,
     reading: dict,  # How a foreign checkpoint is read
-    **more,  # Of `Plan`: start, seed
+    seed: int = 0,
 ) -> Plan:
     "Resolve what is not given: backbone and voxel size are the parent's, where there is one"
     from mednext_v2.models.card import read_card
 
-    parent = parent_folder(model, out, **reading) if model else None
-    card = read_card(parent) if parent else None
+    name = start.name
+    if start.model:
+        start = replace(start, model=str(parent_folder(Path(start.model), out, **reading)), name=name)
+    card = read_card(start.model) if start.model else None
     network = dict(
         backbone=backbone or (card.backbone if card else "mednext_v2_base"), recipe=recipe, overrides=overrides,
-        parent=str(parent) if parent else None,
     )
-    return Plan(plan_task(raw, spacing, card, registry), raw, out, network, Path(model).name if model else "scratch", **more)
+    return Plan(plan_task(raw, spacing, card, registry), raw, out, network, start, seed)
 
 
 def tell(text: str) -> None:
@@ -229,19 +231,18 @@ def tell(text: str) -> None:
 # %% ../nbs/60_finetuning.ipynb #fit-model
 def fit_model(
     plan: Plan,
-    processes: int = 1,
-    **options,  # Of `trainer.fit`: device, workers
+    resources: Resources,
 ) -> None:
     "Prepare and train; both go on where they were"
     from mednext_v2.data.preprocess import prepare
 
     prepared = plan.out / "prepared"
     if not (prepared / "manifest.csv").is_file():  # Written last
-        prepare(plan.task, plan.raw.parent, prepared, options.get("workers", 1), progress=True)
+        prepare(plan.task, plan.raw.parent, prepared, max(1, resources.workers), progress=True)
     network = plan.network | {"recipe": asdict(plan.network["recipe"])}
     train_in_processes(
-        processes, data=str(prepared), out=str(plan.out / "model"), folder=str(plan.out / "run"), start=plan.start,
-        init=plan.init, seed=plan.seed, pictures=drawn(), **network, **options,
+        resources, plan.start, Display(pictures=drawn()), data=str(prepared), out=str(plan.out / "model"),
+        folder=str(plan.out / "run"), seed=plan.seed, **network,
     )
 
 
@@ -249,8 +250,7 @@ def score_model(
     plan: Plan,
     command: str,
     say: Callable[[str], None],
-    device: str = "auto",
-    workers: int = 1,
+    resources: Resources,
 ) -> pd.DataFrame:  # As `score_cases` gives it
     "Predict the held-out cases and score them; nothing is done again"
     from mednext_v2.models.card import read_card
@@ -261,8 +261,8 @@ def score_model(
     split, cases = held_out(plan.task, plan.raw)
     if split == "val":
         say("this data set has no test cases: scored on its validation cases, which is no test of the model")
-    labelled = predict_cases(model, cases, plan.out / "predictions", device)
-    table = score_cases(labelled, cases, plan.task, workers)
+    labelled = predict_cases(model, cases, plan.out / "predictions", resources.device)
+    table = score_cases(labelled, cases, plan.task, max(1, resources.workers))
     table = write_scores(table, labelled, cases, plan.task, plan.out)
     note_scores(model, table, command)
     return table
@@ -270,18 +270,15 @@ def score_model(
 # %% ../nbs/60_finetuning.ipynb #finetune
 def finetune(
     raw: str | Path,  # Data set in nnU-Net's raw layout, or the folder of the seed scans
-    model: str | Path | None,  # To start from: model folder, foreign checkpoint, or None: from scratch
+    start: Start | str | Path | None,  # Model folder or foreign checkpoint to start from, or None: random weights; `Start` says how
     out: str | Path,  # Folder for all results; the same call goes on where it was
     recipe: str = "finetune",
     changes: dict | None = None,  # Fields of the recipe that differ
     backbone: str | None = None,  # The parent's, or mednext_v2_base, if not given
     overrides: dict | None = None,  # Changes to the backbone's published size
     spacing: tuple[float, ...] | None = None,  # Voxel size, mm; the parent's, or planned from the data, if not given
-    start: dict | None = None,  # Options of `adapt.transfer`: mapping, heads, scope, convert
     seed: int = 0,
-    device: str = "auto",
-    workers: int = 1,  # Processes that prepare, read ahead and score
-    processes: int = 1,  # That train together, one for each GPU
+    resources: Resources = Resources(workers=1),  # Its workers also prepare and score
     check: bool = True,  # Forecast memory and time first
     seed_task: str = "abdomen_ct",  # Task to build, if the data are seed scans
     registry: str | Path | None = None,  # Another file than the project's data/datasets.yaml
@@ -294,6 +291,7 @@ def finetune(
     from mednext_v2.models.card import MODEL_FOLDER
 
     check_output(out)
+    start = start if isinstance(start, Start) else Start(start)
     out, built = Path(out), get_recipe(recipe, **changes or {})
     check_output(out / "model", MODEL_FOLDER)
     if not (out / "plan.json").is_file():  # Then nothing here is of an earlier start
@@ -301,12 +299,11 @@ def finetune(
             if (out / name).exists():
                 raise FileExistsError(f"{out / name} is there and was not made by this command: choose another folder")
     with held(out):
+        workers = max(1, resources.workers)
         raw = raw_folder(raw, out, seed_task, workers)
         if not (out / "model").is_dir():
             say(f"data: {check_raw(raw, workers)}")
-        plan = make_plan(
-            raw, model, out, built, backbone, overrides or {}, spacing, registry, reading or {}, start=start or {}, seed=seed
-        )
+        plan = make_plan(raw, start, out, built, backbone, overrides or {}, spacing, registry, reading or {}, seed)
         request = request_of(plan)
         check_request(out / "plan.json", request)
         if not (out / "model").is_dir():  # It appears whole
@@ -314,10 +311,10 @@ def finetune(
             say(plan.describe())
             plan.rehearse(data)
             if check:
-                say(forecast_fit(data, **plan.network, device=device, processes=processes))
+                say(forecast_fit(data, **plan.network, parent=plan.start.model, device=resources.device, processes=resources.processes))
             write_json(out / "plan.json", request, sort_keys=False)
-            fit_model(plan, processes, device=device, workers=workers)
-        return score_model(plan, command, say, device, workers)
+            fit_model(plan, resources)
+        return score_model(plan, command, say, resources)
 
 # %% ../nbs/60_finetuning.ipynb #review
 def review_scores(

@@ -6,6 +6,7 @@
 __all__ = ['run_stage', 'compose_params', 'readme']
 
 # %% ../nbs/70_stages.ipynb #imports
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -147,3 +148,37 @@ def readme(
     text, _ = MarkdownExporter().from_notebook_node(notebook)
     text = re.sub(r"\]\((?!\w+:|#|\.\./)", "](nbs/", text).replace("](../", "](").replace('("../', '("')
     return "<!-- Written by `make readme` from nbs/index.ipynb: edit that -->\n" + text
+
+# %% ../nbs/70_stages.ipynb #main
+def parser() -> argparse.ArgumentParser:
+    "`run` a stage notebook, compose `params` for a profile, print the `readme`"
+    top = argparse.ArgumentParser(prog="python -m mednext_v2.stages", description="What dvc.yaml and the Makefile call.")
+    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    run = commands.add_parser("run", help="run a stage notebook: NOTEBOOK OUT name=value")
+    run.add_argument("notebook", type=Path)
+    run.add_argument("out", type=Path, help="folder for the executed notebook")
+    run.add_argument("pairs", nargs="*", metavar="name=value", help="values for its parameters cell")
+    commands.add_parser("params", help="compose params.yaml for a profile of conf/profile").add_argument("profile")
+    commands.add_parser("readme", help="print the README that nbs/index.ipynb makes")
+    return top
+
+
+def main(
+    arguments: list[str] | None = None,  # The command line without the program's name
+) -> None:
+    "SystemExit with one line for what a user can mend"
+    options = parser().parse_args(arguments)
+    try:
+        if options.command == "run":
+            run_stage(options.notebook, options.out, *options.pairs)
+        elif options.command == "params":
+            print(f"{compose_params(options.profile).name} holds the profile {options.profile}")
+        else:
+            print(readme())
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"stages: {error}") from None
+
+# %% ../nbs/70_stages.ipynb #command
+#| eval: false
+if __name__ == "__main__" and "ipykernel" not in sys.modules:
+    main()

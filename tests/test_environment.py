@@ -82,7 +82,8 @@ from mednext_v2.models.registry import create
 from mednext_v2.core import Kind, atomic_folder, peak_bytes, write_json
 from mednext_v2.inference.predictor import sliding_window
 from mednext_v2.training.recipe import get_recipe
-from mednext_v2.training.trainer import fit
+from mednext_v2.core import Resources
+from mednext_v2.training.trainer import Display, fit
 
 class Toy:
     "Steps of noise"
@@ -94,7 +95,8 @@ class Toy:
 torch.set_num_threads(1)
 model = create("mednext_v2_tiny", 1, 2, True)
 folder = pathlib.Path(sys.argv[1])
-history = fit(get_recipe("smoke", steps=2, checkpoint_every=1), model, Toy(), folder / "run", device="cpu", progress=False, log_every=1)
+recipe, quiet = get_recipe("smoke", steps=2, checkpoint_every=1), Display(progress=False, log_every=1)
+history = fit(recipe, model, Toy(), folder / "run", resources=Resources("cpu"), display=quiet)
 assert len(history) == 2 and history.loss.notna().all(), history
 assert (folder / "run" / "last.pt").is_file()
 scores = sliding_window(model.eval(), torch.randn(1, 40, 33, 32), (32, 32, 32))

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mednext_v2 import cli, finetuning
+from mednext_v2.core import Resources
 from mednext_v2.data.preprocess import Prepared
 from mednext_v2.data.scans import write_volume
 from mednext_v2.finetuning import finetune
@@ -25,7 +26,7 @@ from test_training_sets import BELLY, CHEST, scan, write_raw
 
 SETTINGS = dict(
     recipe="smoke", changes=dict(steps=6, patch=(16, 16, 16), checkpoint_every=2, lr=1e-2), backbone="unet",
-    overrides={"filters": (4, 8, 8)}, device="cpu", check=False,
+    overrides={"filters": (4, 8, 8)}, resources=Resources("cpu", workers=1), check=False,
 )
 
 
@@ -118,7 +119,7 @@ def test_sigkill_in_the_middle_and_the_same_call_again(done, raw, tmp_path):
     "The process is killed as the kernel does it, between two steps; nothing of it is left but its folder"
     out = tmp_path / "out"
     code = (
-        "import os, signal, torch; from mednext_v2.training import launch; from mednext_v2.finetuning import finetune; "
+        "import os, signal, torch; from mednext_v2.core import Resources; from mednext_v2.training import launch; from mednext_v2.finetuning import finetune; "
         "torch.set_num_threads(1); launch.heartbeat = lambda step: step == 5 and os.kill(os.getpid(), signal.SIGKILL); "
         f"finetune({str(raw)!r}, None, {str(out)!r}, **{SETTINGS!r})"
     )

@@ -156,10 +156,10 @@ def test_profile_with_a_hostile_name_is_not_composed(tmp_path, monkeypatch):
     smoke = tmp_path / "conf/profile/smoke.yaml"
     smoke.write_text(smoke.read_text().replace("corpora: [", 'corpora: ["x; touch owned", ', 1))
     monkeypatch.chdir(tmp_path)
-    refused(lambda: cli.main(["params", "smoke"]), "axes.corpora", "x; touch owned")
+    refused(lambda: stages.main(["params", "smoke"]), "axes.corpora", "x; touch owned")
     assert not (tmp_path / "params.yaml").exists()
     smoke.write_text(LAUGHS)
-    refused(lambda: cli.main(["params", "smoke"]), "smoke.yaml", "expands")
+    refused(lambda: stages.main(["params", "smoke"]), "smoke.yaml", "expands")
 
 
 # ---- cards --------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ SPACINGS = [(1.0, 1.0, 1.0), (0.7, 0.9, 3.1), (0.3, 0.3, 5.0)]
 TOLERANCES = [0.0, 1.0, 1.234, 3.456]
 COLUMNS = (
     "label group dsc nsd n_voxels n_predicted n_overlap hd95 volume_error volume_error_ml "
-    "lesion_f1 n_lesions n_found n_invented n_counted"
+    "lesion_f1 n_lesions n_tp n_fp n_counted"
 ).split()
 
 
@@ -427,7 +427,7 @@ def test_lesions_equal_a_loop_over_all_pairs(iou):
         a, b = blob(seed, smooth=1.0, share=0.12), blob(seed, smooth=1.2, share=0.1)
         n, found, invented = matched_by_hand(a, b, iou)
         counted = count_lesions(a, b, iou)
-        assert (counted["n_lesions"], counted["n_found"], counted["n_invented"]) == (n, found, invented)
+        assert (counted["n_lesions"], counted["n_tp"], counted["n_fp"]) == (n, found, invented)
         assert n > 3 and counted["lesion_f1"] == pytest.approx(2 * found / (n + found + invented))
 
 
@@ -443,7 +443,7 @@ def test_lesions_equal_panoptica(iou):
         a, b = blob(seed, smooth=1.0, share=0.12), blob(seed, smooth=1.2, share=0.1)
         (result,) = theirs.evaluate(a.astype(np.uint8), b.astype(np.uint8), verbose=False).values()
         counted = count_lesions(a, b, iou)
-        found = (counted["n_found"], counted["n_invented"], counted["n_lesions"] - counted["n_found"])
+        found = (counted["n_tp"], counted["n_fp"], counted["n_lesions"] - counted["n_tp"])
         assert found == (result.tp, result.fp, result.fn) and min(found) > 0
         assert counted["lesion_f1"] == pytest.approx(result.rq, abs=1e-12)
 
@@ -451,10 +451,10 @@ def test_lesions_equal_panoptica(iou):
 def test_one_large_prediction_finds_one_lesion_only():
     truth = box((1, 4), (1, 4), (1, 4)) | box((6, 9), (1, 4), (1, 4))
     counted = count_lesions(box((1, 9), (1, 4), (1, 4)), truth)
-    assert counted == dict(lesion_f1=2 / 3, n_lesions=2, n_found=1, n_invented=0)
+    assert counted == dict(lesion_f1=2 / 3, n_lesions=2, n_tp=1, n_fp=0)
     missed, invented = count_lesions(truth & False, truth), count_lesions(truth, truth & False)
-    assert missed == dict(lesion_f1=0, n_lesions=2, n_found=0, n_invented=0)
-    assert invented == dict(lesion_f1=0, n_lesions=0, n_found=0, n_invented=2)
+    assert missed == dict(lesion_f1=0, n_lesions=2, n_tp=0, n_fp=0)
+    assert invented == dict(lesion_f1=0, n_lesions=0, n_tp=0, n_fp=2)
 
 
 # ---- Folders

@@ -137,7 +137,7 @@ def test_unknown_profile_lists_the_known(project):
 def test_altered_seed_stops_the_stage_in_one_line_and_leaves_nothing(project):
     seed = project / "data/seeds/ctB.nii.gz"
     seed.write_bytes(seed.read_bytes()[:-7] + b"altered")
-    command = [sys.executable, "-m", "mednext_v2.cli", "stage", "nbs/pipeline/10_suite.ipynb", "runs/smoke/suite"]
+    command = [sys.executable, "-m", "mednext_v2.stages", "run", "nbs/pipeline/10_suite.ipynb", "runs/smoke/suite"]
     done = subprocess.run([*command, "profile=smoke"], capture_output=True, text=True, cwd=project)
     assert done.returncode == 1
     line = next(line for line in done.stderr.splitlines() if "failed:" in line)
@@ -235,11 +235,13 @@ def between_grids(source: Path, folder: Path) -> Path:
 
 def test_pipeline_scores_as_predict_and_evaluate_and_finetune_do_on_the_scans_own_grid(raw, workplace):
     from mednext_v2 import cli
+    from mednext_v2.core import Resources
     from mednext_v2.data.datasets import list_cases
     from mednext_v2.data.preprocess import Prepared
     from mednext_v2.finetuning import Plan as Tuning
     from mednext_v2.finetuning import score_model
     from mednext_v2.models.card import read_card
+    from mednext_v2.models.transfer import Start
 
     task = get_task("brain_lesion_mr")
     own = between_grids(raw / task.folder, workplace / "raw" / task.folder)
@@ -263,7 +265,7 @@ def test_pipeline_scores_as_predict_and_evaluate_and_finetune_do_on_the_scans_ow
     cli.main(["evaluate", str(workplace / "told"), str(workplace / "truths"), "--task", task.name, "--out", str(workplace / "table")])
     told = pd.read_csv(workplace / "table/scores.csv")
     shutil.copytree(model, workplace / "tuned/model")
-    score_model(Tuning(task, own, workplace / "tuned", {}), "the command", print, "cpu")
+    score_model(Tuning(task, own, workplace / "tuned", {}, Start()), "the command", print, Resources("cpu"))
     kept = pd.read_csv(workplace / "evaluate/scores.csv")
     for other in (told, pd.read_csv(workplace / "tuned/scores.csv")):
         shared = [name for name in kept if name in other]
@@ -432,11 +434,12 @@ TWO = Recipe(steps=3, batch=2, patch=(32, 32, 32), lr=1e-2, warmup=1, augment="l
 
 STAGE = """
 from pathlib import Path
+from mednext_v2.core import Resources
 from mednext_v2.study.runs import Run, train_runs
 from mednext_v2.training.recipe import Recipe
 recipe = Recipe(**{recipe!r})
 history = train_runs([Run("smoke", "unet", "scratch", "corpus_ct")], recipe, {small!r}, Path({data!r}), Path("models"),
-                     Path("curves"), processes=int(processes))
+                     Path("curves"), resources=Resources("cpu", threads=1, processes=int(processes)))
 history.to_csv("seen.csv", index=False)
 """
 

@@ -28,7 +28,6 @@ from mednext_v2.training.trainer import (
     PatchValidation,
     check_run,
     curves,
-    fit,
     loss_options,
     make_engine,
     patch_validation,
@@ -36,7 +35,7 @@ from mednext_v2.training.trainer import (
     train_step,
     training_sampler,
 )
-from training_toys import readers, toy_cases, toy_model, toy_recipe, toy_run
+from training_toys import fit, readers, toy_cases, toy_model, toy_recipe, toy_run
 
 
 @pytest.fixture(autouse=True)
@@ -541,7 +540,7 @@ def test_training_goes_on_without_dvclive(tmp_path, monkeypatch):
 
 def test_progress_in_a_log_is_a_few_whole_lines(tmp_path, capfd):
     recipe = toy_recipe()
-    fit(recipe, toy_model(), training_sampler(recipe, toy_cases()), tmp_path, device="cpu", description="toy run")
+    fit(recipe, toy_model(), training_sampler(recipe, toy_cases()), tmp_path, progress=True, title="toy run")
     lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
     assert 1 <= len(lines) <= 3 and "toy run: 12/12" in lines[-1] and "loss=" in lines[-1] and "lr=" in lines[-1]
 
@@ -664,8 +663,8 @@ def test_recipes_of_the_paper_are_what_is_known_of_it():
 SIGNALLED = """
 import os, signal, sys
 from pathlib import Path
-from training_toys import toy_cases, toy_model, toy_recipe
-from mednext_v2.training.trainer import fit, training_sampler
+from training_toys import fit, toy_cases, toy_model, toy_recipe
+from mednext_v2.training.trainer import training_sampler
 recipe = toy_recipe(steps=12, checkpoint_every=100)
 sampler = training_sampler(recipe, toy_cases())
 

@@ -24,12 +24,13 @@ from mednext_v2.intake.check import doctor, fix
 from mednext_v2.intake.convert import CADS_GROUPS, CADS_LEVELS, cads_annotated, convert
 from mednext_v2.models.card import read_card, read_state
 from mednext_v2.models.registry import BACKBONES, create, load_model
-from mednext_v2.models.transfer import class_channels
+from mednext_v2.models.transfer import Start, class_channels
 from mednext_v2.network.scaling import estimate
 from mednext_v2.training import launch, run, trainer
 from mednext_v2.training.recipe import Recipe, get_recipe
 from mednext_v2.training.run import read_data, train_model
 from mednext_v2.training.trainer import patch_validation
+from training_toys import split
 
 SMALL = {"filters": (4, 8, 8)}
 SETTINGS = dict(batch=4, patch=(16, 16, 16), lr=2e-2, warmup=1, foreground=0.5, augment="none", checkpoint_every=100)
@@ -94,8 +95,7 @@ def sets(tmp_path_factory):
 
 
 def train(data, out, recipe=SHORT, **options):
-    options = dict(overrides=SMALL, device="cpu", progress=False) | options
-    return train_model(data, out, "unet", recipe, f"{out}.run", **options)
+    return train_model(data, out, "unet", recipe, f"{out}.run", **split(dict(overrides=SMALL) | options))
 
 
 # ---- cases that lack labels
@@ -284,7 +284,7 @@ def test_fine_tuning_takes_the_rows_of_its_classes(own, shared, sets, tmp_path, 
         (own[0], read_card(own[0]).heads[target]["outputs"]),
     ):
         with pytest.raises(KeyboardInterrupt):
-            train(sets / target, tmp_path / "tuned", parent=parent)
+            train(sets / target, tmp_path / "tuned", start=Start(parent))
         given = read_state(parent)
         changed = [name for name in begun if begun[name].shape != given[name].shape]
         assert changed  # The heads
@@ -335,7 +335,7 @@ def test_command_line_trains_on_two_sets(sets, tmp_path, capsys):
     settings = ["steps=2", "batch=2", "patch=(16,16,16)", "warmup=1", "augment=none", "checkpoint_every=2"]
     line = ["train", str(sets / "chest"), str(tmp_path / "model"), "--with", str(sets / "belly"), "--backbone", "unet"]
     line += ["--recipe", "smoke", "--network", "filters=(4,8,8)", "--device", "cpu", "--workers", "0", "--unchecked"]
-    cli.main([*line, "--weights", "chest=2", "belly=1", "--heads", "own", "--set", *settings])
+    cli.main([*line, "--sampling", "chest=2", "belly=1", "--heads", "own", "--set", *settings])
     assert "wrote" in capsys.readouterr().out and set(read_card(tmp_path / "model").heads) == {"chest", "belly"}
     write_volume(tmp_path / "scan.nii.gz", scan(5)[0], np.eye(4))
     ask = ["predict", "-m", str(tmp_path / "model"), "-i", str(tmp_path / "scan.nii.gz"), "-o", str(tmp_path / "l.nii.gz")]
@@ -344,7 +344,7 @@ def test_command_line_trains_on_two_sets(sets, tmp_path, capsys):
     with pytest.raises(SystemExit, match="name one, got head None"):
         cli.main(ask)
     with pytest.raises(SystemExit, match="weights are for chest, the data sets are chest, belly"):
-        cli.main([*line[:2], str(tmp_path / "other"), *line[3:], "--weights", "chest=2", "--set", *settings])
+        cli.main([*line[:2], str(tmp_path / "other"), *line[3:], "--sampling", "chest=2", "--set", *settings])
 
 
 # ---- memory
@@ -398,7 +398,7 @@ def test_checkpointing_auto_is_what_free_memory_allows(sets, tmp_path, monkeypat
         assert found[0].checkpointing == expected
     monkeypatch.undo()
     others = dict(overrides={"width": 4, "checkpointing": "auto"}, device="cpu", progress=False)
-    train_model(sets / "chest", tmp_path / "model", "mednext_v2_tiny", recipe, tmp_path / "run", **others)
+    train_model(sets / "chest", tmp_path / "model", "mednext_v2_tiny", recipe, tmp_path / "run", **split(others))
     assert read_card(tmp_path / "model").overrides == {"width": 4}
     run.network_for(data, "unet", recipe, SMALL | {"checkpointing": "auto"})  # Has no such choice
 
@@ -415,7 +415,7 @@ def test_training_with_recomputing_gives_the_same_weights_and_a_plain_card(sets,
     recipe, kinds = replace(SHORT, patch=(32, 32, 32), batch=1), ("none", "expansion", "block")
     for kind in kinds:
         options = dict(overrides={"width": 4, "checkpointing": kind}, device="cpu", progress=False)
-        train_model(sets / "chest", tmp_path / kind, "mednext_v2_tiny", recipe, tmp_path / f"{kind}.run", **options)
+        train_model(sets / "chest", tmp_path / kind, "mednext_v2_tiny", recipe, tmp_path / f"{kind}.run", **split(options))
         assert read_card(tmp_path / kind).overrides == {"width": 4}
     plain, *others = (read_state(tmp_path / kind) for kind in kinds)
     assert all(torch.equal(value, other[name]) for other in others for name, value in plain.items())

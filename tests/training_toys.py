@@ -1,14 +1,17 @@
 "Small cases in memory and a small network, shared by the tests of the training modules"
 
+import dataclasses
 import multiprocessing
 
 import numpy as np
 import torch
 
+from mednext_v2.core import Resources
 from mednext_v2.data.augment import ArrayCases
 from mednext_v2.models.registry import create
+from mednext_v2.training import trainer
 from mednext_v2.training.recipe import Recipe
-from mednext_v2.training.trainer import fit, training_sampler
+from mednext_v2.training.trainer import Display, training_sampler
 
 
 def toy_cases(train: int = 3, size: int = 20) -> ArrayCases:
@@ -39,10 +42,24 @@ def toy_recipe(**changes) -> Recipe:
     return Recipe(**settings | changes)
 
 
+def split(options: dict) -> dict:
+    "Fields of `Resources` and `Display` among options put into these; on the CPU, without a bar"
+    rest, made = dict(options), {}
+    for name, kind, first in (("resources", Resources, dict(device="cpu")), ("display", Display, dict(progress=False))):
+        own = {field.name: rest.pop(field.name) for field in dataclasses.fields(kind) if field.name in rest}
+        made[name] = kind(**first | own)
+    return rest | made
+
+
+def fit(*given, **options):
+    "`trainer.fit` with the fields of `Resources` and `Display` as arguments"
+    return trainer.fit(*given, **split(options))
+
+
 def toy_run(folder, recipe: Recipe, **options):
     "The model after training, and the history"
     model, sampler = toy_model(), training_sampler(recipe, toy_cases())
-    return model, fit(recipe, model, sampler, folder, device="cpu", progress=False, **options)
+    return model, fit(recipe, model, sampler, folder, **options)
 
 
 

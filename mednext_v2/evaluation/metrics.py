@@ -190,7 +190,7 @@ def count_lesions(
     prediction: np.ndarray,  # Mask of one class, 3D
     truth: np.ndarray,  # Mask of the same shape
     iou: float = LESION_IOU,  # Overlap from which on a lesion is found
-) -> dict[str, float]:  # n_lesions, n_found, n_invented, lesion_f1
+) -> dict[str, float]:  # n_lesions, n_tp, n_fp, lesion_f1
     "True lesions, how many are found, and predicted ones that are none; F1 is NaN if there is neither"
     import cc3d
 
@@ -205,7 +205,7 @@ def count_lesions(
     matched = _match(ious, iou)
     total = true[1] + found[1]
     f1 = 2 * matched / total if total else float("nan")
-    return dict(lesion_f1=f1, n_lesions=true[1], n_found=matched, n_invented=found[1] - matched)
+    return dict(lesion_f1=f1, n_lesions=true[1], n_tp=matched, n_fp=found[1] - matched)
 
 
 def _match(ious: np.ndarray, least: float) -> int:
@@ -287,7 +287,7 @@ def score_masks(
         hd95=_reach(surfaces, 0.95),
         volume_error=more / n_truth if n_truth else nothing,
         volume_error_ml=more * np.prod(spacing) / 1000 if n_truth or n_predicted else nothing,
-        **{key: counted.get(key, nothing) for key in ("lesion_f1", "n_lesions", "n_found", "n_invented")},
+        **{key: counted.get(key, nothing) for key in ("lesion_f1", "n_lesions", "n_tp", "n_fp")},
     )
 
 
@@ -329,7 +329,7 @@ def score_case(
         group = task.groups[label]
         scores = score_masks(*masks, spacing, tolerance, lesions=group == "pathology")
         rows.append(dict(label=label, group=group) | scores | dict(n_counted=counted))
-    return pd.DataFrame(rows).astype(dict.fromkeys(("n_lesions", "n_found", "n_invented"), "Int64"))
+    return pd.DataFrame(rows).astype(dict.fromkeys(("n_lesions", "n_tp", "n_fp"), "Int64"))
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #mask
 def _mask(labels: np.ndarray, values: tuple[int, ...]) -> np.ndarray:
@@ -417,7 +417,7 @@ def score_files(
         raise ValueError(f"{prediction}: {error}") from error
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #summary
-EXTRAS = "nsd hd95 volume_error volume_error_ml lesion_f1 n_lesions n_found n_invented".split()
+EXTRAS = "nsd hd95 volume_error volume_error_ml lesion_f1 n_lesions n_tp n_fp".split()
 
 
 def nnunet_metrics(

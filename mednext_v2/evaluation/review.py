@@ -315,7 +315,7 @@ COLUMNS = {  # Column of the scores: title, decimals, whether between 0 and 1, e
     "volume_error": ("volume error", 2, False, "(predicted - true) / true"),
     "lesion_f1": ("lesion F1", 2, True, "found lesions, one to one"),
     "n_lesions": ("lesions", 0, False, "in the truth"),
-    "n_found": ("found", 0, False, ""),
+    "n_tp": ("found", 0, False, ""),
     "n_voxels": ("voxels", 0, False, "in the truth"),
     "n_predicted": ("predicted", 0, False, "voxels in the prediction"),
 }

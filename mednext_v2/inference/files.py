@@ -150,7 +150,7 @@ class Wish:
     "What the label maps of a run have in common"
 
     options: Options = Options()
-    roi: object = None  # As in `inference.network_input`, or a folder of masks named like the scans
+    roi: object = None  # As in `predictor.network_input`, or a folder of masks named like the scans
     probabilities: bool = False  # Write them too, as nnU-Net's .npz, float16
     overwrite: bool = False  # Replace label maps that are there
 
@@ -309,7 +309,7 @@ def predict_files(
     source: str | Path,  # A scan, or a folder of scans
     target: str | Path,  # A label map, or a folder for them
     options: Options = Options(),
-    roi=None,  # Mask or six voxel numbers, as in `inference.network_input`; or a folder of masks named like the scans
+    roi=None,  # Mask or six voxel numbers, as in `predictor.network_input`; or a folder of masks named like the scans
     probabilities: bool = False,  # Write them too, as .npz
     overwrite: bool = False,  # Replace label maps that are there
     progress: bool = False,  # Whether to show a bar

@@ -584,7 +584,7 @@ class Member:
     "One model of an ensemble"
 
     models: tuple[nn.Module, ...]  # The network, or its folds
-    card: object  # `weights.Card`, of the first fold
+    card: object  # `card.Card`, of the first fold
     hashes: tuple[str, ...] = ()  # sha256 of the weights
 
     def mirror(self, options: Options) -> tuple[int, ...]:
@@ -764,7 +764,7 @@ def is_channels(images) -> bool:
 
 def predict_scan(
     model: nn.Module,  # As in `sliding_window`
-    card,  # `weights.Card` of that model
+    card,  # `card.Card` of that model
     scans: Sequence,  # A scan per channel, as `read_scan` takes or gives it
     overlap: float = 0.5,  # Share of a window that its neighbour sees too
     roi=None,  # As in `network_input`

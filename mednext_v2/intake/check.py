@@ -35,7 +35,7 @@ from ..data.datasets import ANNOTATED, description_difference, parse_annotated, 
 # %% ../../nbs/intake/30_check.ipynb #faults-set
 FAULTS = {  # Code: severity, what to do
     "folder-missing": ("error", "restore the folder, or point at a data set in nnU-Net's raw layout"),
-    "dataset-missing": ("error", "write dataset.json (tasks.write_dataset does), or restore it"),
+    "dataset-missing": ("error", "write dataset.json (data.datasets.write_dataset does), or restore it"),
     "dataset-json": ("error", "correct the file so that it is one JSON object"),
     "dataset-keys": ("error", "complete dataset.json: channel_names, labels, numTraining, file_ending"),
     "dataset-number": ("error", "give each data set a number of its own: nnU-Net looks them up by it"),

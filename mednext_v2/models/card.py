@@ -58,7 +58,7 @@ def _check_groups(groups: dict, named: Collection[str], name: str) -> None:
 
 
 def _check_normalisation(known: dict, channels: int, name: str) -> None:
-    "ValueError unless `prepare.normalise` can scale each channel by it"
+    "ValueError unless `preprocess.normalise` can scale each channel by it"
     schemes = known.get("schemes")
     if not isinstance(schemes, (list, tuple)) or len(schemes) != channels or not set(map(str, schemes)) <= set(SCHEMES):
         _refuse(f"{name}: schemes", f"one of {', '.join(SCHEMES)} for each of {channels} channels", schemes)
@@ -158,7 +158,7 @@ class Card:
     modality: str
     spacing: tuple[float, ...]  # mm, that the network was trained at
     patch: tuple[int, ...]  # Voxels
-    normalisation: dict  # What `prepare.normalise` needs
+    normalisation: dict  # What `preprocess.normalise` needs
     recipe: dict  # How it was trained
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)  # Overlapping classes: each an output of its own, with its values
     class_order: tuple[int, ...] = ()  # Value that a label map gets for each region

@@ -209,7 +209,7 @@ CLAIMS = (
 
 def reported(
     claim: Claim,
-    table: pd.DataFrame,  # From `report.published`
+    table: pd.DataFrame,  # From `tables.published`
 ) -> str:
     "The paper's own figures, DSC in percent; not available if none is known"
     words = []

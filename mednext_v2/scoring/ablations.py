@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import atomic_folder, build, in_pool, params, read_json, root, write_csv
+from ..core import Resources, atomic_folder, build, in_pool, params, read_json, root, write_csv
 from .evaluate import SCORE_COLUMNS, evaluate_one
 from ..study.plan import Plan, read_plan
-from ..study.runs import STAGE, Run, pretrained_folder, run_folder, train_one
+from ..study.runs import STAGE, Run, pretrained_folder, resources_of, run_folder, train_one
 
 # %% ../../nbs/scoring/30_ablations.ipynb #variant
 @dataclass(frozen=True)
@@ -125,16 +125,16 @@ class Training:
     parent: Path | None = None
     before: Path | None = None  # Model folder of an earlier start of the stage
 
-    def train(self, **options) -> None:
-        "As `pipeline.train_one`"
+    def train(self, resources: Resources) -> None:
+        "As `runs.train_one`"
         train_one(
-            self.run, self.recipe, self.overrides, self.data, self.parent, self.out, self.curves, self.before, **options
+            self.run, self.recipe, self.overrides, self.data, self.parent, self.out, self.curves, self.before, resources
         )
 
 
 @cache
 def size_of(backbone: str, patch: tuple, in_channels: int, num_classes: int, changes: tuple):
-    "`backbones.cost` of a network, which is built once for all runs that share it"
+    "`registry.cost` of a network, which is built once for all runs that share it"
     from mednext_v2.models.registry import cost
 
     return cost(backbone, patch, in_channels, num_classes, **dict(changes))
@@ -240,15 +240,15 @@ def run_ablation(
 
     from mednext_v2.data.preprocess import Prepared
 
-    options = {name: compute[name] for name in ("device", "threads", "processes", "parallel", "readers")}
+    resources = resources_of(compute)
     with atomic_folder(places.models, STAGE) as folder:
         parents = pretrainings(ablation, plan, places, folder)
         # One object a distinct pretraining
         first = list({id(one): one for one in parents.values() if isinstance(one, Training)}.values())
-        in_pool([delayed(one.train)(**options) for one in first], compute["workers"])
+        in_pool([delayed(one.train)(resources) for one in first], compute["workers"])
         tuned = list(finetunings(ablation, plan, places, folder, parents))
         told_apart(ablation, tuned)
-        in_pool([delayed(one.train)(**options) for one in tuned], compute["workers"])
+        in_pool([delayed(one.train)(resources) for one in tuned], compute["workers"])
         predictions = [places.out / "evaluate" / one.variant / one.run.init for one in tuned]
         scores = in_pool(
             [

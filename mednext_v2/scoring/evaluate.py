@@ -41,10 +41,10 @@ def evaluate_one(
 
 
 def raw_cases(
-    prepared,  # `prepare.Prepared`
+    prepared,  # `preprocess.Prepared`
     raw: Path,  # Folder of raw data sets
     split: str,  # Of the prepared data, which may be those of another fold
-) -> list:  # Of `tasks.Case`
+) -> list:  # Of `datasets.Case`
     "The raw files of a split of prepared data; ValueError names a case that the raw data set has no more"
     known = {case.id: case for case in list_cases(prepared.task, raw)}
     if missing := [id for id in prepared.ids(split) if id not in known]:
@@ -54,7 +54,7 @@ def raw_cases(
 # %% ../../nbs/scoring/10_evaluate.ipynb #evaluate-runs
 SCORE_COLUMNS = (
     "profile task case label group backbone init patch seed dsc nsd hd95 volume_error lesion_f1 "
-    "n_voxels n_predicted n_lesions n_found n_invented grid"
+    "n_voxels n_predicted n_lesions n_tp n_fp grid"
 ).split()
 
 

@@ -14,7 +14,7 @@ from ..finetuning import parent_folder
 from ..models.card import read_card
 from .evaluate import evaluate_runs
 from ..study.plan import Plan
-from ..study.runs import finetuning_runs, train_runs
+from ..study.runs import finetuning_runs, resources_of, train_runs
 from ..zoo.catalogue import RECEIPT, cache_folder
 
 # %% ../../nbs/scoring/20_released.ipynb #released
@@ -44,8 +44,7 @@ def run_released(
     parent = released_model(name, models)
     backbone = read_card(parent).backbone
     runs = finetuning_runs(plan, backbone, name)
-    options = {key: compute[key] for key in ("device", "workers", "threads", "processes", "parallel", "readers")}
-    train_runs(runs, recipe, {}, data, models / backbone, out / "curves", parent=parent, **options)
+    train_runs(runs, recipe, {}, data, models / backbone, out / "curves", parent, compute["workers"], resources_of(compute))
     return evaluate_runs(
         runs, models / backbone, data, raw, out, overlap, **{key: compute[key] for key in ("device", "workers", "threads")}
     )

@@ -418,7 +418,7 @@ def launch(
 class Step:
     "What decides the cost of a training step"
 
-    network: str  # Of `backbones.BACKBONES`
+    network: str  # Of `registry.BACKBONES`
     patch: tuple[int, int, int]
     batch: int = 1  # Patches per process and backward
     precision: str = "fp32"

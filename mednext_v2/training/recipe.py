@@ -46,7 +46,7 @@ class Recipe:
     smooth: float = 0.9  # Share of the old in the running validation Dice that decides what is best
     patience: int = 0  # Validations without a better one before the run ends early; 0 is never
     freeze: tuple[str, ...] | str = ()  # Parts that keep their weights: stem, encoder, decoder, heads
-    layer_decay: float = 1.0  # Rate of a layer as a share of the next one's, see `adapt.layers`
+    layer_decay: float = 1.0  # Rate of a layer as a share of the next one's, see `transfer.layers`
     keep: str = "last"  # Or best: the weights that a run ends with
     checkpoint_every: int = 250  # Steps
     snapshots: int = 0  # Weights kept along the way, equally far apart, the last at the end

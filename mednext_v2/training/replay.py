@@ -28,7 +28,7 @@ def write_bundle(
     step: int,  # The one that failed, 1 is the first
     reason: str,
     recipe: Recipe,
-    network: nn.Module,  # With `.blueprint` if `backbones.create` made it
+    network: nn.Module,  # With `.blueprint` if `registry.create` made it
     weights: dict[str, Tensor],  # Before the step
     batch: tuple[Tensor, ...],  # Image, label and perhaps what is annotated
     options: dict | None = None,  # Of the loss, as `trainer.loss_options` gives them
@@ -79,7 +79,7 @@ def read_bundle(bundle: str | Path) -> tuple[dict, dict]:
 def replay(
     bundle: str | Path,  # Written by `write_bundle`
     device: str = "cpu",
-    network: nn.Module | None = None,  # If `backbones.create` did not make it
+    network: nn.Module | None = None,  # If `registry.create` did not make it
 ) -> pd.DataFrame:  # stage, where, not_finite: in the order in which they arise; empty if all is finite
     "Run the step of a bundle again; ValueError if the network cannot be made from what the bundle holds"
     from mednext_v2.models.registry import create

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import build, check_output, find_device, read_csv, write_csv
+from ..core import Resources, build, check_output, find_device, read_csv, write_csv
+from ..models.transfer import Start
 
 # %% ../../nbs/training/70_run.ipynb #fit-patch
 def fit_patch(
@@ -63,7 +64,7 @@ class TrainingData:
 
     @property
     def class_channels(self) -> dict[str, int]:
-        "Which output stands for which class, as `adapt.transfer` matches them"
+        "Which output stands for which class, as `transfer.transfer` matches them"
         from mednext_v2.models.transfer import class_channels
 
         if self.space is None:
@@ -169,27 +170,26 @@ def network_for(
 
 # %% ../../nbs/training/70_run.ipynb #start-from
 def start_from(
-    parent: str | Path | None,  # Model folder
+    start: Start,
     model,  # Filled in place
     data: TrainingData,
-    options: dict,  # Of `adapt.transfer`
     folder: str | Path,  # Gets transfer.csv: what became of each tensor
 ):  # The parent's `Card`; None from scratch
     "Start from the weights of another model, its heads matched by the names of classes"
-    if parent is None:
+    if start.model is None:
         return None
     from mednext_v2.models.transfer import class_channels, transfer
     from mednext_v2.models.card import read_card, read_state
 
-    source, target = read_card(parent), data.class_channels
+    source, target = read_card(start.model), data.class_channels
     known = class_channels(source, tuple(data.sets))
     # A head of one of several data sets starts from the class without the data set's name
     plain = {name: name.rpartition("/")[2] for name in target if name not in known}
     mapping = {name: short for name, short in plain.items() if short != name and short in known}
-    options = options | {"mapping": mapping | options.get("mapping", {})}
-    report = transfer(model, read_state(parent), target, known, **options)
+    options = start.options | {"mapping": mapping | start.mapping}
+    report = transfer(model, read_state(start.model), target, known, **options)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"starts from {parent}: {report}", file=sys.stderr)
+        print(f"starts from {start.model}: {report}", file=sys.stderr)
         write_csv(Path(folder) / "transfer.csv", report.table())
     return source
 
@@ -245,15 +245,14 @@ def train_model(
     recipe,  # A `Recipe`; its patch is made no larger than the volumes of the data
     folder: str | Path,  # Checkpoints, curves and run.json; an interrupted training of the same identity goes on
     overrides: dict | None = None,  # Changes to the backbone's published size; `checkpointing` of a MedNeXt, `auto` for what memory allows
-    parent: str | Path | None = None,  # Model folder whose weights it starts from; None from scratch
-    start: dict | None = None,  # How: options of `adapt.transfer`, e.g. mapping, scope, convert
+    start: Start = Start(),  # The weights it begins with
     seed: int = 0,
-    init: str = "scratch",  # What the card calls the start
     provenance: str = "",  # What the card says of the data, besides their name
-    weights: dict[str, float] | str = "sqrt",  # Of several data sets, by name; or a rule of `MixtureSampler`
+    sampling: dict[str, float] | str = "sqrt",  # Weights of several data sets, by name; or a rule of `MixtureSampler`
     heads: str = "shared",  # Or own: of several data sets, each keeps its labels and has outputs of its own
     allow: tuple[str, ...] = (),  # Differences of several data sets that are meant, of `mixture.DIFFERENCES`
-    **options,  # Of `fit`: device, workers, parallel, resume, ...
+    resources: Resources = Resources(),
+    **options,  # Of `fit`: display, resume, on_step
 ) -> pd.DataFrame:  # The training history
     "Train a network on prepared data and keep it as a model folder"
     import torch
@@ -267,13 +266,13 @@ def train_model(
     check_output(folder)
     data = read_data(data, heads)
     torch.manual_seed(seed)
-    device = find_device(options.get("device", "auto"))
-    model, patch = network_for(data, backbone, recipe, overrides or {}, parent, device, int(os.environ.get("WORLD_SIZE", 1)))
-    recipe, source = replace(recipe, patch=patch), start_from(parent, model, data, start or {}, folder)
+    device, together = find_device(resources.device), int(os.environ.get("WORLD_SIZE", 1))
+    model, patch = network_for(data, backbone, recipe, overrides or {}, start.model, device, together)
+    recipe, source = replace(recipe, patch=patch), start_from(start, model, data, folder)
     what = dict(prepared=data.read_by_sampler, labels=data.space, allow=tuple(allow))
     validate = patch_validation(recipe, **what) if recipe.validate_every else None
-    sampler = training_sampler(recipe, **what, seed=seed, weights=weights)
-    history = fit(recipe, model, sampler, folder, seed=seed, validate=validate, **options)
+    sampler = training_sampler(recipe, **what, seed=seed, weights=sampling)
+    history = fit(recipe, model, sampler, folder, seed=seed, validate=validate, resources=resources, **options)
     card = Card(
         backbone=backbone,
         overrides={name: value for name, value in overrides_of(model).items() if name != "checkpointing"},  # No trait of weights
@@ -281,7 +280,7 @@ def train_model(
         patch=recipe.patch,
         mirror_axes=mirrored_axes(recipe.augment),
         recipe=asdict(recipe),
-        init=init,
+        init=start.name,
         parent=source.sha256 if source else None,
         seed=seed,
         provenance=f"{provenance}trained on {', '.join(one.task.folder for one in data.sets.values())}",
@@ -299,7 +298,9 @@ def train_from_fields(
     recipe: dict,  # Fields of a `Recipe`
     folder: str,  # Checkpoints, curves, run.json and, at the end, history.csv
     overrides: dict | None = None,  # Changes to the backbone's published size
-    threads: int = 0,  # Of each process; as many as PyTorch takes if 0
+    start: dict | None = None,  # Fields of `Start`
+    resources: dict | None = None,  # Fields of `Resources`
+    display: dict | None = None,  # Fields of `Display`
     **options,  # Of `train_model`
 ) -> None:
     "`train_model` with arguments that JSON can hold, as a process of `launch` gets them"
@@ -307,31 +308,37 @@ def train_from_fields(
 
     from mednext_v2.training.launch import heartbeat
     from mednext_v2.training.recipe import Recipe
+    from mednext_v2.training.trainer import Display
 
-    if threads:
-        torch.set_num_threads(threads)
+    may = build(Resources, resources or {}, "resources")
+    if may.threads:
+        torch.set_num_threads(may.threads)
     # JSON has lists only; configuration is made of tuples
     changes = {name: tuple(value) if isinstance(value, list) else value for name, value in (overrides or {}).items()}
     built = build(Recipe, recipe, "recipe")
-    history = train_model(data, out, backbone, built, folder, changes, on_step=heartbeat, **options)
+    shown, begin = build(Display, display or {}, "display"), build(Start, start or {}, "start")
+    history = train_model(data, out, backbone, built, folder, changes, begin, resources=may, display=shown, on_step=heartbeat, **options)
     if int(os.environ.get("RANK", 0)) == 0:
         write_csv(Path(folder) / "history.csv", history)
 
 # %% ../../nbs/training/70_run.ipynb #train-in-processes
 def train_in_processes(
-    processes: int,  # Here if one; else started, watched and ended by `launch`
-    **arguments,  # Of `train_from_fields`
+    resources: Resources,  # One process trains here; several are started, watched and ended by `launch`
+    start: Start = Start(),
+    display=None,  # `trainer.Display`
+    **arguments,  # Further ones of `train_from_fields`
 ) -> pd.DataFrame:  # The training history
     "One training; RunEnded says which of several processes failed, and how"
     from mednext_v2.training.launch import launch
     from mednext_v2.models.card import MODEL_FOLDER
 
+    arguments |= dict(start=asdict(start), resources=asdict(resources), display=asdict(display) if display else None)
     check_output(arguments["out"], MODEL_FOLDER)
     check_output(arguments["folder"])
-    if processes == 1:
+    if resources.processes == 1:
         train_from_fields(**arguments)
     else:
-        launch({"function": "mednext_v2.training.run:train_from_fields", "arguments": arguments}, processes)
+        launch({"function": "mednext_v2.training.run:train_from_fields", "arguments": arguments}, resources.processes)
     return read_csv(Path(arguments["folder"]) / "history.csv")
 
 # %% ../../nbs/training/70_run.ipynb #drawn

@@ -547,7 +547,7 @@ class Found:
     channels: tuple[str, ...] = ()  # Names of the input channels
     spacing: tuple[float, ...] | None = None  # mm, (X, Y, Z)
     patch: tuple[int, ...] | None = None  # Voxels, (X, Y, Z)
-    normalisation: dict | None = None  # What `prepare.normalise` needs
+    normalisation: dict | None = None  # What `preprocess.normalise` needs
     mirror_axes: tuple[int, ...] = ()  # Of the weights, along which training mirrored, as far as the file tells
     axes: tuple[int, ...] = (0, 1, 2)  # Which axis of the weights is X, Y and Z, see `turned`
     trainer: str | None = None
@@ -588,8 +588,8 @@ def nnunet_axes(
 def nnunet_normalisation(
     plans: dict,  # Of plans.json
     configuration: dict,
-) -> dict | None:  # None if `prepare.normalise` cannot do it
-    "How each channel is scaled, in the terms of `prepare.normalise`"
+) -> dict | None:  # None if `preprocess.normalise` cannot do it
+    "How each channel is scaled, in the terms of `preprocess.normalise`"
     schemes = [NORMALISATIONS.get(name) for name in configuration["normalization_schemes"]]
     masks = [mask for mask, scheme in zip(configuration["use_mask_for_norm"], schemes) if scheme == "zscore"]
     measured = plans.get("foreground_intensity_properties_per_channel", {})
