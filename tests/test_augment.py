@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from monai.data.meta_obj import get_track_meta
 from monai.transforms import Compose
 from scipy import ndimage
 
+from mednext_v2.data import augment as module
 from mednext_v2.data.augment import (
     AUGMENTATIONS,
     NNUNET_TURN,
@@ -812,3 +814,20 @@ def test_program_that_fails_while_workers_read_ahead_ends():
 
     done = subprocess.run([sys.executable, "-c", LEFT], cwd=Path(__file__).parent, capture_output=True, timeout=120)
     assert done.returncode == 1 and b"something else" in done.stderr
+
+
+class Silent:
+    "A sampler whose first batch never comes"
+
+    fingerprint = "silent"
+
+    def __getitem__(self, step):
+        time.sleep(120)
+
+
+def test_a_worker_that_lives_and_sends_nothing_is_an_error(monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 2)
+    begin = time.perf_counter()
+    with pytest.raises(RuntimeError, match="no batch came for step 0 .*shared memory"):
+        next(patch_loader(Silent(), 0, 1, workers=1))
+    assert time.perf_counter() - begin < 60

@@ -457,7 +457,7 @@ def install(tmp_path, monkeypatch):
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
         lines = [f"{name} = {value}" for name, value in points.items()]
-        (info / "entry_points.txt").write_text("[mednext_v2.models.registry]\n" + "\n".join(lines) + "\n")
+        (info / "entry_points.txt").write_text("[mednext_v2.backbones]\n" + "\n".join(lines) + "\n")
         for name, source in modules.items():
             (tmp_path / f"{name}.py").write_text(source)
             monkeypatch.delitem(sys.modules, name, raising=False)

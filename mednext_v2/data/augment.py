@@ -587,6 +587,9 @@ def end_workers(ahead) -> None:
         worker.join()
 
 
+PATIENCE = 600  # Seconds that a batch may take: a worker whose shared memory is full lives on and sends nothing
+
+
 def batches(loader: DataLoader, sampler, device: torch.device, on_device: bool) -> Iterator:
     "The loader's batches on the device, in order; ends its workers when it is left"
     ahead, send = iter(loader), partial(Tensor.to, device=device, non_blocking=True)
@@ -597,6 +600,9 @@ def batches(loader: DataLoader, sampler, device: torch.device, on_device: bool) 
             try:
                 item = next(ahead)
             except RuntimeError as error:
+                if "DataLoader timed out" in str(error):
+                    message = f"no batch came for step {step} within {PATIENCE / 60:g} minutes: see what the processes that read ahead"
+                    raise RuntimeError(f"{message} printed above, often too little shared memory (/dev/shm); or use no workers") from error
                 if "DataLoader worker" not in str(error):
                     raise
                 message = f"waiting for step {step}: a process that reads ahead died, often of memory"
@@ -628,7 +634,7 @@ def patch_loader(
     if workers and prefetch < 1:
         raise ValueError(f"loader: prefetch must be 1 or more, got {prefetch}")
     device = torch.device(device or "cpu")
-    options = dict(prefetch_factor=prefetch, multiprocessing_context=method) if workers else {}
+    options = dict(prefetch_factor=prefetch, multiprocessing_context=method, timeout=PATIENCE) if workers else {}
     loader = DataLoader(
         Ahead(sampler, augment_on_device), batch_size=None, sampler=range(start, steps), num_workers=workers,
         worker_init_fn=one_thread, pin_memory=device.type == "cuda", generator=torch.Generator(), **options,

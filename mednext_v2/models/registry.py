@@ -425,7 +425,7 @@ BACKBONES: dict[str, Backbone] = {
 }
 
 # %% ../../nbs/models/30_registry.ipynb #plugins
-PLUGINS = "mednext_v2.models.registry"
+PLUGINS = "mednext_v2.backbones"
 
 
 def load_plugin(
