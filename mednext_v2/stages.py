@@ -97,9 +97,7 @@ def check_plan(plan: Plan) -> None:
     from mednext_v2.zoo.catalogue import load_zoo
 
     allowed = {
-        "corpora": tuple(load_tasks()),
-        "further": tuple(load_tasks()),
-        "tasks": tuple(load_tasks()),
+        **dict.fromkeys(("corpora", "further", "tasks"), tuple(load_tasks())),
         "backbones": tuple(BACKBONES | plugins()),
         "inits": ("scratch", *plan.corpora),
         "released": tuple(load_zoo()),

@@ -312,8 +312,10 @@ def description_difference(
     description: dict,  # Of dataset.json
 ) -> str:  # Empty if the two agree
     "What dataset.json says otherwise than the registry"
-    theirs = {n: tuple(np.atleast_1d(v)) for n, v in description["labels"].items() if n not in ("background", "ignore")}
-    ours = {name: tuple(np.atleast_1d(value)) for name, value in (task.regions or task.labels).items()}
+    labels, regions, _ = read_labels(description)
+    theirs, ours = (
+        {name: tuple(np.atleast_1d(value)) for name, value in values.items()} for values in (regions or labels, task.regions or task.labels)
+    )
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
             said = [" ".join(map(str, values[name])) if name in values else "absent" for values in (theirs, ours)]

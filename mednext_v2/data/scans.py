@@ -679,6 +679,11 @@ class Volume:
         "Voxel size in mm"
         return tuple(float(size) for size in voxel_sizes(self.affine))
 
+    @property
+    def canonical(self) -> tuple[tuple[int, ...], np.ndarray]:
+        "Shape and affine, which are of RAS already; a `Header` has the same property"
+        return self.voxels.shape, self.affine
+
     def to_native(
         self,
         values: np.ndarray,  # (X, Y, Z) on this grid
@@ -854,7 +859,7 @@ def check_extent(
     path: str | Path,  # What to call it in an error
 ) -> None:
     "BadFile if a scan is smaller than one such voxel along every axis: then its unit or voxel size is wrong"
-    shape, affine = volume.canonical if isinstance(volume, Header) else (volume.voxels.shape, volume.affine)
+    shape, affine = volume.canonical
     extent = voxel_sizes(affine) * shape
     if (extent < np.asarray(target, float)).all():
         what = f"is {show(extent)} mm as a whole, and voxels of {show(target)} mm are wanted"
@@ -881,9 +886,7 @@ def grid_distance(
     other: Header | Volume,
 ) -> float:  # mm; infinite if the numbers of voxels differ
     "How far apart the corners of two grids lie once both are turned to RAS"
-    (shape, affine), (other_shape, other_affine) = (
-        grid.canonical if isinstance(grid, Header) else (grid.voxels.shape, grid.affine) for grid in (one, other)
-    )
+    (shape, affine), (other_shape, other_affine) = one.canonical, other.canonical
     return displacement(affine, other_affine, shape) if shape == other_shape else float("inf")
 
 
@@ -898,11 +901,9 @@ def same_grid(
     path, reference = names or [header.path if header else "the volume" for header in headers]
     distance = grid_distance(one, other)
     if distance == float("inf"):
-        sizes = [grid.canonical[0] if isinstance(grid, Header) else grid.voxels.shape for grid in (one, other)]
-        what = f"has the shape {sizes[0]}, {reference} has {sizes[1]}"
+        what = f"has the shape {one.canonical[0]}, {reference} has {other.canonical[0]}"
         raise BadFile(path, what, "resample one to the other, if they are of one scan", "shape-mismatch")
-    affine = other.canonical[1] if isinstance(other, Header) else other.affine
-    if not distance <= (grid_tolerance(affine) if tolerance is None else tolerance):
+    if not distance <= (grid_tolerance(other.canonical[1]) if tolerance is None else tolerance):
         what = f"lies on another grid than {reference}, corners up to {distance:.3g} mm apart"
         raise BadFile(path, what, "resample one to the other", "affine-mismatch")
     return distance

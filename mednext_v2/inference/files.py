@@ -164,9 +164,8 @@ class Wish:
         return self.roi
 
 # %% ../../nbs/inference/20_files.ipynb #identity
-def identity(job: Job, members: list[Member], wish: Wish) -> str:
-    "A hash of what decides the labels: weights, options, and the files' places, sizes and times"
-    region = wish.region(job)
+def identity(job: Job, members: list[Member], wish: Wish, region) -> str:
+    "A hash of what decides the labels: weights, options, and the places, sizes and times of the files, that of the region among them"
     read = [*job.images, *([Path(region)] if isinstance(region, (str, Path)) else [])]
     paths = [file for path in read for file in stored_files(path)]
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
@@ -215,10 +214,11 @@ def read_job(job: Job, members: list[Member], wish: Wish) -> tuple[NetworkInput 
     check_channels(members[0].card, len(job.images))
     size = math.prod(read_header(job.images[0]).shape) * (2 * members[0].card.num_classes if wish.probabilities else 1)
     room(job.output.parent, size, f"{job.output.name}, before compression,")
-    key = identity(job, members, wish)
+    region = wish.region(job)
+    key = identity(job, members, wish, region)
     done = is_done(job, key, wish)
     scans = [] if done else [read_scan(path) for path in job.images]
-    return None if done else network_input(scans, wish.region(job)), key, time.perf_counter() - begin
+    return None if done else network_input(scans, region), key, time.perf_counter() - begin
 
 
 def write_job(
