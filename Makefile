@@ -40,8 +40,9 @@ smoke: $(READY) ## Run the whole pipeline at toy size in a scratch copy
 	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && git clone --quiet . "$$copy/mednext_v2" && cd "$$copy/mednext_v2" \
 	  && python -m mednext_v2.stages params smoke && dvc repro
 
-lint: $(READY) ## Look for unused names, unsorted imports and the like with ruff (rules in pyproject.toml)
+lint: $(READY) ## Look for unused names, unsorted imports and unformatted cells with ruff (rules in pyproject.toml)
 	@ruff check mednext_v2 tests benchmarks
+	@ruff format --check nbs tests benchmarks
 
 test: $(READY) ## Run every test and every chapter
 	@python -m pytest -n 2 $(PYTEST)
@@ -52,7 +53,8 @@ bench: $(READY) ## Measure storage, data, training, blocks, scores and label map
 params: $(READY) ## Compose params.yaml anew from conf/ (profile mini)
 	@python -m mednext_v2.stages params mini
 
-export: $(READY) ## Write mednext_v2/ from the notebooks, and clean them
+export: $(READY) ## Format the notebooks, write mednext_v2/ from them, and clean them
+	@ruff format --quiet nbs tests benchmarks
 	@nbdev_export && nbdev_clean
 	@python -c "from mednext_v2.public import stub; print(stub(), end='')" > mednext_v2/__init__.pyi
 

@@ -29,9 +29,6 @@ setup(
     packages=[*find_packages(include=["mednext_v2", "mednext_v2.*"]), "mednext_v2.registries"],
     package_dir={"mednext_v2.registries": "data"},
     package_data={"mednext_v2": ["py.typed", "__init__.pyi"], "mednext_v2.registries": ["datasets.yaml", "zoo.yaml"]},
-    entry_points={
-        "console_scripts": cfg["console_scripts"].split("\n"),
-        "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
-    },
+    entry_points={"console_scripts": cfg["console_scripts"].split("\n"), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

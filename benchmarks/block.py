@@ -70,10 +70,21 @@ def nnunet_network(side: str, case: dict):
     levels = len(case["depths"]) // 2 + 1
     blocks = {"unet": {"n_conv_per_stage": 2}, "resenc_l": {"n_blocks_per_stage": (1, 3, 4, 6, 6)[:levels]}}[side]
     return {"unet": nets.PlainConvUNet, "resenc_l": nets.ResidualEncoderUNet}[side](
-        input_channels=1, n_stages=levels, features_per_stage=[min(320, case["width"] * 2**level) for level in range(levels)],
-        conv_op=nn.Conv3d, kernel_sizes=3, strides=[1] + [2] * (levels - 1), num_classes=2,
-        n_conv_per_stage_decoder={"unet": 2, "resenc_l": 1}[side], conv_bias=True, norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True}, deep_supervision=True, **blocks,
+        input_channels=1,
+        n_stages=levels,
+        features_per_stage=[min(320, case["width"] * 2**level) for level in range(levels)],
+        conv_op=nn.Conv3d,
+        kernel_sizes=3,
+        strides=[1] + [2] * (levels - 1),
+        num_classes=2,
+        n_conv_per_stage_decoder={"unet": 2, "resenc_l": 1}[side],
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        deep_supervision=True,
+        **blocks,
     )
 
 

@@ -33,10 +33,7 @@ REPEATS = 3
 MINI = ("abdomen_ct", "liver_lesion_ct", "head_bleed_ct", "brain_mr", "abdomen_mr", "brain_lesion_mr")
 # Tasks, spacing of the raw scans and of the prepared ones: the suite as the mini profile builds it, on the grid
 # of training already, and two tasks that must be resampled
-GRAINS = {
-    "as built": (MINI, None, None),
-    "3 mm to 2 mm": (("abdomen_ct", "brain_mr"), (3.0, 3.0, 3.0), (2.0, 2.0, 2.0)),
-}
+GRAINS = {"as built": (MINI, None, None), "3 mm to 2 mm": (("abdomen_ct", "brain_mr"), (3.0, 3.0, 3.0), (2.0, 2.0, 2.0))}
 
 
 # ---------------------------------------------------------------- what is measured, one process each
@@ -191,9 +188,18 @@ def big_task(kind: str):
 
     labels = {f"structure{value}": value for value in range(1, 61)}
     return Task(
-        name=f"big_{kind}", dataset=980 + list(KINDS).index(kind), title=f"Big {kind}", modality="CT",
-        labels=labels, groups="organ", spacing=KINDS[kind][2], patch=(128, 128, 128), nsd_tolerance=1.0,
-        role="pretrain", licence="none", citation="none",
+        name=f"big_{kind}",
+        dataset=980 + list(KINDS).index(kind),
+        title=f"Big {kind}",
+        modality="CT",
+        labels=labels,
+        groups="organ",
+        spacing=KINDS[kind][2],
+        patch=(128, 128, 128),
+        nsd_tolerance=1.0,
+        role="pretrain",
+        licence="none",
+        citation="none",
     )
 
 
@@ -431,30 +437,29 @@ def paper_scale(result: dict, density: float) -> str:
     lines = heading("18,000 CT of 512 x 512 x 400 voxels, 0.8 x 0.8 x 1.5 mm to 1.5 mm", "value", "how")
     lines += [
         row("preparation", f"{hours:.0f} core hours", f"18,000 x {case['cpu_s']:.1f} s of a core / 3600"),
-        row("its fingerprint", f"{500 * case['fingerprint_cpu_s'] / 3600:.1f} core hours",
-            f"500 cases x {case['fingerprint_cpu_s']:.1f} s of a core / 3600"),
+        row("its fingerprint", f"{500 * case['fingerprint_cpu_s'] / 3600:.1f} core hours", f"500 cases x {case['fingerprint_cpu_s']:.1f} s of a core / 3600"),
         *(row(f"on {n} cores", f"{hours / n:.1f} h", f"{hours:.0f} / {n}") for n in (16, 64, 512)),
-        row("the same by nnU-Net", f"{SCANS * theirs / 3600:.0f} core hours",
-            f"18,000 x {theirs:.0f} s / 3600"),
-        row("memory of a worker", f"{case['peak_mib'] / 1024:.1f} GiB",
-            f"measured; nnU-Net {result['peak_mib']['nnunet']['median'] / 1024:.1f} GiB"),
-        row("raw", f"{SCANS * case['raw_bytes'] / 1e12:.1f} TB",
-            f"18,000 x {case['raw_bytes'] / 1e6:.0f} MB (gzip, 15 HU of noise)"),
-        row("prepared", f"{SCANS * case['prepared_bytes'] / 1e12:.2f} TB",
-            f"18,000 x {case['prepared_bytes'] / 1e6:.0f} MB: {bits:.2f} bytes a voxel, image and label"),
-        row("prepared, of real scans", f"{SCANS * case['voxels'] * density / 1e12:.2f} TB",
-            f"18,000 x {case['voxels'] / 1e6:.1f} million voxels x {density:.2f} bytes, as in storage.json"),
-        row("patches that one GPU takes", f"{per_gpu:.1f} /s",
-            f"batch {BATCH} every {STEP_S} s: MedNeXt-L (v1), 128³, 68 A100 hours for 250,000 steps"),
+        row("the same by nnU-Net", f"{SCANS * theirs / 3600:.0f} core hours", f"18,000 x {theirs:.0f} s / 3600"),
+        row("memory of a worker", f"{case['peak_mib'] / 1024:.1f} GiB", f"measured; nnU-Net {result['peak_mib']['nnunet']['median'] / 1024:.1f} GiB"),
+        row("raw", f"{SCANS * case['raw_bytes'] / 1e12:.1f} TB", f"18,000 x {case['raw_bytes'] / 1e6:.0f} MB (gzip, 15 HU of noise)"),
+        row(
+            "prepared",
+            f"{SCANS * case['prepared_bytes'] / 1e12:.2f} TB",
+            f"18,000 x {case['prepared_bytes'] / 1e6:.0f} MB: {bits:.2f} bytes a voxel, image and label",
+        ),
+        row(
+            "prepared, of real scans",
+            f"{SCANS * case['voxels'] * density / 1e12:.2f} TB",
+            f"18,000 x {case['voxels'] / 1e6:.1f} million voxels x {density:.2f} bytes, as in storage.json",
+        ),
+        row("patches that one GPU takes", f"{per_gpu:.1f} /s", f"batch {BATCH} every {STEP_S} s: MedNeXt-L (v1), 128³, 68 A100 hours for 250,000 steps"),
     ]
     for gpus in (4, 64):
         rate = gpus * per_gpu
         lines += [
             row(f"{gpus} GPUs", f"{rate:.0f} reads/s", f"{gpus} x {per_gpu:.2f} patches of 128³"),
-            row("", f"{rate * patch / 1e6:.0f} MB/s",
-                f"{rate:.0f} x {bits:.2f} bytes x 128³, and more at the edges of chunks"),
-            row("", f"{rate * read:.1f} cores",
-                f"{rate:.0f} x {1000 * read:.0f} ms to read one from the page cache, without augmentation"),
+            row("", f"{rate * patch / 1e6:.0f} MB/s", f"{rate:.0f} x {bits:.2f} bytes x 128³, and more at the edges of chunks"),
+            row("", f"{rate * read:.1f} cores", f"{rate:.0f} x {1000 * read:.0f} ms to read one from the page cache, without augmentation"),
         ]
     return "\n".join(lines)
 
@@ -475,10 +480,7 @@ def read_table(rows: list[dict]) -> list[str]:
             size = np.mean([some["bytes"] for some in same]) / 1e6
             found[title] = (np.median(first), size, np.median(write))
     base = next(iter(found.values()))[0] if found else 1
-    return lines + [
-        row(title, f"{first:.1f}", f"{base / first:.0f}", f"{size:.0f}", f"{write:.0f}")
-        for title, (first, size, write) in found.items()
-    ]
+    return lines + [row(title, f"{first:.1f}", f"{base / first:.0f}", f"{size:.0f}", f"{write:.0f}") for title, (first, size, write) in found.items()]
 
 
 def tables(results: dict) -> str:

@@ -166,8 +166,11 @@ def tables(results: dict) -> str:
     if "large" in known:
         found = known["large"]
         classes, grid, *_ = found["size"]
-        lines += ["", f"{classes} classes on {' x '.join(map(str, grid))}: peak {found['measured']['peak_mib'] / 953.674:.2f} GB "
-                  f"(bound {LARGE_BOUND_GB} GB, full logits {found['logits_gb']:.0f} GB), {found['measured']['seconds']:.0f} s"]
+        lines += [
+            "",
+            f"{classes} classes on {' x '.join(map(str, grid))}: peak {found['measured']['peak_mib'] / 953.674:.2f} GB "
+            f"(bound {LARGE_BOUND_GB} GB, full logits {found['logits_gb']:.0f} GB), {found['measured']['seconds']:.0f} s",
+        ]
     return "\n".join(lines)
 
 

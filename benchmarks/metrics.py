@@ -34,6 +34,7 @@ TOLERANCE = 1.0
 
 # ---- Contents
 
+
 def displaced(labels: np.ndarray, rng, size: float, smooth: float = 4.0) -> np.ndarray:
     "Each voxel takes the label of a voxel near by, about `size` voxels off, smoothly varying"
     at = np.indices(labels.shape, dtype=np.float32)
@@ -69,11 +70,11 @@ def contents(shape: tuple[int, ...], classes: int) -> tuple[np.ndarray, np.ndarr
 
 def task_of(classes: int) -> Task:
     labels = {f"class {value}": value for value in range(1, classes + 1)}
-    return Task("synthetic", 999, "Synthetic", "CT", labels, "organ", SPACING, (64, 64, 64), TOLERANCE, "finetune",
-                "none", "none")
+    return Task("synthetic", 999, "Synthetic", "CT", labels, "organ", SPACING, (64, 64, 64), TOLERANCE, "finetune", "none", "none")
 
 
 # ---- Methods: each gives NSD and HD95 by class where it computes them, to see that all do the same work
+
 
 def ours(prediction, truth, classes):
     scores = score_case(prediction, truth, SPACING, task_of(classes), TOLERANCE)
@@ -88,8 +89,7 @@ def deepmind(prediction, truth, classes):
         masks = truth == value, prediction == value
         surfaces = surface_distance.compute_surface_distances(*masks, SPACING)
         surface_distance.compute_dice_coefficient(*masks)
-        found.append((surface_distance.compute_surface_dice_at_tolerance(surfaces, TOLERANCE),
-                      surface_distance.compute_robust_hausdorff(surfaces, 95)))
+        found.append((surface_distance.compute_surface_dice_at_tolerance(surfaces, TOLERANCE), surface_distance.compute_robust_hausdorff(surfaces, 95)))
     return np.array(found).T
 
 
@@ -138,8 +138,16 @@ def difference() -> list[dict]:
                 masks = guess == value, truth == value
                 tensors = [torch.from_numpy(mask)[None, None] for mask in masks]
                 edges = compute_surface_dice(*tensors, [3.0], True, spacing=volume.spacing).item()
-                rows.append({"scan": path.name, "value": value, "voxels": int(masks[1].sum()), "dsc": dice(*masks),
-                             "nsd_area": surface_dice(*masks, volume.spacing, 3.0), "nsd_voxels": edges})
+                rows.append(
+                    {
+                        "scan": path.name,
+                        "value": value,
+                        "voxels": int(masks[1].sum()),
+                        "dsc": dice(*masks),
+                        "nsd_area": surface_dice(*masks, volume.spacing, 3.0),
+                        "nsd_voxels": edges,
+                    }
+                )
     return rows
 
 
@@ -174,13 +182,20 @@ def main() -> None:
     distances = difference()
     off = np.array([row["nsd_area"] - row["nsd_voxels"] for row in distances])
     result = {
-        "about": __doc__, "shape": shape, "classes": classes, "core_seconds": seconds, "times_as_long": ratios,
+        "about": __doc__,
+        "shape": shape,
+        "classes": classes,
+        "core_seconds": seconds,
+        "times_as_long": ratios,
         "largest_nsd_difference": dict(zip(others, map(float, worst))),
-        "difference": {"rows": distances, "mean": float(off.mean()), "mean_absolute": float(abs(off).mean()),
-                       "largest": float(abs(off).max())},
-        "machine": {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version(),
-                    "load": loads, "versions": {name: importlib.metadata.version(name) for name in
-                                                ("numpy", "scipy", "monai", "surface-distance", "nnunetv2")}},
+        "difference": {"rows": distances, "mean": float(off.mean()), "mean_absolute": float(abs(off).mean()), "largest": float(abs(off).max())},
+        "machine": {
+            "cores": os.cpu_count(),
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "load": loads,
+            "versions": {name: importlib.metadata.version(name) for name in ("numpy", "scipy", "monai", "surface-distance", "nnunetv2")},
+        },
     }
     print({key: result[key] for key in ("times_as_long", "largest_nsd_difference")})
     print({key: value for key, value in result["difference"].items() if key != "rows"})

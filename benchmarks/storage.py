@@ -34,6 +34,7 @@ SIZE = (256, 256, 200)
 
 # ---- Contents
 
+
 def enlarge(voxels: np.ndarray, order: int) -> np.ndarray:
     "To SIZE, each axis by its own factor"
     from scipy.ndimage import zoom
@@ -55,11 +56,11 @@ def contents(seed: str) -> dict[str, np.ndarray]:
     low, high = np.percentile(hounsfield[label > 0], [0.5, 99.5])
     mean, deviation = hounsfield[label > 0].mean(), hounsfield[label > 0].std()
     image = ((hounsfield.clip(low, high) - mean) / deviation).astype(np.float32)[None]
-    return {"int16": np.round(hounsfield).astype(np.int16)[None], "float32": image,
-            "float16": image.astype(np.float16), "label": label[None]}
+    return {"int16": np.round(hounsfield).astype(np.int16)[None], "float32": image, "float16": image.astype(np.float16), "label": label[None]}
 
 
 # ---- Methods: how to write, how to open, and how to read a box of an open one
+
 
 class Npy:
     suffix = ".npy"
@@ -100,8 +101,7 @@ class Zarr(Npy):
     def configure(self):
         import zarr
 
-        paths = {"python": "zarr.core.codec_pipeline.BatchedCodecPipeline",
-                 "zarrs": "zarrs.ZarrsCodecPipeline"}
+        paths = {"python": "zarr.core.codec_pipeline.BatchedCodecPipeline", "zarrs": "zarrs.ZarrsCodecPipeline"}
         return zarr.config.set({"codec_pipeline.path": paths[self.pipeline], "threading.max_workers": 1})
 
     def write(self, path, array):
@@ -112,8 +112,9 @@ class Zarr(Npy):
         shard = tuple(-(-size // side) * side for size, side in zip(array.shape, chunks))
         codec = BloscCodec(cname=self.codec, clevel=self.level, shuffle="shuffle")
         with self.configure():
-            zarr.create_array(str(path), data=array, chunks=chunks, shards=shard, overwrite=True,
-                              compressors=[codec, Crc32cCodec()], config={"write_empty_chunks": True})
+            zarr.create_array(
+                str(path), data=array, chunks=chunks, shards=shard, overwrite=True, compressors=[codec, Crc32cCodec()], config={"write_empty_chunks": True}
+            )
 
     def open(self, path):
         import zarr
@@ -143,8 +144,7 @@ class Blosc2(Npy):
             block, chunk = peer.comp_blosc2_params(array.shape, (128, 128, 128), array.dtype.itemsize)
             settings = block, chunk, blosc2.Codec[self.codec], self.level
             chosen = peer.nnUNetDatasetBlosc2._select_filter(array, *settings)
-        settings = {"codec": blosc2.Codec[self.codec], "clevel": self.level, "filters": [chosen],
-                    "nthreads": 1}
+        settings = {"codec": blosc2.Codec[self.codec], "clevel": self.level, "filters": [chosen], "nthreads": 1}
         path.unlink(missing_ok=True)
         blosc2.asarray(array, chunks=chunk, blocks=block, cparams=settings, urlpath=str(path))
 
@@ -193,6 +193,7 @@ METHODS = {
 
 
 # ---- Measuring
+
 
 def files_of(path: Path) -> list[Path]:
     return [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
@@ -247,12 +248,12 @@ def places(rng, shape, side, count) -> list[tuple[slice, ...]]:
     return [(slice(0, 1), *(slice(at, at + side) for at in start)) for start in starts]
 
 
-def measure(
-    name: str, array: np.ndarray, folder: Path, rounds: int, patches: int, methods: list[str],
-) -> list[dict]:
+def measure(name: str, array: np.ndarray, folder: Path, rounds: int, patches: int, methods: list[str]) -> list[dict]:
     "One row for each method: sizes and raw times in ms of each read"
-    rows = {m: {"array": name, "method": m, "raw_bytes": array.nbytes, "write_ms": [], "first_ms": [],
-                "cold_ms": [], "held_ms": {str(side): [] for side in SIDES}} for m in methods}
+    rows = {
+        m: {"array": name, "method": m, "raw_bytes": array.nbytes, "write_ms": [], "first_ms": [], "cold_ms": [], "held_ms": {str(side): [] for side in SIDES}}
+        for m in methods
+    }
     paths = {m: folder / f"{name}-{i}{METHODS[m].suffix}" for i, m in enumerate(methods)}
     for _ in range(1 + (rounds > 1)):
         for m in methods:
@@ -296,9 +297,12 @@ def requests(array: np.ndarray, folder: Path) -> list[dict]:
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-                   "AWS_DEFAULT_REGION": "us-east-1",
-                   "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port())}
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
+    }
     calls, call = [], s3fs.S3FileSystem._call_s3
 
     async def counted(self, method, *arguments, **options):
@@ -316,16 +320,16 @@ def requests(array: np.ndarray, folder: Path) -> list[dict]:
     def zarr_open():
         return zarr.open_array("s3://bucket/a.zarr", mode="r")
 
-    ways = {"storage 32": lambda: open_array("s3://bucket/storage.b2nd"),
-            "blosc2 as nnU-Net": lambda: blosc2.open("s3://bucket/nnunet.b2nd", mode="r",
-                                                     cache_policy=blosc2.CachePolicy.NONE),
-            "zarr zstd 32": zarr_open}
+    ways = {
+        "storage 32": lambda: open_array("s3://bucket/storage.b2nd"),
+        "blosc2 as nnU-Net": lambda: blosc2.open("s3://bucket/nnunet.b2nd", mode="r", cache_policy=blosc2.CachePolicy.NONE),
+        "zarr zstd 32": zarr_open,
+    }
     boxes, rows = places(np.random.default_rng(1), array.shape, 64, 12), []
     for name, way in ways.items():
         calls.clear()
         source = way()
-        row = {"method": name, "open_requests": len(calls), "open_bytes": sum(calls),
-               "requests": [], "bytes": []}
+        row = {"method": name, "open_requests": len(calls), "open_bytes": sum(calls), "requests": [], "bytes": []}
         for box in boxes:
             calls.clear()
             assert np.array_equal(source[box], array[box])
@@ -338,12 +342,18 @@ def requests(array: np.ndarray, folder: Path) -> list[dict]:
 
 
 def machine() -> dict:
-    processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                      if line.startswith("model name")), platform.processor())
+    processor = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()
+    )
     names = "numpy nibabel zarr zarrs numcodecs blosc2 google-crc32c fsspec s3fs moto nnunetv2".split()
-    return {"processor": processor, "cores": os.cpu_count(), "system": platform.platform(),
-            "python": platform.python_version(), "load_average": os.getloadavg(),
-            "versions": {name: importlib.metadata.version(name) for name in names}}
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "load_average": os.getloadavg(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+    }
 
 
 def main() -> None:
@@ -361,8 +371,7 @@ def main() -> None:
                 if seed == "ctH" and name == "float32":
                     continue
                 # NIfTI has no float16, and int16 is what a raw scan is
-                methods = [m for m in METHODS if (m == "nibabel gz" or name != "int16") and
-                           (m != "nibabel gz" or name != "float16")]
+                methods = [m for m in METHODS if (m == "nibabel gz" or name != "int16") and (m != "nibabel gz" or name != "float16")]
                 rounds, patches = (1, 4) if options.quick else (5, 9)
                 found = measure(name, array, folder, rounds, patches, methods)
                 rows += [{"volume": seed, **row} for row in found]
@@ -376,8 +385,7 @@ def main() -> None:
                 fetched = requests(arrays["float16"], folder)
     finally:
         shutil.rmtree(folder)
-    write_json(options.out, {"about": __doc__, "machine": begin, "shape": [1, *SIZE], "rows": rows,
-                             "s3": fetched})
+    write_json(options.out, {"about": __doc__, "machine": begin, "shape": [1, *SIZE], "rows": rows, "s3": fetched})
 
 
 if __name__ == "__main__":

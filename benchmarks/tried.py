@@ -220,10 +220,7 @@ def portions():
 
 
 def holding():
-    return {
-        "large samples expanded anew": block_step(),
-        "every expanded sample held between passes": block_step(HELD=2**40),
-    }
+    return {"large samples expanded anew": block_step(), "every expanded sample held between passes": block_step(HELD=2**40)}
 
 
 def whole(name: str, compiled: bool = False, half: bool = False, last: bool = False):

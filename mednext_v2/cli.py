@@ -247,9 +247,7 @@ def raise_ended(
     raise SystemExit(ended.code) from None
 
 
-def starting(
-    options: argparse.Namespace,
-):  # `transfer.Start`
+def starting(options: argparse.Namespace):  # `transfer.Start`
     "What a training starts from"
     from mednext_v2.models.transfer import Start
 
@@ -276,9 +274,15 @@ def finetune(options: argparse.Namespace) -> str:
     same = ("backbone", "recipe", "registry", "seed", "seed_task", "spacing")
     try:
         table = make(
-            options.data, starting(options), options.out, changes=dict(literal_pair(pair) for pair in options.set),
-            overrides=dict(literal_pair(pair) for pair in options.network), resources=resources(options),
-            check=not options.unchecked, reading=reading(options), command=shlex.join(["mednextv2", *sys.argv[1:]]),
+            options.data,
+            starting(options),
+            options.out,
+            changes=dict(literal_pair(pair) for pair in options.set),
+            overrides=dict(literal_pair(pair) for pair in options.network),
+            resources=resources(options),
+            check=not options.unchecked,
+            reading=reading(options),
+            command=shlex.join(["mednextv2", *sys.argv[1:]]),
             **{name: getattr(options, name) for name in same},
         )
     except RunEnded as ended:
@@ -323,13 +327,9 @@ def predict(options: argparse.Namespace) -> str:
     if roi:
         roi = roi[0] if len(roi) == 1 else [int(number) for number in roi]
     chosen = Options(
-        tta=options.tta, fast=options.fast, folds=tuple(options.folds), head=options.head, device=options.device,
-        memory=options.memory, half=options.half,
+        tta=options.tta, fast=options.fast, folds=tuple(options.folds), head=options.head, device=options.device, memory=options.memory, half=options.half
     )
-    predict_files(
-        options.model, options.input, options.output, chosen, roi or None, options.save_probabilities,
-        options.overwrite, progress=True,
-    )
+    predict_files(options.model, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
     return f"wrote {options.output}"
 
 
@@ -472,10 +472,7 @@ def data_commands(add: Callable) -> None:
     registry(command)
 
     command = add(
-        "doctor",
-        doctor,
-        "Check raw data for what would spoil a training; exit code 1 if something is wrong.",
-        "doctor --data data/raw/paper --workers 8",
+        "doctor", doctor, "Check raw data for what would spoil a training; exit code 1 if something is wrong.", "doctor --data data/raw/paper --workers 8"
     )
     command.add_argument("--data", type=Path, required=True, help="a DatasetNNN_Name, or a folder of several")
     command.add_argument("--against", type=Path, help="other raw data that must share no case with it (leakage)")
@@ -509,7 +506,9 @@ def model_commands(add: Callable) -> None:
     checkpoint(command)
 
     command = add(
-        "import", import_weights, "Import foreign weights as a model folder: nnU-Net, MedNeXt, MONAI, STU-Net, ...",
+        "import",
+        import_weights,
+        "Import foreign weights as a model folder: nnU-Net, MedNeXt, MONAI, STU-Net, ...",
         "import Dataset291/nnUNetTrainer__nnUNetPlans__3d_fullres models/totalsegmentator --licence Apache-2.0",
     )
     command.add_argument("checkpoint", type=Path, help="file, or a folder of nnU-Net")
@@ -569,7 +568,8 @@ def training_commands(add: Callable) -> None:
     command.add_argument("--resume", choices=["auto", "never", "force"], default="auto", help="default: auto")
 
     command = add(
-        "finetune", finetune,
+        "finetune",
+        finetune,
         "One command from a raw data set to a model and its test scores; run again, it goes on where it was.",
         "finetune -d data/raw/Dataset012_Spleen -m models/cads -o spleen",
     )
@@ -597,7 +597,9 @@ def training_commands(add: Callable) -> None:
 def prediction_commands(add: Callable) -> None:
     "Label maps"
     command = add(
-        "predict", predict, "Label a scan, or a folder of scans; run again, it goes on where it was.",
+        "predict",
+        predict,
+        "Label a scan, or a folder of scans; run again, it goes on where it was.",
         "predict -m models/spleen -i scan.nii.gz -o labels.nii.gz",
     )
     model = "folder with model.safetensors, card.json, or with fold_0, fold_1, ...; several are an ensemble"

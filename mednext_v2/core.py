@@ -47,9 +47,7 @@ def root(
     for folder in (start, *start.parents):
         if (folder / "dvc.yaml").is_file():
             return folder
-    raise FileNotFoundError(
-        f"no dvc.yaml in {start} or above: run this inside a clone of mednext_v2"
-    )
+    raise FileNotFoundError(f"no dvc.yaml in {start} or above: run this inside a clone of mednext_v2")
 
 # %% ../nbs/00_core.ipynb #registry-file
 def registry_file(
@@ -195,8 +193,14 @@ def params(
 
 # %% ../nbs/00_core.ipynb #build
 WORDS = {  # One and several of a kind
-    int: ("a whole number", "whole numbers"), float: ("a number", "numbers"), str: ("text", "text"), bool: ("true or false",) * 2,
-    dict: ("a mapping", "mappings"), tuple: ("a list", "lists"), list: ("a list", "lists"), type(None): ("nothing", "nothing"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("text", "text"),
+    bool: ("true or false",) * 2,
+    dict: ("a mapping", "mappings"),
+    tuple: ("a list", "lists"),
+    list: ("a list", "lists"),
+    type(None): ("nothing", "nothing"),
 }
 _short = reprlib.Repr()
 
@@ -255,9 +259,7 @@ def build(
         raise ValueError(f"{where}{cls.__name__} must be a mapping of fields, got {shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     if unknown := sorted(set(values) - set(fields), key=str):
-        raise ValueError(
-            f"{where}{cls.__name__} has no {', '.join(map(shown, unknown))}; it has: {', '.join(fields)}"
-        )
+        raise ValueError(f"{where}{cls.__name__} has no {', '.join(map(shown, unknown))}; it has: {', '.join(fields)}")
     absent = (dataclasses.MISSING, dataclasses.MISSING)
     needed = {n for n, f in fields.items() if (f.default, f.default_factory) == absent}
     if missing := sorted(needed - set(values)):

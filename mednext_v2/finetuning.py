@@ -40,19 +40,14 @@ def raw_folder(
     return raw
 
 
-def check_raw(
-    raw: Path,
-    workers: int = 1,
-) -> str:  # The verdict
+def check_raw(raw: Path, workers: int = 1) -> str:  # The verdict
     "Examine the headers of raw data; ValueError, with the first error, if they are not clean"
     from mednext_v2.intake.check import doctor
 
     report = doctor(raw, workers=workers, quick=True)
     if not report.clean:
         first = report.table[report.table.severity == "error"].iloc[0]
-        raise ValueError(
-            f"{raw} is {report.verdict}; first {first.file}: {first.what}; all of them: mednextv2 doctor --data {raw}"
-        )
+        raise ValueError(f"{raw} is {report.verdict}; first {first.file}: {first.what}; all of them: mednextv2 doctor --data {raw}")
     return report.verdict
 
 # %% ../nbs/60_finetuning.ipynb #parent-folder
@@ -150,9 +145,15 @@ def request_of(
     facts = [(str(path.relative_to(plan.raw)), path.stat().st_size, path.stat().st_mtime_ns) for path in data_files(plan.raw)]
     parent = plan.start.model
     request = dict(
-        data=str(plan.raw.resolve()), files=fingerprint_of(facts), init=plan.start.name,
-        parent=read_card(parent).sha256 if parent else None, backbone=plan.network["backbone"],
-        network=plan.network["overrides"], recipe=asdict(plan.network["recipe"]), start=plan.start.options, seed=plan.seed,
+        data=str(plan.raw.resolve()),
+        files=fingerprint_of(facts),
+        init=plan.start.name,
+        parent=read_card(parent).sha256 if parent else None,
+        backbone=plan.network["backbone"],
+        network=plan.network["overrides"],
+        recipe=asdict(plan.network["recipe"]),
+        start=plan.start.options,
+        seed=plan.seed,
         task=asdict(plan.task),
     )
     return json.loads(json.dumps(request))
@@ -190,10 +191,7 @@ class Plan:
             f"{self.task.name} ({', '.join(self.task.regions or self.task.labels)}) at {spacing} mm"
         )
 
-    def rehearse(
-        self,
-        data: TrainingData,
-    ) -> None:
+    def rehearse(self, data: TrainingData) -> None:
         "Start a network from the parent's weights and leave it; ValueError if they do not fit"
         if self.start.model:
             start_from(self.start, network_for(data, **self.network, parent=self.start.model)[0], data, self.out / "run")
@@ -218,9 +216,7 @@ def make_plan(
     if start.model:
         start = replace(start, model=str(parent_folder(Path(start.model), out, **reading)), name=name)
     card = read_card(start.model) if start.model else None
-    network = dict(
-        backbone=backbone or (card.backbone if card else "mednext_v2_base"), recipe=recipe, overrides=overrides,
-    )
+    network = dict(backbone=backbone or (card.backbone if card else "mednext_v2_base"), recipe=recipe, overrides=overrides)
     return Plan(plan_task(raw, spacing, card, registry), raw, out, network, start, seed)
 
 
@@ -229,10 +225,7 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 # %% ../nbs/60_finetuning.ipynb #fit-model
-def fit_model(
-    plan: Plan,
-    resources: Resources,
-) -> None:
+def fit_model(plan: Plan, resources: Resources) -> None:
     "Prepare and train; both go on where they were"
     from mednext_v2.data.preprocess import prepare
 
@@ -241,17 +234,18 @@ def fit_model(
         prepare(plan.task, plan.raw.parent, prepared, max(1, resources.workers), progress=True)
     network = plan.network | {"recipe": asdict(plan.network["recipe"])}
     train_in_processes(
-        resources, plan.start, Display(pictures=drawn()), data=str(prepared), out=str(plan.out / "model"),
-        folder=str(plan.out / "run"), seed=plan.seed, **network,
+        resources,
+        plan.start,
+        Display(pictures=drawn()),
+        data=str(prepared),
+        out=str(plan.out / "model"),
+        folder=str(plan.out / "run"),
+        seed=plan.seed,
+        **network,
     )
 
 
-def score_model(
-    plan: Plan,
-    command: str,
-    say: Callable[[str], None],
-    resources: Resources,
-) -> pd.DataFrame:  # As `score_cases` gives it
+def score_model(plan: Plan, command: str, say: Callable[[str], None], resources: Resources) -> pd.DataFrame:  # As `score_cases` gives it
     "Predict the held-out cases and score them; nothing is done again"
     from mednext_v2.models.card import read_card
 

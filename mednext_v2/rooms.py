@@ -70,9 +70,7 @@ def imported(
 @lru_cache
 def graph() -> dict[str, frozenset[str]]:
     "What each module imports; `__init__` of the package itself apart"
-    return {
-        name: frozenset(imported(path.read_text(encoding="utf-8"), name)) for name, path in modules().items() if name != "mednext_v2"
-    }
+    return {name: frozenset(imported(path.read_text(encoding="utf-8"), name)) for name, path in modules().items() if name != "mednext_v2"}
 
 
 def all_imported(

@@ -105,9 +105,7 @@ def check_plan(plan: Plan) -> None:
     for axis, known in allowed.items():
         for name in getattr(plan, axis):
             if name not in known:
-                raise ValueError(
-                    f"params.yaml: axes.{axis} names {name!r}, which is not known; known: {', '.join(known)}"
-                )
+                raise ValueError(f"params.yaml: axes.{axis} names {name!r}, which is not known; known: {', '.join(known)}")
 
 # %% ../nbs/70_stages.ipynb #compose-params
 def compose_params(

@@ -50,11 +50,24 @@ def toy_ablations(seeds=(0, 1), cases=4, seed=1, names=tuple(VARIANTS)) -> pd.Da
 def _rows(generator, gain, backbone, init, seeds, cases) -> list[dict]:
     return [
         dict(
-            profile="mini", task=task, case=f"{task}_{case}", label=label, group=group, backbone=backbone, init=init, patch="32x32x16",
-            seed=seed, dsc=np.clip(0.4 + gain + 0.03 * case + 0.04 * generator.normal(), 0, 1),
-            nsd=np.clip(0.3 + gain + 0.03 * case + 0.04 * generator.normal(), 0, 1), n_voxels=5 * (case > 0 or label != "lesion"), n_predicted=5,
+            profile="mini",
+            task=task,
+            case=f"{task}_{case}",
+            label=label,
+            group=group,
+            backbone=backbone,
+            init=init,
+            patch="32x32x16",
+            seed=seed,
+            dsc=np.clip(0.4 + gain + 0.03 * case + 0.04 * generator.normal(), 0, 1),
+            nsd=np.clip(0.3 + gain + 0.03 * case + 0.04 * generator.normal(), 0, 1),
+            n_voxels=5 * (case > 0 or label != "lesion"),
+            n_predicted=5,
         )
-        for task, labels in TASKS.items() for case in range(cases) for label, group in labels.items() for seed in seeds
+        for task, labels in TASKS.items()
+        for case in range(cases)
+        for label, group in labels.items()
+        for seed in seeds
     ]
 
 
@@ -69,8 +82,12 @@ def toy_models(scores: pd.DataFrame, ablations: pd.DataFrame) -> pd.DataFrame:
     made = pd.concat([table.assign(role="finetune", scans=8), pretrain.assign(role="pretrain", scans=scans)])
     cost = cost[made.index]
     made = made.assign(
-        parameters=(250_000 * cost[:, 0]).astype(int), flops=(3e8 * cost[:, 1]).astype(int), steps=150, seconds=30 * cost[:, 1],
-        peak_mib=400 * cost[:, 1] ** 0.7, device="cpu",
+        parameters=(250_000 * cost[:, 0]).astype(int),
+        flops=(3e8 * cost[:, 1]).astype(int),
+        steps=150,
+        seconds=30 * cost[:, 1],
+        peak_mib=400 * cost[:, 1] ** 0.7,
+        device="cpu",
     )
     return made.reset_index(drop=True)
 
@@ -78,14 +95,24 @@ def toy_models(scores: pd.DataFrame, ablations: pd.DataFrame) -> pd.DataFrame:
 def toy_features(seed=2) -> pd.DataFrame:
     "Rows of features.csv"
     generator = np.random.default_rng(seed)
-    return pd.DataFrame([
-        dict(
-            profile="mini", variant=variant, step=step, layer=f"enc_block_{depth}", depth=depth, channels=16,
-            cosine_distance=0.3 + 0.1 * (variant != "without") + 0.02 * generator.normal(),
-            effective_rank=8 + 3 * (variant != "without") + generator.normal(), dead_share=abs(0.05 * generator.normal()),
-        )
-        for variant in VARIANTS["grn"] for step in (100, 300, 500) for depth in range(17)
-    ])
+    return pd.DataFrame(
+        [
+            dict(
+                profile="mini",
+                variant=variant,
+                step=step,
+                layer=f"enc_block_{depth}",
+                depth=depth,
+                channels=16,
+                cosine_distance=0.3 + 0.1 * (variant != "without") + 0.02 * generator.normal(),
+                effective_rank=8 + 3 * (variant != "without") + generator.normal(),
+                dead_share=abs(0.05 * generator.normal()),
+            )
+            for variant in VARIANTS["grn"]
+            for step in (100, 300, 500)
+            for depth in range(17)
+        ]
+    )
 
 
 def write_tables(folder: Path, empty: bool = False) -> None:

@@ -14,16 +14,7 @@ from mednext_v2.data.preprocess import Prepared, prepare_all
 from mednext_v2.models.card import read_card
 from mednext_v2.report import collect as collected
 from mednext_v2.report.forecast import plan_table, published_compute, settings, trainings
-from mednext_v2.scoring.ablations import (
-    MODEL_COLUMNS,
-    Ablation,
-    Places,
-    Variant,
-    fewer_cases,
-    pretrainings,
-    read_ablation,
-    run_ablation,
-)
+from mednext_v2.scoring.ablations import MODEL_COLUMNS, Ablation, Places, Variant, fewer_cases, pretrainings, read_ablation, run_ablation
 from mednext_v2.scoring.evaluate import SCORE_COLUMNS
 from mednext_v2.scoring.features import snapshot_features
 from mednext_v2.stages import compose_params
@@ -92,7 +83,10 @@ def test_an_ablation_from_pretraining_to_scores_and_again(workplace, prepared, m
 def test_variants_that_share_a_pretraining_train_it_once_and_the_main_run_lends_its_own(workplace, prepared):
     _, plan = read_ablation("smoke", "grn")
     variants = dict(
-        main=Variant(), lr=Variant(finetune={"lr": 1e-3}), few=Variant(corpus_cases=2), same=Variant(corpus_cases=2, finetune={"lr": 1e-3}),
+        main=Variant(),
+        lr=Variant(finetune={"lr": 1e-3}),
+        few=Variant(corpus_cases=2),
+        same=Variant(corpus_cases=2, finetune={"lr": 1e-3}),
         wide=Variant(overrides={"width": 6}),
     )
     described = Ablation("some", variants, plan.tasks, ("pretrained",), (0,))
@@ -197,9 +191,7 @@ def test_model_rows_say_what_a_training_took(tmp_path, workplace, prepared):
     row = model_row(tmp_path / "models" / run.name, tmp_path / "curves" / run.name, role="finetune")
     made = json.loads((tmp_path / "curves" / run.name / "run.json").read_text())
     assert (row["steps"], row["seed"], row["backbone"], row["device"]) == (2, 4, "unet", "cpu") and row["seconds"] == made["seconds"]
-    assert [path.name for path in sorted((tmp_path / "models" / run.name / "snapshots").iterdir())] == [
-        "step0000001.safetensors", "step0000002.safetensors",
-    ]
+    assert [path.name for path in sorted((tmp_path / "models" / run.name / "snapshots").iterdir())] == ["step0000001.safetensors", "step0000002.safetensors"]
 
 
 def test_collected_models_hold_main_runs_and_ablations(workplace, monkeypatch):

@@ -5,17 +5,7 @@ import torch
 
 from mednext_v2.models.card import Card, save_model
 from mednext_v2.models.registry import create, parts
-from mednext_v2.models.transfer import (
-    adapt_stem,
-    class_channels,
-    freeze,
-    grow_kernels,
-    identity_grn,
-    layers,
-    match_classes,
-    rate_scales,
-    transfer,
-)
+from mednext_v2.models.transfer import adapt_stem, class_channels, freeze, grow_kernels, identity_grn, layers, match_classes, rate_scales, transfer
 from mednext_v2.network.fused import use_fused
 
 NETWORKS = {"mednext_v2_tiny": dict(width=2), "unet": dict(filters=(4, 8, 8))}
@@ -36,10 +26,7 @@ def weights_of(model):
 def test_adapted_stem_answers_a_replicated_image_as_before(old, new):
     weight = torch.randn(5, old, 3, 3, 3, dtype=torch.float64)
     image = torch.randn(2, 1, 6, 6, 6, dtype=torch.float64)
-    before, after = (
-        torch.nn.functional.conv3d(image.expand(-1, n, -1, -1, -1), w)
-        for n, w in ((old, weight), (new, adapt_stem(weight, new)))
-    )
+    before, after = (torch.nn.functional.conv3d(image.expand(-1, n, -1, -1, -1), w) for n, w in ((old, weight), (new, adapt_stem(weight, new))))
     torch.testing.assert_close(after, before)
 
 
@@ -191,8 +178,17 @@ def test_half_precision_weights_are_taken():
 
 def test_model_folder_brings_its_classes(tmp_path):
     card = Card(
-        "mednext_v2_tiny", {"width": 2}, 1, {"a": 1, "b": 2}, {"a": "organ", "b": "organ"}, "demo", "CT",
-        (1.0,) * 3, (32,) * 3, {"schemes": ("zscore",), "nonzero": False}, {},
+        "mednext_v2_tiny",
+        {"width": 2},
+        1,
+        {"a": 1, "b": 2},
+        {"a": "organ", "b": "organ"},
+        "demo",
+        "CT",
+        (1.0,) * 3,
+        (32,) * 3,
+        {"schemes": ("zscore",), "nonzero": False},
+        {},
     )
     source = tiny()
     save_model(tmp_path / "model", source, card)

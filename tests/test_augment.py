@@ -100,11 +100,7 @@ def test_batch_depends_on_seed_and_step_alone(augment):
 
 
 @pytest.mark.parametrize(
-    ("workers", "start", "method", "prefetch"),
-    [
-        (0, 3, None, 2), (1, 0, "fork", 1), (2, 3, "fork", 2), (3, 1, "fork", 3), (1, 5, "spawn", 2),
-        (2, 8, None, 2),
-    ],
+    ("workers", "start", "method", "prefetch"), [(0, 3, None, 2), (1, 0, "fork", 1), (2, 3, "fork", 2), (3, 1, "fork", 3), (1, 5, "spawn", 2), (2, 8, None, 2)]
 )
 def test_stream_is_the_same_for_any_workers_start_and_method(workers, start, method, prefetch):
     source = sampler("nnunet_elastic", patch=(16, 12, 12))
@@ -257,9 +253,7 @@ MIRRORS = [Compose([t]) for t in augmentation("nnunet", (24, 24, 24)).transforms
 
 
 @pytest.mark.parametrize(
-    "change",
-    [TURNING, ZOOMING, BENDING, TURNING | ZOOMING | BENDING, *MIRRORS],
-    ids=["turn", "zoom", "bend", "all", "mirror x", "mirror y", "mirror z"],
+    "change", [TURNING, ZOOMING, BENDING, TURNING | ZOOMING | BENDING, *MIRRORS], ids=["turn", "zoom", "bend", "all", "mirror x", "mirror y", "mirror z"]
 )
 def test_image_and_label_move_together(change):
     """The image is the label, a ball off the middle: where the image is 0 or 1 the label says so, at the border
@@ -327,9 +321,7 @@ def test_bend_is_smooth_small_and_within_its_margin():
         assert beyond == tuple(np.ceil(furthest.round(4)).astype(int)) and max(beyond) > 1
 
 
-@pytest.mark.parametrize(
-    ("patch", "axis"), [((8, 32, 32), 0), ((32, 8, 32), 1), ((32, 30, 9), 2), ((32, 32, 11), None)]
-)
+@pytest.mark.parametrize(("patch", "axis"), [((8, 32, 32), 0), ((32, 8, 32), 1), ((32, 30, 9), 2), ((32, 32, 11), None)])
 def test_slab_moves_in_its_plane_only(patch, axis):
     assert thin_axis(patch) == axis
     change = augmentation("nnunet_elastic", patch).transforms[0]
@@ -673,11 +665,7 @@ def test_locating_reads_nothing():
 def test_half_precision_becomes_float32():
     cases = toy_cases()
     halved = DiskCases(cases, np.float16)
-    rounded = ArrayCases(
-        {case: image.astype(np.float16).astype(np.float32) for case, image in cases.images.items()},
-        cases.labels,
-        cases.splits,
-    )
+    rounded = ArrayCases({case: image.astype(np.float16).astype(np.float32) for case, image in cases.images.items()}, cases.labels, cases.splits)
     for augment in AUGMENTATIONS:
         ours = PatchSampler(halved, "train", (12, 24, 8), 2, 0.5, augment)
         wanted = PatchSampler(rounded, "train", (12, 24, 8), 2, 0.5, augment)

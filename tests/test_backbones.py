@@ -12,18 +12,7 @@ from monai.networks.nets import DynUNet
 
 from mednext_v2.models import registry
 from mednext_v2.models.card import Card, save_model
-from mednext_v2.models.registry import (
-    BACKBONES,
-    PlainUNet,
-    backbone_table,
-    cost,
-    create,
-    get_backbone,
-    load_model,
-    overrides_of,
-    parts,
-    topology,
-)
+from mednext_v2.models.registry import BACKBONES, PlainUNet, backbone_table, cost, create, get_backbone, load_model, overrides_of, parts, topology
 from mednext_v2.models.transfer import transfer
 from mednext_v2.network.scaling import PRESETS, count_parameters
 from mednext_v2.training.losses import deep_supervision_loss
@@ -76,8 +65,17 @@ def mini(name: str, in_channels=2, num_classes=3, deep_supervision=False, **over
 
 SMALL_UNET = dict(filters=(4, 6, 8, 8))
 CARD = Card(
-    backbone="unet", overrides=SMALL_UNET, in_channels=1, labels={"a": 1, "b": 2}, groups={}, task="t",
-    modality="CT", spacing=(1, 1, 1), patch=(16, 16, 16), normalisation={"schemes": ("zscore",), "nonzero": False}, recipe={},
+    backbone="unet",
+    overrides=SMALL_UNET,
+    in_channels=1,
+    labels={"a": 1, "b": 2},
+    groups={},
+    task="t",
+    modality="CT",
+    spacing=(1, 1, 1),
+    patch=(16, 16, 16),
+    normalisation={"schemes": ("zscore",), "nonzero": False},
+    recipe={},
 )
 
 
@@ -85,9 +83,7 @@ def dynunet(unet: PlainUNet, deep: int = 0) -> DynUNet:
     "MONAI's network with the same weights"
     strides = [1] + [2] * (len(unet.filters) - 1)
     options = dict(deep_supervision=True, deep_supr_num=deep) if deep else {}
-    oracle = DynUNet(
-        3, unet.in_channels, unet.num_classes, [3] * len(strides), strides, strides[1:], unet.filters, **options
-    )
+    oracle = DynUNet(3, unet.in_channels, unet.num_classes, [3] * len(strides), strides, strides[1:], unet.filters, **options)
     state = {}
     for name, value in unet.state_dict().items():
         if name.startswith("heads."):
@@ -295,10 +291,7 @@ def test_load_model(tmp_path, saved_deep):
             load_model(tmp_path / "m", deep_supervision=True)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [({"filters": (4, 6, 8)}, "surplus"), ({"filters": (4, 6, 8, 16)}, "of another shape")],
-)
+@pytest.mark.parametrize(("overrides", "message"), [({"filters": (4, 6, 8)}, "surplus"), ({"filters": (4, 6, 8, 16)}, "of another shape")])
 def test_load_model_refuses_another_networks_weights(tmp_path, overrides, message):
     save_model(tmp_path / "m", create("unet", 1, 3, **CARD.overrides), dataclasses.replace(CARD, overrides=overrides))
     with pytest.raises(ValueError, match=message):
@@ -321,9 +314,7 @@ def test_folder_holds_any_of_them(name, tmp_path):
 def test_transfer_keeps_answers(name):
     torch.manual_seed(0)
     source, target = mini(name, 1, 3), mini(name, 2, 3)
-    report = transfer(
-        target, source.state_dict(), {"background": 0, "new": 1, "a": 2}, {"background": 0, "a": 1, "b": 2}
-    )
+    report = transfer(target, source.state_dict(), {"background": 0, "new": 1, "a": 2}, {"background": 0, "a": 1, "b": 2})
     image = torch.randn(1, 1, *[2 * source.stride] * 3)
     with torch.no_grad():
         before, after = source(image), target(image.expand(-1, 2, -1, -1, -1))

@@ -9,11 +9,7 @@ from monai.networks.blocks import mednext_block as monai_blocks
 from mednext_v2.network.blocks import DownBlock, MedNeXtBlock, OutBlock, UpBlock
 from mednext_v2.network.fused import use_fused
 
-PAIRS = {
-    MedNeXtBlock: (monai_blocks.MedNeXtBlock, 4),
-    DownBlock: (monai_blocks.MedNeXtDownBlock, 8),
-    UpBlock: (monai_blocks.MedNeXtUpBlock, 2),
-}
+PAIRS = {MedNeXtBlock: (monai_blocks.MedNeXtBlock, 4), DownBlock: (monai_blocks.MedNeXtDownBlock, 8), UpBlock: (monai_blocks.MedNeXtUpBlock, 2)}
 
 
 @pytest.fixture(autouse=True)
@@ -92,9 +88,7 @@ def test_equals_the_formula_by_hand(cls, grn, kernel):
 @pytest.mark.parametrize("grn", [True, False])
 def test_equals_monai_with_the_same_weights(cls, grn):
     theirs, out_channels = PAIRS[cls]
-    theirs = awake(
-        theirs(4, out_channels, 3, 3, use_residual_connection=True, global_resp_norm=grn)
-    )
+    theirs = awake(theirs(4, out_channels, 3, 3, use_residual_connection=True, global_resp_norm=grn))
     ours = cls(4, out_channels, ratio=3, grn="mean" if grn else None)
     rename = lambda name: name.replace("global_resp", "grn")  # MONAI's one difference from v1
     ours.load_state_dict({rename(name): t for name, t in theirs.state_dict().items()})
@@ -236,10 +230,7 @@ def test_gradcheck_of_a_whole_block():
 
 def test_head_weights_are_stored_as_in_v1():
     head = OutBlock(5, 3)
-    assert {k: tuple(v.shape) for k, v in head.state_dict().items()} == {
-        "conv_out.weight": (5, 3, 1, 1, 1),
-        "conv_out.bias": (3,),
-    }
+    assert {k: tuple(v.shape) for k, v in head.state_dict().items()} == {"conv_out.weight": (5, 3, 1, 1, 1), "conv_out.bias": (3,)}
     theirs = monai_blocks.MedNeXtOutBlock(5, 3, dim="3d")
     theirs.load_state_dict(head.state_dict())
     x = torch.randn(1, 5, 2, 3, 4)

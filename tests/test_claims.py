@@ -32,10 +32,7 @@ def tables(scores: dict | None = None, ablations: list | None = None, **options)
     empty = pd.DataFrame(columns=["ablation", "variant", "init", "task", "case", "label", "group", "seed", "dsc", "nsd"])
     some = {("unet", "scratch"): 0.5, ("unet", "corpus_ct"): 0.5} if scores is None else scores
     parts = [table(levels, **options).rename(columns={"method": "variant"}).assign(ablation=name) for name, levels in ablations or []]
-    return {
-        "scores": table(some, **options).rename(columns={"method": "backbone"}),
-        "ablations": pd.concat(parts, ignore_index=True) if parts else empty,
-    }
+    return {"scores": table(some, **options).rename(columns={"method": "backbone"}), "ablations": pd.concat(parts, ignore_index=True) if parts else empty}
 
 
 def word(number: int, *args, profile: str = "study", **options) -> str:
@@ -52,9 +49,15 @@ YES, NO, NOT = VERDICTS[1:]
 @pytest.mark.parametrize(
     ("number", "scores", "expected"),
     [
-        (1, SAME, YES), (1, EQUAL, NO), (1, {("unet", "scratch"): 0.5}, NOT),
-        (2, SAME, YES), (2, CROSSED, NO), (2, {key: level for key, level in SAME.items() if key[0] in ("unet", "resenc_l")}, NOT),
-        (5, SAME, YES), (5, CROSSED, NO), (5, {("unet", "scratch"): 0.5, ("resenc_l", "scratch"): 0.6}, NOT),
+        (1, SAME, YES),
+        (1, EQUAL, NO),
+        (1, {("unet", "scratch"): 0.5}, NOT),
+        (2, SAME, YES),
+        (2, CROSSED, NO),
+        (2, {key: level for key, level in SAME.items() if key[0] in ("unet", "resenc_l")}, NOT),
+        (5, SAME, YES),
+        (5, CROSSED, NO),
+        (5, {("unet", "scratch"): 0.5, ("resenc_l", "scratch"): 0.6}, NOT),
         (4, SAME, NOT),
     ],
 )
@@ -170,9 +173,11 @@ def test_a_power_law_is_found_again_and_few_sizes_give_none():
 def test_spreads_do_not_count_differences_between_tasks():
     rng = np.random.default_rng(0)
     rows = [
-        dict(task=task, case=f"{task}{case}", label="a", seed=seed, variant=variant,
-             dsc=0.5 + (variant == "x") * (shift + 0.03 * rng.standard_normal()))
-        for task, shift in (("one", 0.0), ("two", 0.3)) for case in range(60) for seed in range(3) for variant in ("x", "y")
+        dict(task=task, case=f"{task}{case}", label="a", seed=seed, variant=variant, dsc=0.5 + (variant == "x") * (shift + 0.03 * rng.standard_normal()))
+        for task, shift in (("one", 0.0), ("two", 0.3))
+        for case in range(60)
+        for seed in range(3)
+        for variant in ("x", "y")
     ]
     found = spread(differences(pd.DataFrame(rows), {"variant": "x"}, {"variant": "y"}))
     assert found.case < 0.015 and found.rest == pytest.approx(0.03, rel=0.2) and found.seed < 0.01

@@ -70,9 +70,7 @@ def test_library_and_readme_are_in_step_with_the_notebooks(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
     code = "from nbdev.doclinks import nbdev_export; nbdev_export()"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment)
-    fresh, kept = (
-        {str(path.relative_to(place)): path.read_text() for path in (place / "mednext_v2").rglob("*.py")} for place in (tmp_path, ROOT)
-    )
+    fresh, kept = ({str(path.relative_to(place)): path.read_text() for path in (place / "mednext_v2").rglob("*.py")} for place in (tmp_path, ROOT))
     differing = sorted(name for name in fresh.keys() | kept.keys() if fresh.get(name) != kept.get(name))
     assert not differing, f"{', '.join(differing)}: run `make export`, and edit notebooks only"
     assert (ROOT / "README.md").read_text(encoding="utf-8").strip() == readme().strip(), "run `make readme`"
@@ -106,7 +104,13 @@ def test_the_plan_in_the_readme_is_the_one_of_the_code():
 def test_the_linter_finds_nothing():
     command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", "mednext_v2", "tests", "benchmarks"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}\nin mednext_v2/ it is the notebook that wants mending"
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}\nfix what it finds in mednext_v2/ in the notebook"
+
+
+def test_notebooks_and_tests_are_formatted():
+    command = [sys.executable, "-m", "ruff", "format", "--no-cache", "--check", "nbs", "tests", "benchmarks"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}\n`make export` formats them"
 
 
 @pytest.mark.parametrize("path", ["Makefile", "conf/config.yaml"])
@@ -125,9 +129,7 @@ def test_package_version_comes_from_settings():
 
 
 def test_params_are_the_composed_mini_profile(tmp_path):
-    assert read_yaml(compose_params("mini", tmp_path / "params.yaml")) == read_yaml(ROOT / "params.yaml"), (
-        "run `make params`"
-    )
+    assert read_yaml(compose_params("mini", tmp_path / "params.yaml")) == read_yaml(ROOT / "params.yaml"), "run `make params`"
 
 
 @pytest.mark.parametrize("profile", profiles())

@@ -18,18 +18,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from data_toys_convert import (
-    CADS_SIZES,
-    SHAPE,
-    WRITERS,
-    blobs,
-    cads_parts,
-    noise,
-    put,
-    put_knee,
-    put_parts,
-    put_slices,
-)
+from data_toys_convert import CADS_SIZES, SHAPE, WRITERS, blobs, cads_parts, noise, put, put_knee, put_parts, put_slices
 from data_toys_dicom import turned_affine
 from mednext_v2.core import ItemsFailed
 from mednext_v2.data.datasets import get_task, list_cases, load_tasks, raw_task, read_case
@@ -422,9 +411,7 @@ def test_published_splits_are_read_back(name, tmp_path):
     table = run(name, source, tmp_path)
     task = get_task(name)
     cases = list_cases(task, tmp_path / "raw")
-    assert {case.id: case.split for case in cases} == {
-        row["case"]: row["split"] for row in table.to_dict("records") if row["split"] != "excluded"
-    }
+    assert {case.id: case.split for case in cases} == {row["case"]: row["split"] for row in table.to_dict("records") if row["split"] != "excluded"}
     for case in cases:
         assert read_case(task, case).label.max() <= len(task.labels)
 

@@ -318,10 +318,7 @@ DATES = {
     "fraction": (dict(time="100000.25"), dict(time="100000.5")),
     "old spelling": (dict(date="2020.01.02", time="09:59:00"), dict(date="20200102", time="100000")),
     "creation": (dict(date="20200102"), dict(date="", time="", created=("20200103", "080000"))),
-    "creation of both": (
-        dict(date="", time="", created=("20200103", "080000")),
-        dict(date="", time="", created=("20200103", "080001")),
-    ),
+    "creation of both": (dict(date="", time="", created=("20200103", "080000")), dict(date="", time="", created=("20200103", "080001"))),
     "undated is older": (dict(date="", time=""), dict(date="19990101")),
     "set before file": (dict(date="20200102", created=("20240101", "")), dict(date="20200103")),
 }
@@ -342,9 +339,7 @@ def test_the_newest_structure_set_wins(name, swap, voxels, tmp_path):
 
 
 def test_copies_of_a_structure_set_are_one_and_ties_are_refused(tmp_path):
-    one, copy, other = (
-        StructureSet(tmp_path / name, "P", "1", uid, ("20200101", "")) for name, uid in ("ax", "bx", "cy")
-    )
+    one, copy, other = (StructureSet(tmp_path / name, "P", "1", uid, ("20200101", "")) for name, uid in ("ax", "bx", "cy"))
     assert newest_structure_set([copy, one]) is one
     with pytest.raises(ValueError, match="made at the same time .20200101."):
         newest_structure_set([one, other])

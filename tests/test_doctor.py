@@ -52,17 +52,9 @@ def good(folder, ending=".nii.gz", channels=("CT",), train=4, test=2, seed=0, la
             label[4:14, 4:14, 4:12] = 1
             label[6:9, 6:9, 6:9] = 2
             save(folder / f"labels{part}/{case}{ending}", label)
-    meta = {
-        "channel_names": {str(i): name for i, name in enumerate(channels)},
-        "labels": labels,
-        "numTraining": train,
-        "file_ending": ending,
-    } | meta
+    meta = {"channel_names": {str(i): name for i, name in enumerate(channels)}, "labels": labels, "numTraining": train, "file_ending": ending} | meta
     (folder / "dataset.json").write_text(json.dumps(meta))
-    splits = [
-        {"train": ids["Tr"][:-1], "val": ids["Tr"][-1:]},
-        {"train": ids["Tr"][1:], "val": ids["Tr"][:1]},
-    ]
+    splits = [{"train": ids["Tr"][:-1], "val": ids["Tr"][-1:]}, {"train": ids["Tr"][1:], "val": ids["Tr"][:1]}]
     (folder / "splits_final.json").write_text(json.dumps(splits))
     return folder
 
@@ -281,12 +273,7 @@ def splits_name_test_case(d):
 
 @damage("splits-absent", "splits_final.json")
 def case_not_in_splits(d):
-    edit_splits(
-        d,
-        lambda folds: [
-            fold[side].remove("case_1") for fold in folds for side in fold if "case_1" in fold[side]
-        ],
-    )
+    edit_splits(d, lambda folds: [fold[side].remove("case_1") for fold in folds for side in fold if "case_1" in fold[side]])
 
 
 @damage("splits-overlap", "splits_final.json")
@@ -810,10 +797,7 @@ def copy_of(healthy, tmp_path):
     return lambda **options: shutil.copytree(healthy(**options), tmp_path / NAME)
 
 
-REGIONS = {
-    "labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3},
-    "regions_class_order": [1, 2],
-}
+REGIONS = {"labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, "regions_class_order": [1, 2]}
 
 
 @pytest.mark.parametrize(
@@ -826,10 +810,7 @@ def test_nothing_is_found_in_a_good_data_set(healthy, options, quick):
     report = doctor(healthy(**options), quick=quick)
     assert report.table.empty and report.clean and list(report.table.columns) == COLUMNS, report.text()
     train, test = options.get("train", 4), options.get("test", 2)
-    assert (report.cases, report.files) == (
-        train + test,
-        (train + test) * (1 + len(options.get("channels", "1"))),
-    )
+    assert (report.cases, report.files) == (train + test, (train + test) * (1 + len(options.get("channels", "1"))))
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -904,9 +885,7 @@ def test_headers_do_not_decompress_whole_files(tmp_path, monkeypatch):
     save(path, np.random.default_rng(0).integers(-1000, 1000, (128, 128, 64)).astype(np.int16))
     size, read = path.stat().st_size, []
     original = gzip._PaddedFile.read
-    monkeypatch.setattr(
-        gzip._PaddedFile, "read", lambda self, n: read.append(len(d := original(self, n))) or d
-    )
+    monkeypatch.setattr(gzip._PaddedFile, "read", lambda self, n: read.append(len(d := original(self, n))) or d)
     assert inspect_header(path)[1] == []
     assert 0 < sum(read) < size / 4
 
@@ -1029,9 +1008,7 @@ def test_no_error_escapes_and_what_passes_can_be_read(tiny, tmp_path, seed):
     rng = np.random.default_rng(seed)
     ending = (".nii", ".nii.gz")[seed % 2]
     folder = shutil.copytree(tiny[ending], tmp_path / NAME)
-    for file in rng.permutation([f"imagesTr/case_0_0000{ending}", f"labelsTr/case_0{ending}"])[
-        : rng.integers(1, 3)
-    ]:
+    for file in rng.permutation([f"imagesTr/case_0_0000{ending}", f"labelsTr/case_0{ending}"])[: rng.integers(1, 3)]:
         flipped(folder / file, rng, body=rng.random() < 0.5)
     report = doctor(folder)
     doctor(folder, quick=True)
@@ -1350,9 +1327,7 @@ def test_an_axis_of_length_one_is_dropped(copy_of, healthy, tmp_path):
     mended = fix(folder, tmp_path / "out")
     assert mended.table.code.tolist() == ["dimensions"] and mended.after.table.empty
     copy = nibabel.load(tmp_path / "out" / IMAGE)
-    assert copy.shape == SHAPE and np.array_equal(
-        copy.get_fdata(), nibabel.load(healthy() / IMAGE).get_fdata()
-    )
+    assert copy.shape == SHAPE and np.array_equal(copy.get_fdata(), nibabel.load(healthy() / IMAGE).get_fdata())
 
 
 def test_a_second_fault_behind_the_first_takes_the_case_out(copy_of, tmp_path):
@@ -1361,9 +1336,7 @@ def test_a_second_fault_behind_the_first_takes_the_case_out(copy_of, tmp_path):
     (folder / IMAGE).write_bytes(gzip.decompress((folder / IMAGE).read_bytes()))
     assert found(doctor(folder)) == {("file-compression", IMAGE)}
     mended = fix(folder, tmp_path / "out")
-    assert (
-        mended.clean and not (tmp_path / "out" / IMAGE).exists() and not (tmp_path / "out" / LABEL).exists()
-    )
+    assert mended.clean and not (tmp_path / "out" / IMAGE).exists() and not (tmp_path / "out" / LABEL).exists()
     assert "image-nan" in set(mended.table.code)
 
 
@@ -1386,14 +1359,7 @@ def test_originals_are_refused_as_target(copy_of, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/precious.txt").write_text("mine")
-    for out in (
-        folder,
-        folder / "mended",
-        folder / "imagesTr",
-        tmp_path / "link/mended",
-        folder / "../" / NAME,
-        tmp_path,
-    ):
+    for out in (folder, folder / "mended", folder / "imagesTr", tmp_path / "link/mended", folder / "../" / NAME, tmp_path):
         with pytest.raises(ValueError, match="originals are never touched"):
             fix(folder, out)
     with pytest.raises(FileExistsError, match="not empty"):
@@ -1421,9 +1387,7 @@ def test_fix_takes_a_report_that_is_there(copy_of, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not of"):
         fix(folder, tmp_path / "out", report=replace(report, sets=("Dataset001_Other",)))
     asked = []
-    monkeypatch.setattr(
-        module, "doctor", lambda data, **options: asked.append(data) or doctor(data, **options)
-    )
+    monkeypatch.setattr(module, "doctor", lambda data, **options: asked.append(data) or doctor(data, **options))
     assert fix(folder, tmp_path / "out", report=report).clean
     assert len(asked) == 1 and asked[0] != folder, "the copy alone is examined"
 

@@ -25,9 +25,16 @@ def engine():
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("GRADIENT_ACCUMULATION_STEPS", "4"), ("MIXED_PRECISION", "bf16"), ("MIXED_PRECISION", "fp8"),
-        ("DYNAMO_BACKEND", "inductor"), ("TORCH_DEVICE", "cuda:1"), ("USE_FSDP", "true"), ("USE_DEEPSPEED", "True"),
-        ("USE_MEGATRON_LM", "true"), ("USE_PARALLELISM_CONFIG", "true"), ("USE_SAGEMAKER", "1"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("MIXED_PRECISION", "bf16"),
+        ("MIXED_PRECISION", "fp8"),
+        ("DYNAMO_BACKEND", "inductor"),
+        ("TORCH_DEVICE", "cuda:1"),
+        ("USE_FSDP", "true"),
+        ("USE_DEEPSPEED", "True"),
+        ("USE_MEGATRON_LM", "true"),
+        ("USE_PARALLELISM_CONFIG", "true"),
+        ("USE_SAGEMAKER", "1"),
     ],
 )
 def test_a_variable_against_the_recipe_is_refused_by_name(name, value, engine, monkeypatch):

@@ -25,8 +25,12 @@ from test_importers import DNA, dna, nnunet_folder
 from test_training_sets import BELLY, CHEST, scan, write_raw
 
 SETTINGS = dict(
-    recipe="smoke", changes=dict(steps=6, patch=(16, 16, 16), checkpoint_every=2, lr=1e-2), backbone="unet",
-    overrides={"filters": (4, 8, 8)}, resources=Resources("cpu", workers=1), check=False,
+    recipe="smoke",
+    changes=dict(steps=6, patch=(16, 16, 16), checkpoint_every=2, lr=1e-2),
+    backbone="unet",
+    overrides={"filters": (4, 8, 8)},
+    resources=Resources("cpu", workers=1),
+    check=False,
 )
 
 
@@ -72,9 +76,7 @@ def test_whole_way(done, raw):
         assert row.dsc == pytest.approx(2 * (guess & truth).sum() / (guess.sum() + truth.sum()))
     card = read_card(out / "model")
     assert card.scores["dsc"] == pytest.approx(table.dsc.mean(), abs=1e-4)
-    assert {name: card.scores[name] for name in ("split", "cases", "grid", "command")} == dict(
-        split="test", cases=1, grid="scan", command="the command"
-    )
+    assert {name: card.scores[name] for name in ("split", "cases", "grid", "command")} == dict(split="test", cases=1, grid="scan", command="the command")
     assert told[0].startswith("data: clean") and told[1].startswith("plan: unet from random weights, 6 steps")
     means = json.loads((out / "summary.json").read_text())["mean"]
     assert [means[str(value)]["Dice"] for value in CHEST.labels.values()] == pytest.approx(table.dsc.tolist())

@@ -95,11 +95,22 @@ def test_autocast_gives_its_dtype_and_finite_gradients():
     assert error(found[0], expected[0]) <= 1.5 * error(plain[0], expected[0])
 
 
-@pytest.mark.parametrize("conv", [
-    nn.Conv3d(3, 5, 1), nn.Conv3d(3, 5, 1, stride=2), nn.ConvTranspose3d(3, 5, 1), nn.ConvTranspose3d(3, 5, 1, stride=2),
-    nn.Conv3d(3, 5, 1, bias=False), nn.Conv3d(3, 6, 1, groups=3), nn.Conv3d(3, 5, 3, padding=1), nn.ConvTranspose3d(3, 5, 1, stride=3),
-    nn.Conv3d(3, 5, 1, stride=(1, 2, 1)), nn.Conv3d(3, 5, 1, padding=1), nn.Identity(),
-])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv3d(3, 5, 1),
+        nn.Conv3d(3, 5, 1, stride=2),
+        nn.ConvTranspose3d(3, 5, 1),
+        nn.ConvTranspose3d(3, 5, 1, stride=2),
+        nn.Conv3d(3, 5, 1, bias=False),
+        nn.Conv3d(3, 6, 1, groups=3),
+        nn.Conv3d(3, 5, 3, padding=1),
+        nn.ConvTranspose3d(3, 5, 1, stride=3),
+        nn.Conv3d(3, 5, 1, stride=(1, 2, 1)),
+        nn.Conv3d(3, 5, 1, padding=1),
+        nn.Identity(),
+    ],
+)
 def test_pointwise_is_the_convolution(conv):
     conv, x = conv.double(), torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
     expected, found = run(conv, x), run(network_of(conv), x)

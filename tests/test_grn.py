@@ -33,9 +33,7 @@ def by_hand(x, gamma, beta, stat, eps=1e-6):
 @pytest.mark.parametrize("stat", ["mean", "sum"])
 def test_equals_the_formula_written_out(stat):
     x, gamma, beta = random_inputs()
-    torch.testing.assert_close(
-        global_response_norm(x, gamma, beta, stat), by_hand(x, gamma, beta, stat)
-    )
+    torch.testing.assert_close(global_response_norm(x, gamma, beta, stat), by_hand(x, gamma, beta, stat))
 
 
 def test_equals_monai_where_conventions_match():
@@ -107,18 +105,13 @@ def test_shuffled_voxels_give_the_shuffled_output():
     x, gamma, beta = random_inputs()
     order = torch.randperm(x[0, 0].numel())
     shuffle = lambda t: t.flatten(2)[..., order].view_as(x)
-    torch.testing.assert_close(
-        global_response_norm(shuffle(x), gamma, beta), shuffle(global_response_norm(x, gamma, beta))
-    )
+    torch.testing.assert_close(global_response_norm(shuffle(x), gamma, beta), shuffle(global_response_norm(x, gamma, beta)))
 
 
 def test_shuffled_channels_give_the_shuffled_output():
     x, gamma, beta = random_inputs()
     order = torch.randperm(x.shape[1])
-    torch.testing.assert_close(
-        global_response_norm(x[:, order], gamma[:, order], beta[:, order]),
-        global_response_norm(x, gamma, beta)[:, order],
-    )
+    torch.testing.assert_close(global_response_norm(x[:, order], gamma[:, order], beta[:, order]), global_response_norm(x, gamma, beta)[:, order])
 
 
 def test_samples_of_a_batch_do_not_meet():
@@ -202,10 +195,6 @@ def test_wrong_arguments_are_named():
         global_response_norm(x, flat, flat)
     with pytest.raises(ValueError, match="must have shape"):
         global_response_norm(x, good, torch.zeros(1, 1, 1, 1, 1))
-    for call in (
-        lambda: global_response_norm(x, good, good, "median"),
-        lambda: GRN3d(4, "median"),
-        lambda: convert_grn(good, 1e-6, "mean", "median"),
-    ):
+    for call in (lambda: global_response_norm(x, good, good, "median"), lambda: GRN3d(4, "median"), lambda: convert_grn(good, 1e-6, "mean", "median")):
         with pytest.raises(ValueError, match="mean, sum, got 'median'"):
             call()

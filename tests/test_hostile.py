@@ -20,9 +20,7 @@ from mednext_v2.core import MOST_LEVELS, read_csv, read_json, read_yaml, root, w
 from mednext_v2.models.card import MOST_CARD, Card, read_card, save_model
 from mednext_v2.models.registry import create, load_model
 
-LAUGHS = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
-    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghijk", "bcdefghijkl")
-)
+LAUGHS = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghijk", "bcdefghijkl"))
 YAML_BOMBS = {
     "list in itself": "a: &a [*a]",
     "mapping in itself": "a: &a {b: *a}",
@@ -145,8 +143,7 @@ def test_what_dvc_puts_into_commands_is_checked_where_it_is_composed():
     known = {"profile", "papers", *(f"axes.{name}" for name in read_yaml(root() / "params.yaml")["axes"])}
     assert sources and sources <= known
     for command in re.findall(r"cmd: (?:>-\n)?(.*?)\n    \w", text, re.S):
-        assert set(re.findall(r"\$\{(.*?)\}", command)) - {"run"} <= {f"item.{n}" for n in
-                re.findall(r"^      (\w+): ", text, re.M)}
+        assert set(re.findall(r"\$\{(.*?)\}", command)) - {"run"} <= {f"item.{n}" for n in re.findall(r"^      (\w+): ", text, re.M)}
     stages.check_names(read_yaml(root() / "params.yaml"))
 
 
@@ -165,8 +162,15 @@ def test_profile_with_a_hostile_name_is_not_composed(tmp_path, monkeypatch):
 # ---- cards --------------------------------------------------------------------------------------------------------------
 
 CARD = dict(
-    backbone="unet", overrides={"filters": (4, 8, 8)}, in_channels=1, labels={"core": 1, "rim": 2},
-    groups={"core": "organ", "rim": "organ"}, task="toy", modality="CT", spacing=(2.0, 2.0, 2.0), patch=(16, 16, 16),
+    backbone="unet",
+    overrides={"filters": (4, 8, 8)},
+    in_channels=1,
+    labels={"core": 1, "rim": 2},
+    groups={"core": "organ", "rim": "organ"},
+    task="toy",
+    modality="CT",
+    spacing=(2.0, 2.0, 2.0),
+    patch=(16, 16, 16),
     normalisation={"schemes": ["ct"], "mean": [50.0], "std": [60.0], "low": [-100.0], "high": [200.0], "nonzero": False},
     recipe={},
 )
@@ -176,8 +180,7 @@ MANY = {f"c{number}": number for number in range(1, 65_537)}
 
 def heads(**changes):
     "Labels of two data sets that keep their own heads"
-    head = dict(outputs=[0, 2], labels={"core": 1}, groups={"core": "organ"}, modality="CT", spacing=[2, 2, 2],
-                normalisation=CARD["normalisation"])
+    head = dict(outputs=[0, 2], labels={"core": 1}, groups={"core": "organ"}, modality="CT", spacing=[2, 2, 2], normalisation=CARD["normalisation"])
     return {"one": head, "two": {**head, "outputs": [1, 3], **changes}}
 
 
@@ -285,8 +288,13 @@ def test_commands_name_file_and_field(valid, tmp_path, command, field, value):
 
 
 PLAIN = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 20), st.sampled_from([HUGE, 10**9, NAN, INFINITE, 1e-300, 0.5]), st.text(max_size=5),
-    st.lists(st.integers(-1, 20), max_size=4), st.lists(st.floats(), max_size=3),
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 20),
+    st.sampled_from([HUGE, 10**9, NAN, INFINITE, 1e-300, 0.5]),
+    st.text(max_size=5),
+    st.lists(st.integers(-1, 20), max_size=4),
+    st.lists(st.floats(), max_size=3),
     st.dictionaries(st.sampled_from(["core", "rim", "x"]), st.one_of(st.integers(-1, 3), st.text(max_size=3)), max_size=3),
 )
 

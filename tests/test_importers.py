@@ -97,10 +97,7 @@ V1 = {  # As NetworkTrainer.save_checkpoint of nnU-Net v1 writes it
 NNSSL = V2 | {
     "nnssl_adaptation_plan": {
         "architecture_plans": {"arch_class_name": "ResEncL", "arch_kwargs": None, "arch_kwargs_requiring_import": None},
-        "pretrain_plan": {
-            "transpose_forward": [0, 1, 2],
-            "configurations": {"onemmiso": {"spacing": [1, 2, 3], "patch_size": [160, 128, 96]}},
-        },
+        "pretrain_plan": {"transpose_forward": [0, 1, 2], "configurations": {"onemmiso": {"spacing": [1, 2, 3], "patch_size": [160, 128, 96]}}},
         "pretrain_num_input_channels": 1,
         "recommended_downstream_patchsize": [160, 160, 160],
         "key_to_encoder": "encoder.stages",
@@ -173,9 +170,19 @@ def test_safetensors_and_half_precision(tmp_path):
 
 def monai(ratios=((2, 3), 3, (3, 2)), blocks=((1, 2), 2, (2, 1)), grn=False, kernel=3, **options):
     model = MonaiMedNeXt(
-        init_filters=4, in_channels=1, out_channels=3, kernel_size=kernel, use_residual_connection=True,
-        encoder_expansion_ratio=ratios[0], bottleneck_expansion_ratio=ratios[1], decoder_expansion_ratio=ratios[2],
-        blocks_down=blocks[0], blocks_bottleneck=blocks[1], blocks_up=blocks[2], global_resp_norm=grn, **options,
+        init_filters=4,
+        in_channels=1,
+        out_channels=3,
+        kernel_size=kernel,
+        use_residual_connection=True,
+        encoder_expansion_ratio=ratios[0],
+        bottleneck_expansion_ratio=ratios[1],
+        decoder_expansion_ratio=ratios[2],
+        blocks_down=blocks[0],
+        blocks_bottleneck=blocks[1],
+        blocks_up=blocks[2],
+        global_resp_norm=grn,
+        **options,
     )
     return shaken(model)
 
@@ -263,8 +270,15 @@ def test_a_network_built_from_a_file_has_the_convention_that_is_given(tmp_path):
     assert model.arch == weights.arch and torch.equal(model.eval()(IMAGE), weights(IMAGE))
 
 
-ACCEL = {"conv1": "depthwise", "conv2": "expand", "conv3": "project", "res_conv": "residual",
-         "grn_gamma": "grn.gamma", "grn_beta": "grn.beta", "conv_out": "conv"}
+ACCEL = {
+    "conv1": "depthwise",
+    "conv2": "expand",
+    "conv3": "project",
+    "res_conv": "residual",
+    "grn_gamma": "grn.gamma",
+    "grn_beta": "grn.beta",
+    "conv_out": "conv",
+}
 
 
 def accel(model):
@@ -275,8 +289,11 @@ def accel(model):
         kind, _, level = place.rpartition("_")
         i = int(level) if level.isdigit() else 0
         place = {
-            "enc_block": f"encoder_stages.{i}", "down": f"downsamples.{i}", "up": f"upsamples.{3 - i}",
-            "dec_block": f"decoder_stages.{3 - i}", "out": f"deep_supervision_heads.{4 - i}" if i else "head",
+            "enc_block": f"encoder_stages.{i}",
+            "down": f"downsamples.{i}",
+            "up": f"upsamples.{3 - i}",
+            "dec_block": f"decoder_stages.{3 - i}",
+            "out": f"deep_supervision_heads.{4 - i}" if i else "head",
         }.get(kind, place)
         state[".".join([place, *(ACCEL.get(part, part) for part in rest)])] = value
     return state
@@ -297,8 +314,11 @@ def test_mednext_accel_needs_a_word_on_padding(tmp_path):
 @pytest.mark.parametrize("names", MAPS)
 def test_names_map_one_to_one(names):
     ours = tiny(deep_supervision=True).state_dict()
-    theirs = {"mednext": ours, "mednext_accel": accel(tiny(deep_supervision=True)),
-              "mednext_monai": monai(*FOUR, grn=True, deep_supervision=True).state_dict()}[names]
+    theirs = {
+        "mednext": ours,
+        "mednext_accel": accel(tiny(deep_supervision=True)),
+        "mednext_monai": monai(*FOUR, grn=True, deep_supervision=True).state_dict(),
+    }[names]
     renamed = [rename(name, MAPS[names], 4) for name in theirs]
     assert len(set(renamed)) == len(theirs)
     # Block counts differ between these networks, names do not
@@ -311,12 +331,18 @@ def test_names_map_one_to_one(names):
 
 def dna(cls, residual, **changes):
     kwargs = {
-        "n_stages": 3, "features_per_stage": [4, 8, 12], "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
-        "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]], "n_conv_per_stage_decoder": [1, 2], "conv_bias": True,
-        ("n_blocks_per_stage" if residual else "n_conv_per_stage"): [1, 2, 3], **changes,
+        "n_stages": 3,
+        "features_per_stage": [4, 8, 12],
+        "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
+        "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+        "n_conv_per_stage_decoder": [1, 2],
+        "conv_bias": True,
+        ("n_blocks_per_stage" if residual else "n_conv_per_stage"): [1, 2, 3],
+        **changes,
     }
-    fixed = dict(conv_op=nn.Conv3d, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True},
-                 nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True})
+    fixed = dict(
+        conv_op=nn.Conv3d, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True}
+    )
     return shaken(cls(1, num_classes=3, **kwargs, **fixed)), kwargs
 
 
@@ -426,13 +452,9 @@ class STUNet(nn.Module):
     def __init__(self, width=16, classes=5):
         super().__init__()
         dims = [width, 2 * width, 4 * width]
-        self.conv_blocks_context = nn.ModuleList(
-            nn.Sequential(ResBlock(a, b, True)) for a, b in zip([1, *dims], dims)
-        )
+        self.conv_blocks_context = nn.ModuleList(nn.Sequential(ResBlock(a, b, True)) for a, b in zip([1, *dims], dims))
         self.upsample_layers = nn.ModuleList(Upsample(dims[-1 - u], dims[-2 - u]) for u in range(2))
-        self.conv_blocks_localization = nn.ModuleList(
-            nn.Sequential(ResBlock(2 * dims[-2 - u], dims[-2 - u], True)) for u in range(2)
-        )
+        self.conv_blocks_localization = nn.ModuleList(nn.Sequential(ResBlock(2 * dims[-2 - u], dims[-2 - u], True)) for u in range(2))
         self.seg_outputs = nn.ModuleList(nn.Conv3d(dims[-2 - u], classes, 1) for u in range(2))
 
 
@@ -471,13 +493,14 @@ PLANS = {
     "dataset_name": "Dataset001_Toy",
     "transpose_forward": [0, 2, 1],
     "image_reader_writer": "SimpleITKIO",
-    "foreground_intensity_properties_per_channel": {
-        "0": {"mean": 40.0, "std": 20.0, "median": 39.0, "percentile_00_5": -100.0, "percentile_99_5": 200.0}
-    },
+    "foreground_intensity_properties_per_channel": {"0": {"mean": 40.0, "std": 20.0, "median": 39.0, "percentile_00_5": -100.0, "percentile_99_5": 200.0}},
     "configurations": {
         "3d_fullres": {
-            "spacing": [3.0, 1.0, 2.0], "patch_size": [16, 32, 64], "normalization_schemes": ["CTNormalization"],
-            "use_mask_for_norm": [False], "architecture": {"arch_kwargs": {"dropout_op": None}},
+            "spacing": [3.0, 1.0, 2.0],
+            "patch_size": [16, 32, 64],
+            "normalization_schemes": ["CTNormalization"],
+            "use_mask_for_norm": [False],
+            "architecture": {"arch_kwargs": {"dropout_op": None}},
         }
     },
 }
@@ -511,8 +534,10 @@ def test_auxiliary_heads_of_nnunet_may_stay_behind_but_not_the_last(family, tmp_
 def resenc(monkeypatch):
     "The registry with nnU-Net's residual encoder, whether this version has it or not"
     if "resenc_l" not in BACKBONES:
+
         def build(in_channels, num_classes, deep_supervision=False, **kwargs):
             return dna(*DNA["resenc"], **kwargs)[0]
+
         entry = Backbone("resenc_l", "", build, heads=("decoder.seg_layers.",), stem="encoder.stem.")
         monkeypatch.setitem(BACKBONES, "resenc_l", entry)
 
@@ -525,9 +550,7 @@ def test_nnunet_folder_becomes_a_model_folder(tmp_path, resenc):
     assert (card.backbone, card.labels, card.modality) == ("resenc_l", {"liver": 1, "spleen": 2}, "CT")
     # The network's axes are Z, X, Y of the image: (0, 2, 1) of (Z, Y, X)
     assert (card.spacing, card.patch) == ((1.0, 2.0, 3.0), (32, 64, 16))
-    assert card.normalisation == {
-        "mean": [40.0], "std": [20.0], "low": [-100.0], "high": [200.0], "schemes": ["ct"], "nonzero": False
-    }
+    assert card.normalisation == {"mean": [40.0], "std": [20.0], "low": [-100.0], "high": [200.0], "schemes": ["ct"], "nonzero": False}
     assert card.licence == "Apache-2.0" and "orientation" in card.provenance and len(card.parent) == 64
     model, read = load_model(tmp_path / "ours")
     assert read.overrides["kernel_sizes"][0] == (3, 3, 1) and read.mirror_axes == (0, 1, 2)
@@ -575,12 +598,16 @@ def test_regions_and_their_order():
         nnunet_labels({"labels": {"background": 0, "a": 1, "b": 3}})
 
 
-@pytest.mark.parametrize("change, expected", [
-    ({"normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [True]}, True),
-    ({"normalization_schemes": ["HistogramNormalization"], "use_mask_for_norm": [False]}, None),
-    ({"normalization_schemes": ["ZScoreNormalization"] * 2, "use_mask_for_norm": [True, False]}, None),
-    ({"normalization_schemes": ["CTNormalization"] * 2, "use_mask_for_norm": [False, False]}, None),
-], ids=["masked", "unknown", "mixed", "unmeasured"])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [True]}, True),
+        ({"normalization_schemes": ["HistogramNormalization"], "use_mask_for_norm": [False]}, None),
+        ({"normalization_schemes": ["ZScoreNormalization"] * 2, "use_mask_for_norm": [True, False]}, None),
+        ({"normalization_schemes": ["CTNormalization"] * 2, "use_mask_for_norm": [False, False]}, None),
+    ],
+    ids=["masked", "unknown", "mixed", "unmeasured"],
+)
 def test_a_normalisation_that_is_not_ours_is_not_made_up(change, expected):
     known = nnunet_normalisation(PLANS, PLANS["configurations"]["3d_fullres"] | change)
     assert known is None if expected is None else known["nonzero"] is expected
@@ -671,12 +698,11 @@ def test_two_networks_in_one_file_need_a_prefix(tmp_path):
     assert len(found.outside) == len(found.state) == len(both) // 2
 
 
-@pytest.mark.parametrize("options, why", [
-    ({"spatial_dims": 2}, "2D images"), ({"use_residual_connection": False}, "residual up and down blocks")
-])
+@pytest.mark.parametrize("options, why", [({"spatial_dims": 2}, "2D images"), ({"use_residual_connection": False}, "residual up and down blocks")])
 def test_a_mednext_that_ours_is_not(options, why, tmp_path):
-    state = MonaiMedNeXt(init_filters=4, blocks_down=(1, 1), blocks_up=(1, 1), blocks_bottleneck=1, kernel_size=3,
-                         **{"use_residual_connection": True} | options).state_dict()
+    state = MonaiMedNeXt(
+        init_filters=4, blocks_down=(1, 1), blocks_up=(1, 1), blocks_bottleneck=1, kernel_size=3, **{"use_residual_connection": True} | options
+    ).state_dict()
     path = save(tmp_path / "a.pth", state)
     assert why in describe(path)
     with pytest.raises(ValueError, match="give a model"):
@@ -689,10 +715,16 @@ def test_a_transformer_is_not_turned():
         turned(importers.replace(found, axes=(2, 1, 0)))
 
 
-@pytest.mark.parametrize("content, why", [
-    ([1, 2], "holds a list"), ({}, "it has: nothing"), ({"weights": 1}, "it has: weights"), (torch.ones(1), "a Tensor"),
-    ({"state_dict": {"a": 1}}, "it has: state_dict"),
-])
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        ([1, 2], "holds a list"),
+        ({}, "it has: nothing"),
+        ({"weights": 1}, "it has: weights"),
+        (torch.ones(1), "a Tensor"),
+        ({"state_dict": {"a": 1}}, "it has: state_dict"),
+    ],
+)
 def test_a_file_without_weights(content, why, tmp_path):
     with pytest.raises(ValueError, match=why):
         read_checkpoint_file(save(tmp_path / "a.pth", content))
@@ -775,9 +807,7 @@ class Lie:
         self.shape, self.stride = shape, stride
 
     def __reduce__(self):
-        storage = torch.storage.TypedStorage(
-            wrap_storage=torch.zeros(8).untyped_storage(), dtype=torch.float32, _internal=True
-        )
+        storage = torch.storage.TypedStorage(wrap_storage=torch.zeros(8).untyped_storage(), dtype=torch.float32, _internal=True)
         return torch._utils._rebuild_tensor_v2, (storage, 0, self.shape, self.stride, False, OrderedDict())
 
 
@@ -812,12 +842,16 @@ def test_a_compressed_archive_is_refused(tmp_path):
         read_content(path)
 
 
-@pytest.mark.parametrize("header", [
-    {"w": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}},
-    {"w": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 64]}},
-    {"w": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 64]}},
-    dict.fromkeys("wv", {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}),
-], ids=["beyond", "shape", "negative", "overlap"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"w": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4 * 10**12]}},
+        {"w": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 64]}},
+        {"w": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 64]}},
+        dict.fromkeys("wv", {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}),
+    ],
+    ids=["beyond", "shape", "negative", "overlap"],
+)
 def test_safetensors_with_a_lying_header(header, tmp_path):
     text = json.dumps(header).encode()
     (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
@@ -836,6 +870,7 @@ def test_damaged_archives_always_give_one_line(tmp_path):
     small = save(tmp_path / "a.pth", V1 | {"state_dict": {"w": torch.zeros(3)}})
     random = np.random.default_rng(0)
     for turn in range(60):
+
         def damage(data):
             data = bytearray(data)
             for place in random.integers(0, len(data), 3):
@@ -1011,8 +1046,10 @@ def test_an_array_gets_no_memory_for_what_it_claims(tmp_path):
 
 # ---- Odd shapes
 
-FUZZED = {name: partial(create, name, 1, 3, **BACKBONES[name].mini) for name in (
-    "mednext_v2_tiny", "mednext_v1_small", "unet", "nnunet_plain", "resenc_l", "stunet_small", "segresnet", "swin_unetr")}
+FUZZED = {
+    name: partial(create, name, 1, 3, **BACKBONES[name].mini)
+    for name in ("mednext_v2_tiny", "mednext_v1_small", "unet", "nnunet_plain", "resenc_l", "stunet_small", "segresnet", "swin_unetr")
+}
 FUZZED["monai"] = torch.no_grad()(lambda: monai())
 
 
@@ -1032,8 +1069,9 @@ def test_tensors_of_odd_shapes_are_one_line(states, name, tmp_path, data):
     telling = [n for n in state if re.search(r"conv\w*\d*\.(weight|0)|proj|bias_table|transp|out|head|stem|seg", n)]
     for _ in range(data.draw(st.integers(1, 3))):
         shape = data.draw(SHAPES)
-        state[data.draw(st.sampled_from(telling or list(state)))] = torch.zeros(shape, dtype=data.draw(st.sampled_from(
-            [torch.float16, torch.int64, torch.bool, torch.complex64])))
+        state[data.draw(st.sampled_from(telling or list(state)))] = torch.zeros(
+            shape, dtype=data.draw(st.sampled_from([torch.float16, torch.int64, torch.bool, torch.complex64]))
+        )
     path = save(tmp_path / "a.pth", state)
     for read in (describe, import_checkpoint, partial(import_checkpoint, model=name if name in BACKBONES else None)):
         try:

@@ -64,9 +64,7 @@ def ball(shape=(30, 26, 22), center=(12, 15, 9), radius=7.0) -> np.ndarray:
 
 
 def card(spacing=(1.0, 1.0, 1.0), patch=(16, 16, 16), in_channels=1):
-    return SimpleNamespace(
-        in_channels=in_channels, modality="MR", spacing=spacing, patch=patch, normalisation={}, labels={"ball": 1}
-    )
+    return SimpleNamespace(in_channels=in_channels, modality="MR", spacing=spacing, patch=patch, normalisation={}, labels={"ball": 1})
 
 
 @pytest.fixture
@@ -333,10 +331,23 @@ def model_folder(tmp_path_factory):
     overrides = dict(filters=(4, 8, 8))
     model = create("unet", 1, 3, **overrides)
     folder = tmp_path_factory.mktemp("models") / "toy"
-    save_model(folder, model, Card(
-        backbone="unet", overrides=overrides, in_channels=1, labels={"a": 1, "b": 2}, groups={"a": "organ", "b": "organ"},
-        task="toy", modality="MR", spacing=(2.0, 2.0, 2.0), patch=(16, 16, 16), normalisation=KNOWN, recipe={},
-    ))
+    save_model(
+        folder,
+        model,
+        Card(
+            backbone="unet",
+            overrides=overrides,
+            in_channels=1,
+            labels={"a": 1, "b": 2},
+            groups={"a": "organ", "b": "organ"},
+            task="toy",
+            modality="MR",
+            spacing=(2.0, 2.0, 2.0),
+            patch=(16, 16, 16),
+            normalisation=KNOWN,
+            recipe={},
+        ),
+    )
     return folder
 
 
@@ -389,10 +400,23 @@ def test_predict_on_the_file_equals_predict_on_the_prepared_case(tmp_path):
     overrides = dict(filters=(4, 8, 8))
     torch.manual_seed(0)
     model = create("unet", 1, task.num_classes, **overrides)
-    save_model(tmp_path / "model", model, Card(
-        backbone="unet", overrides=overrides, in_channels=1, labels=task.labels, groups=task.groups, task=task.name,
-        modality="CT", spacing=task.spacing, patch=(16, 16, 16), normalisation=prepared.fingerprint.normalisation(), recipe={},
-    ))
+    save_model(
+        tmp_path / "model",
+        model,
+        Card(
+            backbone="unet",
+            overrides=overrides,
+            in_channels=1,
+            labels=task.labels,
+            groups=task.groups,
+            task=task.name,
+            modality="CT",
+            spacing=task.spacing,
+            patch=(16, 16, 16),
+            normalisation=prepared.fingerprint.normalisation(),
+            recipe={},
+        ),
+    )
     case = prepared.ids("test")[0]
     file = tmp_path / "raw" / task.folder / "imagesTs" / f"{case}_0000.nii.gz"
     expected = sliding_window(model, prepared.image(case)[:], (16, 16, 16)).argmax(0).numpy()
@@ -674,7 +698,8 @@ def test_a_region_of_interest(model_folder):
         found = predict(model_folder, scan, device="cpu", roi=roi).get_fdata()
         np.testing.assert_array_equal(found, whole * inside)
     for roi, message in [
-        ((0, 0, 0, 3, 0, 3), "holds no voxel"), ((1, 2, 3), "six voxel numbers"),
+        ((0, 0, 0, 3, 0, 3), "holds no voxel"),
+        ((1, 2, 3), "six voxel numbers"),
         (nib.Nifti1Image(inside.astype(np.uint8), np.eye(4)), "on another grid"),
     ]:
         with pytest.raises(ValueError, match=message):

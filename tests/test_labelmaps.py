@@ -14,16 +14,7 @@ from mednext_v2 import core
 from mednext_v2.core import ItemsFailed
 from mednext_v2.data.scans import BadFile
 from mednext_v2.inference import files, predictor
-from mednext_v2.inference.files import (
-    colour,
-    itksnap_table,
-    label_names,
-    list_jobs,
-    names_extension,
-    predict_files,
-    read_names,
-    slicer_table,
-)
+from mednext_v2.inference.files import colour, itksnap_table, label_names, list_jobs, names_extension, predict_files, read_names, slicer_table
 from mednext_v2.inference.predictor import Options, predict
 from mednext_v2.models.card import Card, read_card, save_model
 
@@ -37,9 +28,17 @@ def save(folder, seed=0, **changes):
     from mednext_v2.models.registry import create
 
     about = dict(
-        backbone="unet", overrides={"filters": (4, 8, 8)}, in_channels=1, labels={"core": 1, "rim": 2},
-        groups={"core": "organ", "rim": "organ"}, task="toy", modality="MR", spacing=(2.0, 2.0, 2.0),
-        patch=(16, 16, 16), normalisation=KNOWN, recipe={},
+        backbone="unet",
+        overrides={"filters": (4, 8, 8)},
+        in_channels=1,
+        labels={"core": 1, "rim": 2},
+        groups={"core": "organ", "rim": "organ"},
+        task="toy",
+        modality="MR",
+        spacing=(2.0, 2.0, 2.0),
+        patch=(16, 16, 16),
+        normalisation=KNOWN,
+        recipe={},
     )
     torch.manual_seed(seed)
     card = Card(**about | changes)

@@ -114,9 +114,7 @@ def start(tmp_path):
 
     def begin(function, *options: str, **arguments) -> subprocess.Popen:
         spec = tmp_path / "spec.json"
-        spec.write_text(json.dumps({
-            "function": f"test_launch:{function.__name__}", "arguments": dict(out=str(tmp_path), **arguments),
-        }))
+        spec.write_text(json.dumps({"function": f"test_launch:{function.__name__}", "arguments": dict(out=str(tmp_path), **arguments)}))
         line = [sys.executable, "-m", "mednext_v2.training.launch", str(spec), *options]
         (tmp_path / "temporary").mkdir(exist_ok=True)
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
@@ -369,8 +367,7 @@ def test_two_launches_of_one_process_are_one_run_of_two(start, tmp_path):
 def test_the_slurm_script_puts_a_preempted_job_back_and_no_other(tmp_path, code, requeued):
     tools = {
         "srun": f'#!/bin/bash\necho "$@" > "{tmp_path}/asked"\nexit {code}\n',
-        "scontrol": f'#!/bin/bash\n[ "$1" = show ] && echo node1 && echo node2\n'
-        f'[ "$1" = requeue ] && echo "$2" > "{tmp_path}/requeued"\nexit 0\n',
+        "scontrol": f'#!/bin/bash\n[ "$1" = show ] && echo node1 && echo node2\n[ "$1" = requeue ] && echo "$2" > "{tmp_path}/requeued"\nexit 0\n',
     }
     for name, text in tools.items():
         (tmp_path / name).write_text(text)
@@ -397,9 +394,7 @@ MEASURED = Forecast(resident=10**8, memory=1.5, speed=1e9)
 def needed_by_hand(step: Step) -> float:
     from mednext_v2.network.scaling import estimate, get_arch
 
-    cost = estimate(
-        get_arch("tiny", width=8), step.patch, step.batch, step.precision, step.checkpointing, 1, 3, True
-    )
+    cost = estimate(get_arch("tiny", width=8), step.patch, step.batch, step.precision, step.checkpointing, 1, 3, True)
     return 1e8 + 1.1 * 1.5 * (cost.activation_bytes + cost.working_bytes)
 
 

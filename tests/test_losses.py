@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mednext_v2.training.losses import (
-    check_labels,
-    deep_supervision_loss,
-    deep_supervision_weights,
-    dice_ce,
-    shrink_label,
-    soft_dice,
-    sum_over_processes,
-)
+from mednext_v2.training.losses import check_labels, deep_supervision_loss, deep_supervision_weights, dice_ce, shrink_label, soft_dice, sum_over_processes
 
 
 def draw(classes=4, batch=2, size=6, seed=0, dtype=torch.float32):
@@ -30,10 +22,7 @@ def test_equals_monai(batch_dice, smooth):
     from monai.losses import DiceCELoss  # Here, so that the processes started below need not import it
 
     logits, label = draw()
-    oracle = DiceCELoss(
-        include_background=False, to_onehot_y=True, softmax=True, batch=batch_dice,
-        smooth_nr=smooth, smooth_dr=smooth,
-    )
+    oracle = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=batch_dice, smooth_nr=smooth, smooth_dr=smooth)
     torch.testing.assert_close(dice_ce(logits, label, smooth, batch_dice), oracle(logits, label))
 
 
@@ -450,9 +439,7 @@ def test_partial_labels_equal_a_smaller_network(batch_dice):
     annotated = torch.tensor([[True, True, True, False, False]]).expand(2, 5)
     small = torch.cat([logits[:, [0, 3, 4]].logsumexp(1, keepdim=True), logits[:, 1:3]], 1)
     wanted = dice_ce(small, label, batch_dice=batch_dice)
-    torch.testing.assert_close(
-        dice_ce(logits, label, batch_dice=batch_dice, annotated=annotated), wanted, rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(dice_ce(logits, label, batch_dice=batch_dice, annotated=annotated), wanted, rtol=0, atol=1e-12)
 
 
 def test_all_annotated_is_the_plain_loss():
@@ -563,13 +550,7 @@ def test_parts_give_the_gradient_of_the_whole(mode, partly, batch_dice, present_
     torch.testing.assert_close(averaged, torch.autograd.grad(whole, scale)[0], rtol=0, atol=1e-10)
 
 
-CASES = [
-    {},
-    dict(ignore=7),
-    dict(ignore=7, batch_dice=False),
-    dict(ignore=7, present_only=True, partly=True),
-    dict(ignore=7, regions=REGIONS),
-]
+CASES = [{}, dict(ignore=7), dict(ignore=7, batch_dice=False), dict(ignore=7, present_only=True, partly=True), dict(ignore=7, regions=REGIONS)]
 
 
 def small_network():

@@ -28,10 +28,7 @@ from mednext_v2.evaluation.metrics import (
 
 SPACINGS = [(1.0, 1.0, 1.0), (0.7, 0.9, 3.1), (0.3, 0.3, 5.0)]
 TOLERANCES = [0.0, 1.0, 1.234, 3.456]
-COLUMNS = (
-    "label group dsc nsd n_voxels n_predicted n_overlap hd95 volume_error volume_error_ml "
-    "lesion_f1 n_lesions n_tp n_fp n_counted"
-).split()
+COLUMNS = ("label group dsc nsd n_voxels n_predicted n_overlap hd95 volume_error volume_error_ml lesion_f1 n_lesions n_tp n_fp n_counted").split()
 
 
 def blob(seed: int, shape=(19, 23, 17), smooth: float = 1.5, share: float = 0.3) -> np.ndarray:
@@ -140,9 +137,7 @@ def test_surface_dice_equals_monai_with_subvoxels():
         a[5:24, 2:25, 3:20] = blob(seed)
         b[7:26, 4:27, 3:20] = blob(seed + 1)
         whole = [torch.from_numpy(mask[None, None]) for mask in (a, b)]
-        value = compute_surface_dice(
-            *whole, [1.3], include_background=True, spacing=(1.0, 2.0, 0.5), use_subvoxels=True
-        )
+        value = compute_surface_dice(*whole, [1.3], include_background=True, spacing=(1.0, 2.0, 0.5), use_subvoxels=True)
         assert surface_dice(a, b, (1.0, 2.0, 0.5), 1.3) == pytest.approx(value.item(), abs=1e-6)
 
 
@@ -317,10 +312,7 @@ REGIONS = dict(
 
 def make_task(**fields) -> Task:
     given = dict(labels={"a": 1, "b": 2, "c": 3}, groups="organ") | fields
-    return Task(
-        "toy", 999, "Toy", "CT", spacing=(1, 1, 1), patch=(8, 8, 8), nsd_tolerance=1.0, role="finetune",
-        licence="none", citation="none", **given,
-    )
+    return Task("toy", 999, "Toy", "CT", spacing=(1, 1, 1), patch=(8, 8, 8), nsd_tolerance=1.0, role="finetune", licence="none", citation="none", **given)
 
 
 def label_maps(seed: int, classes: int = 4, shape=(16, 14, 12)) -> tuple[np.ndarray, np.ndarray]:
@@ -357,10 +349,7 @@ def test_summary_equals_nnunet(tmp_path, fields):
     evaluate(tmp_path / "predictions", tmp_path / "truths", task, out=tmp_path / "ours")
     regions = [v if len(v) > 1 else v[0] for v in task.regions.values()] or list(task.labels.values())
     cases = [
-        module.compute_metrics(
-            str(tmp_path / f"truths/{case}.nii.gz"), str(tmp_path / f"predictions/{case}.nii.gz"), SimpleITKIO(),
-            regions, task.ignore,
-        )
+        module.compute_metrics(str(tmp_path / f"truths/{case}.nii.gz"), str(tmp_path / f"predictions/{case}.nii.gz"), SimpleITKIO(), regions, task.ignore)
         for case in sorted(pairs)
     ]
     ours = json.loads((tmp_path / "ours/summary.json").read_text())
@@ -404,6 +393,7 @@ def test_regions_are_unions():
 
 
 # ---- Lesions
+
 
 def matched_by_hand(prediction, truth, iou: float) -> tuple[int, int, int]:
     "Lesions, found and invented ones, by scipy's components and a loop over all pairs"
@@ -458,6 +448,7 @@ def test_one_large_prediction_finds_one_lesion_only():
 
 
 # ---- Folders
+
 
 def test_evaluate_scores_as_score_case_in_any_orientation(tmp_path):
     prediction, truth = label_maps(0)
@@ -539,9 +530,10 @@ def test_evaluate_gives_the_same_with_two_processes(tmp_path):
 def test_conventions_hold():
     task, full = make_task(groups="pathology"), np.ones((4, 4, 4), int)
     none = full * 0
-    rows = {name: score_case(*maps, (1, 1, 1), task).iloc[0] for name, maps in dict(
-        truth=(none, full), prediction=(full, none), neither=(none, none), both=(full, full)
-    ).items()}
+    rows = {
+        name: score_case(*maps, (1, 1, 1), task).iloc[0]
+        for name, maps in dict(truth=(none, full), prediction=(full, none), neither=(none, none), both=(full, full)).items()
+    }
     metrics = ["dsc", "nsd", "lesion_f1", "volume_error", "hd95"]
     np.testing.assert_equal(rows["truth"][metrics].tolist(), [0, 0, 0, -1, np.nan])
     np.testing.assert_equal(rows["prediction"][metrics].tolist(), [0, 0, 0, np.nan, np.nan])

@@ -14,17 +14,7 @@ import torch
 
 from mednext_v2.data.augment import ArrayCases, PatchSampler, patch_loader
 from mednext_v2.data.datasets import Task, get_task, read_annotated
-from mednext_v2.data.mixture import (
-    MixtureSampler,
-    allot,
-    consecutive_parts,
-    known_only,
-    look_alikes,
-    mix,
-    select_outputs,
-    union_labels,
-    whole_shares,
-)
+from mednext_v2.data.mixture import MixtureSampler, allot, consecutive_parts, known_only, look_alikes, mix, select_outputs, union_labels, whole_shares
 from mednext_v2.intake.convert import CADS_GROUPS
 from mednext_v2.training.losses import deep_supervision_loss
 from training_toys import readers
@@ -32,15 +22,12 @@ from training_toys import readers
 
 def task(name, labels, groups="organ", **fields):
     settings = dict(
-        dataset=1, title=f"Toy {name}", modality="CT", spacing=(1, 1, 1), patch=(8, 8, 8), nsd_tolerance=1,
-        role="pretrain", licence="none", citation="none",
+        dataset=1, title=f"Toy {name}", modality="CT", spacing=(1, 1, 1), patch=(8, 8, 8), nsd_tolerance=1, role="pretrain", licence="none", citation="none"
     )
     return Task(name=name, labels=labels, groups=groups, **settings | fields)
 
 
-BELLY = task(
-    "belly", {"spleen": 1, "liver": 2, "tumour": 3}, dict(spleen="organ", liver="organ", tumour="pathology")
-)
+BELLY = task("belly", {"spleen": 1, "liver": 2, "tumour": 3}, dict(spleen="organ", liver="organ", tumour="pathology"))
 CHEST = task("chest", {"lung": 1, "heart": 2}, ignore=3)
 TRUNK = task("trunk", {"bone": 1, "spleen": 2})
 TASKS = [BELLY, CHEST, TRUNK]
@@ -142,9 +129,7 @@ def test_organ_in_one_and_pathology_in_another_is_refused():
 
 
 def test_rename_joins_parts_and_leaves_out():
-    space = union_labels(
-        TASKS, rename={"belly": {"tumour": "lesion"}, "chest": {"lung": "spleen", "heart": "background"}}
-    )
+    space = union_labels(TASKS, rename={"belly": {"tumour": "lesion"}, "chest": {"lung": "spleen", "heart": "background"}})
     assert space.labels == {"spleen": 1, "liver": 2, "lesion": 3, "bone": 4}
     assert space.tables["chest"] == (0, 1, 0, 5)
     assert space.annotated("chest").tolist() == [True, True, False, False, False]
@@ -263,8 +248,7 @@ def test_batch_depends_on_seed_and_step_alone():
 
 @pytest.mark.parametrize(
     ("workers", "start", "method", "on_device"),
-    [(0, 3, None, False), (1, 0, "fork", False), (2, 2, "fork", False)]
-    + [(workers, 1, None, True) for workers in range(3)],
+    [(0, 3, None, False), (1, 0, "fork", False), (2, 2, "fork", False)] + [(workers, 1, None, True) for workers in range(3)],
 )
 def test_stream_is_the_same_for_any_workers_and_start(workers, start, method, on_device):
     source = mixture("sqrt", annotated={"belly": {"belly1": ("liver",), "belly2": ("liver", "spleen")}})
@@ -697,9 +681,7 @@ def train(heads: str, marginal: bool, steps: int = 80) -> dict[str, tuple[float,
     source = mix(sets, (12, 12, 12), 4, weights, space, foreground=0.0, augment="none")
     torch.manual_seed(0)
     layers = [torch.nn.Conv3d(1, 8, 3, padding=1), torch.nn.Conv3d(8, 8, 3, padding=1)]
-    model = torch.nn.Sequential(
-        layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), torch.nn.Conv3d(8, len(space.outputs), 1)
-    )
+    model = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), torch.nn.Conv3d(8, len(space.outputs), 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     for image, label, annotated in patch_loader(source, 0, steps):
         outputs = select_outputs(space, model(image), annotated)

@@ -11,10 +11,8 @@ from mednext_v2.network.mednext import Arch, MedNeXt, check_input, pad_to_stride
 
 TINY = Arch(width=4, depths=(1, 2, 1, 1, 2), ratios=(2, 3, 2, 4, 2))
 NAMES = {  # Written down by hand from the authors' v1 code, one level after the other
-    "block": "conv1.weight conv1.bias norm.weight norm.bias conv2.weight conv2.bias "
-    "conv3.weight conv3.bias grn_gamma grn_beta",
-    "stages": "enc_block_0 enc_block_1 enc_block_2 enc_block_3 bottleneck "
-    "dec_block_3 dec_block_2 dec_block_1 dec_block_0",
+    "block": "conv1.weight conv1.bias norm.weight norm.bias conv2.weight conv2.bias conv3.weight conv3.bias grn_gamma grn_beta",
+    "stages": "enc_block_0 enc_block_1 enc_block_2 enc_block_3 bottleneck dec_block_3 dec_block_2 dec_block_1 dec_block_0",
     "between": "down_0 down_1 down_2 down_3 up_3 up_2 up_1 up_0",
     "heads": "out_0 out_1 out_2 out_3 out_4",
 }

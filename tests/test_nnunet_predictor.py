@@ -33,29 +33,57 @@ TIE = 0.002
 def plans(patch: tuple, spacing: tuple) -> dict:
     kernels, strides = [[3, 3, 3]] * 3, [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
     network = {
-        "network_class_name": UNET, "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        "network_class_name": UNET,
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
         "arch_kwargs": {
-            "n_stages": 3, "features_per_stage": [8, 16, 32], "conv_op": "torch.nn.modules.conv.Conv3d", "kernel_sizes": kernels,
-            "strides": strides, "n_conv_per_stage": [1, 1, 1], "n_conv_per_stage_decoder": [1, 1], "conv_bias": True,
-            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d", "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-            "dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True},
+            "n_stages": 3,
+            "features_per_stage": [8, 16, 32],
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": kernels,
+            "strides": strides,
+            "n_conv_per_stage": [1, 1, 1],
+            "n_conv_per_stage_decoder": [1, 1],
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
         },
     }
     known = dict(max=300.0, mean=50.0, median=50.0, min=-900.0, percentile_00_5=-500.0, percentile_99_5=250.0, std=120.0)
     resample = "resample_data_or_seg_to_shape"
     configuration = {
-        "data_identifier": "x", "preprocessor_name": "DefaultPreprocessor", "batch_size": 2, "patch_size": list(patch),
-        "median_image_size_in_voxels": [40.0] * 3, "spacing": list(spacing), "normalization_schemes": ["CTNormalization"],
-        "use_mask_for_norm": [False], "resampling_fn_data": resample, "resampling_fn_seg": resample,
-        "resampling_fn_data_kwargs": RESAMPLED, "resampling_fn_seg_kwargs": {**RESAMPLED, "is_seg": True, "order": 1},
-        "resampling_fn_probabilities": resample, "resampling_fn_probabilities_kwargs": {**RESAMPLED, "order": 1},
-        "architecture": network, "batch_dice": True,
+        "data_identifier": "x",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "patch_size": list(patch),
+        "median_image_size_in_voxels": [40.0] * 3,
+        "spacing": list(spacing),
+        "normalization_schemes": ["CTNormalization"],
+        "use_mask_for_norm": [False],
+        "resampling_fn_data": resample,
+        "resampling_fn_seg": resample,
+        "resampling_fn_data_kwargs": RESAMPLED,
+        "resampling_fn_seg_kwargs": {**RESAMPLED, "is_seg": True, "order": 1},
+        "resampling_fn_probabilities": resample,
+        "resampling_fn_probabilities_kwargs": {**RESAMPLED, "order": 1},
+        "architecture": network,
+        "batch_dice": True,
     }
     return {
-        "dataset_name": "Dataset777_Toy", "plans_name": "nnUNetPlans", "original_median_spacing_after_transp": [2.0] * 3,
-        "original_median_shape_after_transp": [40] * 3, "image_reader_writer": "NibabelIOWithReorient",
-        "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2], "experiment_planner_used": "x", "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {"0": known}, "configurations": {"3d_fullres": configuration},
+        "dataset_name": "Dataset777_Toy",
+        "plans_name": "nnUNetPlans",
+        "original_median_spacing_after_transp": [2.0] * 3,
+        "original_median_shape_after_transp": [40] * 3,
+        "image_reader_writer": "NibabelIOWithReorient",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "experiment_planner_used": "x",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {"0": known},
+        "configurations": {"3d_fullres": configuration},
     }
 
 

@@ -57,9 +57,7 @@ def toy_mednext(dtype=torch.float32) -> torch.nn.Module:
     return model.to(dtype)
 
 
-def train(
-    folder: Path, dtype="float32", parallel="ddp", patches=None, seed=0, options=None, **changes
-) -> dict:
+def train(folder: Path, dtype="float32", parallel="ddp", patches=None, seed=0, options=None, **changes) -> dict:
     "One run; what it leaves behind, as whole weights and history"
     settings = dict(steps=5, batch=6, lr=3e-3, warmup=2, checkpoint_every=2, validate_every=4, clip=1.0)
     recipe = toy_recipe(**settings | changes)
@@ -69,10 +67,7 @@ def train(
     fixed = patch_validation(recipe, cases, batches=4)  # Not a multiple of three
     validate = PatchValidation([(image.to(dtype), label) for image, label in fixed.batches])
     model = toy_mednext(dtype)
-    history = fit(
-        recipe, model, sampler, folder, validate=validate, device="cpu", progress=False, log_every=1,
-        parallel=parallel, **options or {},
-    )
+    history = fit(recipe, model, sampler, folder, validate=validate, device="cpu", progress=False, log_every=1, parallel=parallel, **options or {})
     return {"model": model.state_dict(), "history": history.to_dict("list")}
 
 

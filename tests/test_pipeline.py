@@ -450,23 +450,16 @@ def training_notebook(folder: Path, prepared: Path, recipe: Recipe) -> Path:
 
     import nbformat
 
-    notebook = nbformat.v4.new_notebook(
-        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    )
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
     code = STAGE.format(recipe=asdict(recipe), small=SMALL, data=str(prepared))
-    notebook.cells = [
-        nbformat.v4.new_code_cell("processes = '1'", metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell(code),
-    ]
+    notebook.cells = [nbformat.v4.new_code_cell("processes = '1'", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(code)]
     nbformat.write(notebook, folder / "stage.ipynb")
     return folder / "stage.ipynb"
 
 
 @pytest.mark.slow
 def test_two_processes_from_a_notebook_train_as_one(prepared, workplace):
-    history = train_runs(
-        [Run("smoke", "unet", "scratch", "corpus_ct")], TWO, SMALL, prepared, workplace / "one", workplace / "one-curves"
-    )
+    history = train_runs([Run("smoke", "unet", "scratch", "corpus_ct")], TWO, SMALL, prepared, workplace / "one", workplace / "one-curves")
     run_notebook(training_notebook(workplace, prepared, TWO), workplace / "out", processes="2")
     found = pd.read_csv(workplace / "seen.csv")
     assert np.allclose(found[["loss", "lr"]], history[["loss", "lr"]], atol=1e-5)

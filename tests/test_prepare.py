@@ -213,9 +213,7 @@ def test_constant_image_stays_finite(scheme, value):
 
 
 def test_each_channel_has_its_own_numbers_and_a_card_is_enough():
-    two = known(
-        mean=(0.0, 50.0), std=(1.0, 10.0), percentile_00_5=(-5.0, 0.0), percentile_99_5=(5.0, 100.0), schemes=("ct", "ct")
-    )
+    two = known(mean=(0.0, 50.0), std=(1.0, 10.0), percentile_00_5=(-5.0, 0.0), percentile_99_5=(5.0, 100.0), schemes=("ct", "ct"))
     image = np.full((2, 2, 2, 2), 60.0)
     np.testing.assert_allclose(normalise(image, two)[:, 0, 0, 0], [5, 1])
     stored = json.loads(json.dumps(two.normalisation()))
@@ -264,10 +262,7 @@ def test_outer_faces_stay_where_they_were():
     fine = sphere()
     coarse = resample(fine, (5.0, 7.0, 3.0))
     for scan in (fine, coarse):
-        scan_faces = [
-            nibabel.affines.apply_affine(scan.affine, corner)
-            for corner in (np.full(3, -0.5), np.array(scan.label.shape) - 0.5)
-        ]
+        scan_faces = [nibabel.affines.apply_affine(scan.affine, corner) for corner in (np.full(3, -0.5), np.array(scan.label.shape) - 0.5)]
         np.testing.assert_allclose(scan_faces, [(-8, 10, 89), (88, 106, 185)], atol=1e-9)
     assert coarse.label.shape == (19, 14, 32) and coarse.spacing == pytest.approx((96 / 19, 96 / 14, 3))
 
@@ -382,9 +377,7 @@ def test_orientation_of_the_files_does_not_matter(raw, tmp_path, codes):
     prepare(DEMO, raw, tmp_path / "ras")
     for path in raw.rglob("*.nii.gz"):
         image = nibabel.load(path)
-        turn = nibabel.orientations.ornt_transform(
-            nibabel.io_orientation(image.affine), nibabel.orientations.axcodes2ornt(codes)
-        )
+        turn = nibabel.orientations.ornt_transform(nibabel.io_orientation(image.affine), nibabel.orientations.axcodes2ornt(codes))
         turned = image.as_reoriented(turn)
         write_volume(path, np.asanyarray(turned.dataobj), turned.affine)
     prepare(DEMO, raw, tmp_path / "turned")

@@ -37,9 +37,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "model"
     torch.manual_seed(0)
     net = create("unet", 1, 3, **SMALL)
-    card = Card(
-        "unet", SMALL, 1, CHEST.labels, CHEST.groups, "chest", "MR", (1.0, 1.0, 1.0), (16, 16, 16), {"schemes": ("zscore",), "nonzero": False}, {},
-    )
+    card = Card("unet", SMALL, 1, CHEST.labels, CHEST.groups, "chest", "MR", (1.0, 1.0, 1.0), (16, 16, 16), {"schemes": ("zscore",), "nonzero": False}, {})
     save_model(folder, net, card)
     return folder
 
@@ -77,8 +75,24 @@ class Desk:
         out = self.folder / command
         words = {
             "prepare": [self.raw, out],
-            "finetune": ["-d", self.raw, "-o", out, "--backbone", "unet", "--recipe", "smoke", "--unchecked", "--device", "cpu",
-                         "--set", "steps=2", "patch=(16,16,16)", "--network", "filters=(4,8,8)"],
+            "finetune": [
+                "-d",
+                self.raw,
+                "-o",
+                out,
+                "--backbone",
+                "unet",
+                "--recipe",
+                "smoke",
+                "--unchecked",
+                "--device",
+                "cpu",
+                "--set",
+                "steps=2",
+                "patch=(16,16,16)",
+                "--network",
+                "filters=(4,8,8)",
+            ],
             "convert": ["--dataset", "raw", self.raw, out],
             "doctor": ["--data", self.raw],
             "predict": ["-m", self.model, "-i", self.raw / "imagesTr", "-o", out, "--device", "cpu"],
@@ -233,9 +247,7 @@ def smaller(path):
     nibabel.save(nibabel.Nifti1Image(voxels[:-1], affine), path)
 
 
-ANY = [
-    colour, complex_numbers, four_axes, flat, cut, cut_inside, empty, web_page, other_format, broken_link, folder, huge, singular, not_a_number,
-]
+ANY = [colour, complex_numbers, four_axes, flat, cut, cut_inside, empty, web_page, other_format, broken_link, folder, huge, singular, not_a_number]
 OF_LABELS = [*ANY, fraction, negative, unknown_value, shifted, turned, smaller]
 FAULTS = [("image", fault) for fault in (*ANY, too_large, offset)] + [("label", fault) for fault in OF_LABELS]
 

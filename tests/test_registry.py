@@ -129,13 +129,9 @@ def test_cads_is_nine_parts_in_order():
     ends = np.cumsum(list(sizes.values()))
     first = [names[end - size] for end, size in zip(ends, sizes.values())]
     last = [names[end - 1] for end in ends]
-    assert " ".join(first) == (
-        "spleen vertebrae_l5 esophagus humerus_left rib_left_1 spinal_canal white_matter "
-        "oar_a_carotid_l subcutaneous_tissue"
-    )
+    assert " ".join(first) == ("spleen vertebrae_l5 esophagus humerus_left rib_left_1 spinal_canal white_matter oar_a_carotid_l subcutaneous_tissue")
     assert " ".join(last) == (
-        "lung_lower_lobe_right vertebrae_c1 face iliopsoas_right rib_right_12 left_rectus_abdominis "
-        "head_muscles oar_pituitary spinal_cord"
+        "lung_lower_lobe_right vertebrae_c1 face iliopsoas_right rib_right_12 left_rectus_abdominis head_muscles oar_pituitary spinal_cord"
     )
 
 

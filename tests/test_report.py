@@ -14,17 +14,7 @@ from mednext_v2.core import root
 from mednext_v2.data.datasets import Task
 from mednext_v2.evaluation.statistics import bootstrap_interval, declared_mean
 from mednext_v2.report import tables
-from mednext_v2.report.tables import (
-    caption,
-    gains,
-    main_table,
-    main_table_shown,
-    published,
-    save_figure,
-    save_table,
-    score_text,
-    summary,
-)
+from mednext_v2.report.tables import caption, gains, main_table, main_table_shown, published, save_figure, save_table, score_text, summary
 
 matplotlib.use("Agg")
 
@@ -47,9 +37,19 @@ def make_scores(seed=0, cases=4, tasks=None, backbones=("mednext_v2_tiny", "unet
     tasks = tasks or {"abdomen_ct": ("liver", "spleen", "rib"), "liver_lesion_ct": ("liver", "lesion")}
     rows = [
         dict(
-            profile="mini", task=task, case=f"{task}_{case}", label=label,
-            group="pathology" if label == "lesion" else "organ", backbone=backbone, init=init, patch="32x32x16",
-            seed=s, dsc=generator.uniform(), nsd=generator.uniform(), n_voxels=5, n_predicted=5,
+            profile="mini",
+            task=task,
+            case=f"{task}_{case}",
+            label=label,
+            group="pathology" if label == "lesion" else "organ",
+            backbone=backbone,
+            init=init,
+            patch="32x32x16",
+            seed=s,
+            dsc=generator.uniform(),
+            nsd=generator.uniform(),
+            n_voxels=5,
+            n_predicted=5,
         )
         for task, labels in tasks.items()
         for case in range(cases)
@@ -82,10 +82,7 @@ def loop_mean(scores: pd.DataFrame, metric: str) -> float:
 def test_published_holds_exactly_the_known_figures():
     table = published()
     known = table[table.value.notna()]
-    found = {
-        (row.model, row.pretraining, None if pd.isna(row.patch) else int(row.patch), row.metric): row.value
-        for row in known.itertuples()
-    }
+    found = {(row.model, row.pretraining, None if pd.isna(row.patch) else int(row.patch), row.metric): row.value for row in known.itertuples()}
     expected = {(m, t, p, metric): v for m, t, p, *values in FACTS for metric, v in zip(("DSC", "NSD"), values)}
     assert found == expected
     assert (table.source == "arXiv:2512.17774").all()
@@ -135,9 +132,7 @@ def test_summary_does_not_depend_on_the_order_of_rows():
     scores = make_scores()
     shuffled = scores.sample(frac=1, random_state=3)
     by = ["backbone", "init"]
-    pd.testing.assert_frame_equal(
-        summary(scores, by).sort_values(by, ignore_index=True), summary(shuffled, by).sort_values(by, ignore_index=True)
-    )
+    pd.testing.assert_frame_equal(summary(scores, by).sort_values(by, ignore_index=True), summary(shuffled, by).sort_values(by, ignore_index=True))
 
 
 def test_a_large_task_does_not_outvote_a_small_one():
@@ -343,8 +338,7 @@ def test_captions_name_profile_and_n():
     scores = make_scores()
     words = caption("Scores.", "mini", scores)
     assert words == (
-        "Scores. Profile mini: small networks on deformed real scans; not comparable with the reported column. "
-        "n = 2 tasks, 8 test cases, 5 classes, 1 seed."
+        "Scores. Profile mini: small networks on deformed real scans; not comparable with the reported column. n = 2 tasks, 8 test cases, 5 classes, 1 seed."
     )
     assert "the numbers mean nothing" in caption("Scores", "smoke", scores)
     assert "not comparable" in caption("Scores", "study", scores)
@@ -404,8 +398,20 @@ def test_tables_round_trip_and_escape(tmp_path):
     assert save_table(table, tmp_path / "again", "scores", "n < 5 & more")[1].read_bytes() == html.read_bytes()
 
 
-TOY = Task("toy", 999, "Toy", "CT", {"liver": 1, "lesion": 2, "rib": 3}, {"liver": "organ", "lesion": "pathology",
-           "rib": "organ"}, (1, 1, 1), (8, 8, 8), 1.0, "finetune", "none", "none")
+TOY = Task(
+    "toy",
+    999,
+    "Toy",
+    "CT",
+    {"liver": 1, "lesion": 2, "rib": 3},
+    {"liver": "organ", "lesion": "pathology", "rib": "organ"},
+    (1, 1, 1),
+    (8, 8, 8),
+    1.0,
+    "finetune",
+    "none",
+    "none",
+)
 
 
 def test_label_colours_are_warm_for_pathology_only():
@@ -532,8 +538,11 @@ def test_scratch_vs_pretrained_notebook(project):
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         f"{stem}.{suffix}"
         for stem, suffixes in {
-            "scratch_vs_pretrained": ("svg", "png"), "scores": ("csv", "html", "tex"), "gains": ("csv", "html", "tex"),
-            "gains_by_group": ("csv", "html", "tex"), "reported": ("csv", "html", "tex"),
+            "scratch_vs_pretrained": ("svg", "png"),
+            "scores": ("csv", "html", "tex"),
+            "gains": ("csv", "html", "tex"),
+            "gains_by_group": ("csv", "html", "tex"),
+            "reported": ("csv", "html", "tex"),
         }.items()
         for suffix in suffixes
     )
@@ -609,7 +618,7 @@ def test_latex_compiles_and_stays_on_the_page(tmp_path):
     for name, table in {"wide": shown, "words": words}.items():
         save_table(table, tmp_path, name, "A caption with 95 % – and _more_", table)
         (tmp_path / f"{name}_page.tex").write_text(
-            "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}" f"\\input{{{name}.tex}}" "\\end{document}"
+            f"\\documentclass{{article}}\\usepackage{{booktabs,graphicx}}\\begin{{document}}\\input{{{name}.tex}}\\end{{document}}"
         )
         command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", f"{name}_page.tex"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -22,8 +22,18 @@ from mednext_v2.evaluation.review import cut_out, draw_slice, mesh, review, scor
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<script>document.title='pwned'<", "<img src=x onerror=document.title='pwned'>", "]]>&amp;"
 TASK = Task(
-    "toy", 999, "Toy", "CT", {"liver": 1, EVIL[1]: 2, "spleen": 3},
-    {"liver": "organ", EVIL[1]: "pathology", "spleen": "organ"}, (1, 1, 1), (8, 8, 8), 1.0, "finetune", "none", "none",
+    "toy",
+    999,
+    "Toy",
+    "CT",
+    {"liver": 1, EVIL[1]: 2, "spleen": 3},
+    {"liver": "organ", EVIL[1]: "pathology", "spleen": "organ"},
+    (1, 1, 1),
+    (8, 8, 8),
+    1.0,
+    "finetune",
+    "none",
+    "none",
 )
 
 
@@ -134,6 +144,7 @@ def test_page_without_images_and_from_a_csv(page, tmp_path):
 
 # ---- Slices and surfaces
 
+
 def test_telling_slice_is_the_one_with_most_wrong_area():
     generator = np.random.default_rng(0)
     for spacing in ((1, 1, 1), (0.5, 2, 5)):
@@ -178,14 +189,12 @@ def test_surfaces_of_small_and_thin_masks_are_not_lost(size):
 
 # ---- In a browser
 
+
 class Browser:
     "Headless Chromium with one page, spoken to over its debugging protocol"
 
     def __init__(self, folder, address: str):
-        options = (
-            "--headless=new --no-sandbox --window-size=1400,1000 --disable-gpu --disable-dev-shm-usage "
-            "--remote-allow-origins=*"
-        ).split()
+        options = ("--headless=new --no-sandbox --window-size=1400,1000 --disable-gpu --disable-dev-shm-usage --remote-allow-origins=*").split()
         command = [CHROMIUM, *options, "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:

@@ -7,17 +7,7 @@ import torch
 
 from mednext_v2.network.fused import use_fused
 from mednext_v2.network.mednext import Arch, MedNeXt
-from mednext_v2.network.scaling import (
-    PRESETS,
-    Meter,
-    count_flops,
-    count_parameters,
-    create_model,
-    estimate,
-    overview,
-    scale,
-    walk,
-)
+from mednext_v2.network.scaling import PRESETS, Meter, count_flops, count_parameters, create_model, estimate, overview, scale, walk
 
 MINI = Arch(width=4, depths=(1, 2, 1, 2, 1), ratios=(2, 3, 4, 2, 3))
 ONE, TINY, BASE = (1,) * 9, PRESETS["tiny"].ratios, PRESETS["base"].ratios
@@ -70,10 +60,7 @@ def flops_by_hand(arch, patch, in_channels=1, num_classes=3, heads=1):
     return 2 * (macs + sum(voxels(i) * width(i) * num_classes for i in range(heads)))
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [("base", 61_969_507), ("wide", 246_536_387), ("v1_large", 61_779_299)],
-)
+@pytest.mark.parametrize("name, expected", [("base", 61_969_507), ("wide", 246_536_387), ("v1_large", 61_779_299)])
 def test_counts_of_the_paper(name, expected):
     with torch.device("meta"):
         assert count_parameters(create_model(name, 1, 3)) == expected
@@ -220,9 +207,7 @@ def kept_for_backward(model, volume):
 def test_activations_are_what_autograd_keeps(checkpointing, grn, batch, patch):
     arch = replace(PRESETS["tiny"], width=4, grn=grn)
     options = dict(checkpointing=checkpointing, deep_supervision=True, in_channels=2)
-    kept = kept_for_backward(
-        use_fused(MedNeXt(arch, num_classes=3, **options), False), torch.randn(batch, 2, *patch)
-    )
+    kept = kept_for_backward(use_fused(MedNeXt(arch, num_classes=3, **options), False), torch.randn(batch, 2, *patch))
     promised = estimate(arch, patch, batch, **options).activation_bytes
     assert promised == pytest.approx(kept, rel=0.05)
 

@@ -53,11 +53,28 @@ def agree(one: tuple, other: tuple) -> bool:
 
 numbers = st.sampled_from([0.0, 1.0, -1.0, 2.0, 2.5, 1e-3, 1e3, 1e-8, 1e8, float("nan"), float("inf")])
 edits = st.dictionaries(
-    st.sampled_from([
-        "xyzt_units", "sform_code", "qform_code", "scl_slope", "scl_inter", "quatern_b", "quatern_d", "qoffset_x", "pixdim", "srow_x",
-        "srow_y", "datatype", "dim", "magic", "vox_offset", "qfac",
-    ]),
-    st.tuples(numbers, st.integers(0, 7), st.integers(0, 4)), max_size=4,
+    st.sampled_from(
+        [
+            "xyzt_units",
+            "sform_code",
+            "qform_code",
+            "scl_slope",
+            "scl_inter",
+            "quatern_b",
+            "quatern_d",
+            "qoffset_x",
+            "pixdim",
+            "srow_x",
+            "srow_y",
+            "datatype",
+            "dim",
+            "magic",
+            "vox_offset",
+            "qfac",
+        ]
+    ),
+    st.tuples(numbers, st.integers(0, 7), st.integers(0, 4)),
+    max_size=4,
 )
 
 

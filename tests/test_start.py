@@ -16,10 +16,7 @@ from mednext_v2.models.card import read_card, read_state
 from test_importers import DNA, V2, dna, nnunet_folder
 from test_training_sets import CHEST, write_raw
 
-TRAIN = (
-    "train {data} {out} --from {parent} --recipe smoke --device cpu --workers 0 --unchecked "
-    "--set steps=2 patch=(16,16,16) checkpoint_every=2"
-)
+TRAIN = "train {data} {out} --from {parent} --recipe smoke --device cpu --workers 0 --unchecked --set steps=2 patch=(16,16,16) checkpoint_every=2"
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +106,5 @@ def test_import_of_labels_that_the_file_does_not_tell(tmp_path):
     zscore = {"schemes": ["zscore"], "mean": [0.0], "std": [1.0], "low": [0.0], "high": [0.0], "nonzero": False}
     facts = {"labels": {"liver": 1, "spleen": 2}, "normalisation": zscore}
     (tmp_path / "facts.json").write_text(json.dumps(facts))
-    run(
-        f"import {tmp_path / 'a.pth'} {tmp_path / 'm'} --facts {tmp_path / 'facts.json'} --spacing 1 1 1 "
-        "--patch 32 32 32 --modality CT --licence CC0"
-    )
+    run(f"import {tmp_path / 'a.pth'} {tmp_path / 'm'} --facts {tmp_path / 'facts.json'} --spacing 1 1 1 --patch 32 32 32 --modality CT --licence CC0")
     assert read_card(tmp_path / "m").labels == {"liver": 1, "spleen": 2}

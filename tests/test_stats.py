@@ -29,8 +29,7 @@ def make_scores(seed=0, cases=6, methods=("one", "two"), seeds=(0,), share_nan=0
     generator = np.random.default_rng(seed)
     tasks = tasks or {"a": ("x", "y", "z"), "b": ("x",)}
     rows = [
-        dict(task=task, case=f"{case}", label=label, backbone=method, init="scratch", seed=s, dsc=generator.uniform(),
-             nsd=generator.uniform())
+        dict(task=task, case=f"{case}", label=label, backbone=method, init="scratch", seed=s, dsc=generator.uniform(), nsd=generator.uniform())
         for task, labels in tasks.items()
         for case in range(cases)
         for label in labels
@@ -47,6 +46,7 @@ def one_task(values, **columns) -> pd.DataFrame:
 
 
 # ---- Means
+
 
 def looped(scores: pd.DataFrame, metric: str, order: tuple[str, ...]) -> float:
     "The mean over one column after the other, written out over dictionaries"
@@ -105,6 +105,7 @@ def test_committed_scores_can_be_read():
 
 # ---- Intervals
 
+
 def test_bootstrap_equals_scipy_on_plain_numbers():
     values = np.random.default_rng(0).gamma(2, size=25)
     for method in ("percentile", "BCa"):
@@ -155,6 +156,7 @@ def test_bootstrap_agrees_with_the_interval_of_the_report():
 
 
 # ---- Comparisons
+
 
 def test_holm_equals_the_definition():
     generator = np.random.default_rng(0)
@@ -224,9 +226,7 @@ def test_wilcoxon_raises_as_many_false_alarms_as_it_says():
 def test_compare_all_counts_every_pair_once():
     scores = make_scores(methods=("one", "two", "three", "four"), share_nan=0, cases=5)
     table = compare_all(scores, ["backbone"])
-    assert {frozenset(pair) for pair in zip(table.a, table.b)} == set(
-        map(frozenset, itertools.combinations(("one", "two", "three", "four"), 2))
-    )
+    assert {frozenset(pair) for pair in zip(table.a, table.b)} == set(map(frozenset, itertools.combinations(("one", "two", "three", "four"), 2)))
     np.testing.assert_allclose(table.p_holm, holm(table.p))
     against = compare_all(scores, ["backbone"], against={"backbone": "two"})
     assert against.a.tolist() == ["one", "three", "four"] and set(against.b) == {"two"}
@@ -234,6 +234,7 @@ def test_compare_all_counts_every_pair_once():
 
 
 # ---- Ranks and seeds
+
 
 def test_ranks_equal_a_loop_over_draws():
     scores = make_scores(methods=("one", "two", "three"), share_nan=0, cases=5)
@@ -277,9 +278,7 @@ def test_seed_spread_is_that_of_single_seeds():
     found = seed_spread(scores).set_index("backbone")
     for name, part in scores.groupby("backbone"):
         single = [looped(part[part.seed == s], "dsc", ("case", "label", "task")) for s in (0, 1, 2)]
-        assert found.loc[name, ["mean", "sd", "low", "high"]].tolist() == pytest.approx(
-            [np.mean(single), np.std(single, ddof=1), min(single), max(single)]
-        )
+        assert found.loc[name, ["mean", "sd", "low", "high"]].tolist() == pytest.approx([np.mean(single), np.std(single, ddof=1), min(single), max(single)])
     assert (found.seeds == 3).all()
     assert np.isnan(seed_spread(scores[scores.seed == 0]).sd).all()
 
@@ -288,10 +287,18 @@ def both_starts(backbones=4, cases=6, noise=0.01, seed=0):
     rng = np.random.default_rng(seed)
     rows = [
         dict(
-            task=task, case=f"{task}{case}", label="x", backbone=f"b{index}", init=init, seed=0,
+            task=task,
+            case=f"{task}{case}",
+            label="x",
+            backbone=f"b{index}",
+            init=init,
+            seed=0,
             dsc=0.3 + 0.08 * index + 0.1 * (init != "scratch") + noise * rng.normal(),
         )
-        for task in "pq" for case in range(cases) for index in range(backbones) for init in ("scratch", "corpus")
+        for task in "pq"
+        for case in range(cases)
+        for index in range(backbones)
+        for init in ("scratch", "corpus")
     ]
     return pd.DataFrame(rows)
 
@@ -332,6 +339,7 @@ def test_correlation_needs_both_starts_of_every_backbone():
 
 
 # ---- Several seeds
+
 
 def crossed(generator, difference=0.0, cases=12, seeds=3, of_case=0.05, of_seed=0.05, rest=0.02):
     "Two methods with effects of cases, which they share, and of seeds, which they do not"

@@ -86,9 +86,16 @@ def test_keys_that_are_no_boxes_are_refused(tmp_path):
     assert len(stored) == 5 and "uint8" in repr(stored)
 
 
-@pytest.mark.parametrize("array, word", [(np.array(["a"]), "convert to"), (np.zeros((2, 0, 3)), "no voxels"),
-                                         (np.float32(1), "no axes"), (np.zeros(3, complex), "complex128"),
-                                         (np.array([object()]), "object")])
+@pytest.mark.parametrize(
+    "array, word",
+    [
+        (np.array(["a"]), "convert to"),
+        (np.zeros((2, 0, 3)), "no voxels"),
+        (np.float32(1), "no axes"),
+        (np.zeros(3, complex), "complex128"),
+        (np.array([object()]), "object"),
+    ],
+)
 def test_what_cannot_be_stored_is_refused(array, word, tmp_path):
     with pytest.raises(ValueError, match=word):
         write_array(tmp_path / "a.b2nd", array)
@@ -109,8 +116,10 @@ def test_equal_arrays_are_equal_bytes_in_any_process(tmp_path):
     digest = write_array(tmp_path / "a.b2nd", array)
     assert digest == sha256(tmp_path / "a.b2nd")
     np.save(tmp_path / "a.npy", np.asfortranarray(array).astype(">f4"))
-    code = ("import sys, numpy, blosc2; from mednext_v2.data.storage import write_array; blosc2.set_nthreads(5)\n"
-            "print(write_array(sys.argv[2], numpy.load(sys.argv[1])[:, ::1]))")
+    code = (
+        "import sys, numpy, blosc2; from mednext_v2.data.storage import write_array; blosc2.set_nthreads(5)\n"
+        "print(write_array(sys.argv[2], numpy.load(sys.argv[1])[:, ::1]))"
+    )
     files = [str(tmp_path / name) for name in ("a.npy", "b.b2nd")]
     other = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == digest
@@ -134,6 +143,7 @@ def test_a_file_written_again_is_read_anew(tmp_path):
 
 
 # ---- Damage
+
 
 def outcome(path, array):
     try:
@@ -249,6 +259,7 @@ def test_a_killed_write_leaves_the_old_or_nothing(moment, before, tmp_path):
 
 # ---- Workers
 
+
 def read_patch(job):
     stored, key = job
     return stored[key]
@@ -326,6 +337,7 @@ def test_many_arrays_need_few_open_files(tmp_path):
 
 # ---- Object stores
 
+
 class Counting(threading.Thread):
     """A proxy on loopback that counts what goes through it: an oracle that no client library can deceive."""
 
@@ -372,10 +384,15 @@ def s3():
     proxy = Counting(server.get_host_and_port()[1])
     proxy.start()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-                            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}", "NO_PROXY": "127.0.0.1",
-                            "AWS_DEFAULT_REGION": "us-east-1", "AWS_CONFIG_FILE": os.devnull,
-                            "AWS_SHARED_CREDENTIALS_FILE": os.devnull}.items():
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
+            "NO_PROXY": "127.0.0.1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }.items():
             patch.setenv(name, value)
         fsspec.filesystem("s3").mkdir("bucket")
         yield proxy

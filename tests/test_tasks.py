@@ -120,9 +120,7 @@ def test_registry_holds_the_seven_tasks_with_consistent_groups():
 @pytest.mark.parametrize("codes", ["LAS", "PIR", "SAR", "LPI"])
 def test_any_orientation_reads_as_ras(tmp_path, codes):
     ras = nibabel.Nifti1Image(IMAGE, AFFINE)
-    turn = nibabel.orientations.ornt_transform(
-        nibabel.io_orientation(AFFINE), nibabel.orientations.axcodes2ornt(codes)
-    )
+    turn = nibabel.orientations.ornt_transform(nibabel.io_orientation(AFFINE), nibabel.orientations.axcodes2ornt(codes))
     nibabel.save(ras.as_reoriented(turn), tmp_path / "turned.nii.gz")
     volume = read_scan(tmp_path / "turned.nii.gz")
     np.testing.assert_array_equal(volume.voxels, IMAGE)
@@ -142,11 +140,7 @@ def test_written_volume_is_plain_nifti_without_time_or_name(tmp_path):
 
 
 def test_cases_are_listed_by_split(raw):
-    assert [(case.id, case.split) for case in list_cases(DEMO, raw)] == [
-        ("one", "train"),
-        ("two", "val"),
-        ("three", "test"),
-    ]
+    assert [(case.id, case.split) for case in list_cases(DEMO, raw)] == [("one", "train"), ("two", "val"), ("three", "test")]
 
 
 @pytest.mark.parametrize("lost", ["imagesTr/one_0000", "labelsTr/two", "imagesTs/three_0000", "labelsTs/three"])
@@ -283,10 +277,7 @@ def test_modules_start_without_torch():
     import subprocess
     import sys
 
-    code = (
-        "import sys, mednext_v2.data.datasets, mednext_v2.study.seeds, mednext_v2.data.preprocess;"
-        "print({'torch', 'monai', 'matplotlib'} & set(sys.modules))"
-    )
+    code = "import sys, mednext_v2.data.datasets, mednext_v2.study.seeds, mednext_v2.data.preprocess;print({'torch', 'monai', 'matplotlib'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
 
@@ -327,8 +318,17 @@ def test_regions_channels_and_class_order_come_from_dataset_json(tmp_path):
 
 
 def test_description_written_here_reads_the_same(tmp_path):
-    task = Task(**(dataclasses.asdict(DEMO) | {"regions": {"both": [1, 2], "lesion": 2}, "ignore": 3,
-                "groups": {"liver": "organ", "lesion": "pathology", "both": "organ"}, "channels": ["CT", "PET"]}))
+    task = Task(
+        **(
+            dataclasses.asdict(DEMO)
+            | {
+                "regions": {"both": [1, 2], "lesion": 2},
+                "ignore": 3,
+                "groups": {"liver": "organ", "lesion": "pathology", "both": "organ"},
+                "channels": ["CT", "PET"],
+            }
+        )
+    )
     write_raw(tmp_path / task.folder, {}, ["a", "b", "c"], LABEL, channels=2)
     write_dataset(task, tmp_path / task.folder, training=3)
     found = raw_task(tmp_path / task.folder)

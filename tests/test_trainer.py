@@ -143,9 +143,7 @@ def test_it_learns(tmp_path):
     model = create("unet", 1, 3, True, filters=(8, 16, 16))
     with torch.no_grad():
         before = validate(model)
-    history = fit(
-        recipe, model, training_sampler(recipe, toy_cases()), tmp_path, validate=validate, device="cpu", progress=False
-    )
+    history = fit(recipe, model, training_sampler(recipe, toy_cases()), tmp_path, validate=validate, device="cpu", progress=False)
     assert history.val_dice.iloc[-1] > 0.75 > 0.5 > before
     assert history.loss.iloc[-1] < 0.6 * history.loss.iloc[0]
 
@@ -433,8 +431,7 @@ def test_random_layers_resume_exactly(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "was"),
-    [("recipe.lr", "0.01, now 0.02"), ("seed", "0, now 1"), *((name, "") for name in ("data", "initial weights", "network"))],
+    ("field", "was"), [("recipe.lr", "0.01, now 0.02"), ("seed", "0, now 1"), *((name, "") for name in ("data", "initial weights", "network"))]
 )
 def test_another_run_is_refused_by_name(tmp_path, field, was):
     recipe = toy_recipe()
@@ -547,17 +544,12 @@ def test_progress_in_a_log_is_a_few_whole_lines(tmp_path, capfd):
 
 def test_patch_dice_counts_over_all_patches():
     generator = torch.Generator().manual_seed(0)
-    batches = [
-        (torch.randn(2, 4, 5, 5, 5, generator=generator), torch.randint(0, 3, (2, 1, 5, 5, 5), generator=generator))
-        for _ in range(3)
-    ]
+    batches = [(torch.randn(2, 4, 5, 5, 5, generator=generator), torch.randint(0, 3, (2, 1, 5, 5, 5), generator=generator)) for _ in range(3)]
     echo = torch.nn.Identity()
     echo.weight = torch.nn.Parameter(torch.zeros(1))
     prediction = torch.cat([image.argmax(1) for image, _ in batches]).numpy()
     truth = torch.cat([label[:, 0] for _, label in batches]).numpy()
-    wanted = [
-        2 * ((prediction == c) & (truth == c)).sum() / ((prediction == c).sum() + (truth == c).sum()) for c in (1, 2)
-    ]
+    wanted = [2 * ((prediction == c) & (truth == c)).sum() / ((prediction == c).sum() + (truth == c).sum()) for c in (1, 2)]
     assert PatchValidation(batches)(echo) == pytest.approx(np.mean(wanted))
     assert math.isnan(PatchValidation([(image, 0 * label) for image, label in batches])(echo))
 
@@ -634,9 +626,7 @@ def test_best_is_kept_by_smoothed_dice_and_patience_ends_a_run(tmp_path):
         states.append({k: v.clone() for k, v in network.state_dict().items()})
         return [0.1, 0.3, 0.2, 0.1, 0.1, 0.1, 0.9, 0.9][len(states) - 1]
 
-    history = fit(
-        recipe, model, training_sampler(recipe, toy_cases()), tmp_path, validate=validate, device="cpu", progress=False
-    )
+    history = fit(recipe, model, training_sampler(recipe, toy_cases()), tmp_path, validate=validate, device="cpu", progress=False)
     assert history.step.max() == 6  # Four validations without a better one
     assert all(torch.equal(v, states[1][k]) for k, v in model.state_dict().items())
 

@@ -46,8 +46,17 @@ def _one_thread():
 
 def task(name: str, number: int, labels: tuple[str, ...], **fields) -> Task:
     settings = dict(
-        modality="MR", spacing=(1.0, 1.0, 1.0), patch=(16, 16, 16), nsd_tolerance=1.0, role="pretrain", licence="none",
-        citation="none", groups="organ", title=f"Toy {name}", name=name, dataset=number,
+        modality="MR",
+        spacing=(1.0, 1.0, 1.0),
+        patch=(16, 16, 16),
+        nsd_tolerance=1.0,
+        role="pretrain",
+        licence="none",
+        citation="none",
+        groups="organ",
+        title=f"Toy {name}",
+        name=name,
+        dataset=number,
     )
     return Task(labels={label: value for value, label in enumerate(labels, 1)}, **settings | fields)
 
@@ -140,13 +149,9 @@ def test_annotated_goes_from_raw_to_the_loss(tmp_path, monkeypatch):
     assert doctor(tmp_path / "raw" / CHEST.folder).clean
     prepare(CHEST, tmp_path / "raw", tmp_path / "chest")
     prepared = Prepared(tmp_path / "chest")
-    assert prepared.partial and prepared.manifest.set_index("case").annotated.to_dict() == {
-        "chest_0": "liver", "chest_1": "", "chest_2": "spleen"
-    }
+    assert prepared.partial and prepared.manifest.set_index("case").annotated.to_dict() == {"chest_0": "liver", "chest_1": "", "chest_2": "spleen"}
     seen, whole = [], trainer.deep_supervision_loss
-    monkeypatch.setattr(
-        trainer, "deep_supervision_loss", lambda *given, **more: seen.append(more["annotated"]) or whole(*given, **more)
-    )
+    monkeypatch.setattr(trainer, "deep_supervision_loss", lambda *given, **more: seen.append(more["annotated"]) or whole(*given, **more))
     train(tmp_path / "chest", tmp_path / "model", Recipe(steps=2, validate_every=2, **SETTINGS))
     rows = {tuple(row) for masks in seen for row in masks.tolist()}
     assert rows == {(True, False, True), (True, True, True)}  # The liver is class 2; chest_2 validates
@@ -279,10 +284,7 @@ def test_fine_tuning_takes_the_rows_of_its_classes(own, shared, sets, tmp_path, 
 
     monkeypatch.setattr(trainer, "fit", stop)
     labels = {"chest": ("spleen", "liver"), "belly": ("kidney", "spleen")}[target]
-    for parent, rows in (
-        (shared[0], [0, *(read_card(shared[0]).labels[name] for name in labels)]),
-        (own[0], read_card(own[0]).heads[target]["outputs"]),
-    ):
+    for parent, rows in ((shared[0], [0, *(read_card(shared[0]).labels[name] for name in labels)]), (own[0], read_card(own[0]).heads[target]["outputs"])):
         with pytest.raises(KeyboardInterrupt):
             train(sets / target, tmp_path / "tuned", start=Start(parent))
         given = read_state(parent)
@@ -391,7 +393,8 @@ def test_checkpointing_auto_is_what_free_memory_allows(sets, tmp_path, monkeypat
     kinds = ("none", "expansion", "block")
     for free, device, expected in [
         *((estimate(network.arch, patch, checkpointing=kind, **options).total_bytes / 0.8 + 9, "cuda", kind) for kind in kinds),
-        (0, "cuda", "block"), (estimate(network.arch, patch, fused="cpu", **options).total_bytes / 0.8 + 9, "cpu", "none"),
+        (0, "cuda", "block"),
+        (estimate(network.arch, patch, fused="cpu", **options).total_bytes / 0.8 + 9, "cpu", "none"),
     ]:
         monkeypatch.setattr(launch, "available_memory", lambda device: int(free))
         found = run.network_for(data, "mednext_v2_tiny", recipe, {"width": 4, "checkpointing": "auto"}, device=device)

@@ -6,14 +6,7 @@ import json
 import pytest
 import torch
 
-from mednext_v2.models.card import (
-    Card,
-    LoadReport,
-    add_scores,
-    read_card,
-    read_state,
-    save_model,
-)
+from mednext_v2.models.card import Card, LoadReport, add_scores, read_card, read_state, save_model
 from mednext_v2.models.registry import create
 
 CARD = Card(

@@ -22,19 +22,7 @@ import pytest
 from mednext_v2.core import registry_file
 from mednext_v2.models.licence import derived_licence, kind_of
 from mednext_v2.zoo import catalogue
-from mednext_v2.zoo.catalogue import (
-    UNKNOWN,
-    Limits,
-    download,
-    fetch,
-    get_entry,
-    licence_of,
-    load_zoo,
-    safe_parts,
-    unpack,
-    verify,
-    zoo_table,
-)
+from mednext_v2.zoo.catalogue import UNKNOWN, Limits, download, fetch, get_entry, licence_of, load_zoo, safe_parts, unpack, verify, zoo_table
 
 BODY = random.Random(0).randbytes(700_001)
 
@@ -510,10 +498,7 @@ def test_too_many_files_are_refused(place):
         refused(pack(place / name, *((f"{i}", b"12345678") for i in range(11))), "more than 10 files", files=10)
 
 
-@pytest.mark.parametrize(
-    "first, second",
-    [("a", "a"), ("a", "A"), ("D/x", "d/y"), ("a", "a/b"), ("a/b", "a"), ("e\u0301", "\u00e9"), ("a", "a.")],
-)
+@pytest.mark.parametrize("first, second", [("a", "a"), ("a", "A"), ("D/x", "d/y"), ("a", "a/b"), ("a/b", "a"), ("e\u0301", "\u00e9"), ("a", "a.")])
 @pytest.mark.parametrize("pack", [zipped, tarred])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_members_in_one_place_are_refused(first, second, pack, place):

@@ -36,9 +36,7 @@ def toy_model(seed: int = 0, deep_supervision: bool = True):
 
 
 def toy_recipe(**changes) -> Recipe:
-    settings = dict(
-        steps=12, patch=(8, 8, 8), lr=1e-2, warmup=2, foreground=0.5, augment="light", checkpoint_every=4
-    )
+    settings = dict(steps=12, patch=(8, 8, 8), lr=1e-2, warmup=2, foreground=0.5, augment="light", checkpoint_every=4)
     return Recipe(**settings | changes)
 
 
@@ -60,7 +58,6 @@ def toy_run(folder, recipe: Recipe, **options):
     "The model after training, and the history"
     model, sampler = toy_model(), training_sampler(recipe, toy_cases())
     return model, fit(recipe, model, sampler, folder, **options)
-
 
 
 def readers() -> list:

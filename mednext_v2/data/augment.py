@@ -373,10 +373,7 @@ def place(
     shape: tuple[int, int, int],  # Of the scan
 ) -> tuple[int, ...]:  # First voxel of the patch
     "The patch nearest to a centre that stays inside the scan; centred on it where the scan is smaller"
-    return tuple(
-        int(np.clip(c - s // 2, 0, n - s)) if n >= s else -((s - n) // 2)
-        for c, s, n in zip(centre, size, shape)
-    )
+    return tuple(int(np.clip(c - s // 2, 0, n - s)) if n >= s else -((s - n) // 2) for c, s, n in zip(centre, size, shape))
 
 # %% ../../nbs/data/50_augment.ipynb #opened
 @dataclass(frozen=True)
@@ -636,7 +633,13 @@ def patch_loader(
     device = torch.device(device or "cpu")
     options = dict(prefetch_factor=prefetch, multiprocessing_context=method, timeout=PATIENCE) if workers else {}
     loader = DataLoader(
-        Ahead(sampler, augment_on_device), batch_size=None, sampler=range(start, steps), num_workers=workers,
-        worker_init_fn=one_thread, pin_memory=device.type == "cuda", generator=torch.Generator(), **options,
+        Ahead(sampler, augment_on_device),
+        batch_size=None,
+        sampler=range(start, steps),
+        num_workers=workers,
+        worker_init_fn=one_thread,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+        **options,
     )
     return batches(loader, sampler, device, augment_on_device)

@@ -19,8 +19,22 @@ import pandas as pd
 
 from ..core import GROUPS, are_lengths, build, is_patch, read_csv, read_json, read_yaml, registry_file, root, write_json
 from mednext_v2.data.scans import (
-    ENDINGS, BadFile, Volume, as_float32, channel_of, check_channels, check_extent, cut_ending, list_volumes, present_values, read_header,
-    read_label, read_scan, same_grid, smallest_type, visible_files,
+    ENDINGS,
+    BadFile,
+    Volume,
+    as_float32,
+    channel_of,
+    check_channels,
+    check_extent,
+    cut_ending,
+    list_volumes,
+    present_values,
+    read_header,
+    read_label,
+    read_scan,
+    same_grid,
+    smallest_type,
+    visible_files,
 )
 
 # %% ../../nbs/data/20_datasets.ipynb #check-task
@@ -225,9 +239,7 @@ def plan_spacing(
     return tuple(float(f"{value:.6g}") for value in target)
 
 # %% ../../nbs/data/20_datasets.ipynb #header-grids
-def header_grids(
-    paths: list[Path],
-) -> tuple[np.ndarray, np.ndarray]:  # (n, 3) spacings in mm and (n, 3) shapes, in RAS order
+def header_grids(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:  # (n, 3) spacings in mm and (n, 3) shapes, in RAS order
     "Grids of some volumes, from their headers alone; BadFile for one that is at fault"
     headers = [read_header(path) for path in paths]
     return np.array([header.spacing for header in headers]), np.array([header.canonical[0] for header in headers])
@@ -313,9 +325,7 @@ def description_difference(
 ) -> str:  # Empty if the two agree
     "What dataset.json says otherwise than the registry"
     labels, regions, _ = read_labels(description)
-    theirs, ours = (
-        {name: tuple(np.atleast_1d(value)) for name, value in values.items()} for values in (regions or labels, task.regions or task.labels)
-    )
+    theirs, ours = ({name: tuple(np.atleast_1d(value)) for name, value in values.items()} for values in (regions or labels, task.regions or task.labels))
     for name in [*ours, *theirs]:
         if ours.get(name) != theirs.get(name):
             said = [" ".join(map(str, values[name])) if name in values else "absent" for values in (theirs, ours)]
@@ -622,16 +632,10 @@ def check_labels(voxels: np.ndarray, task: Task, path: Path) -> None:
     unknown = [value for value in present_values(voxels) if value not in task.values]
     if unknown:
         values = ", ".join(f"{value:g}" for value in unknown[:5])
-        raise ValueError(
-            f"{path} has label {values}, but {task.name} declares 0 to {task.values[-1]}: "
-            "correct the file, or the labels of the data set"
-        )
+        raise ValueError(f"{path} has label {values}, but {task.name} declares 0 to {task.values[-1]}: correct the file, or the labels of the data set")
 
 # %% ../../nbs/data/20_datasets.ipynb #read-case
-def read_case(
-    task: Task,
-    case: Case,
-) -> Scan:
+def read_case(task: Task, case: Case) -> Scan:
     "A case as arrays; ValueError names file, value and remedy if it is unfit to train on"
     label = read_label(case.label)
     check_labels(label.voxels, task, case.label)

@@ -278,10 +278,7 @@ def check_alike(
             other, wanted = firsts.setdefault(trait, (name, value))
             if value != wanted and trait not in allow:
                 remedy = f", or allow it (allow={trait!r})" if trait in DIFFERENCES else ""
-                raise ValueError(
-                    f"data sets {other} and {name} differ in {trait}, {wanted} and {value}: "
-                    f"make them alike, leave one out{remedy}"
-                )
+                raise ValueError(f"data sets {other} and {name} differ in {trait}, {wanted} and {value}: make them alike, leave one out{remedy}")
 
 
 def check_labels(
@@ -296,8 +293,7 @@ def check_labels(
     labels = {label: value for value, label in enumerate(known, start=1)}
     if task.labels != labels or len(task.values) != len(space.tables[name]):
         raise ValueError(
-            f"data set {name} was prepared with other labels than those united here: unite the tasks of the "
-            f"prepared data, or prepare {name} again"
+            f"data set {name} was prepared with other labels than those united here: unite the tasks of the prepared data, or prepare {name} again"
         )
 
 
@@ -365,10 +361,7 @@ class MixtureSampler:
             raise ValueError(f"batch must be given, and positive, unless all samplers have one, got {batch}")
         if unknown := [name for name in annotated or {} if name not in self.samplers]:
             raise ValueError(f"annotated: no data set {unknown[0]!r}; there are: {', '.join(self.samplers)}")
-        self.masks = {
-            name: partial_masks(labels, name, sampler.prepared, (annotated or {}).get(name))
-            for name, sampler in self.samplers.items()
-        }
+        self.masks = {name: partial_masks(labels, name, sampler.prepared, (annotated or {}).get(name)) for name, sampler in self.samplers.items()}
         self.orders = {name: channel_order(self.samplers, name) for name in self.samplers}
 
     def common(self, attribute: str):
@@ -384,10 +377,7 @@ class MixtureSampler:
     def fingerprint(self) -> str:
         "A hash of all that decides the batches: every data set's own, shares, classes, who annotates what"
         members = [(name, sampler.fingerprint) for name, sampler in self.samplers.items()]
-        masks = {
-            name: {case: np.packbits(mask).tobytes().hex() for case, mask in cases.items()}
-            for name, cases in self.masks.items()
-        }
+        masks = {name: {case: np.packbits(mask).tobytes().hex() for case, mask in cases.items()} for name, cases in self.masks.items()}
         return fingerprint_of(members, self.shares, self.labels, masks, self.batch_size, self.allow)
 
     def member(self, step: int, index: int) -> tuple[str, tuple[int, int]]:
@@ -473,8 +463,5 @@ def mix(
     "A mixture of prepared data sets; the patches of one do not depend on which others there are"
     labels = labels or union_labels([one.task for one in prepared.values()])
     seeds = {name: np.random.SeedSequence([seed, zlib.crc32(name.encode())]) for name in prepared}
-    samplers = {
-        name: PatchSampler(one, split, patch, batch, seed=int(seeds[name].generate_state(1)[0]), **options)
-        for name, one in prepared.items()
-    }
+    samplers = {name: PatchSampler(one, split, patch, batch, seed=int(seeds[name].generate_state(1)[0]), **options) for name, one in prepared.items()}
     return MixtureSampler(samplers, weights, labels, annotated, allow=allow)

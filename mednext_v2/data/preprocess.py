@@ -19,8 +19,25 @@ import pandas as pd
 from scipy import ndimage
 
 from mednext_v2.core import (
-    ItemsFailed, Kind, as_csv, as_json, atomic_folder, build, check_output, fingerprint_of, for_all, held, parse_json,
-    read_csv, read_json, remove_left, sha256, stop_workers, write_csv, write_json, write_texts,
+    ItemsFailed,
+    Kind,
+    as_csv,
+    as_json,
+    atomic_folder,
+    build,
+    check_output,
+    fingerprint_of,
+    for_all,
+    held,
+    parse_json,
+    read_csv,
+    read_json,
+    remove_left,
+    sha256,
+    stop_workers,
+    write_csv,
+    write_json,
+    write_texts,
 )
 from .scans import BadFile, stored_files
 from .storage import join, open_array, read_bytes, write_array
@@ -339,9 +356,7 @@ def resample(
     coarse = coarse_axis(scan.spacing, spacing)
     scale = np.diag([*np.array(scan.label.shape) / shape, 1.0])
     scale[:3, 3] = 0.5 * np.diag(scale)[:3] - 0.5
-    return Scan(
-        resample_image(scan.image, shape, coarse), resample_label(scan.label, shape, coarse), scan.affine @ scale
-    )
+    return Scan(resample_image(scan.image, shape, coarse), resample_label(scan.label, shape, coarse), scan.affine @ scale)
 
 # %% ../../nbs/data/40_preprocess.ipynb #prepare
 PREPARATION = 2  # Raise it when the same input no longer gives the same arrays: it is part of every key
@@ -430,9 +445,7 @@ def write_case(
 
 
 FOLDS = "folds.json"  # For each fold of a data set with several, the split of every case
-PREPARED = Kind(
-    "prepared data set", (), ("cases", "fingerprint.json", FOLDS, "manifest.csv", "task.json")
-)
+PREPARED = Kind("prepared data set", (), ("cases", "fingerprint.json", FOLDS, "manifest.csv", "task.json"))
 PREPARED_CASE = Kind("prepared case", (), ("case.json", "image.b2nd", "label.b2nd", "places.npy"))
 
 # %% ../../nbs/data/40_preprocess.ipynb #prepare-part
@@ -542,9 +555,7 @@ class Prepared:
             try:
                 files[name] = read_bytes(join(folder, name))
             except FileNotFoundError as error:
-                raise FileNotFoundError(
-                    f"{folder} is not a prepared data set, {name} is missing: prepare it first"
-                ) from error
+                raise FileNotFoundError(f"{folder} is not a prepared data set, {name} is missing: prepare it first") from error
         self.digest = fingerprint_of(*(hashlib.sha256(content).hexdigest() for content in files.values()))
         self.task = build(Task, parse_json(files["task.json"], join(folder, "task.json")), join(folder, "task.json"))
         self.fingerprint = build(Fingerprint, parse_json(files["fingerprint.json"], join(folder, "fingerprint.json")), join(folder, "fingerprint.json"))

@@ -24,9 +24,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 from nibabel.affines import voxel_sizes
-from nibabel.orientations import (
-    aff2axcodes, apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform,
-)
+from nibabel.orientations import aff2axcodes, apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
 from ..core import atomic_file
 
@@ -108,9 +106,7 @@ def list_volumes(
     return found
 
 # %% ../../nbs/data/10_scans.ipynb #visible-files
-def visible_files(
-    folder: str | Path,
-) -> list[Path]:  # Sorted
+def visible_files(folder: str | Path) -> list[Path]:  # Sorted
     "The files at any depth of a folder, without hidden ones and what lies in hidden folders"
     paths = sorted(Path(folder).rglob("*"))
     return [p for p in paths if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)]
@@ -787,10 +783,7 @@ def check_finite(voxels: np.ndarray, path: str | Path) -> None:
         raise BadFile(path, what, "repair the scan or leave it out")
 
 
-def float32_step(
-    low: float,
-    high: float,
-) -> float:  # 0 where it is less than a thousandth of what lies between them
+def float32_step(low: float, high: float) -> float:  # 0 where it is less than a thousandth of what lies between them
     "How far apart two values must be for float32 to tell them apart, of an image with these extremes"
     step = float(np.spacing(np.float32(max(abs(low), abs(high)))))
     return step if step > (high - low) / 1000 else 0.0
@@ -881,10 +874,7 @@ def write_volume(
         temporary.write_bytes(data)
 
 # %% ../../nbs/data/10_scans.ipynb #same-grid
-def grid_distance(
-    one: Header | Volume,
-    other: Header | Volume,
-) -> float:  # mm; infinite if the numbers of voxels differ
+def grid_distance(one: Header | Volume, other: Header | Volume) -> float:  # mm; infinite if the numbers of voxels differ
     "How far apart the corners of two grids lie once both are turned to RAS"
     (shape, affine), (other_shape, other_affine) = one.canonical, other.canonical
     return displacement(affine, other_affine, shape) if shape == other_shape else float("inf")

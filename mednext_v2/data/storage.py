@@ -94,14 +94,11 @@ def block_shape(
     if chunks is None:
         chunks = (*shape[:-3], *(SIDE for _ in shape[-3:]))
     if len(chunks) != len(shape) or any(side < 1 for side in chunks):
-        raise ValueError(f"chunks {tuple(chunks)} of an array of shape {tuple(shape)}: "
-                         f"give {len(shape)} positive sizes")
+        raise ValueError(f"chunks {tuple(chunks)} of an array of shape {tuple(shape)}: give {len(shape)} positive sizes")
     return tuple(min(int(side), size) for side, size in zip(chunks, shape))
 
 # %% ../../nbs/data/30_storage.ipynb #checksums
-def header_sum(
-    shape: tuple[int, ...], dtype: np.dtype, block: tuple[int, ...],
-) -> int:
+def header_sum(shape: tuple[int, ...], dtype: np.dtype, block: tuple[int, ...]) -> int:
     "CRC-32C of what an array is, apart from its voxels"
     from google_crc32c import value
 
@@ -122,9 +119,7 @@ def checksums(
     return found
 
 # %% ../../nbs/data/30_storage.ipynb #pack
-def storable(
-    array: np.ndarray, name: str | Path,
-) -> np.ndarray:
+def storable(array: np.ndarray, name: str | Path) -> np.ndarray:
     "The array in this machine's byte order and C order; ValueError if it is no array of numbers, or empty"
     array = np.asarray(array)
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
@@ -185,8 +180,7 @@ def reading(source: str):
         # A range past the end of an object is its truncation; other errors of the system speak for themselves
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        raise ValueError(f"{source} is truncated or damaged ({error}); delete it and prepare the case again, "
-                         "or copy it again") from error
+        raise ValueError(f"{source} is truncated or damaged ({error}); delete it and prepare the case again, or copy it again") from error
 
 # %% ../../nbs/data/30_storage.ipynb #opened
 class Handle(NamedTuple):
@@ -196,9 +190,7 @@ class Handle(NamedTuple):
     sums: np.ndarray  # uint32, the checksum of each block, in the grid of blocks
 
 
-def stamp_of(
-    source: str,
-) -> tuple:  # Inode, time and size; nothing for a URL
+def stamp_of(source: str) -> tuple:  # Inode, time and size; nothing for a URL
     "What changes when a file is written again; objects of a store are taken not to change"
     path = local_path(source)
     if path is None:
@@ -208,9 +200,7 @@ def stamp_of(
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def options_of(
-    source: str, cache: str | None,
-) -> dict:  # Of blosc2.open
+def options_of(source: str, cache: str | None) -> dict:  # Of blosc2.open
     "A file is mapped into memory; of an object only the ranges that a slice needs are fetched"
     import blosc2
 
@@ -223,9 +213,7 @@ def options_of(
 
 
 @lru_cache(maxsize=64)
-def opened(
-    source: str, cache: str | None, stamp: tuple, process: int, thread: int,
-) -> Handle:
+def opened(source: str, cache: str | None, stamp: tuple, process: int, thread: int) -> Handle:
     "The handle of this process and thread, opened at the first call; errors as those of `open_array`"
     import blosc2
 
@@ -247,8 +235,7 @@ def expand(
     "A key without ellipsis; TypeError for arrays, masks and new axes"
     key = key if isinstance(key, tuple) else (key,)
     if not all(item is ... or type(item) in (int, slice) or isinstance(item, np.integer) for item in key):
-        raise TypeError(f"a stored array takes integers, slices and an ellipsis, not {key}: "
-                        "read a box, then index that")
+        raise TypeError(f"a stored array takes integers, slices and an ellipsis, not {key}: read a box, then index that")
     if ... not in key:
         key = (*key, ...)
     at = key.index(...)
@@ -300,16 +287,17 @@ class StoredArray:
         written = handle.sums[tuple(map(slice, first, last))]
         if (wrong := np.argwhere(checksums(voxels, self.chunks) != written)).size:
             start = [int((i + j) * side) for i, j, side in zip(first, wrong[0], self.chunks)]
-            raise ValueError(f"{self.source} is damaged: {len(wrong)} blocks are not what was written, "
-                             f"one at voxel {start}; delete the file and prepare the case again, or copy it again")
+            raise ValueError(
+                f"{self.source} is damaged: {len(wrong)} blocks are not what was written, "
+                f"one at voxel {start}; delete the file and prepare the case again, or copy it again"
+            )
         return voxels
 
     def __getitem__(self, key) -> np.ndarray:
         "A new array, as NumPy would slice; ValueError if what it needs is truncated or damaged"
         handle = self._handle()
         if (tuple(handle.voxels.shape), handle.voxels.dtype) != (self.shape, self.dtype):
-            raise ValueError(f"{self.source} was replaced by an array of shape {tuple(handle.voxels.shape)} "
-                             f"and type {handle.voxels.dtype}: open it again")
+            raise ValueError(f"{self.source} was replaced by an array of shape {tuple(handle.voxels.shape)} and type {handle.voxels.dtype}: open it again")
         key = expand(key, self.ndim)
         # NumPy's own rules and errors, on an array of this shape that occupies a single voxel
         like = np.broadcast_to(np.empty((), self.dtype), self.shape)[key]

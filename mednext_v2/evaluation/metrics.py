@@ -17,23 +17,14 @@ from scipy import ndimage
 
 from ..core import ItemsFailed, build, check_table, for_all, read_json, write_csv, write_json
 from ..data.scans import list_volumes, present_values, read_label, same_grid
-from mednext_v2.data.datasets import (
-    Task,
-    check_description,
-    get_task,
-    read_description,
-    read_labels,
-    registered,
-)
+from ..data.datasets import Task, check_description, get_task, read_description, read_labels, registered
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #checked
 def _masks(prediction, truth) -> tuple[np.ndarray, np.ndarray]:
     "Two boolean masks of one shape; ValueError otherwise"
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     if prediction.shape != truth.shape:
-        raise ValueError(
-            f"prediction and truth must have one shape, got {prediction.shape} and {truth.shape}"
-        )
+        raise ValueError(f"prediction and truth must have one shape, got {prediction.shape} and {truth.shape}")
     for name, mask in (("prediction", prediction), ("truth", truth)):
         if mask.dtype != bool and not np.isin(mask, (0, 1)).all():
             raise ValueError(f"{name} must be a mask of 0 and 1, got {mask.dtype} up to {mask.max()}")
@@ -130,10 +121,7 @@ def surface_distances(
     box, table = _box(prediction, truth), surface_areas(tuple(map(float, spacing)))
     codes = [_codes(mask[box]) for mask in (prediction, truth)]
     borders = [(code > 0) & (code < 255) for code in codes]
-    return Surfaces(
-        tuple(table[code[border]] for code, border in zip(codes, borders)),
-        (_distances(*borders, spacing), _distances(*borders[::-1], spacing)),
-    )
+    return Surfaces(tuple(table[code[border]] for code, border in zip(codes, borders)), (_distances(*borders, spacing), _distances(*borders[::-1], spacing)))
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #surface-dice
 def surface_dice(
@@ -260,8 +248,7 @@ def _label_map(values, name: str, task, allowed: tuple[int, ...]) -> np.ndarray:
     found = present_values(whole if (whole == values).all() else values)
     if unknown := sorted(set(found) - set(allowed)):
         raise ValueError(
-            f"{name} holds {', '.join(f'{value:g}' for value in unknown[:5])}, which {task.name} does not "
-            f"name; it has 0 and {', '.join(map(str, allowed[1:]))}"
+            f"{name} holds {', '.join(f'{value:g}' for value in unknown[:5])}, which {task.name} does not name; it has 0 and {', '.join(map(str, allowed[1:]))}"
         )
     return whole.astype(np.min_scalar_type(max(allowed)))
 
@@ -299,9 +286,7 @@ def class_values(task) -> dict[str, tuple[int, ...]]:
 def _label_maps(prediction, truth, task) -> tuple[list[np.ndarray], int]:
     "Both label maps without ignored voxels, and how many voxels count"
     if np.shape(prediction) != np.shape(truth):
-        raise ValueError(
-            f"prediction and truth must have one shape, got {np.shape(prediction)} and {np.shape(truth)}"
-        )
+        raise ValueError(f"prediction and truth must have one shape, got {np.shape(prediction)} and {np.shape(truth)}")
     known = (0, *sorted(task.labels.values()))
     maps = [_label_map(prediction, "prediction", task, known), _label_map(truth, "truth", task, task.values)]
     if task.ignore is None:
@@ -356,12 +341,21 @@ def described_task(
     labels, regions, ignore = read_labels(known)
     named = known.get("groups") or {}
     values = dict(
-        name=str(known.get("name") or folder.resolve().name), dataset=1, title="described", labels=labels,
+        name=str(known.get("name") or folder.resolve().name),
+        dataset=1,
+        title="described",
+        labels=labels,
         modality="CT" if str(known["channel_names"].get("0")).upper() == "CT" else "MR",
         groups={name: named.get(name, "unspecified") for name in (*labels, *regions)},
-        spacing=(1.0, 1.0, 1.0), patch=(8, 8, 8), nsd_tolerance=1.0, role="finetune",
-        licence="not stated", citation="not stated",
-        regions=regions, class_order=known.get("regions_class_order", ()), ignore=ignore,
+        spacing=(1.0, 1.0, 1.0),
+        patch=(8, 8, 8),
+        nsd_tolerance=1.0,
+        role="finetune",
+        licence="not stated",
+        citation="not stated",
+        regions=regions,
+        class_order=known.get("regions_class_order", ()),
+        ignore=ignore,
     )
     return build(Task, values, str(folder / "dataset.json"))
 
@@ -426,8 +420,16 @@ def nnunet_metrics(
     "The metrics of a class under nnU-Net's names, and those that it does not have under ours"
     both, predicted, true = int(row.n_overlap), int(row.n_predicted), int(row.n_voxels)
     either = predicted + true - both
-    named = {"Dice": row.dsc, "IoU": both / either if either else float("nan"), "TP": both, "FP": predicted - both,
-             "FN": true - both, "TN": int(row.n_counted) - either, "n_pred": predicted, "n_ref": true}
+    named = {
+        "Dice": row.dsc,
+        "IoU": both / either if either else float("nan"),
+        "TP": both,
+        "FP": predicted - both,
+        "FN": true - both,
+        "TN": int(row.n_counted) - either,
+        "n_pred": predicted,
+        "n_ref": true,
+    }
     return named | {name: float("nan") if pd.isna(row[name]) else float(row[name]) for name in EXTRAS}
 
 
@@ -449,9 +451,7 @@ def summarise(
     ]
     means = {key: pd.DataFrame([case["metrics"][key] for case in cases]).mean().to_dict() for key in keys.values()}
     overall = pd.DataFrame(means.values()).mean().to_dict()
-    return dict(
-        foreground_mean=overall, mean=means, metric_per_case=cases, conventions=conventions(task, tolerance)
-    )
+    return dict(foreground_mean=overall, mean=means, metric_per_case=cases, conventions=conventions(task, tolerance))
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #evaluate
 def check_scores(

@@ -42,10 +42,7 @@ def _mean(values: np.ndarray, weights: np.ndarray | int = 1) -> np.ndarray:
 ORDER = ("case", "label", "task")
 
 
-def need(
-    table: pd.DataFrame,
-    columns: Sequence[str],
-) -> None:
+def need(table: pd.DataFrame, columns: Sequence[str]) -> None:
     "ValueError names the columns that a table lacks"
     if missing := [column for column in dict.fromkeys(columns) if column not in table]:
         raise ValueError(f"scores need the column(s) {', '.join(missing)}; they have: {', '.join(table)}")
@@ -140,8 +137,7 @@ def bootstrap(
     with np.errstate(invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)  # Equal cases, handled below
         found = scipy.stats.bootstrap(
-            whole, value_of, n_resamples=n, vectorized=named, confidence_level=level, method=method,
-            random_state=np.random.default_rng(seed),
+            whole, value_of, n_resamples=n, vectorized=named, confidence_level=level, method=method, random_state=np.random.default_rng(seed)
         )
     low, high = found.confidence_interval
     if np.isnan([low, high]).any() and np.nanstd(found.bootstrap_distribution) == 0:
@@ -170,11 +166,7 @@ def _value_of(parts: list[list[pd.DataFrame]], statistic: Callable, cluster: str
     "A statistic of the rows of drawn cases, each draw under a name of its own"
 
     def value(*drawn: np.ndarray) -> float:
-        rows = [
-            parts[task][at].assign(**{cluster: f"{task}-{turn}"})
-            for task, index in enumerate(drawn)
-            for turn, at in enumerate(index)
-        ]
+        rows = [parts[task][at].assign(**{cluster: f"{task}-{turn}"}) for task, index in enumerate(drawn) for turn, at in enumerate(index)]
         return float(statistic(pd.concat(rows, ignore_index=True)))
 
     return value
@@ -331,11 +323,7 @@ def compare_all(
         pairs = [(method, against) for method in others]
     else:
         pairs = list(combinations(methods, 2))
-    rows = [
-        dict(a=" · ".join(map(str, a.values())), b=" · ".join(map(str, b.values())))
-        | compare(scores, a, b, metric, level, seed)
-        for a, b in pairs
-    ]
+    rows = [dict(a=" · ".join(map(str, a.values())), b=" · ".join(map(str, b.values()))) | compare(scores, a, b, metric, level, seed) for a, b in pairs]
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table.p)) if rows else table
 

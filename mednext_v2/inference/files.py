@@ -24,8 +24,17 @@ import numpy as np
 
 from ..core import ItemsFailed, atomic_file, atomic_files, attempt, check_output, fingerprint_of, held, peak_bytes, read_json, room, versions
 from mednext_v2.inference.predictor import (
-    Member, NetworkInput, Options, check_channels, device_of, label_image, label_volume, load_members, modality_warnings,
-    network_input, temporary_array,
+    Member,
+    NetworkInput,
+    Options,
+    check_channels,
+    device_of,
+    label_image,
+    label_volume,
+    load_members,
+    modality_warnings,
+    network_input,
+    temporary_array,
 )
 from ..data.scans import ENDINGS, BadFile, cut_ending, list_scans, list_volumes, read_header, read_scan, stored_files
 
@@ -60,8 +69,10 @@ def slicer_table(names: dict[int, str]) -> str:
     "3D Slicer's colour table: index, name, red, green, blue, opacity; blanks in names become underscores"
     rows = [(0, "background", (0, 0, 0), 0)]
     rows += [(value, "_".join(name.split()), colour(value), 255) for value, name in sorted(names.items())]
-    return "# Color table file\n" + f"# {len(rows)} values\n" + "".join(
-        f"{value} {name} {red} {green} {blue} {alpha}\n" for value, name, (red, green, blue), alpha in rows
+    return (
+        "# Color table file\n"
+        + f"# {len(rows)} values\n"
+        + "".join(f"{value} {name} {red} {green} {blue} {alpha}\n" for value, name, (red, green, blue), alpha in rows)
     )
 
 
@@ -265,14 +276,7 @@ def write_probabilities(path: Path, values: np.ndarray, volume: NetworkInput, ba
                 file.write(np.ascontiguousarray(volume.to_native(whole)).tobytes())
 
 # %% ../../nbs/inference/20_files.ipynb #label-job
-def label_job(
-    job: Job,
-    members: list[Member],
-    wish: Wish,
-    volume: NetworkInput,
-    key: str,
-    read_seconds: float,
-) -> tuple:  # The arguments of `write_job`
+def label_job(job: Job, members: list[Member], wish: Wish, volume: NetworkInput, key: str, read_seconds: float) -> tuple:  # The arguments of `write_job`
     "The network's part of one scan, and what its report says"
     begin, stack, scratch = time.perf_counter(), ExitStack(), None
     notes = modality_warnings(volume, members[0].card)
@@ -342,11 +346,7 @@ def predict_files(
     return results
 
 # %% ../../nbs/inference/20_files.ipynb #name-tables
-def name_tables(
-    target: Path,
-    names: dict[int, str],
-    overwrite: bool,
-) -> dict[Path, str]:  # Text by file
+def name_tables(target: Path, names: dict[int, str], overwrite: bool) -> dict[Path, str]:  # Text by file
     "Tables of names, like the label map or `labels` in a folder; ValueError if other files of that name are there"
     place = target.with_name(cut_ending(target.name)[0]) if is_file_name(target) else target / "labels"
     tables = {Path(f"{place}.txt"): itksnap_table(names), Path(f"{place}.ctbl"): slicer_table(names)}
@@ -356,9 +356,7 @@ def name_tables(
     return tables
 
 
-def read_ahead(
-    pool: ThreadPoolExecutor, jobs: list[Job], members: list[Member], wish: Wish,
-) -> Iterator[tuple[Job, Future]]:
+def read_ahead(pool: ThreadPoolExecutor, jobs: list[Job], members: list[Member], wish: Wish) -> Iterator[tuple[Job, Future]]:
     "Each scan while the next one is being read"
     waiting = None
     for job in [*jobs, None]:

@@ -424,9 +424,7 @@ def finished(
     planes: dict,  # Last planes of earlier cells, by axis and cell; used ones go, new ones come
 ) -> Iterator[Tensor]:  # K tensors on the wanted grid
     "Mean logits of a cell on the grid wanted, in groups of classes that fit a processor's cache"
-    box = tuple(
-        slice(*(place + axis.pad - axis.cell(c)[0] for place in axis.inside(c))) for axis, c in zip(axes, cell)
-    )
+    box = tuple(slice(*(place + axis.pad - axis.cell(c)[0] for place in axis.inside(c))) for axis, c in zip(axes, cell))
     halo = [axis.halo(c) for axis, c in zip(axes, cell)]
     before = [planes.pop((turn, cell), None) for turn in range(3)]
     after = {}
@@ -641,10 +639,7 @@ def must_agree(folder: str | Path, one, other, fields: tuple[str, ...]) -> None:
     "ValueError for the first field in which two cards differ"
     for field in fields:
         if getattr(one, field, None) != getattr(other, field, None):
-            raise ValueError(
-                f"{folder}: {field} differs between models that are to be averaged: "
-                f"{getattr(one, field, None)} and {getattr(other, field, None)}"
-            )
+            raise ValueError(f"{folder}: {field} differs between models that are to be averaged: {getattr(one, field, None)} and {getattr(other, field, None)}")
 
 # %% ../../nbs/inference/10_predictor.ipynb #scan-steps
 @dataclass(frozen=True)
@@ -679,13 +674,8 @@ def network_input(
     if roi is not None:
         mask = region_mask(first, roi)
         asked = bounding_box(mask)
-        part = tuple(
-            slice(max(b.start, a.start) - b.start, max(min(b.stop, a.stop), b.start) - b.start)
-            for a, b in zip(asked, box)
-        )
-    return NetworkInput(
-        np.ascontiguousarray(values[:, *box]), first.spacing, values.shape[1:], box, part, mask, first.header
-    )
+        part = tuple(slice(max(b.start, a.start) - b.start, max(min(b.stop, a.stop), b.start) - b.start) for a, b in zip(asked, box))
+    return NetworkInput(np.ascontiguousarray(values[:, *box]), first.spacing, values.shape[1:], box, part, mask, first.header)
 
 
 def region_mask(volume: Volume, roi) -> np.ndarray:
@@ -792,10 +782,7 @@ def check_channels(card, count: int) -> None:
     "ValueError if a scan has another number of images than the model has channels"
     expected = getattr(card, "in_channels", count)
     if count != expected:
-        raise ValueError(
-            f"the model expects {expected} channel(s), got {count} image(s): "
-            "give one 3D image per channel, in the order of training"
-        )
+        raise ValueError(f"the model expects {expected} channel(s), got {count} image(s): give one 3D image per channel, in the order of training")
 
 
 def label_volume(

@@ -26,8 +26,27 @@ from nibabel.affines import voxel_sizes
 
 from ..core import NEW, ItemsFailed, atomic_folder, check_output, for_all, read_csv, read_json, write_csv, write_json
 from mednext_v2.data.scans import (
-    ENDINGS, FILE_FAULTS, Damaged, Header, best_affine, brief, cut_ending, displacement, first_bytes, float32_step, forms,
-    grid_distance, grid_tolerance, head_of, inspect_header, is_nifti, open_bytes, parse_header, pieces, show, unit_mm,
+    ENDINGS,
+    FILE_FAULTS,
+    Damaged,
+    Header,
+    best_affine,
+    brief,
+    cut_ending,
+    displacement,
+    first_bytes,
+    float32_step,
+    forms,
+    grid_distance,
+    grid_tolerance,
+    head_of,
+    inspect_header,
+    is_nifti,
+    open_bytes,
+    parse_header,
+    pieces,
+    show,
+    unit_mm,
     valid_affine,
 )
 from ..data.datasets import ANNOTATED, description_difference, parse_annotated, registered
@@ -228,13 +247,9 @@ def label_faults(labels: dict, names: dict[int, str], order) -> list[str]:
     if not regions and (twice := [v for v, count in plain.items() if count > 1]):
         wrong.append(f"value {twice[0]} has two names ({names.get(twice[0], 'ignore')})")
     if whole(labels.get("ignore")) and names and labels["ignore"] != max(names) + 1:
-        wrong.append(
-            f"'ignore' must be {max(names) + 1}, the highest value plus one, it is {labels['ignore']}"
-        )
+        wrong.append(f"'ignore' must be {max(names) + 1}, the highest value plus one, it is {labels['ignore']}")
     if regions and (not isinstance(order, list) or len(order) != len(labels) - 1 - ("ignore" in labels)):
-        wrong.append(
-            f"{regions[0]!r} is a region: regions_class_order needs a value for each, it is {order!r}"
-        )
+        wrong.append(f"{regions[0]!r} is a region: regions_class_order needs a value for each, it is {order!r}")
     return wrong
 
 # %% ../../nbs/intake/30_check.ipynb #declare
@@ -292,9 +307,7 @@ def declare(
     if not names:  # Nothing to compare label files with
         return None, meta, findings or [Finding(path.name, "labels-values", "no label is declared")]
     if "dataset" in meta:
-        findings.append(
-            Finding(path.name, "dataset-elsewhere", "'dataset' lists files, which are not checked")
-        )
+        findings.append(Finding(path.name, "dataset-elsewhere", "'dataset' lists files, which are not checked"))
     channels = tuple(str(meta["channel_names"][key]) for key in sorted(meta["channel_names"], key=int))
     ignore = labels["ignore"] if whole(labels.get("ignore")) else None
     return Declared(channels, names, ignore, meta["file_ending"]), meta, findings
@@ -440,9 +453,7 @@ def fold_faults(name: str, number: int, sides: dict, training: set[str], test: s
     findings = []
     for one, other in combinations(sides, 2):
         for id in sorted(set(sides[one]) & set(sides[other])):
-            findings.append(
-                Finding(name, "splits-overlap", f"{id} is in {one} and {other} of fold {number}", id)
-            )
+            findings.append(Finding(name, "splits-overlap", f"{id} is in {one} and {other} of fold {number}", id))
     for side, ids in sides.items():
         for id in sorted(set(ids) - training - (test if side == "test" else set())):
             what = "is a test case" if id in test else "has no file"
@@ -802,9 +813,7 @@ def check_voxels(heads: Heads, declared: Declared) -> Contents:
             images[channel] = content
             name = declared.channels[channel] if channel < len(declared.channels) else ""
             faults = faults + image_faults(content, head, name.strip().casefold() == "ct")
-        findings += [
-            Finding(case.name(head.path), code, what, case.id, case.dataset) for code, what in faults
-        ]
+        findings += [Finding(case.name(head.path), code, what, case.id, case.dataset) for code, what in faults]
     if heads.label is not None:
         label, faults = measure(heads.label, label=True)
         if label is not None:
@@ -822,10 +831,7 @@ def absent_classes(contents: list[Contents], declared: Declared, dataset: str) -
     seen = {round(value) for values in labels for value in values if np.isfinite(value)}
     absent = [value for value in sorted(declared.names) if value and value not in seen]
     what = "class {} ({}) is in none of {} training labels"
-    return [
-        Finding("dataset.json", "class-absent", what.format(v, declared.names[v], len(labels)), "", dataset)
-        for v in absent
-    ]
+    return [Finding("dataset.json", "class-absent", what.format(v, declared.names[v], len(labels)), "", dataset) for v in absent]
 
 
 def by_digest(contents: list[Contents]) -> dict[str, tuple[Files, Path]]:
@@ -900,18 +906,14 @@ def find_sets(
     "The data sets of a folder; FileNotFoundError if there is none"
     data = Path(data)
     if not data.is_dir():
-        raise FileNotFoundError(
-            f"{data} is not a folder: give a data set in nnU-Net's raw layout, or several"
-        )
+        raise FileNotFoundError(f"{data} is not a folder: give a data set in nnU-Net's raw layout, or several")
     pattern = re.compile(r"Dataset\d{3}_.+")
     inside = sorted(path for path in data.iterdir() if path.is_dir() and pattern.fullmatch(path.name))
     own = any((data / name).exists() for name in ("dataset.json", "imagesTr", "labelsTr"))
     if own or pattern.fullmatch(data.name) and not inside:
         return [data]
     if not inside:
-        raise FileNotFoundError(
-            f"{data} holds neither dataset.json nor DatasetXXX_NAME folders: give another folder"
-        )
+        raise FileNotFoundError(f"{data} holds neither dataset.json nor DatasetXXX_NAME folders: give another folder")
     if task is None:
         return inside
     if data / task.folder not in inside:
@@ -933,10 +935,7 @@ def try_all(function, items: dict[str, tuple], workers: int, description: str) -
         return for_all(function, items, workers, description), []
     except ItemsFailed as failed:
         found = [(name.split("/"), reason) for name, reason in failed.failures.items()]
-        return failed.results, [
-            Finding(f"images{part}", "check-failed", reason[:300], id, dataset)
-            for (dataset, part, id), reason in found
-        ]
+        return failed.results, [Finding(f"images{part}", "check-failed", reason[:300], id, dataset) for (dataset, part, id), reason in found]
 
 # %% ../../nbs/intake/30_check.ipynb #doctor
 def doctor(
@@ -969,11 +968,7 @@ def doctor(
     return Report(tabulate(findings), names, len(cases), files, seconds, not quick, tuple(notes))
 
 # %% ../../nbs/intake/30_check.ipynb #read-contents
-def read_contents(
-    layouts: list[Layout],
-    heads: dict[str, Heads],
-    workers: int,
-) -> tuple[list[Contents], list[Finding]]:
+def read_contents(layouts: list[Layout], heads: dict[str, Heads], workers: int) -> tuple[list[Contents], list[Finding]]:
     "Voxels of all data sets whose `dataset.json` is understood, and all findings in and between them"
     declared = {layout.name: layout.declared for layout in layouts if layout.declared is not None}
     known = {key: item for key, item in heads.items() if item.case.dataset in declared}
@@ -987,9 +982,7 @@ def read_contents(
     return contents, findings
 
 
-def compare_folders(
-    layouts: list[Layout], contents: list[Contents], against: str | Path, workers: int, quick: bool
-) -> list[Finding]:
+def compare_folders(layouts: list[Layout], contents: list[Contents], against: str | Path, workers: int, quick: bool) -> list[Finding]:
     "Leakage between the data sets at hand and those of another folder"
     own = {layout.folder.resolve() for layout in layouts}
     others = [survey(folder) for folder in find_sets(against) if folder.resolve() not in own]
@@ -1191,9 +1184,7 @@ def case_files(case: Files, declared: Declared, target: Path) -> list[tuple[Path
     return [(source, target / f"{name}{declared.ending}") for source, name in pairs]
 
 
-def mend_case(
-    case: Files, faults: list[tuple], declared: Declared, target: Path, tolerance: float
-) -> list[Change]:
+def mend_case(case: Files, faults: list[tuple], declared: Declared, target: Path, tolerance: float) -> list[Change]:
     "The files of a case, mended; all or none of them"
     place = (case.dataset, case.id)
     known = {*MENDERS, *ROUNDED, *REWRITTEN, "channel-extra"}
@@ -1257,10 +1248,7 @@ def prune_annotated(source: Path, target: Path, kept: set[str], name: str) -> li
 def describe(layout: Layout, target: Path) -> list[Change]:
     "Everything in a data set's folder but the volumes"
     changes, tail = [], f"_0000{layout.declared.ending}"
-    ids = [
-        {path.name.removesuffix(tail) for path in target.glob(f"images{part}/*{tail}")}
-        for part in ("Tr", "Ts")
-    ]
+    ids = [{path.name.removesuffix(tail) for path in target.glob(f"images{part}/*{tail}")} for part in ("Tr", "Ts")]
     number = len(ids[0])
     for path in sorted(layout.folder.iterdir()):
         new = target / path.name
@@ -1281,9 +1269,7 @@ WHOLE = ("folder-missing", "dataset-missing", "dataset-json", "dataset-keys", "l
 ASIDE = ("leak-id", "leak-content", "splits-overlap", "splits-unknown", "annotated-unknown")  # No fault of the case's files
 
 
-def fix_set(
-    layout: Layout, table: pd.DataFrame, target: Path, workers: int, tolerance: float
-) -> list[Change]:
+def fix_set(layout: Layout, table: pd.DataFrame, target: Path, workers: int, tolerance: float) -> list[Change]:
     "A mended copy of the cases of one data set; nothing if the set cannot be understood"
     own = table[table.dataset == layout.name]
     broken = own[own.code.isin(WHOLE)]
@@ -1297,10 +1283,7 @@ def fix_set(
     for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
         if (layout.folder / folder).is_dir():
             (target / folder).mkdir(parents=True, exist_ok=True)
-    items = {
-        case.key: (case, faults.get((case.part, case.id), []), layout.declared, target, tolerance)
-        for case in layout.cases
-    }
+    items = {case.key: (case, faults.get((case.part, case.id), []), layout.declared, target, tolerance) for case in layout.cases}
     changes = [change for done in for_all(mend_case, items, workers, "copies").values() for change in done]
     for row in own[own.code.isin(["channel-extra", "stray-file"])].itertuples():
         changes.append(Change(layout.name, row.case, row.file, "left out", row.code, "the file alone"))
@@ -1370,9 +1353,7 @@ def check_target(data: Path, out: Path) -> None:
     "ValueError or FileExistsError unless `out` is new and apart from `data`"
     here, there = data.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
-        raise ValueError(
-            f"{out} and {data} lie in each other: give a folder elsewhere, originals are never touched"
-        )
+        raise ValueError(f"{out} and {data} lie in each other: give a folder elsewhere, originals are never touched")
     check_output(out, NEW)
 
 
@@ -1389,14 +1370,10 @@ def fix(
     check_target(data, out)
     before = report or doctor(data, workers=workers, task=task)
     if not before.voxels:
-        raise ValueError(
-            "the report is of headers only: call doctor without quick, a copy should be known whole"
-        )
+        raise ValueError("the report is of headers only: call doctor without quick, a copy should be known whole")
     layouts = [survey(folder, task) for folder in find_sets(data, task)]
     if {layout.name for layout in layouts} != set(before.sets):
-        raise ValueError(
-            f"the report is of {', '.join(before.sets)}, not of {data}: call doctor for this folder"
-        )
+        raise ValueError(f"the report is of {', '.join(before.sets)}, not of {data}: call doctor for this folder")
     alone = [layout.folder for layout in layouts] == [data]
     with atomic_folder(out) as copy:
         targets = {layout.name: copy if alone else copy / layout.name for layout in layouts}

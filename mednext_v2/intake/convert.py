@@ -19,32 +19,23 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from mednext_v2.core import (
-    ItemsFailed, Kind, atomic_file, check_output, fingerprint_of, for_all, held, read_json, sha256, write_csv, write_json,
-)
-from mednext_v2.intake.dicom import (
-    draw_structures,
-    find_series,
-    label_values,
-    newest_structure_set,
-    read_series,
-    structure_names,
-)
+from ..core import ItemsFailed, Kind, atomic_file, check_output, fingerprint_of, for_all, held, read_json, sha256, write_csv, write_json
+from .dicom import draw_structures, find_series, label_values, newest_structure_set, read_series, structure_names
 from mednext_v2.data.scans import (
-    BadFile, Volume, as_float32, check_finite, distinct, present_values, read_header, read_scan, same_grid, smallest_type, stored_files, write_volume,
+    BadFile,
+    Volume,
+    as_float32,
+    check_finite,
+    distinct,
+    present_values,
+    read_header,
+    read_scan,
+    same_grid,
+    smallest_type,
+    stored_files,
+    write_volume,
 )
-from mednext_v2.data.datasets import (
-    ANNOTATED,
-    Task,
-    file_ending,
-    join_labels,
-    load_tasks,
-    partial_cases,
-    patient_of,
-    raw_task,
-    read_folds,
-    write_dataset,
-)
+from ..data.datasets import ANNOTATED, Task, file_ending, join_labels, load_tasks, partial_cases, patient_of, raw_task, read_folds, write_dataset
 
 # %% ../../nbs/intake/20_convert.ipynb #origin
 @dataclass(frozen=True)
@@ -105,13 +96,7 @@ def pairs(
 ) -> dict[str, Origin]:  # By case id
     "Cases of two folders; one that lacks image or label is planned with the path it should have"
     return unite(
-        {
-            safe_id(prefix + stem): Origin(
-                (images / f"{stem}{image_tail}",),
-                (labels / f"{stem}{label_tail}",) if labels else (),
-                split,
-            )
-        }
+        {safe_id(prefix + stem): Origin((images / f"{stem}{image_tail}",), (labels / f"{stem}{label_tail}",) if labels else (), split)}
         for stem in sorted(stems(images, image_tail) | stems(labels, label_tail), key=natural)
     )
 
@@ -122,9 +107,7 @@ def unite(plans) -> dict[str, Origin]:
     for plan in plans:
         for id, origin in plan.items():
             if id in united:
-                raise ValueError(
-                    f"{united[id].images[0]} and {origin.images[0]} would both be case {id}: rename one"
-                )
+                raise ValueError(f"{united[id].images[0]} and {origin.images[0]} would both be case {id}: rename one")
             united[id] = origin
     return united
 
@@ -149,10 +132,7 @@ def guard(
         raise FileNotFoundError(f"{missing[0]}{more} is missing: get it again, or leave the case out (skip)")
     for path in (*origin.images, *origin.label, *files_of(origin)):
         if not path.resolve().is_relative_to(source.resolve()):
-            raise ValueError(
-                f"{path} is a link to a place outside of {source}, which is not followed: "
-                "put the file itself there"
-            )
+            raise ValueError(f"{path} is a link to a place outside of {source}, which is not followed: put the file itself there")
 
 # %% ../../nbs/intake/20_convert.ipynb #grid
 def moved(
@@ -177,10 +157,7 @@ def relabel(
     unknown = [value for value in raw if value not in table]
     if unknown:
         values = ", ".join(f"{value:g}" for value in unknown[:5])
-        raise ValueError(
-            f"{path} has label {values}, which is not declared (known: {ranges(table)}): "
-            "correct the file, or leave the case out (skip)"
-        )
+        raise ValueError(f"{path} has label {values}, which is not declared (known: {ranges(table)}): correct the file, or leave the case out (skip)")
     lost = [int(value) for value in raw if value and not table[value]]
     notes = [f"raw value {', '.join(map(str, lost))} taken as background"] if lost else []
     if all(table[value] == value for value in raw):
@@ -214,10 +191,7 @@ def compact(
     return as_float32(voxels, path)
 
 # %% ../../nbs/intake/20_convert.ipynb #read-files
-def read_channels(
-    origin: Origin,
-    tolerance: float | None,
-) -> tuple[list[Volume], list[str]]:  # Channels on one grid, notes
+def read_channels(origin: Origin, tolerance: float | None) -> tuple[list[Volume], list[str]]:  # Channels on one grid, notes
     "The images of a case; ValueError if one cannot be read, has NaN, or lies elsewhere than the first"
     volumes, notes = [], []
     for path in origin.images:
@@ -296,10 +270,7 @@ def merge_parts(
         for target, slab in zip(merged, volume.voxels):
             held = distinct(slab)
             if unknown := [value for value in held if value not in range(len(ranks[group]))]:
-                raise ValueError(
-                    f"{part} has label {unknown[0]:g}, but group {group} has 0-{CADS_GROUPS[group]}: "
-                    "get it again"
-                )
+                raise ValueError(f"{part} has label {unknown[0]:g}, but group {group} has 0-{CADS_GROUPS[group]}: get it again")
             seen.update(ranks[group][held.astype(np.intp)].tolist())
             np.maximum(target, ranks[group][slab.astype(np.intp)], out=target)
         del volume, slab  # Before the next part is read
@@ -474,18 +445,14 @@ def plan_ctspine1k(
     root = first_folder(source, "raw_data", ".")
     volumes, labels = root / "volumes", root / "labels"
     names = {p.name for top in (volumes, labels) if top.is_dir() for p in top.iterdir() if p.is_dir()}
-    plan = unite(
-        pairs(volumes / name, ".nii.gz", labels / name, "_seg.nii.gz", prefix=f"{name}_")
-        for name in sorted(names)
-    )
+    plan = unite(pairs(volumes / name, ".nii.gz", labels / name, "_seg.nii.gz", prefix=f"{name}_") for name in sorted(names))
     inside = [source / "metadata" / "data_split.txt", source / "data_split.txt"]
     path = Path(split_list) if split_list else next((p for p in inside if p.is_file()), inside[0])
     if not plan or (task.split != "files" and not path.is_file()):
         return plan
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing: it holds the authors' split. Get it from github.com/MIRACLE-Center/"
-            "CTSpine1K, and put it there or give it as split_list"
+            f"{path} is missing: it holds the authors' split. Get it from github.com/MIRACLE-Center/CTSpine1K, and put it there or give it as split_list"
         )
     published = read_spine_split(path)
     splits = {id: published.get(spine_name(origin.images[0].name), "excluded") for id, origin in plan.items()}
@@ -568,12 +535,7 @@ def plan_btcv(source: Path, task: Task) -> dict[str, Origin]:
     for kind in ("img", "label"):
         for stem in stems(training / kind, ".nii.gz"):
             found.setdefault(stem.removeprefix(kind), training)
-    plan = {
-        f"img{number}": Origin(
-            (training / "img" / f"img{number}.nii.gz",), (training / "label" / f"label{number}.nii.gz",)
-        )
-        for number in sorted(found)
-    }
+    plan = {f"img{number}": Origin((training / "img" / f"img{number}.nii.gz",), (training / "label" / f"label{number}.nii.gz",)) for number in sorted(found)}
     testing = root / "Testing" / "img"
     return plan | pairs(testing, ".nii.gz", None, "", "test")
 
@@ -953,61 +915,29 @@ CONVERTERS = {
         plan_cads,
         read_cads,
     ),
-    "pediatric_ct_seg": Converter(
-        "DICOM files of TCIA in any folders: CT series and the RTSTRUCT that refer to them",
-        plan_pediatric,
-        read_pediatric,
-    ),
+    "pediatric_ct_seg": Converter("DICOM files of TCIA in any folders: CT series and the RTSTRUCT that refer to them", plan_pediatric, read_pediatric),
     "skm_tea": Converter(
-        "image_files/MTR_xxx.h5 with echo1, echo2 and seg, annotations/v1.0.0/{train,val,test}.json, "
-        "and perhaps segmentation_masks/dicom-track/MTR_xxx.nii.gz",
+        "image_files/MTR_xxx.h5 with echo1, echo2 and seg, annotations/v1.0.0/{train,val,test}.json, and perhaps segmentation_masks/dicom-track/MTR_xxx.nii.gz",
         plan_skm_tea,
         read_knee,
     ),
-    "toothfairy2": Converter(
-        "Dataset112_ToothFairy2 with imagesTr/<id>_0000.mha and labelsTr/<id>.mha",
-        plan_toothfairy2,
-        read_cbct,
-    ),
-    "toothfairy3": Converter(
-        "ToothFairy3 with imagesTr/<id>_0000.nii.gz and labelsTr/<id>.nii.gz", plan_toothfairy3, read_cbct
-    ),
+    "toothfairy2": Converter("Dataset112_ToothFairy2 with imagesTr/<id>_0000.mha and labelsTr/<id>.mha", plan_toothfairy2, read_cbct),
+    "toothfairy3": Converter("ToothFairy3 with imagesTr/<id>_0000.nii.gz and labelsTr/<id>.nii.gz", plan_toothfairy3, read_cbct),
     "brainmetshare": Converter(
-        "mets_stanford_release_train/<case>/{0,1,2,3,seg} with one picture a slice; test cases lack seg",
-        plan_brainmetshare,
-        read_slice_case,
+        "mets_stanford_release_train/<case>/{0,1,2,3,seg} with one picture a slice; test cases lack seg", plan_brainmetshare, read_slice_case
     ),
     "panther": Converter("PANTHER_Task1/{ImagesTr/<id>_0000.mha,LabelsTr/<id>.mha}", plan_panther),
     "panther_t2": Converter("PANTHER_Task2/{ImagesTr/<id>_0000.mha,LabelsTr/<id>.mha}", plan_panther),
     "ctspine1k": Converter(
-        "raw_data/volumes/<collection>/<scan>.nii.gz, raw_data/labels/<collection>/<scan>_seg.nii.gz and "
-        "metadata/data_split.txt",
-        plan_ctspine1k,
+        "raw_data/volumes/<collection>/<scan>.nii.gz, raw_data/labels/<collection>/<scan>_seg.nii.gz and metadata/data_split.txt", plan_ctspine1k
     ),
-    "amos": Converter(
-        "amos22 with imagesTr/amos_0001.nii.gz, labelsTr/amos_0001.nii.gz, imagesVa, labelsVa and imagesTs",
-        plan_amos,
-    ),
+    "amos": Converter("amos22 with imagesTr/amos_0001.nii.gz, labelsTr/amos_0001.nii.gz, imagesVa, labelsVa and imagesTs", plan_amos),
     "kits": Converter("case_00000/{imaging,segmentation}.nii.gz, perhaps below dataset/", plan_kits),
-    "lits": Converter(
-        "volume-0.nii and segmentation-0.nii in any folders, perhaps test-volume-0.nii", plan_lits
-    ),
-    "btcv": Converter(
-        "RawData/Training/{img/img0001.nii.gz,label/label0001.nii.gz}, perhaps RawData/Testing/img", plan_btcv
-    ),
-    "acdc": Converter(
-        "training/patient001/{Info.cfg,patient001_frame01.nii.gz,patient001_frame01_gt.nii.gz}, "
-        "the same in testing",
-        plan_acdc,
-    ),
-    "brats": Converter(
-        "BraTS2021_00000/BraTS2021_00000_{t1,t1ce,t2,flair,seg}.nii.gz, in any folders", plan_brats
-    ),
-    "raw": Converter(
-        "DatasetNNN_Name with dataset.json, imagesTr/<case>_0000.nii.gz and labelsTr/<case>.nii.gz",
-        plan_raw,
-        read_raw,
-    ),
+    "lits": Converter("volume-0.nii and segmentation-0.nii in any folders, perhaps test-volume-0.nii", plan_lits),
+    "btcv": Converter("RawData/Training/{img/img0001.nii.gz,label/label0001.nii.gz}, perhaps RawData/Testing/img", plan_btcv),
+    "acdc": Converter("training/patient001/{Info.cfg,patient001_frame01.nii.gz,patient001_frame01_gt.nii.gz}, the same in testing", plan_acdc),
+    "brats": Converter("BraTS2021_00000/BraTS2021_00000_{t1,t1ce,t2,flair,seg}.nii.gz, in any folders", plan_brats),
+    "raw": Converter("DatasetNNN_Name with dataset.json, imagesTr/<case>_0000.nii.gz and labelsTr/<case>.nii.gz", plan_raw, read_raw),
 }
 
 
@@ -1143,10 +1073,7 @@ def wrong_layout(source: Path, name: str) -> ValueError:
     "An error that says what was expected and what was found"
     found = sorted((p.name for p in source.iterdir()), key=natural)
     listed = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
-    return ValueError(
-        f"{source} is not {name} as published: expected {CONVERTERS[name].layout}; "
-        f"found {listed or 'nothing'}"
-    )
+    return ValueError(f"{source} is not {name} as published: expected {CONVERTERS[name].layout}; found {listed or 'nothing'}")
 
 
 def make_plan(
@@ -1213,10 +1140,7 @@ def describe(
     written = [path for top in ("images", "labels") for path in folder.glob(f"{top}T[rs]/*")]
     there = {path.relative_to(folder).as_posix() for path in written}
     if strange := sorted(there - made):
-        raise ValueError(
-            f"{folder} holds {len(strange)} files that this conversion did not make, as {strange[0]}: "
-            "move them away"
-        )
+        raise ValueError(f"{folder} holds {len(strange)} files that this conversion did not make, as {strange[0]}: move them away")
     root = source if is_raw(source) else source / task.folder
     ids = {split: [row["case"] for row in rows if row["split"] == split] for split in ("train", "val")}
     splits = folder / "splits_final.json"
@@ -1279,11 +1203,7 @@ def convert_plan(
     "Every case of a plan, then the files that describe them"
     import pandas as pd
 
-    jobs = {
-        id: (id, origin, task, converter, source, folder, tolerance)
-        for id, origin in plan.items()
-        if origin.split != "excluded"
-    }
+    jobs = {id: (id, origin, task, converter, source, folder, tolerance) for id, origin in plan.items() if origin.split != "excluded"}
     failed = None
     try:
         rows = for_all(convert_case, jobs, workers, f"convert {task.name}" if progress else "")

@@ -138,9 +138,7 @@ KEYWORDS = (
 ).split()
 
 
-def dicom_headers(
-    folder: str | Path,
-) -> Iterator[tuple]:  # Path and Dataset
+def dicom_headers(folder: str | Path) -> Iterator[tuple]:  # Path and Dataset
     "The DICOM files below a folder, whatever their names; links to folders are not followed"
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder} is no folder: give the one that holds the DICOM files")
@@ -213,13 +211,7 @@ class Slice:
         return self.slope == 1 and self.intercept.is_integer()
 
 
-GEOMETRY = {
-    "Rows": 1,
-    "Columns": 1,
-    "PixelSpacing": 2,
-    "ImageOrientationPatient": 6,
-    "ImagePositionPatient": 3,
-}
+GEOMETRY = {"Rows": 1, "Columns": 1, "PixelSpacing": 2, "ImageOrientationPatient": 6, "ImagePositionPatient": 3}
 RESCALE = ("RescaleSlope", "RescaleIntercept")
 OTHERS = ("SeriesInstanceUID", "Modality", "NumberOfFrames", "SamplesPerPixel")
 
@@ -250,10 +242,7 @@ def read_slice(path: str | Path) -> Slice:
     return Slice(Path(path), *words, size, spacing, along, corner, float(slope), float(intercept))
 
 
-def numbers_of(
-    header,
-    keyword: str,
-) -> np.ndarray:  # (n,); empty if absent, or if one is NaN or infinite
+def numbers_of(header, keyword: str) -> np.ndarray:  # (n,); empty if absent, or if one is NaN or infinite
     "The numbers of a header's element"
     stored = header.get(keyword)
     numbers = np.array([] if stored is None or stored == "" else stored, dtype=float).reshape(-1)
@@ -284,10 +273,7 @@ def check_stack(
     names = [os.path.relpath(one.path, folder) for one in slices]
     pairs = [f"{first} and {second}" for first, second in zip(names, names[1:])]
     if len(twice := np.flatnonzero(gaps < 1e-3)):
-        raise ValueError(
-            f"{folder}: {pairs[twice[0]]} lie at the same position ({len(twice)} such pairs): "
-            "remove copies, or separate the acquisitions"
-        )
+        raise ValueError(f"{folder}: {pairs[twice[0]]} lie at the same position ({len(twice)} such pairs): remove copies, or separate the acquisitions")
     step, start = np.polyfit(np.arange(len(heights)), heights, 1)
     if np.abs(heights - start - step * np.arange(len(heights))).max() > 0.1 * step:
         steps, widest = gaps / np.median(gaps), pairs[int(np.argmax(gaps))]
@@ -309,8 +295,7 @@ def check_tilt(
     if drift > 0.5 * slices[0].spacing.min():
         angle = np.degrees(np.arctan2(drift, abs(way @ normal)))
         raise ValueError(
-            f"{slices[0].path.parent}: the gantry is tilted by {angle:.1f} degrees, voxels are no boxes: "
-            "resample the series (dcm2niix does), or leave it out"
+            f"{slices[0].path.parent}: the gantry is tilted by {angle:.1f} degrees, voxels are no boxes: resample the series (dcm2niix does), or leave it out"
         )
 
 # %% ../../nbs/intake/10_dicom.ipynb #stack
@@ -382,10 +367,7 @@ def read_series(
     return Volume(np.ascontiguousarray(image.dataobj), image.affine)
 
 # %% ../../nbs/intake/10_dicom.ipynb #plain-name
-SIDES = {
-    **dict.fromkeys(("l", "lt", "lef", "left"), "left"),
-    **dict.fromkeys(("r", "rt", "rig", "right"), "right"),
-}
+SIDES = {**dict.fromkeys(("l", "lt", "lef", "left"), "left"), **dict.fromkeys(("r", "rt", "rig", "right"), "right")}
 
 
 def plain_name(
@@ -484,8 +466,7 @@ def label_values(
     unknown = [name for name in found if plain_name(name) not in table]
     if unknown and others == "raise":
         raise ValueError(
-            f"{path} has structures {', '.join(map(repr, unknown))} that the table of names lacks: "
-            "add each with its value, or with None to leave it out"
+            f"{path} has structures {', '.join(map(repr, unknown))} that the table of names lacks: add each with its value, or with None to leave it out"
         )
     values = {name: table.get(plain_name(name)) for name in found}
     return {name: value for name, value in values.items() if value is not None}
@@ -513,8 +494,7 @@ def planes_of(
             raise ValueError(f"{where}: a contour crosses slices: export the structures on the scan's slices")
         if off[i] > 0.51:
             raise ValueError(
-                f"{where}: a contour lies {off[i]:.1f} slices outside the scan: "
-                "the structure set belongs to another series, or slices are missing"
+                f"{where}: a contour lies {off[i]:.1f} slices outside the scan: the structure set belongs to another series, or slices are missing"
             )
         index, flat = nearest[i], np.delete(curves[i], axis, axis=1)
         if abs(kept.setdefault(index, heights[i]) - heights[i]) <= 0.1:  # Not of a plane further off

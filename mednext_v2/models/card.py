@@ -19,9 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import __version__
-from mednext_v2.core import (
-    GROUPS, SCHEMES, Kind, are_lengths, atomic_folder, build, frozen, is_patch, read_json, sha256, shown, write_json,
-)
+from ..core import GROUPS, SCHEMES, Kind, are_lengths, atomic_folder, build, frozen, is_patch, read_json, sha256, shown, write_json
 
 # %% ../../nbs/models/20_card.ipynb #check-card
 MOST_CHANNELS, MOST_CLASSES = 1024, 65_535  # Of a network's input; values that a label map of 16 bits holds
@@ -274,10 +272,7 @@ def read_state(
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file ({error})") from None
-    raise ValueError(
-        f"{path} is {what_is_wrong(path)}: sha256 {found[:12]}, card.json says {card.sha256[:12] or 'nothing'}; "
-        "copy the model folder again"
-    )
+    raise ValueError(f"{path} is {what_is_wrong(path)}: sha256 {found[:12]}, card.json says {card.sha256[:12] or 'nothing'}; copy the model folder again")
 
 # %% ../../nbs/models/20_card.ipynb #report
 @dataclass(frozen=True)
@@ -322,11 +317,7 @@ class LoadReport:
         "One row a parameter: name, what became of it, its shape in model and source, and how"
         kinds = ("loaded", "adapted", "skipped", "missing")
         columns = ["name", "outcome", "model", "source", "note"]
-        rows = [
-            (name, kind, *self.shapes.get(name, (None, None)), self.notes.get(name, ""))
-            for kind in kinds
-            for name in getattr(self, kind)
-        ]
+        rows = [(name, kind, *self.shapes.get(name, (None, None)), self.notes.get(name, "")) for kind in kinds for name in getattr(self, kind)]
         return pd.DataFrame(rows, columns=columns)
 
     def require(

@@ -58,10 +58,7 @@ class PlainUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if x.ndim != 5 or x.shape[1] != self.in_channels or any(n % self.stride for n in x.shape[2:]):
-            raise ValueError(
-                f"input must be (B, {self.in_channels}, X, Y, Z) with sizes divisible by {self.stride}, "
-                f"got {tuple(x.shape)}"
-            )
+            raise ValueError(f"input must be (B, {self.in_channels}, X, Y, Z) with sizes divisible by {self.stride}, got {tuple(x.shape)}")
         features = [self.input_block(x)]
         for down in self.downsamples:
             features.append(down(features[-1]))
@@ -111,9 +108,7 @@ def optional(
         return import_module(module)
     except (ImportError, RuntimeError) as error:  # torchvision beside a torch that it was not built for: RuntimeError
         reason = str(error).partition("\n")[0]
-        raise ImportError(
-            f"{module} cannot be imported ({reason}): pip install 'mednext_v2[backbones]'"
-        ) from None
+        raise ImportError(f"{module} cannot be imported ({reason}): pip install 'mednext_v2[backbones]'") from None
 
 # %% ../../nbs/models/30_registry.ipynb #topology
 def topology(
@@ -138,10 +133,14 @@ def topology(
 
 # %% ../../nbs/models/30_registry.ipynb #nnunet
 NNUNET = {
-    "conv_op": "torch.nn.modules.conv.Conv3d", "conv_bias": True,
-    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d", "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-    "dropout_op": None, "dropout_op_kwargs": None,
-    "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True},
+    "conv_op": "torch.nn.modules.conv.Conv3d",
+    "conv_bias": True,
+    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "dropout_op": None,
+    "dropout_op_kwargs": None,
+    "nonlin": "torch.nn.LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
 }
 RESENC_BLOCKS = (1, 3, 4, *[6] * 10)  # Of each stage of the encoder, as nnU-Net's planner has them
 
@@ -170,11 +169,18 @@ def nnunet_options(
     if stages != len(strides):
         strides, kernels = (1,) + (2,) * (stages - 1), 3
     blocks = {"n_blocks_per_stage": RESENC_BLOCKS[:stages]} if residual else {"n_conv_per_stage": 2}
-    options = NNUNET | blocks | {
-        "n_stages": stages, "strides": strides, "kernel_sizes": kernels,
-        "features_per_stage": [min(320, 32 * 2**stage) for stage in range(stages)],
-        "n_conv_per_stage_decoder": 1 if residual else 2,
-    } | overrides
+    options = (
+        NNUNET
+        | blocks
+        | {
+            "n_stages": stages,
+            "strides": strides,
+            "kernel_sizes": kernels,
+            "features_per_stage": [min(320, 32 * 2**stage) for stage in range(stages)],
+            "n_conv_per_stage_decoder": 1 if residual else 2,
+        }
+        | overrides
+    )
     return options | {key: torch_class(options[key]) for key in ("conv_op", "norm_op", "dropout_op", "nonlin")}
 
 
@@ -195,9 +201,7 @@ def nnunet(
     network.apply(network.initialize)
     for level in range(0 if deep_supervision else len(network.decoder.seg_layers) - 1):
         network.decoder.seg_layers[level] = nn.Identity()
-    return declare(
-        network, in_channels, num_classes, deep_supervision, [prod(axis) for axis in zip(*network.encoder.strides)]
-    )
+    return declare(network, in_channels, num_classes, deep_supervision, [prod(axis) for axis in zip(*network.encoder.strides)])
 
 # %% ../../nbs/models/30_registry.ipynb #libraries
 def need_patch(
@@ -249,9 +253,7 @@ def primus(size, in_channels, num_classes, deep_supervision=False, patch=None, *
     width, depth, heads = PRIMUS[size]
     options = {"embed_dim": width, "eva_depth": depth, "eva_numheads": heads, "drop_path_rate": 0.2}
     options |= {"init_values": 0.1, "scale_attn_inner": True} | overrides
-    network = module.Primus(
-        in_channels, patch_embed_size=(8, 8, 8), num_classes=num_classes, input_shape=patch, **options
-    )
+    network = module.Primus(in_channels, patch_embed_size=(8, 8, 8), num_classes=num_classes, input_shape=patch, **options)
     return declare(network, in_channels, num_classes, deep_supervision, (8,) * 3, patch, auxiliary=False)
 
 
@@ -324,9 +326,15 @@ def mednext(
 
 # %% ../../nbs/models/30_registry.ipynb #unet-part
 UNET = Backbone(
-    "unet", "U-Net (nnU-Net)", PlainUNet, heads=("heads.",), stem=("input_block.conv1.",),
-    encoder=("input_block.", "downsamples.", "bottleneck."), decoder=("upsamples.",),
-    mini={"filters": (8, 16, 32, 64)}, package="monai",
+    "unet",
+    "U-Net (nnU-Net)",
+    PlainUNet,
+    heads=("heads.",),
+    stem=("input_block.conv1.",),
+    encoder=("input_block.", "downsamples.", "bottleneck."),
+    decoder=("upsamples.",),
+    mini={"filters": (8, 16, 32, 64)},
+    package="monai",
 )
 
 # %% ../../nbs/models/30_registry.ipynb #nnunet-entries
@@ -345,11 +353,17 @@ def nnunet_entry(
     owners, leaves = ("encoder.", "decoder.encoder."), ("conv.", "all_modules.0.")
     blocks = {"n_blocks_per_stage": (1, 1, 2, 2)} if residual else {}
     return Backbone(
-        name, title, partial(nnunet, residual), heads=("decoder.seg_layers.",),
+        name,
+        title,
+        partial(nnunet, residual),
+        heads=("decoder.seg_layers.",),
         stem=tuple(f"{owner}{first}.{leaf}" for owner in owners for leaf in leaves),
-        encoder=owners, decoder=("decoder.stages.", "decoder.transpconvs."), uses=("patch", "spacing"),
+        encoder=owners,
+        decoder=("decoder.stages.", "decoder.transpconvs."),
+        uses=("patch", "spacing"),
         mini={"n_stages": 4, "features_per_stage": (8, 16, 32, 48), **blocks},
-        published=published, package=DNA,
+        published=published,
+        package=DNA,
     )
 
 
@@ -364,9 +378,13 @@ NNUNET_ENTRIES = [
 STUNET_COUNTS = {"small": 14.60, "base": 58.26, "large": 440.30, "huge": 1457.33}
 STUNET_ENTRIES = [
     Backbone(
-        f"stunet_{size}", f"STU-Net-{size[0].upper()}", partial(stunet, size), heads=("seg_outputs.",),
+        f"stunet_{size}",
+        f"STU-Net-{size[0].upper()}",
+        partial(stunet, size),
+        heads=("seg_outputs.",),
         stem=("conv_blocks_context.0.0.conv1.", "conv_blocks_context.0.0.conv3."),
-        encoder=("conv_blocks_context.",), decoder=("conv_blocks_localization.", "upsample_layers."),
+        encoder=("conv_blocks_context.",),
+        decoder=("conv_blocks_localization.", "upsample_layers."),
         mini={"widths": (8, 16, 32, 48), "depths": (1,) * 4},
         published=Published(count, "README of uni-medical/STU-Net", num_classes=105, deep_supervision=True),
     )
@@ -380,35 +398,65 @@ TWO_STEMS = ("encoder1.layer.conv1.", "encoder1.layer.conv3.")
 def swin_entry(name: str, title: str, v2: bool, published: Published | None = None) -> Backbone:
     "The entry of a SwinUNETR; version 2 has a convolution before each stage"
     return Backbone(
-        name, title, partial(swin_unetr, use_v2=v2), heads=("out.",), stem=("swinViT.patch_embed.proj.", *TWO_STEMS),
-        encoder=("swinViT.", "encoder"), decoder=("decoder",), auxiliary=False,
-        mini={"feature_size": 12, "depths": (1, 1, 1, 1), "window_size": 4}, published=published, package="monai",
+        name,
+        title,
+        partial(swin_unetr, use_v2=v2),
+        heads=("out.",),
+        stem=("swinViT.patch_embed.proj.", *TWO_STEMS),
+        encoder=("swinViT.", "encoder"),
+        decoder=("decoder",),
+        auxiliary=False,
+        mini={"feature_size": 12, "depths": (1, 1, 1, 1), "window_size": 4},
+        published=published,
+        package="monai",
     )
 
 
 def primus_entry(size: str, published: Published | None = None) -> Backbone:
     "The entry of a Primus; channels of its decoder depend on the number of classes"
     return Backbone(
-        f"primus_{size}", f"Primus-{size.upper()}", partial(primus, size), heads=("up_projection.decode.2.",),
-        stem=("down_projection.",), encoder=("eva.",), decoder=("up_projection.decode.",),
-        uses=("patch",), auxiliary=False, mini={"embed_dim": 96, "eva_depth": 3, "eva_numheads": 4},
-        published=published, package=f"{DNA}, timm",
+        f"primus_{size}",
+        f"Primus-{size.upper()}",
+        partial(primus, size),
+        heads=("up_projection.decode.2.",),
+        stem=("down_projection.",),
+        encoder=("eva.",),
+        decoder=("up_projection.decode.",),
+        uses=("patch",),
+        auxiliary=False,
+        mini={"embed_dim": 96, "eva_depth": 3, "eva_numheads": 4},
+        published=published,
+        package=f"{DNA}, timm",
     )
 
 
 OTHER_ENTRIES = [
-    swin_entry("swin_unetr", "SwinUNETR", False, Published(
-        62.1, "MONAI research-contributions, SwinUNETR/BTCV", num_classes=14)),
+    swin_entry("swin_unetr", "SwinUNETR", False, Published(62.1, "MONAI research-contributions, SwinUNETR/BTCV", num_classes=14)),
     swin_entry("swin_unetr_v2", "SwinUNETR-v2", True),
     Backbone(
-        "unetr", "UNETR", unetr, heads=("out.",), stem=("vit.patch_embedding.patch_embeddings.", *TWO_STEMS),
-        encoder=("vit.", "encoder"), decoder=("decoder",), uses=("patch",), auxiliary=False,
-        mini={"hidden_size": 36, "mlp_dim": 72, "num_heads": 4, "feature_size": 4}, package="monai",
+        "unetr",
+        "UNETR",
+        unetr,
+        heads=("out.",),
+        stem=("vit.patch_embedding.patch_embeddings.", *TWO_STEMS),
+        encoder=("vit.", "encoder"),
+        decoder=("decoder",),
+        uses=("patch",),
+        auxiliary=False,
+        mini={"hidden_size": 36, "mlp_dim": 72, "num_heads": 4, "feature_size": 4},
+        package="monai",
     ),
     Backbone(
-        "segresnet", "SegResNet", segresnet, heads=("conv_final.2.",), stem=("convInit.",),
-        encoder=("down_layers.",), decoder=("up_layers.", "up_samples.", "conv_final.0."), auxiliary=False,
-        mini={"init_filters": 8, "blocks_down": (1, 1, 1, 1)}, package="monai",
+        "segresnet",
+        "SegResNet",
+        segresnet,
+        heads=("conv_final.2.",),
+        stem=("convInit.",),
+        encoder=("down_layers.",),
+        decoder=("up_layers.", "up_samples.", "conv_final.0."),
+        auxiliary=False,
+        mini={"init_filters": 8, "blocks_down": (1, 1, 1, 1)},
+        package="monai",
     ),
     primus_entry("s"),
     primus_entry("b"),
@@ -419,10 +467,7 @@ OTHER_ENTRIES = [
 KERNEL_5 = [mednext(preset, kernel=5) for preset in PRESETS if preset.startswith("v1_")]
 
 # %% ../../nbs/models/30_registry.ipynb #backbones
-BACKBONES: dict[str, Backbone] = {
-    entry.name: entry
-    for entry in [*map(mednext, PRESETS), UNET, *KERNEL_5, *NNUNET_ENTRIES, *STUNET_ENTRIES, *OTHER_ENTRIES]
-}
+BACKBONES: dict[str, Backbone] = {entry.name: entry for entry in [*map(mednext, PRESETS), UNET, *KERNEL_5, *NNUNET_ENTRIES, *STUNET_ENTRIES, *OTHER_ENTRIES]}
 
 # %% ../../nbs/models/30_registry.ipynb #plugins
 PLUGINS = "mednext_v2.backbones"

@@ -77,7 +77,7 @@ def check_volume(
     if fits and space == size:
         return
     wanted = f"of size {size}" if size else f"with sizes divisible by {strides}"
-    raise ValueError(f"input must be (B, {channels}, {', '.join('XYZ'[:len(strides)])}) {wanted}, got {tuple(shape)}")
+    raise ValueError(f"input must be (B, {channels}, {', '.join('XYZ'[: len(strides)])}) {wanted}, got {tuple(shape)}")
 
 # %% ../../nbs/models/10_stunet.ipynb #network
 def he_weights(module: nn.Module) -> None:
@@ -103,10 +103,7 @@ class STUNet(nn.Module):
         widths, depths = tuple(widths), tuple(depths)
         strides = ((2, 2, 2),) * (len(widths) - 1) if strides is None else tuple(map(tuple, strides))
         if not 2 <= len(widths) == len(depths) == len(strides) + 1 or min(widths + depths) < 1:
-            raise ValueError(
-                f"widths and depths need one positive number per level and strides one less, "
-                f"got {widths}, {depths} and {strides}"
-            )
+            raise ValueError(f"widths and depths need one positive number per level and strides one less, got {widths}, {depths} and {strides}")
         self.in_channels, self.num_classes, self.deep_supervision = in_channels, num_classes, deep_supervision
         self.strides = tuple(prod(axis) for axis in zip(*strides))  # Per axis
         self.stride = max(self.strides)
@@ -118,8 +115,7 @@ class STUNet(nn.Module):
         self.conv_blocks_localization = nn.ModuleList(map(residual_stage, doubled, fine, depths[-2::-1]))
         last = len(fine) - 1
         self.seg_outputs = nn.ModuleList(
-            nn.Conv3d(width, num_classes, 1) if deep_supervision or place == last else nn.Identity()
-            for place, width in enumerate(fine)
+            nn.Conv3d(width, num_classes, 1) if deep_supervision or place == last else nn.Identity() for place, width in enumerate(fine)
         )
         self.apply(he_weights)
 

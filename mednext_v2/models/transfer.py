@@ -107,9 +107,7 @@ def fit_head(
         numbers = sorted(channels.values())
         gaps = numbers != list(range(len(numbers)))  # Of several heads, only some channels may be named
         if numbers[-1] >= tensor.shape[axis] or not gaps and len(numbers) != tensor.shape[axis]:
-            raise ValueError(
-                f"{name}: the {what} has {tensor.shape[axis]} output channels, but {len(channels)} classes: {', '.join(channels)}"
-            )
+            raise ValueError(f"{name}: the {what} has {tensor.shape[axis]} output channels, but {len(channels)} classes: {', '.join(channels)}")
     if given.movedim(axis, 0).shape[1:] != fresh.movedim(axis, 0).shape[1:]:
         return None, "a head on other features"
     if given.shape == fresh.shape and sorted(rows) == [(row, row) for row in range(fresh.shape[axis])]:

@@ -37,9 +37,7 @@ class MedNeXtBlock(nn.Module):
         if grn not in (None, *STATS):
             raise ValueError(f"grn must be one of {', '.join(STATS)} or None, got {grn!r}")
         if checkpointing not in CHECKPOINTING:
-            raise ValueError(
-                f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}"
-            )
+            raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
         out_channels, expanded = out_channels or channels, ratio * channels
         self.grn, self.checkpointing = grn, checkpointing
         sampling = dict(stride=self.stride, padding=kernel // 2)

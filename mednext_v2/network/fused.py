@@ -419,9 +419,7 @@ BACKENDS: dict[str, Callable[[nn.Module, Tensor], Tensor | None]] = {}  # What c
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def ordinary(
-    *values: Tensor,
-) -> bool:
+def ordinary(*values: Tensor) -> bool:
     "May ways of our own be taken? Not if somebody records or transforms what is done, or a tensor has its own class"
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
         return False

@@ -38,8 +38,7 @@ def global_response_norm(
     expected = (1, x.shape[1]) + (1,) * (x.ndim - 2)
     if gamma.shape != expected or beta.shape != expected:
         raise ValueError(
-            f"gamma and beta must have shape {expected} for activations of shape {tuple(x.shape)}, "
-            f"got {tuple(gamma.shape)} and {tuple(beta.shape)}"
+            f"gamma and beta must have shape {expected} for activations of shape {tuple(x.shape)}, got {tuple(gamma.shape)} and {tuple(beta.shape)}"
         )
     scale = 1 + gamma * response(x, stat, eps)
     # `x` enters as it is: a widened copy would be kept for backward in mixed precision

@@ -32,9 +32,28 @@ __all__ = ['fused_form']
 # %% ../../nbs/network/30_kernels.ipynb #depthwise-kernel
 @jit
 def _depthwise_kernel(
-    x, weight, bias, y, means, squares, counts, IX, IY, IZ, OX, OY, OZ, C,
-    STRIDE: tl.constexpr, UP: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr, STATS: tl.constexpr,
-    BY: tl.constexpr, BZ: tl.constexpr, BC: tl.constexpr,
+    x,
+    weight,
+    bias,
+    y,
+    means,
+    squares,
+    counts,
+    IX,
+    IY,
+    IZ,
+    OX,
+    OY,
+    OZ,
+    C,
+    STRIDE: tl.constexpr,
+    UP: tl.constexpr,
+    FLIP: tl.constexpr,
+    BIAS: tl.constexpr,
+    STATS: tl.constexpr,
+    BY: tl.constexpr,
+    BZ: tl.constexpr,
+    BC: tl.constexpr,
 ):
     tile, n = tl.program_id(0), tl.program_id(2).to(tl.int64)
     tz, rest = tile % tl.cdiv(OZ, BZ), tile // tl.cdiv(OZ, BZ)
@@ -104,8 +123,24 @@ def depthwise(
     found = torch.empty(2, n, tiles if stats else 0, channels, device=x.device)
     counts = torch.empty(tiles if stats else 0, device=x.device)
     _depthwise_kernel[tiles, channels // columns, n](
-        x, weight, weight if bias is None else bias, y, found[0], found[1], counts, *sides, *size, channels,
-        STRIDE=2 if kind == "down" else 1, UP=kind == "up", FLIP=flip, BIAS=bias is not None, STATS=stats, BY=high, BZ=wide, BC=columns,
+        x,
+        weight,
+        weight if bias is None else bias,
+        y,
+        found[0],
+        found[1],
+        counts,
+        *sides,
+        *size,
+        channels,
+        STRIDE=2 if kind == "down" else 1,
+        UP=kind == "up",
+        FLIP=flip,
+        BIAS=bias is not None,
+        STATS=stats,
+        BY=high,
+        BZ=wide,
+        BC=columns,
     )
     if not stats:
         return y
@@ -117,9 +152,7 @@ def depthwise(
 
 # %% ../../nbs/network/30_kernels.ipynb #depthwise-weight
 @jit
-def _depthwise_weight_kernel(
-    x, grad, out, IX, IY, IZ, OX, OY, OZ, C, TILES: tl.constexpr, STRIDE: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
-):
+def _depthwise_weight_kernel(x, grad, out, IX, IY, IZ, OX, OY, OZ, C, TILES: tl.constexpr, STRIDE: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr):
     # Neighbours share their voxels and take three taps each, so that the second-level cache serves eight of nine
     pair, split, splits = tl.program_id(0) % 9, tl.program_id(0) // 9, tl.num_programs(0) // 9
     n, c = tl.program_id(2).to(tl.int64), tl.program_id(1) * BC + tl.arange(0, BC)
@@ -170,7 +203,7 @@ def depthwise_gradients(
     splits, tiles = shares(out.numel(), each, PROGRAMS * 8 // channels)
     found = torch.empty(n, splits, 27, channels, device=x.device)
     _depthwise_weight_kernel[9 * splits, channels // columns, n](
-        x, grad, found, *sides, *out, channels, TILES=tiles, STRIDE=1 if kind == "same" else 2, BV=each, BC=columns,
+        x, grad, found, *sides, *out, channels, TILES=tiles, STRIDE=1 if kind == "same" else 2, BV=each, BC=columns
     )
     return d_x, found.sum((0, 1)).t().reshape(weight.shape)
 
@@ -209,9 +242,7 @@ def _du(hat, grad, first, bias, second, pull, j, c, o, C: tl.constexpr, OUT: tl.
 
 
 @jit
-def _squares_kernel(
-    d, mean, rstd, first, bias, out, S, WIDE: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
-):
+def _squares_kernel(d, mean, rstd, first, bias, out, S, WIDE: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr):
     split, n = tl.program_id(0), tl.program_id(2).to(tl.int64)
     c, j = tl.arange(0, C), tl.program_id(1) * BW + tl.arange(0, BW)
     total = tl.zeros((BW,), tl.float32)
@@ -225,8 +256,22 @@ def _squares_kernel(
 
 @jit
 def _output_kernel(
-    d, shortcut, mean, rstd, first, bias, second, last, y, S,
-    WIDE: tl.constexpr, SHORTCUT: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
+    d,
+    shortcut,
+    mean,
+    rstd,
+    first,
+    bias,
+    second,
+    last,
+    y,
+    S,
+    WIDE: tl.constexpr,
+    SHORTCUT: tl.constexpr,
+    C: tl.constexpr,
+    OUT: tl.constexpr,
+    BM: tl.constexpr,
+    BW: tl.constexpr,
 ):
     rows, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1).to(tl.int64)
     c, o = tl.arange(0, C), tl.arange(0, OUT)
@@ -243,8 +288,7 @@ def _output_kernel(
 
 @jit
 def _grad_v_kernel(
-    d, grad, mean, rstd, first, bias, out, S,
-    WIDE: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
+    d, grad, mean, rstd, first, bias, out, S, WIDE: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr
 ):
     split, n = tl.program_id(0), tl.program_id(2).to(tl.int64)
     c, o, j = tl.arange(0, C), tl.arange(0, OUT), tl.program_id(1) * BW + tl.arange(0, BW)
@@ -259,8 +303,7 @@ def _grad_v_kernel(
 
 @jit
 def _grad_d_kernel(
-    d, grad, mean, rstd, first, bias, second, pull, back, d_d, S,
-    WIDE: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
+    d, grad, mean, rstd, first, bias, second, pull, back, d_d, S, WIDE: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr
 ):
     rows, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1).to(tl.int64)
     c, o = tl.arange(0, C), tl.arange(0, OUT)
@@ -276,8 +319,23 @@ def _grad_d_kernel(
 
 @jit
 def _grad_hat_kernel(
-    d, grad, mean, rstd, first, bias, second, pull, out, out_bias, S,
-    WIDE: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
+    d,
+    grad,
+    mean,
+    rstd,
+    first,
+    bias,
+    second,
+    pull,
+    out,
+    out_bias,
+    S,
+    WIDE: tl.constexpr,
+    TILES: tl.constexpr,
+    C: tl.constexpr,
+    OUT: tl.constexpr,
+    BM: tl.constexpr,
+    BW: tl.constexpr,
 ):
     split, n = tl.program_id(0), tl.program_id(2).to(tl.int64)
     c, o, j = tl.arange(0, C), tl.arange(0, OUT), tl.program_id(1) * BW + tl.arange(0, BW)
@@ -333,8 +391,16 @@ def expand(
         second, last = second * (1 + gamma * ratio)[..., None], torch.addmv(b2, w2, beta).expand(n, -1)
     y = torch.empty(n, out, *d.shape[2:], device=d.device, dtype=d.dtype, memory_format=torch.channels_last_3d)
     _output_kernel[cdiv(count, ROWS), n](
-        d, d if shortcut is None else shortcut, *common[1:], second.to(d.dtype).contiguous(), last.contiguous(), y, count,
-        SHORTCUT=shortcut is not None, OUT=out, **fixed,
+        d,
+        d if shortcut is None else shortcut,
+        *common[1:],
+        second.to(d.dtype).contiguous(),
+        last.contiguous(),
+        y,
+        count,
+        SHORTCUT=shortcut is not None,
+        OUT=out,
+        **fixed,
     )
     return y, norms
 
@@ -433,8 +499,21 @@ def run_block(
             shortcut = F.linear(seen, weight, res.bias.to(dtype)).permute(0, 4, 1, 2, 3)
     first, norm = block.conv2, block.norm
     y = Block.apply(
-        x, shortcut, block.conv1.weight, block.conv1.bias, kind, norm.eps, block.grn == "mean",
-        norm.weight, norm.bias, first.weight.flatten(1), first.bias, gamma, beta, second.weight.flatten(1), last,
+        x,
+        shortcut,
+        block.conv1.weight,
+        block.conv1.bias,
+        kind,
+        norm.eps,
+        block.grn == "mean",
+        norm.weight,
+        norm.bias,
+        first.weight.flatten(1),
+        first.bias,
+        gamma,
+        beta,
+        second.weight.flatten(1),
+        last,
     )
     if added is not None:
         y[:, :, ::2, ::2, ::2] += added
@@ -450,9 +529,7 @@ def available(
     return nvidia and triton is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 # %% ../../nbs/network/30_kernels.ipynb #fused-form
-def fused_form(
-    device: str | torch.device,
-) -> str | None:  # `cpu` or `cuda`; None for the plain form
+def fused_form(device: str | torch.device) -> str | None:  # `cpu` or `cuda`; None for the plain form
     "In whose fused form does a block run there?"
     kind = torch.device(device).type
     return kind if kind == "cpu" or available(device) else None

@@ -37,15 +37,11 @@ class Arch:
                 raise ValueError(f"{name} must be a list of positive whole numbers, got {values!r}")
             if len(values) < 3 or len(values) % 2 == 0:
                 raise ValueError(
-                    f"{name} must have an odd number of entries, 3 or more (encoder levels, "
-                    f"bottleneck, as many decoder levels), got {len(values)}: {values!r}"
+                    f"{name} must have an odd number of entries, 3 or more (encoder levels, bottleneck, as many decoder levels), got {len(values)}: {values!r}"
                 )
             object.__setattr__(self, name, tuple(map(int, values)))
         if len(self.depths) != len(self.ratios):
-            raise ValueError(
-                "depths and ratios must have equally many entries, "
-                f"got {len(self.depths)} and {len(self.ratios)}"
-            )
+            raise ValueError(f"depths and ratios must have equally many entries, got {len(self.depths)} and {len(self.ratios)}")
         if not _positive(self.width):
             raise ValueError(f"width must be a positive whole number, got {self.width!r}")
         if not _positive(self.kernel) or self.kernel % 2 == 0:
@@ -79,18 +75,13 @@ def check_input(
     if len(shape) != 5:
         raise ValueError(f"the network takes (N, C, X, Y, Z), five axes; got {len(shape)}: {shape}")
     if shape[1] != in_channels:
-        raise ValueError(
-            f"the network takes {in_channels} input channels, got {shape[1]} in shape {shape}"
-        )
+        raise ValueError(f"the network takes {in_channels} input channels, got {shape[1]} in shape {shape}")
     size, voxels = shape[2:], 1
     lower = tuple(max(side // stride, 1) * stride for side in size)
     upper = tuple(max(-(-side // stride), 1) * stride for side in size)
     if any(side % stride or not side for side in size):
         nearest = f"{lower} or {upper}" if lower != upper else f"{upper}"
-        raise ValueError(
-            f"the sides of a volume must be multiples of {stride}, got {size}; nearest: {nearest}; "
-            f"or see pad_to_stride(x, {stride})"
-        )
+        raise ValueError(f"the sides of a volume must be multiples of {stride}, got {size}; nearest: {nearest}; or see pad_to_stride(x, {stride})")
     for side in size:
         voxels *= side // stride
     if voxels < 2:

@@ -31,9 +31,7 @@ PRESETS: dict[str, Arch] = {
     "wide": Arch(width=64),
     "v1_small": Arch(depths=(2,) * 9, ratios=(2,) * 9, grn=None),
     "v1_base": Arch(depths=(2,) * 9, ratios=(2, 3, 4, 4, 4, 4, 4, 3, 2), grn=None),
-    "v1_medium": Arch(
-        depths=(3, 4, 4, 4, 4, 4, 4, 4, 3), ratios=(2, 3, 4, 4, 4, 4, 4, 3, 2), grn=None
-    ),
+    "v1_medium": Arch(depths=(3, 4, 4, 4, 4, 4, 4, 4, 3), ratios=(2, 3, 4, 4, 4, 4, 4, 3, 2), grn=None),
     "v1_large": Arch(grn=None),
 }
 
@@ -227,9 +225,7 @@ def estimate(
     waiting = [batch * size * count for count in _waiting(arch, patch, deep_supervision)]
     # while the gradients of weights come
     sizes = [4 * count_parameters(module) for module in model.modules() if isinstance(module, MedNeXtBlock)]
-    moments = (
-        sum(kept[: place + 2]) + working + waiting[place] + sum(sizes[place + 1 :]) for place, (_, working) in enumerate(costs)
-    )
+    moments = (sum(kept[: place + 2]) + working + waiting[place] + sum(sizes[place + 1 :]) for place, (_, working) in enumerate(costs))
     parameters, activations, peak = count_parameters(model), sum(kept) + head, max(moments)
     return Estimate(
         parameters=parameters,

@@ -171,7 +171,7 @@ def points_text(
     low: float,  # Ends of its interval
     high: float,
 ) -> str:  # In points, e.g. "+1.2 (−0.3 to +2.8)"
-    "A difference in words; NaN reads \"not available\""
+    'A difference in words; NaN reads "not available"'
     if not np.isfinite(value):
         return MISSING
     ends = f"{100 * low:+.1f} to {100 * high:+.1f}" if np.isfinite([low, high]).all() else f"interval {MISSING}"
@@ -211,8 +211,14 @@ def effects_shown(
     columns = ["start", "variant", "against", "metric", "difference (95 % interval)", "p (Wilcoxon)", "cases", "seeds"]
     rows = [
         (
-            row.init, row.variant.replace("_", " "), row.reference.replace("_", " "), row.metric.upper(),
-            points_text(row.difference, row.low, row.high), f"{row.p:.3f}", str(row.n), str(row.seeds),
+            row.init,
+            row.variant.replace("_", " "),
+            row.reference.replace("_", " "),
+            row.metric.upper(),
+            points_text(row.difference, row.low, row.high),
+            f"{row.p:.3f}",
+            str(row.n),
+            str(row.seeds),
         )
         for row in table.itertuples()
     ]

@@ -193,15 +193,35 @@ class Claim:
 
 
 CLAIMS = (
-    Claim(1, "Backbones that are routinely used for large-scale pretraining are often not the best choice.", "backbones", suboptimal,
-          (("MedNeXt-v2 Base", "scratch", "128"), ("nnU-Net", "scratch", ""))),
+    Claim(
+        1,
+        "Backbones that are routinely used for large-scale pretraining are often not the best choice.",
+        "backbones",
+        suboptimal,
+        (("MedNeXt-v2 Base", "scratch", "128"), ("nnU-Net", "scratch", "")),
+    ),
     Claim(2, "Benchmarks from scratch, made before scaling, predict performance after pretraining.", "scratch_predicts_pretrained", predicts),
-    Claim(3, "GRN with scaling of depth, width and context gives a better representation learner.", "scaling", representation,
-          (("MedNeXt-v2 Base", "pretrained", "192"), ("MedNeXt-v2 Base", "pretrained", "128"))),
-    Claim(4, "Pretrained on 18k CT, it beats seven publicly released pretrained models on six data sets.", "main_table", released,
-          (("MedNeXt-v2 Base", "pretrained", "192"), ("ResEnc-L", "pretrained", ""))),
-    Claim(5, "Stronger backbones give better results on similar data.", "main_table", stronger,
-          (("MedNeXt-v2 Base", "pretrained", "128"), ("ResEnc-L", "pretrained", ""))),
+    Claim(
+        3,
+        "GRN with scaling of depth, width and context gives a better representation learner.",
+        "scaling",
+        representation,
+        (("MedNeXt-v2 Base", "pretrained", "192"), ("MedNeXt-v2 Base", "pretrained", "128")),
+    ),
+    Claim(
+        4,
+        "Pretrained on 18k CT, it beats seven publicly released pretrained models on six data sets.",
+        "main_table",
+        released,
+        (("MedNeXt-v2 Base", "pretrained", "192"), ("ResEnc-L", "pretrained", "")),
+    ),
+    Claim(
+        5,
+        "Stronger backbones give better results on similar data.",
+        "main_table",
+        stronger,
+        (("MedNeXt-v2 Base", "pretrained", "128"), ("ResEnc-L", "pretrained", "")),
+    ),
     Claim(6, "Scaling the representation helps pathology more than organs.", "pathology", pathology),
     Claim(7, "Pretraining on one modality is negligible once all weights are fine-tuned.", "modality", modality),
 )
@@ -232,16 +252,15 @@ def ledger(
     known, rows = published(), []
     for claim in CLAIMS:
         found = claim.rule(tables)
-        numbers = dict(
-            effect=found.effect, low=found.low, high=found.high, of=found.detail, seeds=found.seeds, cases=found.cases, tasks=found.tasks
-        ) if found else dict.fromkeys("effect low high".split(), float("nan")) | dict(of="", seeds=0, cases=0, tasks=0)
+        numbers = (
+            dict(effect=found.effect, low=found.low, high=found.high, of=found.detail, seeds=found.seeds, cases=found.cases, tasks=found.tasks)
+            if found
+            else dict.fromkeys("effect low high".split(), float("nan")) | dict(of="", seeds=0, cases=0, tasks=0)
+        )
         rows.append(
             dict(claim=claim.number, says=claim.says, reported=reported(claim, known), rule=claim.rule.__doc__[3:], profile=profile)
             | numbers
-            | dict(
-                verdict=verdict(found, profile), notebook=f"nbs/paper/{claim.notebook}.ipynb",
-                command=f"make repro PROFILE={profile}",
-            )
+            | dict(verdict=verdict(found, profile), notebook=f"nbs/paper/{claim.notebook}.ipynb", command=f"make repro PROFILE={profile}")
         )
     return pd.DataFrame(rows)
 

@@ -39,10 +39,7 @@ def collect(
     return scores.reset_index(drop=True)
 
 # %% ../../nbs/report/15_collect.ipynb #main-models
-def main_models(
-    profile: str,
-    plan: Plan,
-) -> list[dict]:
+def main_models(profile: str, plan: Plan) -> list[dict]:
     "Rows of models.csv for the main runs"
     base, data, rows = root(), root() / "data/prepared" / profile, []
     counts = {name: len(Prepared(data / name).ids("train")) for name in (*plan.corpora, *plan.tasks)}
@@ -65,10 +62,7 @@ def main_models(
     return rows
 
 # %% ../../nbs/report/15_collect.ipynb #collect-tables
-def collect_tables(
-    profile: str,
-    plan: Plan,
-) -> dict[str, pd.DataFrame]:  # By name: ablations, models, features
+def collect_tables(profile: str, plan: Plan) -> dict[str, pd.DataFrame]:  # By name: ablations, models, features
     "Write ablations.csv, models.csv and features.csv of a profile from what its stages left"
     runs, out = root() / "runs" / profile, root() / "results" / profile
 

@@ -36,9 +36,7 @@ def settings(profile: str) -> dict:
         return read_yaml(compose_params(profile, Path(folder) / "params.yaml"))
 
 
-def trainings(
-    profile: str,
-) -> pd.DataFrame:  # stage, backbone, overrides, recipe, corpus or task, runs
+def trainings(profile: str) -> pd.DataFrame:  # stage, backbone, overrides, recipe, corpus or task, runs
     "All trainings that a profile asks for, those that differ in task and seed alone counted together"
     from mednext_v2.scoring.ablations import Variant, own_pretraining
     from mednext_v2.study.runs import Plan, finetuning_runs
@@ -106,15 +104,11 @@ def network_cost(
     if not hasattr(network, "arch"):
         return size.parameters, size.flops, float("nan")
     share = max(1, recipe.batch // processes // recipe.accumulate)
-    found = estimate(
-        network.arch, recipe.patch, share, recipe.precision, network.checkpointing, deep_supervision=recipe.deep_supervision
-    )
+    found = estimate(network.arch, recipe.patch, share, recipe.precision, network.checkpointing, deep_supervision=recipe.deep_supervision)
     return size.parameters, size.flops, found.total_bytes / 1e9
 
 # %% ../../nbs/report/60_forecast.ipynb #plan-table
-def plan_table(
-    profile: str,
-) -> pd.DataFrame:  # One row per stage, network and recipe
+def plan_table(profile: str) -> pd.DataFrame:  # One row per stage, network and recipe
     "Runs, steps, parameters, memory, storage and extrapolated A100 hours of a profile"
     from mednext_v2.training.recipe import Recipe
 
@@ -130,9 +124,19 @@ def plan_table(
         hours = flops * recipe.batch * recipe.steps / reference_rate()
         rows.append(
             dict(
-                stage=one.stage, backbone=one.backbone, runs=one.runs, steps=recipe.steps, patch="x".join(map(str, recipe.patch)),
-                batch=recipe.batch, parameters=parameters, gpus=processes, gpu_memory_gb=memory, gpu_hours_each=hours,
-                gpu_hours=hours * one.runs, kwh_at_most=hours * one.runs * A100_WATTS / 1000, storage_gb=4e-9 * parameters * one.runs,
+                stage=one.stage,
+                backbone=one.backbone,
+                runs=one.runs,
+                steps=recipe.steps,
+                patch="x".join(map(str, recipe.patch)),
+                batch=recipe.batch,
+                parameters=parameters,
+                gpus=processes,
+                gpu_memory_gb=memory,
+                gpu_hours_each=hours,
+                gpu_hours=hours * one.runs,
+                kwh_at_most=hours * one.runs * A100_WATTS / 1000,
+                storage_gb=4e-9 * parameters * one.runs,
             )
         )
     return pd.DataFrame(rows)
@@ -143,8 +147,11 @@ def plan_summary(
 ) -> pd.DataFrame:
     "One row per stage, and one for all of them"
     by = table.groupby("stage", sort=False).agg(
-        runs=("runs", "sum"), gpu_memory_gb=("gpu_memory_gb", "max"), gpu_hours=("gpu_hours", "sum"),
-        kwh_at_most=("kwh_at_most", "sum"), storage_gb=("storage_gb", "sum"),
+        runs=("runs", "sum"),
+        gpu_memory_gb=("gpu_memory_gb", "max"),
+        gpu_hours=("gpu_hours", "sum"),
+        kwh_at_most=("kwh_at_most", "sum"),
+        storage_gb=("storage_gb", "sum"),
     )
     total = by.sum()
     total["gpu_memory_gb"] = by.gpu_memory_gb.max()

@@ -57,9 +57,7 @@ def spread(
 
 # %% ../../nbs/report/40_power.ipynb #designs
 def designs(
-    spreads: Spread,
-    cases: Sequence[int] = (4, 8, 12, 24, 48, 96),
-    seeds: Sequence[int] = (1, 2, 3, 5, 10),
+    spreads: Spread, cases: Sequence[int] = (4, 8, 12, 24, 48, 96), seeds: Sequence[int] = (1, 2, 3, 5, 10)
 ) -> pd.DataFrame:  # cases, seeds, half_width (of a 95 % interval), detectable (with a power of 80 %)
     "Precision of every pair of numbers of cases and seeds"
     rows = []

@@ -167,10 +167,7 @@ def caption(
     worth = PROFILES.get(profile, "not the settings of the paper; not comparable with the reported column")
     number, grid = counts(scores), "prepared" in scores.get("grid", pd.Series()).unique()
     words = ("task", "test case", "class", "seed")
-    parts = [
-        f"{n} {word if n == 1 else word + ('es' if word[-1] == 's' else 's')}"
-        for word, n in zip(words, number.values())
-    ]
+    parts = [f"{n} {word if n == 1 else word + ('es' if word[-1] == 's' else 's')}" for word, n in zip(words, number.values())]
     return f"{text.rstrip('. ')}. Profile {profile}: {worth}{ON_PREPARED if grid else ''}. n = {', '.join(parts)}."
 
 # %% ../../nbs/report/10_tables.ipynb #score-text
@@ -182,7 +179,7 @@ def score_text(
     low: float = float("nan"),  # Ends of its interval, if there is one
     high: float = float("nan"),
 ) -> str:  # In percent, e.g. "71.2 (65.0–78.1)"
-    "A score in words; NaN reads \"not available\""
+    'A score in words; NaN reads "not available"'
     if not np.isfinite(value):
         return MISSING
     return f"{100 * value:.1f}" + (f" ({100 * low:.1f}–{100 * high:.1f})" if np.isfinite(low) else "")
@@ -290,18 +287,31 @@ def table_html(
     caption: str,  # Shown above it
     escape_cells: bool = True,  # False if the cells are HTML already
 ) -> str:  # A `<table>` with its style
-    "A table for a browser or a notebook; NaN reads \"not available\""
-    body = table.to_html(
-        index=False, na_rep=MISSING, border=0, float_format="{:.2f}".format, escape=escape_cells
-    ).replace(' halign="left"', "")
+    'A table for a browser or a notebook; NaN reads "not available"'
+    body = table.to_html(index=False, na_rep=MISSING, border=0, float_format="{:.2f}".format, escape=escape_cells).replace(' halign="left"', "")
     body = re.sub(r"<td>(?=[^<]{46})", '<td class="long">', body)
     head, rest = body.split(">", 1)
     return f"<style>{TABLE_STYLE}</style>\n{head}>\n  <caption>{escape(caption)}</caption>{rest}\n"
 
 # %% ../../nbs/report/10_tables.ipynb #latex
 LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}", "–": "--", "×": r"$\times$", "±": r"$\pm$", "·": r"$\cdot$", "³": r"\textsuperscript{3}", "−": "$-$", "≈": r"$\approx$",
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "–": "--",
+    "×": r"$\times$",
+    "±": r"$\pm$",
+    "·": r"$\cdot$",
+    "³": r"\textsuperscript{3}",
+    "−": "$-$",
+    "≈": r"$\approx$",
 }
 
 
@@ -317,7 +327,8 @@ def table_latex(
     caption: str,
     label: str,
 ) -> str:  # Needs \\usepackage{booktabs,graphicx}
-    "A table for LaTeX, as wide as the page at most; NaN reads \"not available\""
+    'A table for LaTeX, as wide as the page at most; NaN reads "not available"'
+
     def shown(value) -> str:
         if isinstance(value, float):
             return MISSING if np.isnan(value) else f"{value:.2f}"
@@ -333,9 +344,7 @@ def table_latex(
     # Sentences are set as paragraphs; scores with intervals are long too, and stay on a line
     sentences = [column.str.contains(r"[a-z]{2,} [a-z]{2,} .*[a-z]{2,}").any() and column.str.len().max() > 45 for _, column in text.items()]
     kinds = "".join("p{4cm}" if is_text else "l" for is_text in sentences)
-    lines = text.to_latex(
-        index=False, escape=False, caption=latex(caption), label=f"tab:{label}", position="tb", column_format=kinds, multicolumn_format="c"
-    )
+    lines = text.to_latex(index=False, escape=False, caption=latex(caption), label=f"tab:{label}", position="tb", column_format=kinds, multicolumn_format="c")
     if len(kinds) > 7:
         begin, end = r"\begin{tabular}", r"\end{tabular}"
         lines = lines.replace(begin, r"\resizebox{\linewidth}{!}{" + begin).replace(end, end + "}")
@@ -425,9 +434,7 @@ def _partners(ours: pd.DataFrame, theirs: pd.DataFrame) -> list:
             some = theirs[(theirs.backbone == row.backbone) & (theirs.start == row.start) & ~theirs.index.isin(list(partners.values()))]
             if same_patch:
                 some = some[some.reported_patch.astype("string") == str(row.side)]
-            twin = not same_patch and any(
-                (other.backbone, other.start) == (row.backbone, row.start) for other in ours[: row.Index].itertuples()
-            )
+            twin = not same_patch and any((other.backbone, other.start) == (row.backbone, row.start) for other in ours[: row.Index].itertuples())
             if row.Index not in partners and len(some) and not twin:
                 partners[row.Index] = some.index[0]
     return [partners.get(at) for at in ours.index]
@@ -439,8 +446,13 @@ def _reported_rows(reported: pd.DataFrame) -> pd.DataFrame:
     dsc, nsd = (reported[reported.metric == m].drop(columns=["metric", "known"]) for m in ("DSC", "NSD"))
     rows = dsc.merge(nsd[[*key, "value"]], on=key, suffixes=("_dsc", "_nsd"), sort=False)
     names = dict(
-        model="reported_model", pretraining="reported_pretraining", patch="reported_patch", init="start",
-        value_dsc="reported_dsc_percent", value_nsd="reported_nsd_percent", source="reported_source",
+        model="reported_model",
+        pretraining="reported_pretraining",
+        patch="reported_patch",
+        init="start",
+        value_dsc="reported_dsc_percent",
+        value_nsd="reported_nsd_percent",
+        source="reported_source",
     )
     return rows.rename(columns=names)
 
@@ -472,8 +484,7 @@ def main_table_shown(
     group = "reported in the paper: mean of its six data sets, %"
     columns[group, "model"] = [escape(t) if isinstance(t, str) else MISSING for t in table.reported_model]
     columns[group, "pretrained on"] = [
-        MISSING if not isinstance(m, str) else escape(t) if t else "–"
-        for m, t in zip(table.reported_model, table.reported_pretraining)
+        MISSING if not isinstance(m, str) else escape(t) if t else "–" for m, t in zip(table.reported_model, table.reported_pretraining)
     ]
     columns[group, "patch"] = [f"{p}³" if isinstance(p, str) and p else MISSING for p in table.reported_patch.astype("string").astype(object)]
     for metric in METRICS:

@@ -80,10 +80,7 @@ def read_ablation(
     "An ablation of `params.yaml`, and the plan it belongs to; ValueError names what does not exist"
     plan = read_plan(profile, ablation=name)
     described = params(f"ablations.{name}")
-    variants = {
-        key: build(Variant, values or {}, f"params.yaml:ablations.{name}.variants.{key}")
-        for key, values in described["variants"].items()
-    }
+    variants = {key: build(Variant, values or {}, f"params.yaml:ablations.{name}.variants.{key}") for key, values in described["variants"].items()}
     corpora = (*plan.corpora, *plan.further)
     for key, variant in variants.items():
         if variant.corpus and variant.corpus not in corpora:
@@ -127,9 +124,7 @@ class Training:
 
     def train(self, resources: Resources) -> None:
         "As `runs.train_one`"
-        train_one(
-            self.run, self.recipe, self.overrides, self.data, self.parent, self.out, self.curves, self.before, resources
-        )
+        train_one(self.run, self.recipe, self.overrides, self.data, self.parent, self.out, self.curves, self.before, resources)
 
 
 @cache
@@ -152,14 +147,20 @@ def model_row(
     changes = tuple((name, value) for name, value in card.overrides.items() if name != "patch")
     size = size_of(card.backbone, card.patch, card.in_channels, card.num_classes, changes)
     return about | dict(
-        backbone=card.backbone, init=card.init, seed=card.seed, patch="x".join(map(str, card.patch)), parameters=size.parameters,
-        flops=size.flops, steps=run["steps"], seconds=run["seconds"], peak_mib=round(1024 * run["peak_memory_gib"]), device=run["device"],
+        backbone=card.backbone,
+        init=card.init,
+        seed=card.seed,
+        patch="x".join(map(str, card.patch)),
+        parameters=size.parameters,
+        flops=size.flops,
+        steps=run["steps"],
+        seconds=run["seconds"],
+        peak_mib=round(1024 * run["peak_memory_gib"]),
+        device=run["device"],
     )
 
 
-MODEL_COLUMNS = (
-    "ablation variant profile role task backbone init seed patch parameters flops steps scans seconds peak_mib device"
-).split()
+MODEL_COLUMNS = ("ablation variant profile role task backbone init seed patch parameters flops steps scans seconds peak_mib device").split()
 
 # %% ../../nbs/scoring/30_ablations.ipynb #places
 @dataclass(frozen=True)
@@ -197,8 +198,14 @@ def pretrainings(
                 fewer_cases(places.data / corpus, variant.corpus_cases, data / corpus)
             part = Path("pretrain") / name / f"{corpus}-s0"
             made[key] = Training(
-                name, Run(plan.profile, variant.backbone, "scratch", corpus), recipe, {**own, **variant.overrides}, data,
-                folder / part, places.out / part, before=places.models / part,
+                name,
+                Run(plan.profile, variant.backbone, "scratch", corpus),
+                recipe,
+                {**own, **variant.overrides},
+                data,
+                folder / part,
+                places.out / part,
+                before=places.models / part,
             )
         found[name] = made[key]
     return found
@@ -223,8 +230,15 @@ def finetunings(
             for run in (Run(plan.profile, variant.backbone, start, task, seed) for task in ablation.tasks for seed in ablation.seeds):
                 part = Path("finetune") / name / start / run.name
                 yield Training(
-                    name, run, recipe, {**own, **variant.overrides}, places.data, folder / part, places.out / part,
-                    parent.out if isinstance(parent, Training) else parent, places.models / part,
+                    name,
+                    run,
+                    recipe,
+                    {**own, **variant.overrides},
+                    places.data,
+                    folder / part,
+                    places.out / part,
+                    parent.out if isinstance(parent, Training) else parent,
+                    places.models / part,
                 )
 
 # %% ../../nbs/scoring/30_ablations.ipynb #run-ablation
@@ -259,8 +273,14 @@ def run_ablation(
         )
         rows = [
             model_row(
-                one.out, one.curves, ablation=ablation.name, variant=one.variant, profile=plan.profile, role=role,
-                task=one.run.task, scans=len(Prepared(one.data / one.run.task).ids("train")),
+                one.out,
+                one.curves,
+                ablation=ablation.name,
+                variant=one.variant,
+                profile=plan.profile,
+                role=role,
+                task=one.run.task,
+                scans=len(Prepared(one.data / one.run.task).ids("train")),
             )
             for role, some in (("pretrain", first), ("finetune", tuned))
             for one in some

@@ -53,8 +53,7 @@ def raw_cases(
 
 # %% ../../nbs/scoring/10_evaluate.ipynb #evaluate-runs
 SCORE_COLUMNS = (
-    "profile task case label group backbone init patch seed dsc nsd hd95 volume_error lesion_f1 "
-    "n_voxels n_predicted n_lesions n_tp n_fp grid"
+    "profile task case label group backbone init patch seed dsc nsd hd95 volume_error lesion_f1 n_voxels n_predicted n_lesions n_tp n_fp grid"
 ).split()
 
 

@@ -36,9 +36,7 @@ def feature_statistics(
     share = torch.linalg.eigvalsh(flat @ flat.T).clamp_min(0).sqrt()
     share = share / share.sum()
     entropy = -(share * share.clamp_min(1e-30).log()).sum()
-    return dict(
-        cosine_distance=float(((1 - unit @ unit.T) / 2).mean()), effective_rank=float(entropy.exp()), dead_share=dead
-    )
+    return dict(cosine_distance=float(((1 - unit @ unit.T) / 2).mean()), effective_rank=float(entropy.exp()), dead_share=dead)
 
 # %% ../../nbs/scoring/40_features.ipynb #network-features
 FEATURE_COLUMNS = "layer depth channels cosine_distance effective_rank dead_share".split()
@@ -53,9 +51,7 @@ def look_at_channels(
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, MedNeXtBlock)}
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no MedNeXt block whose channels could be looked at")
-    handles = [
-        block.conv3.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0])) for name, block in blocks.items()
-    ]
+    handles = [block.conv3.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0])) for name, block in blocks.items()]
     try:
         with evaluating(model):
             model(images)

@@ -45,6 +45,4 @@ def run_released(
     backbone = read_card(parent).backbone
     runs = finetuning_runs(plan, backbone, name)
     train_runs(runs, recipe, {}, data, models / backbone, out / "curves", parent, compute["workers"], resources_of(compute))
-    return evaluate_runs(
-        runs, models / backbone, data, raw, out, overlap, **{key: compute[key] for key in ("device", "workers", "threads")}
-    )
+    return evaluate_runs(runs, models / backbone, data, raw, out, overlap, **{key: compute[key] for key in ("device", "workers", "threads")})

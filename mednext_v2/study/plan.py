@@ -44,9 +44,7 @@ def read_plan(
 ) -> Plan:
     "The plan in `params.yaml`; a ValueError if it is of another profile, or does not hold the stage's choice"
     if (composed := params("profile")) != profile:
-        raise ValueError(
-            f"params.yaml holds the profile {composed!r}, not {profile!r}: run `make repro PROFILE={profile}`"
-        )
+        raise ValueError(f"params.yaml holds the profile {composed!r}, not {profile!r}: run `make repro PROFILE={profile}`")
     plan = build(Plan, {"profile": profile, "seeds": params("seeds"), **params("axes")}, "params.yaml:axes")
     axis_of = {"backbone": "backbones", "init": "inits", "corpus": "corpora", "suite": "suites", "ablation": "ablations", "model": "released"}
     for name, value in choice.items():

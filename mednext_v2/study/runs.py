@@ -26,6 +26,7 @@ from ..training.trainer import Display
 @dataclass(frozen=True)
 class Run:
     "One model to train: which network, from what start, on which task"
+
     profile: str
     backbone: str
     init: str  # `scratch`, the corpus whose pretrained weights it starts from, or a released model
@@ -42,15 +43,9 @@ class Run:
         return f"{self.backbone} · {self.init} · {self.name}"
 
 
-def finetuning_runs(
-    plan: Plan,
-    backbone: str,
-    init: str,
-) -> list[Run]:
+def finetuning_runs(plan: Plan, backbone: str, init: str) -> list[Run]:
     "Every task, fold and seed of a backbone and a start"
-    return [
-        Run(plan.profile, backbone, init, task, seed, fold) for task in plan.tasks for fold in plan.folds_of(task) for seed in plan.seeds
-    ]
+    return [Run(plan.profile, backbone, init, task, seed, fold) for task in plan.tasks for fold in plan.folds_of(task) for seed in plan.seeds]
 
 
 def run_data(
@@ -125,8 +120,16 @@ def train_one(
         shutil.copytree(before, out)
         return read_csv(curves / "history.csv")
     history = train_in_processes(
-        resources, Start(parent, run.init), Display(title=run.label), data=str(run_data(run, data)), out=str(out),
-        backbone=run.backbone, recipe=asdict(recipe), folder=str(folder), overrides=overrides, seed=run.seed,
+        resources,
+        Start(parent, run.init),
+        Display(title=run.label),
+        data=str(run_data(run, data)),
+        out=str(out),
+        backbone=run.backbone,
+        recipe=asdict(recipe),
+        folder=str(folder),
+        overrides=overrides,
+        seed=run.seed,
         provenance=f"profile {run.profile}: ",
     )
     shutil.copytree(folder / "live", curves, dirs_exist_ok=True)
@@ -157,18 +160,11 @@ def train_runs(
 
     out, curves = Path(out), Path(curves)
     with atomic_folder(out, STAGE) as folder:
-        jobs = [
-            delayed(train_one)(
-                run, recipe, overrides, data, parent, folder / run.name, curves / run.name, out / run.name, resources
-            )
-            for run in runs
-        ]
+        jobs = [delayed(train_one)(run, recipe, overrides, data, parent, folder / run.name, curves / run.name, out / run.name, resources) for run in runs]
         histories = in_pool(jobs, workers)
     for run in runs:
         shutil.rmtree(run_folder(run, recipe, overrides, data, parent), ignore_errors=True)
-    return pd.concat(
-        [history.assign(run=run.name) for run, history in zip(runs, histories, strict=True)], ignore_index=True
-    )
+    return pd.concat([history.assign(run=run.name) for run, history in zip(runs, histories, strict=True)], ignore_index=True)
 
 # %% ../../nbs/study/30_runs.ipynb #learning-curves
 def learning_curves(

@@ -51,10 +51,7 @@ def load_seeds(
     path = seeds_folder(folder) / "manifest.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: git checkout -- data/seeds/manifest.yaml")
-    return {
-        name: build(Seed, {"name": name, **values}, f"{path.name}, seed {name!r}")
-        for name, values in read_yaml(path)["seeds"].items()
-    }
+    return {name: build(Seed, {"name": name, **values}, f"{path.name}, seed {name!r}") for name, values in read_yaml(path)["seeds"].items()}
 
 
 def verify_seeds(
@@ -69,9 +66,7 @@ def verify_seeds(
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing, expected SHA-256 {expected}: {remedy}")
             if (actual := sha256(path)) != expected:
-                raise ValueError(
-                    f"{path} was altered, expected SHA-256 {expected}, found {actual}: {remedy}"
-                )
+                raise ValueError(f"{path} was altered, expected SHA-256 {expected}, found {actual}: {remedy}")
     return seeds
 
 # %% ../../nbs/study/10_seeds.ipynb #seed-scan
@@ -211,10 +206,7 @@ CONTRAST = {
 }  # fmt: skip
 
 
-def add_contrast(
-    scan: SeedScan,
-    rng: np.random.Generator,
-) -> np.ndarray:  # float32, HU
+def add_contrast(scan: SeedScan, rng: np.random.Generator) -> np.ndarray:  # float32, HU
     "A scan without contrast agent as if some had been given"
     strength = rng.uniform(0, 1.1)
     rise = np.zeros(len(scan.names) + 1, np.float32)
@@ -622,14 +614,7 @@ def build_case(
     how = source.how_test if plan.split == "test" else source.how_train
     if plan.split == "test":
         how += "; not deformed" if plan.pristine else f"; {DEFORMED}"
-    return {
-        "case": plan.case,
-        "split": plan.split,
-        "source_scan": plan.scan,
-        "how": how,
-        "note": source.leakage,
-        "sha256": voxel_digest(image, label),
-    }
+    return {"case": plan.case, "split": plan.split, "source_scan": plan.scan, "how": how, "note": source.leakage, "sha256": voxel_digest(image, label)}
 
 
 def write_descriptions(
@@ -644,10 +629,7 @@ def write_descriptions(
     write_csv(folder / "provenance.csv", provenance)
 
 
-BUILT = Kind(
-    "data set of the mini suite", ("dataset.json", "provenance.csv"),
-    ("imagesTr", "imagesTs", "labelsTr", "labelsTs", "splits_final.json"),
-)
+BUILT = Kind("data set of the mini suite", ("dataset.json", "provenance.csv"), ("imagesTr", "imagesTs", "labelsTr", "labelsTs", "splits_final.json"))
 
 # %% ../../nbs/study/10_seeds.ipynb #build-task-part
 def build_task(
@@ -667,10 +649,7 @@ def build_task(
     used = {plan.scan for plan in plans}
     scans = {scan: read_seed(seeds_folder(seeds), entries[scan]) for scan in used}
     with atomic_folder(Path(out) / task.folder, BUILT) as folder:
-        rows = Parallel(n_jobs=workers)(
-            delayed(build_case)(plan, scans[plan.scan], task, folder, spacing or task.spacing, seed)
-            for plan in plans
-        )
+        rows = Parallel(n_jobs=workers)(delayed(build_case)(plan, scans[plan.scan], task, folder, spacing or task.spacing, seed) for plan in plans)
         provenance = pd.DataFrame(rows)
         write_descriptions(task, provenance, folder)
     return provenance

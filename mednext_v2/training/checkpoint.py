@@ -114,8 +114,7 @@ def save_checkpoint(
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises the latter
         reason = " ".join(str(error).split())[:200]
         raise OSError(
-            getattr(error, "errno", None) or errno.EIO,
-            f"{last} could not be written ({reason}); the checkpoint before it is whole. Make room, and start again",
+            getattr(error, "errno", None) or errno.EIO, f"{last} could not be written ({reason}); the checkpoint before it is whole. Make room, and start again"
         ) from error
 
 

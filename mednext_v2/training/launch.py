@@ -162,10 +162,7 @@ def command(
     return [*python, "agent", *together, *own, *rank]
 
 # %% ../../nbs/training/60_launch.ipynb #memory-now
-def cgroup_room(
-    root: Path = Path("/sys/fs/cgroup"),
-    own: Path = Path("/proc/self/cgroup"),
-) -> int | None:  # Bytes; None without a limit
+def cgroup_room(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:  # Bytes; None without a limit
     "What this process's control groups, version 1 or 2, still let it use"
     names = dict(v2=("memory.max", "memory.current", "inactive_file"))
     names["v1"] = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -245,10 +242,7 @@ def stacks_of(reports: dict[int, dict], folder: Path) -> str:
     return "\n".join(f"rank {rank}:\n{(folder / f'rank{rank}.stacks').read_text()}" for rank in reports)
 
 
-def kill(
-    child: subprocess.Popen,
-    reports: dict[int, dict],
-) -> None:
+def kill(child: subprocess.Popen, reports: dict[int, dict]) -> None:
     "End every rank with all it has started, then, if need be, what started the ranks"
     for pid, seen in {told["pid"]: told["time"] for told in reports.values()}.items():
         with suppress(psutil.Error):
@@ -318,9 +312,7 @@ def supervise(
     return None, first
 
 # %% ../../nbs/training/60_launch.ipynb #verdict
-STARVED = re.compile(
-    "signal: Killed|worker.* exited unexpectedly|reads ahead died|out of memory|allocate memory|bad_alloc|MemoryError", re.I
-).search
+STARVED = re.compile("signal: Killed|worker.* exited unexpectedly|reads ahead died|out of memory|allocate memory|bad_alloc|MemoryError", re.I).search
 
 
 def memory_note(
@@ -463,8 +455,13 @@ class Step:
         parameters = count_parameters(model)
         del outputs
         return Estimate(
-            parameters, self.batch * count_flops(model, self.patch), parameters * (4 if share == 1 else 6),
-            parameters * 4, parameters * 8, sum(sizes), 2 * max(sizes),
+            parameters,
+            self.batch * count_flops(model, self.patch),
+            parameters * (4 if share == 1 else 6),
+            parameters * 4,
+            parameters * 8,
+            sum(sizes),
+            2 * max(sizes),
         )
 
 # %% ../../nbs/training/60_launch.ipynb #dry
@@ -536,10 +533,7 @@ class Forecast:
         return step.cost().flops / self.speed
 
 
-def forecast(
-    step: Step,
-    device: str = "cpu",
-) -> Forecast:
+def forecast(step: Step, device: str = "cpu") -> Forecast:
     "Measure a dry step; RunEnded if even that does not fit"
     import torch
     from mednext_v2.network.kernels import fused_form
@@ -635,8 +629,7 @@ def check_memory(
     helps = suggest(measured.needed, step, room, show)
     advice = "\n  ".join(helps or ["nothing but a smaller network, or more memory"])
     raise ValueError(
-        f"a step of {step.network} needs about {need / 1e9:.2f} GB, but a process can have {room / 1e9:.2f} GB "
-        f"(device {device}). What fits:\n  {advice}"
+        f"a step of {step.network} needs about {need / 1e9:.2f} GB, but a process can have {room / 1e9:.2f} GB (device {device}). What fits:\n  {advice}"
     )
 
 # %% ../../nbs/training/60_launch.ipynb #main

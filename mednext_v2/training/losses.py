@@ -177,9 +177,7 @@ def check_annotated(
     "ValueError for a wrong shape or dtype, or if a sample shows a class that is not annotated in it"
     if annotated.shape != (len(label), num_classes) or annotated.dtype != torch.bool:
         shape, dtype = tuple(annotated.shape), annotated.dtype
-        raise ValueError(
-            f"annotated must be bool (samples, channels) = ({len(label)}, {num_classes}), got {dtype} {shape}"
-        )
+        raise ValueError(f"annotated must be bool (samples, channels) = ({len(label)}, {num_classes}), got {dtype} {shape}")
     if regions is not None:  # A value of an unannotated region may lie in an annotated one as well
         return
     voxels = label.flatten(1).long()
@@ -248,10 +246,7 @@ def dice_ce(
 ) -> Tensor:  # Scalar, 0 or more
     "(1 - soft Dice without background) + cross-entropy, as in nnU-Net; ValueError for labels that do not fit"
     if logits.shape[2:] != label.shape[2:] or label.shape[:2] != (len(logits), 1):
-        raise ValueError(
-            f"logits (B, C, *space) and label (B, 1, *space) must agree, "
-            f"got {tuple(logits.shape)} and {tuple(label.shape)}"
-        )
+        raise ValueError(f"logits (B, C, *space) and label (B, 1, *space) must agree, got {tuple(logits.shape)} and {tuple(label.shape)}")
     if check:
         check_labels(label, logits.shape[1], regions, ignore)
         if annotated is not None:

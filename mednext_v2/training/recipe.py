@@ -71,10 +71,7 @@ class Recipe:
             "a number, 0 or more": (("weight_decay",), lambda v: real(v) and v >= 0),
             "a share from 0 to 1": (("foreground",), lambda v: real(v) and 0 <= v <= 1),
             "a share below 1": (("ema", "smooth"), lambda v: real(v) and 0 <= v < 1),
-            "three positive whole numbers": (
-                ("patch",),
-                lambda v: isinstance(v, tuple) and len(v) == 3 and all(whole(n) and n > 0 for n in v),
-            ),
+            "three positive whole numbers": (("patch",), lambda v: isinstance(v, tuple) and len(v) == 3 and all(whole(n) and n > 0 for n in v)),
             f"some of {', '.join(PARTS)}": (("freeze",), lambda v: isinstance(v, tuple) and set(v) < set(PARTS)),
             "a number above 0, at most 1": (("layer_decay",), lambda v: real(v) and 0 < v <= 1),
             "true or false": (("deep_supervision", "batch_dice", "present_only"), lambda v: isinstance(v, bool)),
@@ -99,14 +96,11 @@ AT_SCALE = dict(batch=2, patch=(128, 128, 128), weight_decay=3e-5, clip=12.0, au
 
 RECIPES = {
     "pretrain": dict(AT_SCALE, steps=1500 * EPOCH, lr=1e-3, warmup=50 * EPOCH, precision="bf16"),
-    "finetune": dict(
-        AT_SCALE, steps=300 * EPOCH, lr=1e-3, warmup=50 * EPOCH, precision="bf16", patch=(192, 192, 192)
-    ),
+    "finetune": dict(AT_SCALE, steps=300 * EPOCH, lr=1e-3, warmup=50 * EPOCH, precision="bf16", patch=(192, 192, 192)),
     "v1": dict(AT_SCALE, steps=1000 * EPOCH, lr=1e-3, precision="fp16"),
     "nnunet": dict(AT_SCALE, steps=1000 * EPOCH, lr=1e-2, optimizer="sgd", precision="fp16", weighting="nnunet"),
     "mini": dict(
-        steps=600, patch=(32, 32, 32), lr=1e-2, warmup=30, foreground=0.5, augment="light", present_only=True,
-        validate_every=100, checkpoint_every=100,
+        steps=600, patch=(32, 32, 32), lr=1e-2, warmup=30, foreground=0.5, augment="light", present_only=True, validate_every=100, checkpoint_every=100
     ),
     "smoke": dict(steps=4, patch=(32, 32, 32), lr=1e-3, warmup=1, augment="light", checkpoint_every=2),
 }

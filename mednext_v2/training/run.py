@@ -89,8 +89,12 @@ class TrainingData:
             class_order=self.task.class_order,
             heads={
                 task.name: dict(
-                    outputs=self.space.head(task.name), labels=task.labels, groups=task.groups,
-                    modality=task.modality, spacing=task.spacing, normalisation=known,
+                    outputs=self.space.head(task.name),
+                    labels=task.labels,
+                    groups=task.groups,
+                    modality=task.modality,
+                    spacing=task.spacing,
+                    normalisation=known,
                 )
                 for task, known in zip(tasks, ranges)
                 if own
@@ -161,9 +165,15 @@ def network_for(
 
         gpu = device.startswith("cuda")
         overrides["checkpointing"] = cheapest_checkpointing(
-            trial.arch, patch, int(0.8 * available_memory(device)) // (1 if gpu else processes),
-            batch=max(1, recipe.batch // (processes * recipe.accumulate)), precision=recipe.precision, in_channels=data.in_channels,
-            num_classes=data.outputs, deep_supervision=recipe.deep_supervision, fused=fused_form(device),
+            trial.arch,
+            patch,
+            int(0.8 * available_memory(device)) // (1 if gpu else processes),
+            batch=max(1, recipe.batch // (processes * recipe.accumulate)),
+            precision=recipe.precision,
+            in_channels=data.in_channels,
+            num_classes=data.outputs,
+            deep_supervision=recipe.deep_supervision,
+            fused=fused_form(device),
         )
     network = built(patch)
     return network, getattr(network, "input_size", None) or patch
@@ -229,9 +239,15 @@ def forecast_fit(
     others = overrides_of(network)
     others.pop("patch", None)  # The step has its own
     step = Step(
-        backbone, patch, max(1, recipe.batch // parts), recipe.precision,
-        checkpointing=others.pop("checkpointing", "none"), in_channels=data.in_channels, num_classes=data.outputs,
-        deep_supervision=recipe.deep_supervision, overrides=tuple(others.items()),
+        backbone,
+        patch,
+        max(1, recipe.batch // parts),
+        recipe.precision,
+        checkpointing=others.pop("checkpointing", "none"),
+        in_channels=data.in_channels,
+        num_classes=data.outputs,
+        deep_supervision=recipe.deep_supervision,
+        overrides=tuple(others.items()),
     )
     need, seconds = check_memory(step, device, processes, show=lambda change: as_options(change, parts))
     hours = seconds * recipe.steps * recipe.accumulate / 3600

@@ -39,9 +39,21 @@ from .recipe import Average, Recipe, learning_rate, make_optimizer
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # What FSDP gathers and frees as one: blocks of MedNeXt, of MONAI's networks, of nnU-Net's, STU-Net's and Primus'
 BLOCKS = (
-    "MedNeXtBlock", "DownBlock", "UpBlock", "UnetBasicBlock", "UnetUpBlock", "UnetrBasicBlock", "UnetrUpBlock",
-    "UnetrPrUpBlock", "TransformerBlock", "SwinTransformerBlock", "ResBlock", "StackedConvBlocks", "BasicBlockD",
-    "ResidualBlock", "EvaBlock",
+    "MedNeXtBlock",
+    "DownBlock",
+    "UpBlock",
+    "UnetBasicBlock",
+    "UnetUpBlock",
+    "UnetrBasicBlock",
+    "UnetrUpBlock",
+    "UnetrPrUpBlock",
+    "TransformerBlock",
+    "SwinTransformerBlock",
+    "ResBlock",
+    "StackedConvBlocks",
+    "BasicBlockD",
+    "ResidualBlock",
+    "EvaBlock",
 )
 
 
@@ -51,9 +63,11 @@ def sharding(model: nn.Module):  # accelerate.utils.FullyShardedDataParallelPlug
 
     present = {type(module).__name__ for module in model.modules()}
     return FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=[name for name in BLOCKS if name in present],
-        cpu_ram_efficient_loading=False, state_dict_type="FULL_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+        state_dict_type="FULL_STATE_DICT",
     )
 
 
@@ -116,10 +130,15 @@ def make_engine(
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     plugin = sharding(model) if parallel == "fsdp" and several else None
     engine = Accelerator(
-        cpu=cpu, mixed_precision=PRECISION[recipe.precision], kwargs_handlers=handlers, fsdp_plugin=plugin,
-        log_with=list(trackers) or None, project_dir=folder,
+        cpu=cpu,
+        mixed_precision=PRECISION[recipe.precision],
+        kwargs_handlers=handlers,
+        fsdp_plugin=plugin,
+        log_with=list(trackers) or None,
+        project_dir=folder,
         # The recipe's parts are put through the network in `train_step`; the environment may not add its own
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
     )
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # Else the next engine of this process would shard too
     if plugin and engine.distributed_type == DistributedType.MULTI_CPU:
@@ -143,8 +162,7 @@ def load_whole_state(model: nn.Module, optimizer, state: dict) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
     set_state_dict(
-        model, plain(optimizer), model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-        options=StateDictOptions(full_state_dict=True),
+        model, plain(optimizer), model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=StateDictOptions(full_state_dict=True)
     )
 
 
@@ -443,8 +461,14 @@ def progress_bar(recipe: Recipe, start: int, description: str, show: bool) -> tq
     line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
     interval = 0.5 if terminal else 15
     return tqdm(
-        total=recipe.steps, initial=start, desc=description or "training", disable=not show, unit="step",
-        mininterval=interval, maxinterval=max(10, interval), bar_format=None if terminal else line,
+        total=recipe.steps,
+        initial=start,
+        desc=description or "training",
+        disable=not show,
+        unit="step",
+        mininterval=interval,
+        maxinterval=max(10, interval),
+        bar_format=None if terminal else line,
     )
 
 # %% ../../nbs/training/50_trainer.ipynb #reporter
@@ -662,10 +686,7 @@ def check_processes(recipe: Recipe, engine, who: dict, state: dict | None) -> No
 
     parts = engine.num_processes * recipe.accumulate
     if recipe.batch % parts:
-        raise ValueError(
-            f"recipe: batch {recipe.batch} must be divisible by {parts}, processes x accumulate "
-            f"= {engine.num_processes} x {recipe.accumulate}"
-        )
+        raise ValueError(f"recipe: batch {recipe.batch} must be divisible by {parts}, processes x accumulate = {engine.num_processes} x {recipe.accumulate}")
     everyone = gather_object([{**who, "checkpoint of step": str(state["progress"]["step"]) if state else "none"}])
     for rank, other in enumerate(everyone):
         if differing := [name for name, value in everyone[0].items() if other.get(name) != value]:
@@ -717,8 +738,12 @@ class Session:
                 raise FloatingPointError(f"weights are not finite: {', '.join(bad[:3])}")
             scaler = self.engine.scaler
             save_checkpoint(
-                self.folder, model=model, optimizer=optimizer, identity=self.who,
-                progress=dataclasses.asdict(self.progress), average=average,
+                self.folder,
+                model=model,
+                optimizer=optimizer,
+                identity=self.who,
+                progress=dataclasses.asdict(self.progress),
+                average=average,
                 scaler=scaler.state_dict() if scaler is not None else {},
             )
 
@@ -776,9 +801,7 @@ def guard(session, sampler, batch: tuple[Tensor, ...], options: dict, loss: floa
     reason = f"step {at.step} of {recipe.steps}: {what} at a learning rate of {learning_rate(at.step - 1, recipe):.2g}"
     model, _ = whole_state(session.model, session.optimizer)
     rank = session.engine.process_index
-    bundle = write_bundle(
-        session.folder, at.step, reason, recipe, session.network, model, batch, options, sampler, session.who, rank
-    )
+    bundle = write_bundle(session.folder, at.step, reason, recipe, session.network, model, batch, options, sampler, session.who, rank)
     raise FloatingPointError(
         f"{reason}; lower it, or look for damaged scans. The last checkpoint in {session.folder} is from before; "
         f"`mednextv2 replay {bundle}` runs the step again and says where the first such number arises"

@@ -444,13 +444,7 @@ def receive(
         raise Interrupted(f"{part.size} of {total} bytes arrived")
 
 # %% ../../nbs/zoo/20_catalogue.ipynb #attempt
-def attempt_web(
-    session,
-    url: str,
-    part: Part,
-    most: int,
-    progress: bool,
-) -> None:
+def attempt_web(session, url: str, part: Part, most: int, progress: bool) -> None:
     "One request; Interrupted if another may succeed, ValueError or FileNotFoundError if not"
     from requests import exceptions
 
@@ -472,12 +466,7 @@ def attempt_web(
     raise ValueError(f"{url} cannot be downloaded: HTTP {code}, encoding {encoding}")
 
 
-def get_web(
-    url: str,
-    part: Part,
-    most: int,
-    progress: bool,
-) -> None:
+def get_web(url: str, part: Part, most: int, progress: bool) -> None:
     "Requests until the part is whole; ConnectionError after `TRIES` in a row without a new byte"
     import requests
 
@@ -492,9 +481,7 @@ def get_web(
             except Interrupted as error:
                 best, left = max(best, part.size), TRIES if part.size > best else left - 1
                 if not left:
-                    raise ConnectionError(
-                        f"{url}: {error}; given up after {TRIES} tries, {part.size} bytes are kept: call again to go on"
-                    ) from None
+                    raise ConnectionError(f"{url}: {error}; given up after {TRIES} tries, {part.size} bytes are kept: call again to go on") from None
                 time.sleep(WAIT * 2 ** (TRIES - 1 - left))
 
 # %% ../../nbs/zoo/20_catalogue.ipynb #download
@@ -663,8 +650,7 @@ def obtain(
         except ValueError as error:
             if first == known:
                 raise
-            raise ValueError(f"{error}; the hash was seen first: if the publisher replaced the file, remove "
-                             f"{home / 'state.json'}") from None
+            raise ValueError(f"{error}; the hash was seen first: if the publisher replaced the file, remove {home / 'state.json'}") from None
     return found
 
 
@@ -674,13 +660,7 @@ def fetched_kind(model: Path) -> Kind:
     return Kind("fetched model", (RECEIPT,), tuple(map(escape, known)))
 
 
-def install(
-    entry: ZooEntry,
-    home: Path,
-    given: Path | None,
-    progress: bool,
-    limits: Limits,
-) -> None:
+def install(entry: ZooEntry, home: Path, given: Path | None, progress: bool, limits: Limits) -> None:
     "Downloads a model and puts it in its place; what is refused leaves nothing"
     for leftover in home.glob(".tmp-*"):  # Of a killed process; the lock is ours
         shutil.rmtree(leftover, ignore_errors=True)
@@ -748,8 +728,7 @@ def check_available(entry: ZooEntry, given: str | Path | None) -> None:
     if not entry.file:
         raise FileNotFoundError(f"{entry.name} was not published when the registry was written: see {entry.where}")
     raise FileNotFoundError(
-        f"{entry.name} has no address for programs: download {entry.file} by hand from {entry.where}, "
-        "then fetch it with --given FILE (given=)"
+        f"{entry.name} has no address for programs: download {entry.file} by hand from {entry.where}, then fetch it with --given FILE (given=)"
     )
 
 # %% ../../nbs/zoo/20_catalogue.ipynb #fetch-part

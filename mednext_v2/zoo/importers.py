@@ -56,8 +56,13 @@ def harmless() -> list:
     places = [f"numpy.{core}.multiarray" for core in ("core", "_core")]  # Of numpy 1 and 2
     paths = [f"{module}.{flavour}Path" for module in ("pathlib", "pathlib._local") for flavour in ("", "Posix", "Windows", "PurePosix", "PureWindows")]
     return [
-        np.dtype, *kinds, *((scalar, f"{place}.scalar") for place in places), argparse.Namespace,
-        (_Array, "numpy.ndarray"), *((_Array, f"{place}._reconstruct") for place in places), *((_as_text, name) for name in paths),
+        np.dtype,
+        *kinds,
+        *((scalar, f"{place}.scalar") for place in places),
+        argparse.Namespace,
+        (_Array, "numpy.ndarray"),
+        *((_Array, f"{place}._reconstruct") for place in places),
+        *((_as_text, name) for name in paths),
         *((_no_bytes, f"{module}.bytes") for module in ("builtins", "__builtin__")),
     ]
 
@@ -68,8 +73,7 @@ def check_archive(
     "ValueError unless it is a whole archive as `torch.save` writes it: not compressed, checksums right"
     if not zipfile.is_zipfile(path):
         raise ValueError(
-            f"{path} is not an archive of torch.save: cut short (copy it again), another format, "
-            "or written before PyTorch 1.6 (save it again with a newer one)"
+            f"{path} is not an archive of torch.save: cut short (copy it again), another format, or written before PyTorch 1.6 (save it again with a newer one)"
         )
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
@@ -102,10 +106,7 @@ def check_declared(
             raise ValueError(f"{path}: {name} is a {tensor.layout} tensor; weights must be dense")
         claimed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
         if claimed > held or held > size:
-            raise ValueError(
-                f"{path}: {name} claims the shape {tuple(tensor.shape)}, {claimed} bytes of {held}, "
-                f"in a file of {size}: refused"
-            )
+            raise ValueError(f"{path}: {name} claims the shape {tuple(tensor.shape)}, {claimed} bytes of {held}, in a file of {size}: refused")
 
 # %% ../../nbs/zoo/10_importers.ipynb #read-pickle
 BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, MemoryError, OverflowError)
@@ -178,15 +179,9 @@ class Wrapping:
 
 
 WRAPPINGS = {
-    "nnssl": Wrapping(
-        "nnssl pretraining", "network_weights", ("nnssl_adaptation_plan",), "nnssl 7044864, AbstractTrainer"
-    ),
-    "nnunet_v2": Wrapping(
-        "nnU-Net v2", "network_weights", ("init_args",), "nnunetv2 2.8.1, nnUNetTrainer.save_checkpoint"
-    ),
-    "nnunet_v1": Wrapping(
-        "nnU-Net v1", "state_dict", ("plot_stuff",), "MedNeXt 0b78ed8, NetworkTrainer.save_checkpoint"
-    ),
+    "nnssl": Wrapping("nnssl pretraining", "network_weights", ("nnssl_adaptation_plan",), "nnssl 7044864, AbstractTrainer"),
+    "nnunet_v2": Wrapping("nnU-Net v2", "network_weights", ("init_args",), "nnunetv2 2.8.1, nnUNetTrainer.save_checkpoint"),
+    "nnunet_v1": Wrapping("nnU-Net v1", "state_dict", ("plot_stuff",), "MedNeXt 0b78ed8, NetworkTrainer.save_checkpoint"),
     "run": Wrapping("a run of this library", "model", ("identity",), "trainer.save_checkpoint"),
     "model": Wrapping("scripts, and best.pt of a run", "model", (), "trainer.save_best"),
     "suprem": Wrapping("SuPreM", "net", (), "SuPreM 76e1a64, supervised_pretraining/train.py"),
@@ -241,30 +236,25 @@ class Family:
 
 
 FAMILIES = {
-    "mednext": Family("MedNeXt of the public v1 class or of this library", "enc_block_0.0.conv1.weight", "stem.weight",
-                      r"out_0\.conv_out\.weight", 1),
-    "mednext_monai": Family("MONAI MedNeXt", "enc_stages.0.0.conv1.weight", "stem.weight",
-                            r"out_0\.conv_out\.weight", 1),
-    "mednext_accel": Family("mednext-accel", "encoder_stages.0.0.depthwise.weight", "stem.weight",
-                            r"head\.conv\.weight", 1),
-    "stunet": Family("STU-Net", "conv_blocks_context.0.0.conv1.weight", "conv_blocks_context.0.0.conv1.weight",
-                     r"seg_outputs\.\d+\.weight"),
-    "nnunet_v1_unet": Family("nnU-Net v1 U-Net", "conv_blocks_context.0.blocks.0.conv.weight",
-                             "conv_blocks_context.0.blocks.0.conv.weight", r"seg_outputs\.\d+\.weight"),
-    "resenc": Family("nnU-Net residual encoder U-Net", "encoder.stages.0.blocks.0.conv1.conv.weight",
-                     "encoder.stem.convs.0.conv.weight", r"decoder\.seg_layers\.\d+\.weight"),
-    "nnunet_plain": Family("nnU-Net plain U-Net", "encoder.stages.0.0.convs.0.conv.weight",
-                           "encoder.stages.0.0.convs.0.conv.weight", r"decoder\.seg_layers\.\d+\.weight"),
-    "swin_unetr": Family("MONAI SwinUNETR", "swinViT.patch_embed.proj.weight", "swinViT.patch_embed.proj.weight",
-                        r"out\.conv\.conv\.weight", turns=False),
-    "unetr": Family("MONAI UNETR", "vit.patch_embedding.position_embeddings", "encoder1.layer.conv1.conv.weight",
-                    r"out\.conv\.conv\.weight", turns=False),
-    "segresnet": Family("MONAI SegResNet", "convInit.conv.weight", "convInit.conv.weight",
-                        r"conv_final\.2\.conv\.weight"),
+    "mednext": Family("MedNeXt of the public v1 class or of this library", "enc_block_0.0.conv1.weight", "stem.weight", r"out_0\.conv_out\.weight", 1),
+    "mednext_monai": Family("MONAI MedNeXt", "enc_stages.0.0.conv1.weight", "stem.weight", r"out_0\.conv_out\.weight", 1),
+    "mednext_accel": Family("mednext-accel", "encoder_stages.0.0.depthwise.weight", "stem.weight", r"head\.conv\.weight", 1),
+    "stunet": Family("STU-Net", "conv_blocks_context.0.0.conv1.weight", "conv_blocks_context.0.0.conv1.weight", r"seg_outputs\.\d+\.weight"),
+    "nnunet_v1_unet": Family(
+        "nnU-Net v1 U-Net", "conv_blocks_context.0.blocks.0.conv.weight", "conv_blocks_context.0.blocks.0.conv.weight", r"seg_outputs\.\d+\.weight"
+    ),
+    "resenc": Family(
+        "nnU-Net residual encoder U-Net", "encoder.stages.0.blocks.0.conv1.conv.weight", "encoder.stem.convs.0.conv.weight", r"decoder\.seg_layers\.\d+\.weight"
+    ),
+    "nnunet_plain": Family(
+        "nnU-Net plain U-Net", "encoder.stages.0.0.convs.0.conv.weight", "encoder.stages.0.0.convs.0.conv.weight", r"decoder\.seg_layers\.\d+\.weight"
+    ),
+    "swin_unetr": Family("MONAI SwinUNETR", "swinViT.patch_embed.proj.weight", "swinViT.patch_embed.proj.weight", r"out\.conv\.conv\.weight", turns=False),
+    "unetr": Family("MONAI UNETR", "vit.patch_embedding.position_embeddings", "encoder1.layer.conv1.conv.weight", r"out\.conv\.conv\.weight", turns=False),
+    "segresnet": Family("MONAI SegResNet", "convInit.conv.weight", "convInit.conv.weight", r"conv_final\.2\.conv\.weight"),
     "suprem_unet": Family("SuPreM's U-Net", "down_tr64.ops.0.conv1.weight", "down_tr64.ops.0.conv1.weight"),
     "primus": Family("Primus", "down_projection.proj.weight", "down_projection.proj.weight", turns=False),
-    "unet": Family("U-Net of this library", "input_block.conv1.conv.weight", "input_block.conv1.conv.weight",
-                   r"heads\.0\.conv\.conv\.weight"),
+    "unet": Family("U-Net of this library", "input_block.conv1.conv.weight", "input_block.conv1.conv.weight", r"heads\.0\.conv\.conv\.weight"),
 }
 
 
@@ -329,18 +319,23 @@ class KeyMap:
 MAPS = {
     "mednext": KeyMap(source="MedNeXt 0b78ed8, mednextv1/MedNextV1.py and blocks.py"),
     "mednext_monai": KeyMap(
-        {"enc_stages.#": "enc_block_{i}", "down_blocks.#": "down_{i}", "up_blocks.#": "up_{m}",
-         "dec_stages.#": "dec_block_{m}", "out_blocks.#": "out_{d}"},
+        {"enc_stages.#": "enc_block_{i}", "down_blocks.#": "down_{i}", "up_blocks.#": "up_{m}", "dec_stages.#": "dec_block_{m}", "out_blocks.#": "out_{d}"},
         {"global_resp_gamma": "grn_gamma", "global_resp_beta": "grn_beta"},
         source="monai 1.6.1, networks/nets/mednext.py",
     ),
     "mednext_accel": KeyMap(
-        {"encoder_stages.#": "enc_block_{i}", "downsamples.#": "down_{i}", "upsamples.#": "up_{m}",
-         "decoder_stages.#": "dec_block_{m}", "head.conv": "out_0.conv_out",
-         "deep_supervision_heads.#.conv": "out_{d}.conv_out"},
-        {"depthwise": "conv1", "expand": "conv2", "project": "conv3", "residual": "res_conv",
-         "grn.gamma": "grn_gamma", "grn.beta": "grn_beta"},
-        grn="sum", padding="high", source="mednext-accel 217cbba, models/mednext_v2.py and blocks_v2.py",
+        {
+            "encoder_stages.#": "enc_block_{i}",
+            "downsamples.#": "down_{i}",
+            "upsamples.#": "up_{m}",
+            "decoder_stages.#": "dec_block_{m}",
+            "head.conv": "out_0.conv_out",
+            "deep_supervision_heads.#.conv": "out_{d}.conv_out",
+        },
+        {"depthwise": "conv1", "expand": "conv2", "project": "conv3", "residual": "res_conv", "grn.gamma": "grn_gamma", "grn.beta": "grn_beta"},
+        grn="sum",
+        padding="high",
+        source="mednext-accel 217cbba, models/mednext_v2.py and blocks_v2.py",
     ),
 }
 
@@ -556,8 +551,13 @@ class Found:
     notes: tuple[str, ...] = ()
 
 # %% ../../nbs/zoo/10_importers.ipynb #nnunet-plans
-NORMALISATIONS = {"CTNormalization": "ct", "ZScoreNormalization": "zscore", "NoNormalization": "none",
-                  "RescaleTo01Normalization": "rescale_to_0_1", "RGBTo01Normalization": "rgb_to_0_1"}
+NORMALISATIONS = {
+    "CTNormalization": "ct",
+    "ZScoreNormalization": "zscore",
+    "NoNormalization": "none",
+    "RescaleTo01Normalization": "rescale_to_0_1",
+    "RGBTo01Normalization": "rgb_to_0_1",
+}
 
 
 def configuration_of(
@@ -737,10 +737,7 @@ def network_of(
 ) -> tuple[dict, tuple[str, ...]]:  # Fields of a `Found`, and notes
     "What the weights tell of a network, and which of ours it is, if any"
     known = FAMILIES[family]
-    sizes = {
-        "in_channels": shape_at(state, re.escape(known.stem), 1),
-        "num_classes": shape_at(state, known.head, known.axis),
-    }
+    sizes = {"in_channels": shape_at(state, re.escape(known.stem), 1), "num_classes": shape_at(state, known.head, known.axis)}
     if odd and family in ("resenc", "nnunet_plain"):
         return sizes, (f"not a network of ours: {', '.join(odd)}",)
     try:
@@ -772,9 +769,7 @@ def found_in(
     told["notes"] = (*told.get("notes", ()), *notes)
     how = f"{known.title} by its keys ({' and '.join(filter(None, (known.weights, *known.beside))) or 'tensors only'})"
     how += f", {FAMILIES[family].title} by {FAMILIES[family].sign}" if family else ""
-    return Found(
-        str(path), f"{wrapping}/{family or 'unknown'}", family, state, how=how, outside=outside, **network, **told
-    )
+    return Found(str(path), f"{wrapping}/{family or 'unknown'}", family, state, how=how, outside=outside, **network, **told)
 
 # %% ../../nbs/zoo/10_importers.ipynb #places
 def inside_of(
@@ -822,8 +817,7 @@ def found_in_nnunet(
     content["init_args"] = {"plans": plans, "configuration": name, "dataset_json": dataset}
     found = found_in(content, path, **options)
     how = f"folder of {found.how}, with plans.json and dataset.json"
-    return replace(found, layout=found.layout.replace("nnunet_v2", "nnunet_v2_folder"), how=how,
-                   notes=(*notes, *found.notes))
+    return replace(found, layout=found.layout.replace("nnunet_v2", "nnunet_v2_folder"), how=how, notes=(*notes, *found.notes))
 
 # %% ../../nbs/zoo/10_importers.ipynb #found-in-model
 def found_in_model(
@@ -833,18 +827,27 @@ def found_in_model(
     card, state = read_card(folder), read_state(folder)
     family = find_family(list(state))[0]
     return Found(
-        str(folder), f"model_folder/{family or 'unknown'}", family, state,
-        how="model folder of this library by card.json, its sha256 is right", backbone=card.backbone,
-        overrides=card.overrides, in_channels=card.in_channels, num_classes=card.num_classes, labels=card.labels,
-        regions=card.regions, class_order=tuple(card.class_order), spacing=card.spacing, patch=card.patch,
-        normalisation=card.normalisation, licence=card.licence or UNKNOWN,
+        str(folder),
+        f"model_folder/{family or 'unknown'}",
+        family,
+        state,
+        how="model folder of this library by card.json, its sha256 is right",
+        backbone=card.backbone,
+        overrides=card.overrides,
+        in_channels=card.in_channels,
+        num_classes=card.num_classes,
+        labels=card.labels,
+        regions=card.regions,
+        class_order=tuple(card.class_order),
+        spacing=card.spacing,
+        patch=card.patch,
+        normalisation=card.normalisation,
+        licence=card.licence or UNKNOWN,
         notes=tuple(filter(None, (f"task {card.task}, {card.modality}", card.provenance))),
     )
 
 # %% ../../nbs/zoo/10_importers.ipynb #kind-of
-def kind_of(
-    path: Path,
-) -> str:  # "model_folder", "nnunet_v2_folder", "run" or "file"
+def kind_of(path: Path) -> str:  # "model_folder", "nnunet_v2_folder", "run" or "file"
     "What is at a path; FileNotFoundError, or ValueError for a folder of another kind"
     if path.is_file():
         return "file"
@@ -855,9 +858,7 @@ def kind_of(
             return kind
     if (path / "last.pt").exists():
         return "run"
-    raise ValueError(
-        f"{path} holds no model: neither card.json, nor plans.json and dataset.json of nnU-Net v2, nor last.pt of a run"
-    )
+    raise ValueError(f"{path} holds no model: neither card.json, nor plans.json and dataset.json of nnU-Net v2, nor last.pt of a run")
 
 # %% ../../nbs/zoo/10_importers.ipynb #read-checkpoint-file
 def read_checkpoint_file(
@@ -886,23 +887,15 @@ def detect(
     return read_checkpoint_file(path).layout
 
 # %% ../../nbs/zoo/10_importers.ipynb #turned
-def turned(
-    found: Found,
-) -> Found:  # With `axes` (0, 1, 2)
+def turned(found: Found) -> Found:  # With `axes` (0, 1, 2)
     "The same network for images of (X, Y, Z); ValueError for one that is not of convolutions only"
     if found.axes == (0, 1, 2):
         return found
     if found.family not in FAMILIES or not FAMILIES[found.family].turns:
-        raise ValueError(
-            f"{found.path}: axes of {found.family} cannot be exchanged, and it wants {found.axes}; "
-            "load it into a model of your own"
-        )
+        raise ValueError(f"{found.path}: axes of {found.family} cannot be exchanged, and it wants {found.axes}; load it into a model of your own")
     order = tuple(2 + axis for axis in found.axes)
     state = {n: v.permute(0, 1, *order).contiguous() if v.ndim == 5 else v for n, v in found.state.items()}
-    turn = {
-        key: [[row[axis] for axis in found.axes] for row in found.overrides[key]]
-        for key in ("kernel_sizes", "strides") if key in found.overrides
-    }
+    turn = {key: [[row[axis] for axis in found.axes] for row in found.overrides[key]] for key in ("kernel_sizes", "strides") if key in found.overrides}
     mirror = tuple(i for i in range(3) if found.axes[i] in found.mirror_axes)
     return replace(found, state=state, overrides=found.overrides | turn, mirror_axes=mirror, axes=(0, 1, 2))
 
@@ -961,10 +954,7 @@ def fitted(
     return new, LoadReport.of(own, state, new, notes)
 
 
-def named_for(
-    model: nn.Module,
-    found: Found,
-) -> tuple[dict[str, Tensor], str]:  # Source under the model's names, what stands before them
+def named_for(model: nn.Module, found: Found) -> tuple[dict[str, Tensor], str]:  # Source under the model's names, what stands before them
     "The weights under the names of a model, which may hold the network as a part; ValueError for another network"
     family, prefix = find_family(list(model.state_dict()))
     wanted = "mednext" if found.family in MAPS else found.family
@@ -1083,22 +1073,37 @@ def card_of(
     told = {name: getattr(found, name) for name in ("labels", "spacing", "patch", "normalisation")} | facts
     if found.channels and len(found.channels) != found.in_channels:
         raise ValueError(
-            f"{found.path} takes {found.in_channels} channels, and its data set has {', '.join(found.channels)}: "
-            "the second stage of a cascade is not supported"
+            f"{found.path} takes {found.in_channels} channels, and its data set has {', '.join(found.channels)}: the second stage of a cascade is not supported"
         )
     if lacking := [name for name, value in told.items() if value is None]:
         raise ValueError(f"{found.path} does not tell {', '.join(lacking)}: give them, as a card has them")
     recipe = {"imported": found.layout, "trainer": found.trainer or UNKNOWN, "epoch": found.epoch}
-    notes = found.notes if found.mirror_axes or "trained without mirroring" in found.notes else (
-        *found.notes, "whether its training mirrored is not told, so that prediction does not (mirror_axes)"
+    notes = (
+        found.notes
+        if found.mirror_axes or "trained without mirroring" in found.notes
+        else (*found.notes, "whether its training mirrored is not told, so that prediction does not (mirror_axes)")
     )
-    card = from_fields(Card, {
-        "backbone": found.backbone, "overrides": found.overrides, "in_channels": found.in_channels,
-        "groups": {}, "task": UNKNOWN, "modality": ", ".join(found.channels) or UNKNOWN, "recipe": recipe,
-        "regions": found.regions, "class_order": found.class_order, "licence": found.licence,
-        "mirror_axes": found.mirror_axes, "windows": "monai" if found.family in MONAI else "nnunet",
-        "init": found.layout, "provenance": "; ".join((Path(found.path).name, *notes)), **told,
-    }, f"{found.path} and what was given for it")
+    card = from_fields(
+        Card,
+        {
+            "backbone": found.backbone,
+            "overrides": found.overrides,
+            "in_channels": found.in_channels,
+            "groups": {},
+            "task": UNKNOWN,
+            "modality": ", ".join(found.channels) or UNKNOWN,
+            "recipe": recipe,
+            "regions": found.regions,
+            "class_order": found.class_order,
+            "licence": found.licence,
+            "mirror_axes": found.mirror_axes,
+            "windows": "monai" if found.family in MONAI else "nnunet",
+            "init": found.layout,
+            "provenance": "; ".join((Path(found.path).name, *notes)),
+            **told,
+        },
+        f"{found.path} and what was given for it",
+    )
     if card.num_classes != found.num_classes:
         raise ValueError(f"{found.path} has {found.num_classes} outputs, and its classes make {card.num_classes}")
     return card
@@ -1128,9 +1133,7 @@ def listed(
     return shown + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
-def told_lines(
-    found: Found,
-) -> dict:  # Name to text; None for what is not known
+def told_lines(found: Found) -> dict:  # Name to text; None for what is not known
     "What is known of a checkpoint, in the order in which it is read"
     apart = {(value.data_ptr(), value.shape): value.numel() for value in found.state.values()}
     ends = [f"{name} {tuple(value.shape)}" for name, value in found.state.items()]
@@ -1168,7 +1171,6 @@ def describe(
 # %% ../../nbs/zoo/10_importers.ipynb #layouts
 def layouts() -> pd.DataFrame:
     "One row a wrapping and a family: what it is, and by what it is told"
-    rows = [("wrapping", name, w.title, " and ".join(filter(None, (w.weights, *w.beside))), w.source)
-            for name, w in WRAPPINGS.items()]
+    rows = [("wrapping", name, w.title, " and ".join(filter(None, (w.weights, *w.beside))), w.source) for name, w in WRAPPINGS.items()]
     rows += [("network", name, f.title, f.sign, "") for name, f in FAMILIES.items()]
     return pd.DataFrame(rows, columns=["part", "name", "of", "told by", "read in"])
