@@ -22,7 +22,7 @@ import pytest
 from mednext_v2.core import registry_file
 from mednext_v2.models.licence import derived_licence, kind_of
 from mednext_v2.zoo import catalogue
-from mednext_v2.zoo.catalogue import UNKNOWN, Limits, download, fetch, get_entry, licence_of, load_zoo, safe_parts, unpack, verify, zoo_table
+from mednext_v2.zoo.catalogue import UNKNOWN, Limits, download, fetch, get_entry, load_zoo, safe_parts, unpack, verify, weights_source, zoo_table
 
 BODY = random.Random(0).randbytes(700_001)
 
@@ -471,7 +471,7 @@ def test_stream_longer_than_its_header_is_cut_off(place):
             return bytes(size)
 
     endless = Endless()
-    member = catalogue.Member("bomb", False, 3 * 2**20, lambda: endless)
+    member = catalogue.ArchiveMember("bomb", False, 3 * 2**20, lambda: endless)
     with pytest.raises(ValueError, match="does not have the 3145728 bytes"):
         catalogue.write_member(member, place / "bomb", 10**9)
     assert endless.given <= 4 * 2**20 and (place / "bomb").stat().st_size <= 3 * 2**20
@@ -813,7 +813,7 @@ def test_verify_does_not_follow_a_forged_receipt_out(world):
 @pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}'])
 def test_damaged_receipt_is_an_error_that_names_it(text, world):
     (world.run() / "zoo.json").write_text(text)
-    for call in (world.run, world.verify, lambda: licence_of(world.home / "model")):
+    for call in (world.run, world.verify, lambda: weights_source(world.home / "model")):
         with pytest.raises(ValueError, match="model/zoo.json .*remove it"):
             call()
 
@@ -846,10 +846,10 @@ def test_licence_is_found_from_any_file_below(world, tmp_path):
     world.write(non_commercial="yes", licence="CC BY-NC-SA 4.0")
     folder = world.run(accept_licence=True)
     for path in (folder, folder / "D", folder / "D/fold_0/checkpoint_final.pth"):
-        origin = licence_of(path)
+        origin = weights_source(path)
         assert (origin.licence, origin.non_commercial) == ("CC BY-NC-SA 4.0", "yes")
         assert "https://example.org/toy" in origin.provenance and len(origin.sha256) == 64
-    assert licence_of(tmp_path) == (UNKNOWN, "unknown", UNKNOWN, "")
+    assert weights_source(tmp_path) == (UNKNOWN, "unknown", UNKNOWN, "")
 
 
 STRAY = {"other": '{"animals": ["lion"]}', "list": "[1]", "no JSON": "{", "deep": "[" * 10_000}
@@ -862,13 +862,13 @@ def test_stray_zoo_json_above_is_nobodys(text, world, tmp_path):
     (tmp_path / "home/zoo.json").write_text(text if text else (folder / "zoo.json").read_text())
     (tmp_path / "home/mine/model.pth").write_bytes(b"weights")
     for path in (tmp_path / "home/mine/model.pth", tmp_path / "home/mine"):
-        assert licence_of(path) == (UNKNOWN, "unknown", UNKNOWN, "")
+        assert weights_source(path) == (UNKNOWN, "unknown", UNKNOWN, "")
 
 
 def test_own_file_in_a_fetched_folder_is_not_under_its_licence(world):
     folder = world.run(accept_licence=True)
     (folder / "mine.pth").write_bytes(b"weights")
-    assert licence_of(folder / "mine.pth").licence == UNKNOWN and licence_of(folder).licence != UNKNOWN
+    assert weights_source(folder / "mine.pth").licence == UNKNOWN and weights_source(folder).licence != UNKNOWN
 
 
 LICENCES = sorted({entry.licence for entry in load_zoo().values()} | {"CC BY-NC 4.0", "GPL-3.0", "MIT"})
