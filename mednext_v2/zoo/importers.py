@@ -1086,7 +1086,8 @@ def make_card(
     metadata = {name: getattr(checkpoint, name) for name in ("labels", "spacing", "patch", "normalisation")} | facts
     if checkpoint.channels and len(checkpoint.channels) != checkpoint.in_channels:
         raise ValueError(
-            f"{checkpoint.path} takes {checkpoint.in_channels} channels, and its data set has {', '.join(checkpoint.channels)}: the second stage of a cascade is not supported"
+            f"{checkpoint.path} takes {checkpoint.in_channels} channels, and its data set has {', '.join(checkpoint.channels)}: "
+            "the second stage of a cascade is not supported"
         )
     if lacking := [name for name, value in metadata.items() if value is None]:
         raise ValueError(f"{checkpoint.path} does not state {', '.join(lacking)}: give them, as a card has them")
