@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from .core import ItemsFailed, Resources, check_place, read_csv, versions
+from .core import ItemsFailed, Resources, check_writable, read_csv, versions
 
 # %% ../nbs/90_cli.ipynb #info
 def info(options: argparse.Namespace) -> str:
@@ -695,7 +695,7 @@ def main(
     try:
         for name in OUTPUTS:
             if isinstance(place := getattr(options, name, None), Path):
-                check_place(place)
+                check_writable(place)
         text = options.function(options)
         if text:
             print(text, flush=True)

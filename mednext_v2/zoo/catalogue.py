@@ -33,7 +33,7 @@ import pandas as pd
 
 from .. import __version__
 from ..models.licence import UNKNOWN
-from ..core import Kind, atomic_folder, build, check_output, fingerprint_of, read_json, read_yaml, registry_file, room, sha256, write_json
+from ..core import FolderKind, atomic_folder, build, check_output, short_hash, read_json, read_yaml, registry_file, room, sha256, write_json
 
 # %% ../../nbs/zoo/20_catalogue.ipynb #safe-parts
 def safe_parts(
@@ -654,17 +654,17 @@ def obtain(
     return found
 
 
-def fetched_kind(model: Path) -> Kind:
+def fetched_kind(model: Path) -> FolderKind:
     "What `install` may replace: the files of an older receipt, and no other"
     known = {Path(name).parts[0] for name in read_receipt(model).get("files", {})}
-    return Kind("fetched model", (RECEIPT,), tuple(map(escape, known)))
+    return FolderKind("fetched model", (RECEIPT,), tuple(map(escape, known)))
 
 
 def install(entry: ZooEntry, home: Path, given: Path | None, progress: bool, limits: Limits) -> None:
     "Downloads a model and puts it in its place; what is refused leaves nothing"
     for leftover in home.glob(".tmp-*"):  # Of a killed process; the lock is ours
         shutil.rmtree(leftover, ignore_errors=True)
-    incoming = home / "download" / fingerprint_of(entry.url)  # What comes from elsewhere is another file
+    incoming = home / "download" / short_hash(entry.url)  # What comes from elsewhere is another file
     found = obtain(entry, home, incoming, given, progress)
     try:
         with atomic_folder(home / "model", fetched_kind(home / "model")) as folder:

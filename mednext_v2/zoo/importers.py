@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..models.registry import BACKBONES, create, limited, mednext
 from ..core import build as from_fields
-from ..core import check_output, read_json, sha256, shown
+from ..core import check_output, read_json, sha256, shorten
 from ..network.grn import convert_grn
 from ..network.mednext import Arch
 from ..network.scaling import PRESETS
@@ -1031,7 +1031,7 @@ def build(
     except ImportError:
         raise
     except Exception as error:  # Of whatever library builds it, from sizes that came with a file
-        raise ValueError(f"{found.path}: {name} with {shown(overrides)} cannot be built ({' '.join(str(error).split())[:200]})") from None
+        raise ValueError(f"{found.path}: {name} with {shorten(overrides)} cannot be built ({' '.join(str(error).split())[:200]})") from None
     return make()
 
 
@@ -1129,8 +1129,8 @@ def listed(
     most: int = 12,  # How many are shown
 ) -> str:
     "Names and values on one line"
-    shown = ", ".join(f"{name} {value}" for name, value in list(values.items())[:most])
-    return shown + (f" and {len(values) - most} more" if len(values) > most else "")
+    listed = ", ".join(f"{name} {value}" for name, value in list(values.items())[:most])
+    return listed + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
 def told_lines(found: Found) -> dict:  # Name to text; None for what is not known
