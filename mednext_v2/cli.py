@@ -417,7 +417,7 @@ def cache(command: argparse.ArgumentParser) -> None:
 def recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--recipe", default="finetune", help="pretrain, finetune, v1, nnunet, mini or smoke")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="fields of the recipe, e.g. lr=1e-4")
-    changes = "changes to the backbone, e.g. width=16 or checkpointing=auto"
+    changes = "changes to the backbone, e.g. width=16 or grad_checkpointing=auto"
     command.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=changes)
 
 

@@ -383,7 +383,7 @@ def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path,
             assert "forecast:" in ask(*literally(text), room=share * need), text
             kinds |= {word.split("=")[0] for word in literally(text) if "=" in word}
     # Fused blocks keep their input alone, and sums are float32
-    assert kinds in ([{"batch"}, {"batch", "patch"}] if fused else [{"checkpointing", "batch", "patch", "precision"}])
+    assert kinds in ([{"batch"}, {"batch", "patch"}] if fused else [{"grad_checkpointing", "batch", "patch", "precision"}])
 
 
 def test_checkpointing_auto_is_what_free_memory_allows(sets, tmp_path, monkeypatch):
@@ -392,32 +392,32 @@ def test_checkpointing_auto_is_what_free_memory_allows(sets, tmp_path, monkeypat
     options = dict(batch=2, in_channels=data.in_channels, num_classes=data.outputs, deep_supervision=recipe.deep_supervision)
     kinds = ("none", "expansion", "block")
     for free, device, expected in [
-        *((estimate(network.arch, patch, checkpointing=kind, **options).total_bytes / 0.8 + 9, "cuda", kind) for kind in kinds),
+        *((estimate(network.arch, patch, grad_checkpointing=kind, **options).total_bytes / 0.8 + 9, "cuda", kind) for kind in kinds),
         (0, "cuda", "block"),
         (estimate(network.arch, patch, fused="cpu", **options).total_bytes / 0.8 + 9, "cpu", "none"),
     ]:
         monkeypatch.setattr(launch, "available_memory", lambda device: int(free))
-        found = run.network_for(data, "mednext_v2_tiny", recipe, {"width": 4, "checkpointing": "auto"}, device=device)
-        assert found[0].checkpointing == expected
+        found = run.network_for(data, "mednext_v2_tiny", recipe, {"width": 4, "grad_checkpointing": "auto"}, device=device)
+        assert found[0].grad_checkpointing == expected
     monkeypatch.undo()
-    others = dict(overrides={"width": 4, "checkpointing": "auto"}, device="cpu", progress=False)
+    others = dict(overrides={"width": 4, "grad_checkpointing": "auto"}, device="cpu", progress=False)
     train_model(sets / "chest", tmp_path / "model", "mednext_v2_tiny", recipe, tmp_path / "run", **split(others))
     assert read_card(tmp_path / "model").overrides == {"width": 4}
-    run.network_for(data, "unet", recipe, SMALL | {"checkpointing": "auto"})  # Has no such choice
+    run.network_for(data, "unet", recipe, SMALL | {"grad_checkpointing": "auto"})  # Has no such choice
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name.startswith("mednext")])
 def test_every_mednext_can_recompute(name):
     with torch.device("meta"):
-        model = create(name, 1, 3, checkpointing="block")
-    blocks = [module for module in model.modules() if getattr(module, "checkpointing", None) is not None]
-    assert len(blocks) > 10 and {module.checkpointing for module in blocks} == {"block"}
+        model = create(name, 1, 3, grad_checkpointing="block")
+    blocks = [module for module in model.modules() if getattr(module, "grad_checkpointing", None) is not None]
+    assert len(blocks) > 10 and {module.grad_checkpointing for module in blocks} == {"block"}
 
 
 def test_training_with_recomputing_gives_the_same_weights_and_a_plain_card(sets, tmp_path):
     recipe, kinds = replace(SHORT, patch=(32, 32, 32), batch=1), ("none", "expansion", "block")
     for kind in kinds:
-        options = dict(overrides={"width": 4, "checkpointing": kind}, device="cpu", progress=False)
+        options = dict(overrides={"width": 4, "grad_checkpointing": kind}, device="cpu", progress=False)
         train_model(sets / "chest", tmp_path / kind, "mednext_v2_tiny", recipe, tmp_path / f"{kind}.run", **split(options))
         assert read_card(tmp_path / kind).overrides == {"width": 4}
     plain, *others = (read_state(tmp_path / kind) for kind in kinds)
