@@ -159,19 +159,18 @@ def convert(options: argparse.Namespace) -> str:
 def doctor(options: argparse.Namespace) -> str:
     "What is wrong with raw data; exit code 1 if anything is"
     from mednext_v2.core import check_table, write_csv
-    from mednext_v2.intake.check import doctor as examine
-    from mednext_v2.intake.check import check_target, fix
+    from mednext_v2.intake.check import check_dataset, check_target, fix_dataset
 
     if options.fix:
         check_target(options.data, options.fix)
     if options.csv:
         check_table(options.csv, "dataset", "code", "what")
-    report = examine(options.data, options.against, options.workers, options.quick)
+    report = check_dataset(options.data, options.against, options.workers, options.quick)
     if options.csv:
         write_csv(options.csv, report.table)
     print(report.text())
     if options.fix:
-        print(fix(options.data, options.fix, options.workers, report=None if options.quick else report).text())
+        print(fix_dataset(options.data, options.fix, options.workers, report=None if options.quick else report).text())
     if not report.clean:
         raise SystemExit(1)
     return ""

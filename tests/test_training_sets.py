@@ -20,7 +20,7 @@ from mednext_v2.data.mixture import union_labels
 from mednext_v2.data.preprocess import Prepared, prepare
 from mednext_v2.data.scans import write_volume
 from mednext_v2.inference.predictor import predict
-from mednext_v2.intake.check import doctor, fix
+from mednext_v2.intake.check import check_dataset, fix_dataset
 from mednext_v2.intake.convert import CADS_GROUPS, CADS_LEVELS, cads_annotated, convert
 from mednext_v2.models.card import read_card, read_state
 from mednext_v2.models.registry import BACKBONES, create, load_model
@@ -122,7 +122,7 @@ def test_cads_with_missing_parts_is_refused_unless_it_is_meant(tmp_path):
     found = partial_cases(cads, tmp_path / "raw")
     wanted = cads_annotated(cads, tuple(group for group in CADS_GROUPS if group != 552))
     assert found == {"0001_10000001": wanted, "0041_train_1_a_1": wanted}
-    assert doctor(tmp_path / "raw").table.code.str.startswith("annotated").sum() == 0
+    assert check_dataset(tmp_path / "raw").table.code.str.startswith("annotated").sum() == 0
     # The parts come back: so does the whole case
     write_cads(tmp_path / "again")
     for path in (tmp_path / "again").rglob("*_part_552.nii.gz"):
@@ -146,7 +146,7 @@ def test_what_may_hide_a_missing_part_is_not_called_annotated():
 def test_annotated_goes_from_raw_to_the_loss(tmp_path, monkeypatch):
     annotated = {"chest_0": ("liver",), "chest_2": ("spleen",)}
     write_raw(CHEST, tmp_path / "raw", annotated=annotated)
-    assert doctor(tmp_path / "raw" / CHEST.folder).clean
+    assert check_dataset(tmp_path / "raw" / CHEST.folder).clean
     prepare(CHEST, tmp_path / "raw", tmp_path / "chest")
     prepared = Prepared(tmp_path / "chest")
     assert prepared.partial and prepared.manifest.set_index("case").annotated.to_dict() == {"chest_0": "liver", "chest_1": "", "chest_2": "spleen"}
@@ -192,7 +192,7 @@ def test_validation_counts_known_classes_only():
 def test_bad_annotated_tables_are_found_by_doctor_and_stop_prepare(tmp_path, rows, code, word):
     write_raw(CHEST, tmp_path / "raw")
     (tmp_path / "raw" / CHEST.folder / "annotated.csv").write_text(rows)
-    report = doctor(tmp_path / "raw", quick=True)
+    report = check_dataset(tmp_path / "raw", quick=True)
     assert report.table[["code", "severity"]].values.tolist() == [[code, "error"]] and word in report.table.what[0]
     with pytest.raises(ValueError, match=word):
         prepare(CHEST, tmp_path / "raw", tmp_path / "prepared")
@@ -200,7 +200,7 @@ def test_bad_annotated_tables_are_found_by_doctor_and_stop_prepare(tmp_path, row
 
 def test_a_mended_copy_keeps_what_is_known(tmp_path):
     write_raw(CHEST, tmp_path / "raw", annotated={"chest_0": ("liver",), "chest_9": ("spleen",)})
-    fix(tmp_path / "raw", tmp_path / "mended")
+    fix_dataset(tmp_path / "raw", tmp_path / "mended")
     assert partial_cases(CHEST, tmp_path / "mended") == {"chest_0": ("liver",)}
 
 
