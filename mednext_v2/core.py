@@ -33,11 +33,14 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from types import SimpleNamespace, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 from uuid import uuid4
 
 from . import __version__
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # %% ../nbs/00_core.ipynb #root
 def root(
@@ -676,6 +679,14 @@ def check_table(
             if set(columns) <= set(read_csv(path)):
                 return
         raise FileExistsError(f"{path} is there and is no table with {', '.join(columns)}: choose another name or folder")
+
+# %% ../nbs/00_core.ipynb #rows-of
+def rows_of(
+    table: "DataFrame",  # Columns named like variables
+) -> Iterator[SimpleNamespace]:  # A row's values by column, its place in the index as `Index`
+    "The rows of a table, one after the other, as `DataFrame.itertuples` has them"
+    for row in table.itertuples():
+        yield SimpleNamespace(**row._asdict())  # pyright: ignore[reportAttributeAccessIssue]  # A named tuple, says pandas' manual
 
 # %% ../nbs/00_core.ipynb #room
 def room(

@@ -42,9 +42,9 @@ def raw_folder(
 
 def check_raw(raw: Path, workers: int = 1) -> str:  # The verdict
     "Examine the headers of raw data; ValueError, with the first error, if they are not clean"
-    from mednext_v2.intake.check import doctor
+    from mednext_v2.intake.check import check_dataset
 
-    report = doctor(raw, workers=workers, quick=True)
+    report = check_dataset(raw, workers=workers, quick=True)
     if not report.clean:
         first = report.table[report.table.severity == "error"].iloc[0]
         raise ValueError(f"{raw} is {report.verdict}; first {first.file}: {first.what}; all of them: mednextv2 doctor --data {raw}")

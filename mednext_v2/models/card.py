@@ -204,8 +204,10 @@ def read_card(
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: a model folder holds card.json and model.safetensors")
     values = read_json(path, remedy="copy the model folder again", most=MOST_CARD)
-    if values.get("mirror_axes", ()) is None:  # As older versions wrote what was not known
+    if values.get("mirror_axes", ()) is None:  # Older versions wrote null for "not known"
         values["mirror_axes"] = ()
+    if isinstance(values.get("overrides"), dict):  # Older versions kept how the network was trained, which weights do not depend on
+        values["overrides"].pop("checkpointing", None)
     return build(Card, lists_to_tuples(values), str(path))
 
 # %% ../../nbs/models/20_card.ipynb #save
