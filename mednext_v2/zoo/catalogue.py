@@ -33,7 +33,7 @@ import pandas as pd
 
 from .. import __version__
 from ..models.licence import UNKNOWN
-from ..core import Kind, atomic_folder, build, check_output, fingerprint_of, read_json, read_yaml, registry_file, room, sha256, write_json
+from ..core import FolderKind, atomic_folder, build, check_output, short_hash, read_json, read_yaml, registry_file, room, sha256, write_json
 
 if TYPE_CHECKING:
     from requests import Response, Session
@@ -362,7 +362,7 @@ def validator_of(answer: "Response") -> str:
 
 def part_of(target: Path, url: str, answer: "Response") -> Path:
     "Where the body of an answer is collected: beside the target, named for the URL and the validator"
-    return target.with_name(f"{target.name}.{fingerprint_of(url, validator_of(answer))}.part")
+    return target.with_name(f"{target.name}.{short_hash(url, validator_of(answer))}.part")
 
 
 def parts_of(target: Path) -> list[Path]:
@@ -645,17 +645,17 @@ def write_receipt(
     write_json(folder / RECEIPT, about | {"sha256": digest, "files": files})
 
 # %% ../../nbs/zoo/20_catalogue.ipynb #install
-def fetched_model_kind(model: Path) -> Kind:
+def fetched_model_kind(model: Path) -> FolderKind:
     "What `install` may replace: the files of an older receipt, and no other"
     known = {Path(name).parts[0] for name in read_receipt(model).get("files", {})}
-    return Kind("fetched model", (RECEIPT,), tuple(map(escape, known)))
+    return FolderKind("fetched model", (RECEIPT,), tuple(map(escape, known)))
 
 
 def install(entry: ZooEntry, home: Path, given: Path | None, progress: bool, limits: Limits) -> None:
     "Downloads a model and puts it in its place; what is refused leaves nothing"
     for leftover in home.glob(".tmp-*"):  # Of a killed process; the lock is ours
         shutil.rmtree(leftover, ignore_errors=True)
-    incoming = home / "download" / fingerprint_of(entry.url)  # What comes from elsewhere is another file
+    incoming = home / "download" / short_hash(entry.url)  # What comes from elsewhere is another file
     found = download_files(entry, home, incoming, given, progress)
     try:
         with atomic_folder(home / "model", fetched_model_kind(home / "model")) as folder:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..models.registry import BACKBONES, create, limited, mednext
-from ..core import build, check_output, read_json, sha256, shown
+from ..core import build, check_output, read_json, sha256, shorten
 from ..network.grn import convert_grn
 from ..network.mednext import Arch, MedNeXt
 from ..network.scaling import PRESETS
@@ -1040,7 +1040,7 @@ def build_network(
     except ImportError:
         raise
     except Exception as error:  # Of whatever library builds it, from sizes that came with a file
-        raise ValueError(f"{checkpoint.path}: {name} with {shown(overrides)} cannot be built ({' '.join(str(error).split())[:200]})") from None
+        raise ValueError(f"{checkpoint.path}: {name} with {shorten(overrides)} cannot be built ({' '.join(str(error).split())[:200]})") from None
     return make()
 
 
@@ -1148,8 +1148,8 @@ def join_items(
     most: int = 12,  # How many are shown
 ) -> str:
     "Names and values on one line"
-    shown = ", ".join(f"{name} {value}" for name, value in list(values.items())[:most])
-    return shown + (f" and {len(values) - most} more" if len(values) > most else "")
+    listed = ", ".join(f"{name} {value}" for name, value in list(values.items())[:most])
+    return listed + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
 def description_rows(checkpoint: Checkpoint) -> dict:  # Name to text; None for what is not known
