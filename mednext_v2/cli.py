@@ -50,13 +50,13 @@ def import_weights(options: argparse.Namespace) -> str:
     "A foreign checkpoint as a model folder; prints what became of each tensor that is not simply loaded"
     from mednext_v2.core import read_json
     from mednext_v2.zoo.importers import import_model
-    from mednext_v2.zoo.catalogue import licence_of
+    from mednext_v2.zoo.catalogue import weights_source
 
     given = {name: getattr(options, name) for name in ("licence", "spacing", "patch", "modality")}
     facts = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
     if options.facts:
         facts = read_json(options.facts) | facts
-    origin = licence_of(options.checkpoint)
+    origin = weights_source(options.checkpoint)
     if origin.licence:
         facts = {"licence": origin.licence, "provenance": origin.provenance} | facts
     card, report = import_model(options.checkpoint, options.out, facts, allow=options.allow, **reading(options))

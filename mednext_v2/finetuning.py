@@ -55,10 +55,10 @@ def checkpoint_in(
     model: Path,  # A file, or a folder
 ) -> Path:
     "The checkpoint to import: what is given, or the only one that a folder, e.g. of the zoo, holds"
-    from mednext_v2.zoo.importers import kind_of
+    from mednext_v2.zoo.importers import weights_kind
 
     try:
-        kind_of(model)
+        weights_kind(model)
         return model
     except ValueError as error:
         found = sorted({path.parent for path in model.rglob("plans.json") if (path.parent / "dataset.json").is_file()})
@@ -77,14 +77,14 @@ def parent_folder(
 ) -> Path:  # Model folder
     "The model to start from as a model folder; ValueError says what a foreign checkpoint does not tell"
     from mednext_v2.zoo.importers import import_model
-    from mednext_v2.zoo.catalogue import licence_of
+    from mednext_v2.zoo.catalogue import weights_source
 
     model, parent = Path(model), Path(out) / "parent"
     if (model / "card.json").is_file():
         return model
     if not (parent / "card.json").is_file():
         source = checkpoint_in(model)
-        origin = licence_of(source)
+        origin = weights_source(source)
         known = {"licence": origin.licence, "provenance": origin.provenance} if origin.sha256 else {}
         try:
             import_model(source, parent, known, **reading)
