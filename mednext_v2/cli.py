@@ -45,7 +45,7 @@ def info(options: argparse.Namespace) -> str:
             table = backbone_table((side,) * 3, names=(get_backbone(options.what).name,))
         else:
             archs = {name: get_arch(name) for name in ([options.what] if options.what else PRESETS)}
-            table = overview(archs, (side,) * 3, batch=options.batch, precision=options.precision)
+            table = overview(archs, (side,) * 3, batch_size=options.batch, precision=options.precision)
         tables.append(table.assign(patch=f"{side}³").reset_index())
     return pd.concat(tables).to_string(index=False, float_format="{:,.1f}".format)
 
@@ -102,24 +102,24 @@ def datasets(options: argparse.Namespace) -> str:
     "List the registered data sets, or show one in full"
     import pandas as pd
 
-    from mednext_v2.data.datasets import get_task, load_tasks
+    from mednext_v2.data.datasets import get_dataset, load_datasets
 
     if options.name:
-        task = get_task(options.name, options.registry)
-        named, group_of = {**task.labels, **task.regions}, cast(dict[str, str], task.groups)  # One group for all is a dictionary by now
+        dataset = get_dataset(options.name, options.registry)
+        named, group_of = {**dataset.labels, **dataset.regions}, cast(dict[str, str], dataset.groups)  # One group for all is a dictionary by now
         labels = "\n".join(f"  {named[label]!s:>4}  {label} ({group_of[label]})" for label in named)
-        facts = {name: value for name, value in vars(task).items() if name not in ("labels", "groups", "regions") and value}
+        facts = {name: value for name, value in vars(dataset).items() if name not in ("labels", "groups", "regions") and value}
         return "\n".join(f"{name}: {value}" for name, value in facts.items()) + f"\nlabels:\n{labels}"
     rows = [
         {
-            "name": task.name,
-            "folder": task.folder,
-            "modality": task.modality,
-            "classes": len(task.regions or task.labels),
-            "source": task.source,
-            "url": task.url or "-",
+            "name": dataset.name,
+            "folder": dataset.folder,
+            "modality": dataset.modality,
+            "classes": len(dataset.regions or dataset.labels),
+            "source": dataset.source,
+            "url": dataset.url or "-",
         }
-        for task in load_tasks(options.registry).values()
+        for dataset in load_datasets(options.registry).values()
     ]
     return pd.DataFrame(rows).to_string(index=False)
 
@@ -197,14 +197,14 @@ def prepare(options: argparse.Namespace) -> str:
     from contextlib import nullcontext
 
     from mednext_v2.data.preprocess import prepare as prepare_dataset
-    from mednext_v2.data.datasets import find_task
+    from mednext_v2.data.datasets import find_dataset
 
-    task = find_task(options.data, options.registry)
+    dataset = find_dataset(options.data, options.registry)
     if options.spacing:
-        task = replace(task, spacing=tuple(options.spacing))
+        dataset = replace(dataset, spacing=tuple(options.spacing))
     with use_cluster(options.dask) if options.dask else nullcontext():
-        manifest = prepare_dataset(task, options.data.parent, options.out, options.workers, progress=True)
-    return f"{options.out} holds {task.name} at {task.spacing} mm: {count_splits(manifest)}"
+        manifest = prepare_dataset(dataset, options.data.parent, options.out, options.workers, progress=True)
+    return f"{options.out} holds {dataset.name} at {dataset.spacing} mm: {count_splits(manifest)}"
 
 # %% ../nbs/90_cli.ipynb #start-from-options
 def start_from_options(options: argparse.Namespace) -> "Start":
@@ -339,16 +339,16 @@ def predict(options: argparse.Namespace) -> str:
 
 def evaluate(options: argparse.Namespace) -> str:
     "Score label maps against the ground truth"
-    from mednext_v2.evaluation.metrics import conventions, description_folders, scoring_task
+    from mednext_v2.evaluation.metrics import conventions, description_folders, scored_dataset
     from mednext_v2.evaluation.metrics import evaluate as score
     from mednext_v2.evaluation.statistics import means
 
     out = options.out or options.predictions.parent / f"{options.predictions.name}_scores"
-    task = scoring_task(options.task, *description_folders(options.predictions, options.truths))
-    print("\n".join(f"{name:30} {rule}" for name, rule in conventions(task, options.tolerance).items()))
+    dataset = scored_dataset(options.task, *description_folders(options.predictions, options.truths))
+    print("\n".join(f"{name:30} {rule}" for name, rule in conventions(dataset, options.tolerance).items()))
     failed = None
     try:
-        score(options.predictions, options.truths, task, options.tolerance, options.workers, out)
+        score(options.predictions, options.truths, dataset, options.tolerance, options.workers, out)
     except ItemsFailed as error:
         if not error.results:
             raise
@@ -358,7 +358,7 @@ def evaluate(options: argparse.Namespace) -> str:
         from mednext_v2.evaluation.review import review
 
         page = out / "review.html"
-        review(table, options.predictions, options.truths, options.images, page, task, tolerance=options.tolerance)
+        review(table, options.predictions, options.truths, options.images, page, dataset, tolerance=options.tolerance)
     shown = means(table, ["label"], ["dsc", "nsd", "hd95"], order=("case",))
     print(shown.to_string(index=False, float_format="{:.3f}".format))
     if failed:
@@ -629,8 +629,8 @@ def add_evaluation_commands(add: Callable[..., argparse.ArgumentParser]) -> None
     command = add("evaluate", evaluate, "Score label maps against the ground truth.", "evaluate predictions labelsTs --html")
     command.add_argument("predictions", type=Path, help="predicted label map, or folder of them")
     command.add_argument("truths", type=Path, help="true label map, or folder of them with the same names")
-    task = "name of the data set, or its dataset.json (default: the description beside the files)"
-    command.add_argument("--task", help=task)
+    dataset = "name of the data set, or its dataset.json (default: the description beside the files)"
+    command.add_argument("--task", help=dataset)
     command.add_argument("--tolerance", type=float, metavar="MM", help="tolerance of NSD (default: that of the data set)")
     add_workers_option(command)
     command.add_argument("-o", "--out", type=Path, help="folder for the scores (default: PREDICTIONS_scores)")
