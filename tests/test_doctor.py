@@ -1398,7 +1398,7 @@ def test_a_killed_fix_leaves_nothing(copy_of, tmp_path, monkeypatch):
     def explode(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "settle", explode)
+    monkeypatch.setattr(module, "recheck_copy", explode)
     with pytest.raises(KeyboardInterrupt):
         fix_dataset(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
