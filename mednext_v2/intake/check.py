@@ -52,7 +52,7 @@ from mednext_v2.data.scans import (
     mm_per_unit,
     valid_affine,
 )
-from mednext_v2.data.datasets import ANNOTATED, Task, description_difference, parse_annotated, parse_channels, find_registered
+from mednext_v2.data.datasets import ANNOTATED, Dataset, description_difference, parse_annotated, parse_channels, find_registered
 
 # %% ../../nbs/intake/30_check.ipynb #faults-set
 FAULTS = {  # Code: severity, what to do
@@ -532,17 +532,17 @@ def list_faults(folder: Path, about: Description | None, meta: dict, cases: list
 
 def survey_folder(
     folder: Path,  # A data set
-    task: Task | None = None,  # What it should agree with; the registered one of the folder's name if not given
+    dataset: Dataset | None = None,  # What it should agree with; the registered one of the folder's name if not given
 ) -> RawFolder:
     "Everything that can be said without opening a volume"
     if not os.access(folder, os.R_OK | os.X_OK):
         return RawFolder(folder, None, {}, [], [FileFault(".", "file-permission", "the folder may not be listed", "", folder.name)])
     about, meta, faults = parse_description(folder)
-    task = task or find_registered(folder)
-    if about and task:
-        if difference := description_difference(task, meta):
+    dataset = dataset or find_registered(folder)
+    if about and dataset:
+        if difference := description_difference(dataset, meta):
             faults.append(FileFault("dataset.json", "labels-task", difference))
-        if task.modality == "CT":  # Whatever the channel is called
+        if dataset.modality == "CT":  # Whatever the channel is called
             about = replace(about, channels=("CT",) * len(about.channels))
     cases = []
     for part in ("Tr", "Ts"):
@@ -847,7 +847,7 @@ def leaks(
 # %% ../../nbs/intake/30_check.ipynb #find-sets
 def find_sets(
     data: str | Path,  # A data set's folder, or one that holds several `DatasetXXX_*`
-    task: Task | None = None,  # Of several, only this one
+    dataset: Dataset | None = None,  # Of several, only this one
 ) -> list[Path]:
     "The data sets of a folder; FileNotFoundError if there is none"
     data = Path(data)
@@ -860,11 +860,11 @@ def find_sets(
         return [data]
     if not inside:
         raise FileNotFoundError(f"{data} holds neither dataset.json nor DatasetXXX_NAME folders: give another folder")
-    if task is None:
+    if dataset is None:
         return inside
-    if data / task.folder not in inside:
-        raise FileNotFoundError(f"{data} does not hold {task.folder}: give another folder or task")
-    return [data / task.folder]
+    if data / dataset.folder not in inside:
+        raise FileNotFoundError(f"{data} does not hold {dataset.folder}: give another folder or task")
+    return [data / dataset.folder]
 
 
 def check_all(
@@ -912,11 +912,11 @@ def check_raw_dataset(
     against: str | Path | None = None,  # Another such folder, the pretraining corpus, to share no case
     workers: int = 1,  # Processes; each holds a few megabytes
     quick: bool = False,  # Headers only
-    task: Task | None = None,  # What the data set should agree with; that of the registry if not given
+    dataset: Dataset | None = None,  # What the data set should agree with; that of the registry if not given
 ) -> Report:
     "What is wrong with a raw folder, in a table of one row a fault. FileNotFoundError if it holds no data set; no error from any file."
     start = time.perf_counter()
-    folders = [survey_folder(path, task) for path in find_sets(data, task)]
+    folders = [survey_folder(path, dataset) for path in find_sets(data, dataset)]
     cases = [(case, folder.about) for folder in folders for case in folder.cases]
     checked, faults = check_all(cases, quick, workers, "cases")
     faults += [fault for one in (*folders, *checked) for fault in one.faults] + number_faults(folders)
@@ -1225,7 +1225,7 @@ def recheck_copy(
     targets: dict[str, Path],  # Folder in the copy by data set
     folders: list[RawFolder],  # The originals
     workers: int,
-    task: Task | None,
+    dataset: Dataset | None,
 ) -> tuple[Report, list[FixAction]]:
     "Completes and examines a copy, and takes out cases that still have errors, until none has"
     made = [(raw, raw.about) for raw in folders if raw.about and any(targets[raw.name].glob("*"))]
@@ -1235,7 +1235,7 @@ def recheck_copy(
         return Report(tabulate([]), (), 0, 0, 0.0, True, ("no data set could be copied",)), []
     while True:
         described = [action for raw, about in made for action in copy_descriptions(raw, targets[raw.name], about.ending)]
-        report = check_raw_dataset(copy, workers=workers, task=task)
+        report = check_raw_dataset(copy, workers=workers, dataset=dataset)
         report = replace(report, table=report.table.assign(dataset=report.table["dataset"].map(names)), sets=tuple(names.values()))
         rows = [row for row in report.table.to_dict("records") if row["severity"] == "error" and row["case"] and place_of(row["file"])]
         if not rows:
@@ -1281,7 +1281,7 @@ def fix_raw_dataset(
     out: str | Path,  # A new folder elsewhere
     workers: int = 1,  # Processes
     tolerance: float = 0.5,  # Voxels that a label may be moved onto the grid of its image
-    task: Task | None = None,  # As for `check_raw_dataset`
+    dataset: Dataset | None = None,  # As for `check_raw_dataset`
     report: Report | None = None,  # What `check_raw_dataset` has just found; it is called if not given
 ) -> FixReport:
     """A mended copy of a raw folder, without the cases that cannot be mended. The originals are only read.
@@ -1289,16 +1289,16 @@ def fix_raw_dataset(
     ValueError or FileExistsError if `out` could touch what exists, or if the report is of another folder or of headers only."""
     data, out = Path(data), Path(out)
     check_target(data, out)
-    before = report or check_raw_dataset(data, workers=workers, task=task)
+    before = report or check_raw_dataset(data, workers=workers, dataset=dataset)
     if not before.voxels:
         raise ValueError("the report is of headers only: call check_raw_dataset without quick, a copy should be known whole")
-    folders = [survey_folder(folder, task) for folder in find_sets(data, task)]
+    folders = [survey_folder(folder, dataset) for folder in find_sets(data, dataset)]
     if {raw.name for raw in folders} != set(before.sets):
         raise ValueError(f"the report is of {', '.join(before.sets)}, not of {data}: call check_raw_dataset for this folder")
     alone = [raw.path for raw in folders] == [data]
     with atomic_folder(out) as copy:
         targets = {raw.name: copy if alone else copy / raw.name for raw in folders}
         actions = [action for raw in folders for action in copy_dataset(raw, before.table, targets[raw.name], workers, tolerance)]
-        after, more = recheck_copy(copy, targets, folders, workers, task)
+        after, more = recheck_copy(copy, targets, folders, workers, dataset)
     table = pd.DataFrame(actions + more, columns=list(FixAction._fields))
     return FixReport(table.sort_values("action", ascending=False, kind="stable", ignore_index=True), out, after)
