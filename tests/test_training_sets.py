@@ -33,7 +33,7 @@ from mednext_v2.training.trainer import patch_validation
 from training_toys import split
 
 SMALL = {"filters": (4, 8, 8)}
-SETTINGS = dict(batch=4, patch=(16, 16, 16), lr=2e-2, warmup=1, foreground=0.5, augment="none", checkpoint_every=100)
+SETTINGS = dict(batch_size=4, patch=(16, 16, 16), lr=2e-2, warmup=1, foreground=0.5, augment="none", checkpoint_every=100)
 SHORT = Recipe(steps=2, **SETTINGS)
 WORDS = {"liver": 400, "spleen": 100, "kidney": -200}  # Intensity of each
 CUBES = {"liver": (2, 2, 2), "spleen": (10, 2, 2), "kidney": (2, 10, 10)}
@@ -334,10 +334,10 @@ def test_regions_are_not_mixed(sets, tmp_path):
 
 
 def test_command_line_trains_on_two_sets(sets, tmp_path, capsys):
-    settings = ["steps=2", "batch=2", "patch=(16,16,16)", "warmup=1", "augment=none", "checkpoint_every=2"]
+    settings = ["steps=2", "batch_size=2", "patch=(16,16,16)", "warmup=1", "augment=none", "checkpoint_every=2"]
     line = ["train", str(sets / "chest"), str(tmp_path / "model"), "--with", str(sets / "belly"), "--backbone", "unet"]
     line += ["--recipe", "smoke", "--network", "filters=(4,8,8)", "--device", "cpu", "--workers", "0", "--unchecked"]
-    cli.main([*line, "--sampling", "chest=2", "belly=1", "--heads", "own", "--set", *settings])
+    cli.main([*line, "--sampling", "chest=2", "belly=1", "--heads", "own", "--recipe-set", *settings])
     assert "wrote" in capsys.readouterr().out and set(read_card(tmp_path / "model").heads) == {"chest", "belly"}
     write_volume(tmp_path / "scan.nii.gz", scan(5)[0], np.eye(4))
     ask = ["predict", "-m", str(tmp_path / "model"), "-i", str(tmp_path / "scan.nii.gz"), "-o", str(tmp_path / "l.nii.gz")]
@@ -346,7 +346,7 @@ def test_command_line_trains_on_two_sets(sets, tmp_path, capsys):
     with pytest.raises(SystemExit, match="name one, got head None"):
         cli.main(ask)
     with pytest.raises(SystemExit, match="weights are for chest, the data sets are chest, belly"):
-        cli.main([*line[:2], str(tmp_path / "other"), *line[3:], "--sampling", "chest=2", "--set", *settings])
+        cli.main([*line[:2], str(tmp_path / "other"), *line[3:], "--sampling", "chest=2", "--recipe-set", *settings])
 
 
 # ---- memory
@@ -361,13 +361,13 @@ def literally(text: str) -> list[str]:
 def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path, monkeypatch, processes, fused):
     base = ["train", str(sets / "chest"), str(tmp_path / "model"), "--backbone", "mednext_v2_tiny", "--device", "cpu"]
     base += ["--network", "width=4", "--processes", str(processes)]
-    recipe = ["batch=8", "patch=32,32,32", "steps=2"]
+    recipe = ["batch_size=8", "patch=32,32,32", "steps=2"]
     monkeypatch.setattr(Prepared, "fingerprint", SimpleNamespace(shape=(64, 64, 64)), raising=False)
     monkeypatch.setattr(launch, "forecast", lambda *given: launch.Forecast(10**7, 1.0, 1e9, fused))
 
     def ask(*more: str, room: float) -> str:
         monkeypatch.setattr(launch, "available_memory", lambda device: int(room * processes))
-        options = cli.parser().parse_args([*base, "--recipe", "smoke", "--set", *recipe, *more])
+        options = cli.parser().parse_args([*base, "--recipe", "smoke", "--recipe-set", *recipe, *more])
         built = get_recipe("smoke", **dict(cli.literal_pair(pair) for pair in options.set))
         return cli.forecast_training(options, built, dict(cli.literal_pair(pair) for pair in options.network))
 
@@ -383,13 +383,13 @@ def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path,
             assert "forecast:" in ask(*literally(text), room=share * need), text
             kinds |= {word.split("=")[0] for word in literally(text) if "=" in word}
     # Fused blocks keep their input alone, and sums are float32
-    assert kinds in ([{"batch"}, {"batch", "patch"}] if fused else [{"grad_checkpointing", "batch", "patch", "precision"}])
+    assert kinds in ([{"batch_size"}, {"batch_size", "patch"}] if fused else [{"grad_checkpointing", "batch_size", "patch", "precision"}])
 
 
 def test_checkpointing_auto_is_what_free_memory_allows(sets, tmp_path, monkeypatch):
-    data, recipe = run.read_data(sets / "chest"), replace(SHORT, patch=(32, 32, 32), batch=2)
+    data, recipe = run.read_data(sets / "chest"), replace(SHORT, patch=(32, 32, 32), batch_size=2)
     network, patch = run.network_for(data, "mednext_v2_tiny", recipe, {"width": 4})
-    options = dict(batch=2, in_channels=data.in_channels, num_classes=data.outputs, deep_supervision=recipe.deep_supervision)
+    options = dict(batch_size=2, in_channels=data.in_channels, num_classes=data.outputs, deep_supervision=recipe.deep_supervision)
     kinds = ("none", "expansion", "block")
     for free, device, expected in [
         *((estimate(network.arch, patch, grad_checkpointing=kind, **options).total_bytes / 0.8 + 9, "cuda", kind) for kind in kinds),
@@ -415,7 +415,7 @@ def test_every_mednext_can_recompute(name):
 
 
 def test_training_with_recomputing_gives_the_same_weights_and_a_plain_card(sets, tmp_path):
-    recipe, kinds = replace(SHORT, patch=(32, 32, 32), batch=1), ("none", "expansion", "block")
+    recipe, kinds = replace(SHORT, patch=(32, 32, 32), batch_size=1), ("none", "expansion", "block")
     for kind in kinds:
         options = dict(overrides={"width": 4, "grad_checkpointing": kind}, device="cpu", progress=False)
         train_model(sets / "chest", tmp_path / kind, "mednext_v2_tiny", recipe, tmp_path / f"{kind}.run", **split(options))
