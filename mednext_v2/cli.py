@@ -45,7 +45,7 @@ def info(options: argparse.Namespace) -> str:
             table = backbone_table((side,) * 3, names=(get_backbone(options.what).name,))
         else:
             archs = {name: get_arch(name) for name in ([options.what] if options.what else PRESETS)}
-            table = overview(archs, (side,) * 3, batch_size=options.batch, precision=options.precision)
+            table = overview(archs, (side,) * 3, batch_size=options.batch_size, precision=options.precision)
         tables.append(table.assign(patch=f"{side}³").reset_index())
     return pd.concat(tables).to_string(index=False, float_format="{:,.1f}".format)
 
@@ -165,18 +165,18 @@ def convert(options: argparse.Namespace) -> str:
 def doctor(options: argparse.Namespace) -> str:
     "Report what is wrong with raw data; exit code 1 if anything is"
     from mednext_v2.core import check_table, write_csv
-    from mednext_v2.intake.check import check_dataset, check_target, fix_dataset
+    from mednext_v2.intake.check import check_raw_dataset, check_target, fix_raw_dataset
 
     if options.fix:
         check_target(options.data, options.fix)
     if options.csv:
         check_table(options.csv, "dataset", "code", "what")
-    report = check_dataset(options.data, options.against, options.workers, options.quick)
+    report = check_raw_dataset(options.data, options.against, options.workers, options.quick)
     if options.csv:
         write_csv(options.csv, report.table)
     print(report.text())
     if options.fix:
-        print(fix_dataset(options.data, options.fix, options.workers, report=None if options.quick else report).text())
+        print(fix_raw_dataset(options.data, options.fix, options.workers, report=None if options.quick else report).text())
     if not report.clean:
         raise SystemExit(1)
     return ""
@@ -246,14 +246,14 @@ def exit_ended(ended: "RunEnded") -> NoReturn:
 def train(options: argparse.Namespace) -> str:
     "Train a network on prepared data"
     from mednext_v2.training.launch import RunEnded
-    from mednext_v2.training.run import drawn, train_in_processes
+    from mednext_v2.training.run import pictures_by_default, train_in_processes
     from mednext_v2.training.recipe import get_recipe
     from mednext_v2.training.trainer import Display
     from mednext_v2.core import check_output
     from mednext_v2.models.card import MODEL_FOLDER, read_card
 
     check_output(options.out, MODEL_FOLDER)
-    recipe = get_recipe(options.recipe, **dict(parse_pair(pair) for pair in options.set))
+    recipe = get_recipe(options.recipe, **dict(parse_pair(pair) for pair in options.recipe_set))
     overrides = dict(parse_pair(pair) for pair in options.network)
     if options.backbone is None:
         options.backbone = read_card(options.parent).backbone if options.parent else "mednext_v2_base"
@@ -263,7 +263,7 @@ def train(options: argparse.Namespace) -> str:
         train_in_processes(
             resources_from_options(options),
             start_from_options(options),
-            Display(pictures=drawn()),
+            Display(pictures=pictures_by_default()),
             data=[str(path) for path in (options.data, *options.others)],
             out=str(options.out),
             backbone=options.backbone,
@@ -296,7 +296,7 @@ def finetune(options: argparse.Namespace) -> str:
             options.data,
             start_from_options(options),
             options.out,
-            changes=dict(parse_pair(pair) for pair in options.set),
+            changes=dict(parse_pair(pair) for pair in options.recipe_set),
             overrides=dict(parse_pair(pair) for pair in options.network),
             resources=resources_from_options(options),
             check=not options.unchecked,
@@ -437,8 +437,8 @@ def add_recipe_options(command: argparse.ArgumentParser, source: str) -> None:
     group.add_argument("--backbone", metavar="NAME", help=f"network to train (default: that of {source}, else mednext_v2_base)")
     changes = "change the network, e.g. width=16 or grad_checkpointing=auto"
     group.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=changes)
-    group.add_argument("--recipe", default="finetune", metavar="NAME", help="pretrain, finetune, v1, nnunet, mini or smoke (default: finetune)")
-    group.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change the recipe, e.g. lr=1e-4")
+    group.add_argument("--recipe", default="finetune", metavar="NAME", help="pretrain, finetune, v1, nnunet, quick or smoke (default: finetune)")
+    group.add_argument("--recipe-set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change the recipe, e.g. lr=1e-4")
 
 
 def add_start_options(
@@ -508,7 +508,7 @@ def add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add("info", info, "Show what a checkpoint holds, or what networks cost.", example)
     command.add_argument("what", nargs="?", help="file or folder of weights, or name of a network (default: all sizes of MedNeXt)")
     command.add_argument("--patch", type=int, nargs="+", default=[128], metavar="N", help="side lengths of the patch (default: 128)")
-    command.add_argument("--batch", type=int, default=2, metavar="N", help="patches per training batch (default: 2)")
+    command.add_argument("--batch-size", type=int, default=2, metavar="N", help="patches per training batch (default: 2)")
     command.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="precision of training (default: bf16)")
     add_checkpoint_options(command)
 
