@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import ItemsFailed, attempt, for_all, held, write_csv, write_json
+from ..core import ItemsFailed, try_item, map_items, output_lock, write_csv, write_json
 from ..data.datasets import Case, Task, partial_cases
 from .metrics import score_files, summarise
 from .statistics import means
@@ -32,8 +32,8 @@ def predict_cases(
     predict = PredictSettings(overlap=overlap, device=device)
     members, settings = load_ensemble(model, predict), JobSettings(predict, overwrite=overwrite)
     maps = {case.id: out / f"{case.id}.nii.gz" for case in cases}
-    with held(out):
-        ended = {case.id: attempt(run_job, case.id, (PredictJob(case.id, case.images, maps[case.id]), members, settings))[2] for case in cases}
+    with output_lock(out):
+        ended = {case.id: try_item(run_job, case.id, (PredictJob(case.id, case.images, maps[case.id]), members, settings))[2] for case in cases}
     if failures := {case: reason for case, reason in ended.items() if reason is not None}:
         raise ItemsFailed(failures, {case: maps[case] for case, reason in ended.items() if reason is None})
     return maps
@@ -46,7 +46,7 @@ def score_cases(
     workers: int = 1,  # Processes
 ) -> pd.DataFrame:  # Columns case and those of `score_case`; of a case that lacks labels, the annotated ones
     "Score label maps against the truth, on the scans' own grids; ItemsFailed names the cases that cannot be scored"
-    scored = for_all(score_files, {case.id: (labelled[case.id], case.label, task) for case in cases}, workers)
+    scored = map_items(score_files, {case.id: (labelled[case.id], case.label, task) for case in cases}, workers)
     known = partial_cases(task, cases[0].label.parents[2])
     parts = [part.assign(case=case)[part.label.isin(known.get(case, part.label))] for case, part in scored.items()]
     table = pd.concat(parts, ignore_index=True)

@@ -25,8 +25,8 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.nifti1 import Nifti1Extension
 
-from ..core import ItemsFailed, atomic_file, atomic_files, attempt, check_output, fingerprint_of, held, peak_bytes, read_json, room, versions
-from ..data.scans import ENDINGS, BadFile, cut_ending, list_scans, list_volumes, read_header, read_scan, stored_files
+from ..core import ItemsFailed, atomic_file, atomic_files, try_item, check_output, short_hash, output_lock, peak_bytes, read_json, room, versions
+from ..data.scans import ENDINGS, BadFile, split_ending, list_scans, list_volumes, read_header, read_scan, stored_files
 from .predictor import EnsembleMember, NetworkInput, PredictSettings, check_channels, label_image, label_volume
 from .predictor import load_ensemble, modality_warnings, network_input, temporary_array
 from .windows import device_of
@@ -102,7 +102,7 @@ class PredictJob:
 
     def beside(self, suffix: str) -> Path:
         "A file of the same name with another ending"
-        return self.output.with_name(cut_ending(self.output.name)[0] + suffix)
+        return self.output.with_name(split_ending(self.output.name)[0] + suffix)
 
 
 WRITTEN = (".nii.gz", ".nii")  # Endings of label maps that are written
@@ -114,7 +114,7 @@ def is_file_name(
     target: Path,  # Where label maps are to go
 ) -> bool:
     "Whether the output is one file, and not a folder; BadFile for a name of a format that is not written"
-    ending = cut_ending(target.name, (*ENDINGS, *OTHERS))[1]
+    ending = split_ending(target.name, (*ENDINGS, *OTHERS))[1]
     if target.is_dir() or not ending:
         return False
     if ending not in WRITTEN:
@@ -136,7 +136,7 @@ def list_jobs(
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a scan or a folder of scans")
     if source.is_file():
-        stem, ending = cut_ending(source.name)
+        stem, ending = split_ending(source.name)
         if ending == ".seg.nrrd":
             raise BadFile(source, "is a segmentation by its name", "give the scan that it was drawn on")
         jobs = [PredictJob(stem, (source,), target if is_file else target / f"{stem}.nii.gz")]
@@ -176,7 +176,7 @@ def job_identity(job: PredictJob, members: Sequence[EnsembleMember], settings: J
     paths = [file for path in read for file in stored_files(path)]
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     options = {key: value for key, value in asdict(settings.predict).items() if key not in ("device", "memory", "folds")}
-    return fingerprint_of(files, [member.hashes for member in members], options, str(region), settings.probabilities)
+    return short_hash(files, [member.hashes for member in members], options, str(region), settings.probabilities)
 
 
 def is_probabilities(path: Path) -> bool:
@@ -290,7 +290,7 @@ def write_job(scan: LabelledScan, overwrite: bool = False) -> None:
     begin, target, table = time.perf_counter(), scan.job.output, scan.job.beside(".json")
     values = None if scan.probabilities is None else scan.job.beside(".npz")
     # The last to appear decides whether a scan is done: a label map that is new, a report where a map is replaced
-    with scan.stack, held(table, beside=True, wait=True):
+    with scan.stack, output_lock(table, beside=True, wait=True):
         if is_done(scan.job, scan.report["identity"], overwrite):
             return
         replaces = target.exists()
@@ -316,7 +316,7 @@ def run_job(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSet
 # %% ../../nbs/inference/20_files.ipynb #table-files
 def name_tables(target: Path, names: dict[int, str], overwrite: bool) -> dict[Path, str]:  # Text by file
     "Tables of names, like the label map or `labels` in a folder; ValueError if other files of that name are there"
-    place = target.with_name(cut_ending(target.name)[0]) if is_file_name(target) else target / "labels"
+    place = target.with_name(split_ending(target.name)[0]) if is_file_name(target) else target / "labels"
     tables = {Path(f"{place}.txt"): itksnap_table(names), Path(f"{place}.ctbl"): slicer_table(names)}
     for path, text in tables.items():
         if path.exists() and not overwrite and path.read_text(encoding="utf-8", errors="replace") != text:
@@ -354,13 +354,13 @@ def run_jobs(
     failures, writes = {}, {}
     with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
         for job, future in tqdm(read_ahead(reading, jobs, members, settings), "predicting", len(jobs), disable=not progress):
-            _, ready, failures[job.name] = attempt(label_read, job.name, (job, members, settings, future))
+            _, ready, failures[job.name] = try_item(label_read, job.name, (job, members, settings, future))
             for done in [write for write in writes.values() if ready]:
                 done.exception()  # One scan at a time waits to be written
             if ready:
                 writes[job.name] = writing.submit(write_job, ready, settings.overwrite)
             del ready, future
-        failures |= {name: attempt(write.result, name, ())[2] for name, write in writes.items()}
+        failures |= {name: try_item(write.result, name, ())[2] for name, write in writes.items()}
     return {name: " ".join(reason.split()) for name, reason in failures.items() if reason}
 
 # %% ../../nbs/inference/20_files.ipynb #predict-files
@@ -380,7 +380,7 @@ def predict_files(
     members = load_ensemble(models, settings)
     jobs = list_jobs(source, target, members[0].card.in_channels)
     tables = name_tables(Path(target), label_names(members[0].card), overwrite)
-    with held(target, beside=is_file_name(Path(target))):
+    with output_lock(target, beside=is_file_name(Path(target))):
         failures = run_jobs(jobs, members, JobSettings(settings, roi, probabilities, overwrite), progress)
     results = {job.name: job.output for job in jobs if job.name not in failures}
     for path, text in tables.items() if results else ():

@@ -134,7 +134,7 @@ def network_for(
     recipe,  # A `Recipe`
     overrides: dict,  # Changes to the backbone's published size
     parent: str | Path | None = None,  # Model folder whose weights it will start from
-    device: str = "cpu",  # Whose free memory decides, where `checkpointing` is `auto`
+    device: str = "cpu",  # Whose free memory decides, where `grad_checkpointing` is `auto`
     processes: int = 1,  # That train together
 ):  # The network, and the patch it is to be trained with
     "A fresh network for a training, of its parent's size where the overrides leave it open"
@@ -147,9 +147,9 @@ def network_for(
     if source:
         check_network(parent, source, read_shapes(parent))
     known = source.overrides if source and source.backbone == backbone else {}
-    overrides, auto = dict(overrides), overrides.get("checkpointing") == "auto"
+    overrides, auto = dict(overrides), overrides.get("grad_checkpointing") == "auto"
     if auto:
-        del overrides["checkpointing"]
+        del overrides["grad_checkpointing"]
 
     def built(patch: tuple[int, ...]):
         fixed = {name: value for name, value in (("patch", patch), ("spacing", data.task.spacing)) if name in uses}
@@ -164,7 +164,7 @@ def network_for(
         from mednext_v2.network.scaling import cheapest_checkpointing
 
         gpu = device.startswith("cuda")
-        overrides["checkpointing"] = cheapest_checkpointing(
+        overrides["grad_checkpointing"] = cheapest_checkpointing(
             trial.arch,
             patch,
             int(0.8 * available_memory(device)) // (1 if gpu else processes),
@@ -212,7 +212,7 @@ def as_options(
     values = {name: ",".join(map(str, value)) if name == "patch" else value for name, value in change.items()}
     if "batch" in values:
         values["batch"] *= parts
-    network = [f"{name}={values.pop(name)}" for name in ("checkpointing",) if name in values]
+    network = [f"{name}={values.pop(name)}" for name in ("grad_checkpointing",) if name in values]
     recipe = [f"{name}={value}" for name, value in values.items()]
     words = [["--set", *recipe]] * bool(recipe) + [["--network", *network]] * bool(network)
     return " ".join(sum(words, []))
@@ -243,7 +243,7 @@ def forecast_fit(
         patch,
         max(1, recipe.batch // parts),
         recipe.precision,
-        checkpointing=others.pop("checkpointing", "none"),
+        grad_checkpointing=others.pop("grad_checkpointing", "none"),
         in_channels=data.in_channels,
         num_classes=data.outputs,
         deep_supervision=recipe.deep_supervision,
@@ -260,7 +260,7 @@ def train_model(
     backbone: str,
     recipe,  # A `Recipe`; its patch is made no larger than the volumes of the data
     folder: str | Path,  # Checkpoints, curves and run.json; an interrupted training of the same identity goes on
-    overrides: dict | None = None,  # Changes to the backbone's published size; `checkpointing` of a MedNeXt, `auto` for what memory allows
+    overrides: dict | None = None,  # Changes to the backbone's published size; `grad_checkpointing` of a MedNeXt, `auto` for what memory allows
     start: Start = Start(),  # The weights it begins with
     seed: int = 0,
     provenance: str = "",  # What the card says of the data, besides their name
@@ -291,7 +291,7 @@ def train_model(
     history = fit(recipe, model, sampler, folder, seed=seed, validate=validate, resources=resources, **options)
     card = Card(
         backbone=backbone,
-        overrides={name: value for name, value in overrides_of(model).items() if name != "checkpointing"},  # No trait of weights
+        overrides={name: value for name, value in overrides_of(model).items() if name != "grad_checkpointing"},  # No trait of weights
         in_channels=data.in_channels,
         patch=recipe.patch,
         mirror_axes=mirrored_axes(recipe.augment),
