@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import ItemsFailed, try_item, map_items, output_lock, write_csv, write_json
-from ..data.datasets import Case, Task, partial_cases
+from ..data.datasets import Case, Dataset, partial_cases
 from .metrics import score_files, summarise
 from .statistics import means
 from ..inference.files import JobSettings, PredictJob, run_job
@@ -42,12 +42,12 @@ def predict_cases(
 def score_cases(
     labelled: dict[str, Path],  # Label maps by case
     cases: Sequence[Case],
-    task: Task,
+    dataset: Dataset,
     workers: int = 1,  # Processes
 ) -> pd.DataFrame:  # Columns case and those of `score_case`; of a case that lacks labels, the annotated ones
     "Score label maps against the truth, on the scans' own grids; ItemsFailed names the cases that cannot be scored"
-    scored = map_items(score_files, {case.id: (labelled[case.id], case.label, task) for case in cases}, workers)
-    known = partial_cases(task, cases[0].label.parents[2])
+    scored = map_items(score_files, {case.id: (labelled[case.id], case.label, dataset) for case in cases}, workers)
+    known = partial_cases(dataset, cases[0].label.parents[2])
     parts = [part.assign(case=case)[part.label.isin(known.get(case, part.label))] for case, part in scored.items()]
     table = pd.concat(parts, ignore_index=True)
     return pd.DataFrame(table[["case", *table.columns.drop("case")]])
@@ -57,15 +57,15 @@ def write_scores(
     table: pd.DataFrame,  # Of `score_cases`
     labelled: dict[str, Path],  # Label maps by case
     cases: Sequence[Case],
-    task: Task,
+    dataset: Dataset,
     out: Path,  # Gets scores.csv and summary.json
 ) -> pd.DataFrame:  # With columns task and split before the others
     "Keep scores beside what nnU-Net would write"
-    table = table.assign(task=task.name, split=cases[0].split)
+    table = table.assign(task=dataset.name, split=cases[0].split)
     first = ["task", "split", "case"]
     table = pd.DataFrame(table[[*first, *table.columns.difference(first, sort=False)]])
-    if not partial_cases(task, cases[0].label.parents[2]):  # Means over classes need all classes of a case
-        write_json(out / "summary.json", summarise(table, task, {case.id: (labelled[case.id], case.label) for case in cases}))
+    if not partial_cases(dataset, cases[0].label.parents[2]):  # Means over classes need all classes of a case
+        write_json(out / "summary.json", summarise(table, dataset, {case.id: (labelled[case.id], case.label) for case in cases}))
     write_csv(out / "scores.csv", table)
     return table
 
