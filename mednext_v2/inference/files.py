@@ -25,7 +25,19 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.nifti1 import Nifti1Extension
 
-from ..core import ItemsFailed, atomic_file, atomic_files, try_item, check_output, short_hash, output_lock, peak_bytes, read_json, room, versions
+from mednext_v2.core import (
+    ItemsFailed,
+    atomic_file,
+    atomic_files,
+    check_disk_space,
+    check_output,
+    output_lock,
+    peak_bytes,
+    read_json,
+    short_hash,
+    try_item,
+    versions,
+)
 from ..data.scans import ENDINGS, BadFile, split_ending, list_scans, list_volumes, read_header, read_scan, stored_files
 from .predictor import EnsembleMember, NetworkInput, PredictSettings, check_channels, label_image, label_volume
 from .predictor import load_ensemble, modality_warnings, network_input, temporary_array
@@ -219,7 +231,7 @@ def read_job(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSe
     begin, card = time.perf_counter(), members[0].card
     check_channels(card, len(job.images))
     size = math.prod(read_header(job.images[0]).shape) * (2 * card.num_classes if settings.probabilities else 1)
-    room(job.output.parent, size, f"{job.output.name}, before compression,")
+    check_disk_space(job.output.parent, size, f"{job.output.name}, before compression,")
     region = settings.region(job)
     key = job_identity(job, members, settings, region)
     if is_done(job, key, settings.overwrite):
