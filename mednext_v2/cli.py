@@ -324,13 +324,13 @@ def replay(options: argparse.Namespace) -> str:
 # %% ../nbs/90_cli.ipynb #predict
 def predict(options: argparse.Namespace) -> str:
     "Label a scan or a folder of scans, each on its own grid; skip scans that already have a label map"
-    from mednext_v2.inference.predictor import Options
+    from mednext_v2.inference.predictor import PredictSettings
     from mednext_v2.inference.files import predict_files
 
     roi = options.roi
     if roi:
         roi = roi[0] if len(roi) == 1 else [int(number) for number in roi]
-    chosen = Options(
+    chosen = PredictSettings(
         tta=options.tta, fast=options.fast, folds=tuple(options.folds), head=options.head, device=options.device, memory=options.memory, half=options.half
     )
     predict_files(options.model, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ..data.preprocess import Prepared
-from ..inference.predictor import evaluating
+from ..inference.windows import eval_mode
 from ..models.registry import load_model
 from ..network.blocks import MedNeXtBlock
 
@@ -53,7 +53,7 @@ def look_at_channels(
         raise ValueError(f"{type(model).__name__} has no MedNeXt block whose channels could be looked at")
     handles = [block.conv3.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0])) for name, block in blocks.items()]
     try:
-        with evaluating(model):
+        with eval_mode(model):
             model(images)
     finally:
         for handle in handles:
