@@ -206,7 +206,7 @@ def train(options: argparse.Namespace) -> str:
     from mednext_v2.training.launch import RunEnded
     from mednext_v2.training.run import drawn, train_in_processes
     from mednext_v2.training.recipe import get_recipe
-    from mednext_v2.training.trainer import Display
+    from mednext_v2.training.monitor import Display
     from mednext_v2.core import check_output
     from mednext_v2.models.card import MODEL_FOLDER, read_card
 

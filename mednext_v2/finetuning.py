@@ -19,7 +19,7 @@ from .core import Resources, check_output, fingerprint_of, held, read_csv, read_
 from .evaluation.cases import note_scores, predict_cases, score_cases, write_scores
 from .training.run import TrainingData, drawn, forecast_fit, network_for, start_from, train_in_processes
 from .models.transfer import Start
-from .training.trainer import Display
+from .training.monitor import Display
 
 # %% ../nbs/60_finetuning.ipynb #raw-folder
 def raw_folder(

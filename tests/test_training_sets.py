@@ -29,7 +29,7 @@ from mednext_v2.network.scaling import estimate
 from mednext_v2.training import launch, run, trainer
 from mednext_v2.training.recipe import Recipe, get_recipe
 from mednext_v2.training.run import read_data, train_model
-from mednext_v2.training.trainer import patch_validation
+from mednext_v2.training.validation import PatchValidation, patch_validation
 from training_toys import split
 
 SMALL = {"filters": (4, 8, 8)}
@@ -174,9 +174,9 @@ def test_validation_counts_known_classes_only():
     echo = torch.nn.Identity()
     echo.weight = torch.nn.Parameter(torch.zeros(1))
     annotated = torch.tensor([[True, True, True], [True, False, True]])
-    assert trainer.PatchValidation([(scores, label, annotated)], space)(echo) == 1
+    assert PatchValidation([(scores, label, annotated)], space)(echo) == 1
     everything = torch.ones_like(annotated)
-    assert trainer.PatchValidation([(scores, label, everything)], space)(echo) < 0.9
+    assert PatchValidation([(scores, label, everything)], space)(echo) < 0.9
 
 
 @pytest.mark.parametrize(

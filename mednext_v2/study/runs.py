@@ -20,7 +20,7 @@ from ..models.transfer import Start
 from .plan import Plan
 from ..training.checkpoint import TRAINING_ROOMS, code_digest
 from ..training.run import train_in_processes
-from ..training.trainer import Display
+from ..training.monitor import Display
 
 # %% ../../nbs/study/30_runs.ipynb #run-class
 @dataclass(frozen=True)

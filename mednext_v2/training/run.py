@@ -275,7 +275,8 @@ def train_model(
 
     from mednext_v2.data.augment import mirrored_axes
     from mednext_v2.models.registry import overrides_of
-    from mednext_v2.training.trainer import fit, patch_validation, training_sampler
+    from mednext_v2.training.trainer import fit, training_sampler
+    from mednext_v2.training.validation import patch_validation
     from mednext_v2.models.card import MODEL_FOLDER, Card, save_model
 
     check_output(out, MODEL_FOLDER)
@@ -324,7 +325,7 @@ def train_from_fields(
 
     from mednext_v2.training.launch import heartbeat
     from mednext_v2.training.recipe import Recipe
-    from mednext_v2.training.trainer import Display
+    from mednext_v2.training.monitor import Display
 
     may = build(Resources, resources or {}, "resources")
     if may.threads:
