@@ -76,14 +76,14 @@ def expected(side: str, case: dict, precision: str) -> dict:
 
     from mednext_v2.network.scaling import count_flops, estimate
 
-    _, kind, _, compiled, checkpointing = SIDES[side]
+    _, kind, _, compiled, grad_checkpointing = SIDES[side]
     patch = (case["side"],) * 3
     with torch.device("meta"):
         model = network(kind, case)
     found = {"flops": case["batch"] * count_flops(model, patch, 1)}
-    if checkpointing and not compiled:
+    if grad_checkpointing and not compiled:
         form = "cuda" if kind.endswith("fused") else None
-        cost = estimate(model.arch, patch, case["batch"], precision, checkpointing, 1, 2, deep_supervision=True, fused=form)
+        cost = estimate(model.arch, patch, case["batch"], precision, grad_checkpointing, 1, 2, deep_supervision=True, fused=form)
         found["estimated_gib"] = (cost.total_bytes - cost.optimizer_bytes) / 2**30
     return found
 
@@ -92,11 +92,11 @@ def prepared(side: str, case: dict, device: str):
     "A network and its input, on the device and in its memory format"
     import torch
 
-    _, kind, memory_format, compiled, checkpointing = SIDES[side]
+    _, kind, memory_format, compiled, grad_checkpointing = SIDES[side]
     model = network(kind, case).to(device)
     for module in model.modules():
-        if checkpointing and hasattr(module, "checkpointing"):
-            module.checkpointing = checkpointing
+        if grad_checkpointing and hasattr(module, "grad_checkpointing"):
+            module.grad_checkpointing = grad_checkpointing
     form = getattr(torch, memory_format if memory_format != "contiguous" else "contiguous_format")
     x = torch.randn(case["batch"], 1, *[case["side"]] * 3).to(device=device, memory_format=form)
     model = model.to(memory_format=form)

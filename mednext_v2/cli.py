@@ -11,10 +11,10 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-from .core import ItemsFailed, Resources, check_place, read_csv, versions
+from .core import ItemsFailed, Resources, check_writable, read_csv, versions
 
 # %% ../nbs/90_cli.ipynb #info
 def info(options: argparse.Namespace) -> str:
@@ -50,13 +50,13 @@ def import_weights(options: argparse.Namespace) -> str:
     "A foreign checkpoint as a model folder; prints what became of each tensor that is not simply loaded"
     from mednext_v2.core import read_json
     from mednext_v2.zoo.importers import import_model
-    from mednext_v2.zoo.catalogue import licence_of
+    from mednext_v2.zoo.catalogue import weights_source
 
     given = {name: getattr(options, name) for name in ("licence", "spacing", "patch", "modality")}
     facts = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
     if options.facts:
         facts = read_json(options.facts) | facts
-    origin = licence_of(options.checkpoint)
+    origin = weights_source(options.checkpoint)
     if origin.licence:
         facts = {"licence": origin.licence, "provenance": origin.provenance} | facts
     card, report = import_model(options.checkpoint, options.out, facts, allow=options.allow, **reading(options))
@@ -159,19 +159,18 @@ def convert(options: argparse.Namespace) -> str:
 def doctor(options: argparse.Namespace) -> str:
     "What is wrong with raw data; exit code 1 if anything is"
     from mednext_v2.core import check_table, write_csv
-    from mednext_v2.intake.check import doctor as examine
-    from mednext_v2.intake.check import check_target, fix
+    from mednext_v2.intake.check import check_dataset, check_target, fix_dataset
 
     if options.fix:
         check_target(options.data, options.fix)
     if options.csv:
         check_table(options.csv, "dataset", "code", "what")
-    report = examine(options.data, options.against, options.workers, options.quick)
+    report = check_dataset(options.data, options.against, options.workers, options.quick)
     if options.csv:
         write_csv(options.csv, report.table)
     print(report.text())
     if options.fix:
-        print(fix(options.data, options.fix, options.workers, report=None if options.quick else report).text())
+        print(fix_dataset(options.data, options.fix, options.workers, report=None if options.quick else report).text())
     if not report.clean:
         raise SystemExit(1)
     return ""
@@ -204,7 +203,7 @@ def prepare(options: argparse.Namespace) -> str:
 def train(options: argparse.Namespace) -> str:
     "Train a network on prepared data"
     from mednext_v2.training.launch import RunEnded
-    from mednext_v2.training.run import drawn, train_in_processes
+    from mednext_v2.training.run import TrainingJob, drawn, train_in_processes
     from mednext_v2.training.recipe import get_recipe
     from mednext_v2.training.monitor import Display
     from mednext_v2.core import check_output
@@ -218,22 +217,20 @@ def train(options: argparse.Namespace) -> str:
     if not options.unchecked:
         print(forecast_training(options, recipe, overrides), file=sys.stderr)
     try:
-        train_in_processes(
-            resources(options),
-            starting(options),
-            Display(pictures=drawn()),
-            data=[str(path) for path in (options.data, *options.others)],
-            out=str(options.out),
+        job = TrainingJob(
+            data=(options.data, *options.others),
+            out=options.out,
             backbone=options.backbone,
-            recipe=asdict(recipe),
-            folder=str(options.folder or f"{options.out}.run"),
+            recipe=recipe,
+            folder=options.folder or f"{options.out}.run",
             overrides=overrides,
+            start=starting(options),
             seed=options.seed,
             sampling=mixture_weights(options.sampling),
             heads=options.heads,
-            allow=options.allow,
-            resume=options.resume,
+            allow=tuple(options.allow),
         )
+        train_in_processes(job, resources(options), Display(pictures=drawn()), options.resume)
     except RunEnded as ended:
         raise_ended(ended)
     return f"wrote {options.out}"
@@ -302,10 +299,10 @@ def mixture_weights(
 
 def forecast_training(options: argparse.Namespace, recipe, overrides: dict) -> str:
     "What the training will take"
-    from mednext_v2.training.run import forecast_fit, read_data
+    from mednext_v2.training.run import forecast_cost, read_data
 
     data = read_data([options.data, *options.others], options.heads)
-    return forecast_fit(data, options.backbone, recipe, overrides, options.parent, options.device, options.processes)
+    return forecast_cost(data, options.backbone, recipe, overrides, options.parent, options.device, options.processes)
 
 
 def replay(options: argparse.Namespace) -> str:
@@ -417,7 +414,7 @@ def cache(command: argparse.ArgumentParser) -> None:
 def recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--recipe", default="finetune", help="pretrain, finetune, v1, nnunet, mini or smoke")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="fields of the recipe, e.g. lr=1e-4")
-    changes = "changes to the backbone, e.g. width=16 or checkpointing=auto"
+    changes = "changes to the backbone, e.g. width=16 or grad_checkpointing=auto"
     command.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=changes)
 
 
@@ -695,7 +692,7 @@ def main(
     try:
         for name in OUTPUTS:
             if isinstance(place := getattr(options, name, None), Path):
-                check_place(place)
+                check_writable(place)
         text = options.function(options)
         if text:
             print(text, flush=True)

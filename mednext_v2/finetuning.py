@@ -15,9 +15,9 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from .core import Resources, check_output, fingerprint_of, held, read_csv, read_json, write_json
+from .core import Resources, check_output, short_hash, output_lock, read_csv, read_json, write_json
 from .evaluation.cases import note_scores, predict_cases, score_cases, write_scores
-from .training.run import TrainingData, drawn, forecast_fit, network_for, start_from, train_in_processes
+from .training.run import TrainingData, TrainingJob, build_network, drawn, forecast_cost, load_start, train_in_processes
 from .models.transfer import Start
 from .training.monitor import Display
 
@@ -42,9 +42,9 @@ def raw_folder(
 
 def check_raw(raw: Path, workers: int = 1) -> str:  # The verdict
     "Examine the headers of raw data; ValueError, with the first error, if they are not clean"
-    from mednext_v2.intake.check import doctor
+    from mednext_v2.intake.check import check_dataset
 
-    report = doctor(raw, workers=workers, quick=True)
+    report = check_dataset(raw, workers=workers, quick=True)
     if not report.clean:
         first = report.table[report.table.severity == "error"].iloc[0]
         raise ValueError(f"{raw} is {report.verdict}; first {first.file}: {first.what}; all of them: mednextv2 doctor --data {raw}")
@@ -55,10 +55,10 @@ def checkpoint_in(
     model: Path,  # A file, or a folder
 ) -> Path:
     "The checkpoint to import: what is given, or the only one that a folder, e.g. of the zoo, holds"
-    from mednext_v2.zoo.importers import kind_of
+    from mednext_v2.zoo.importers import weights_kind
 
     try:
-        kind_of(model)
+        weights_kind(model)
         return model
     except ValueError as error:
         found = sorted({path.parent for path in model.rglob("plans.json") if (path.parent / "dataset.json").is_file()})
@@ -77,14 +77,14 @@ def parent_folder(
 ) -> Path:  # Model folder
     "The model to start from as a model folder; ValueError says what a foreign checkpoint does not tell"
     from mednext_v2.zoo.importers import import_model
-    from mednext_v2.zoo.catalogue import licence_of
+    from mednext_v2.zoo.catalogue import weights_source
 
     model, parent = Path(model), Path(out) / "parent"
     if (model / "card.json").is_file():
         return model
     if not (parent / "card.json").is_file():
         source = checkpoint_in(model)
-        origin = licence_of(source)
+        origin = weights_source(source)
         known = {"licence": origin.licence, "provenance": origin.provenance} if origin.sha256 else {}
         try:
             import_model(source, parent, known, **reading)
@@ -127,10 +127,10 @@ def planned_data(
 ) -> TrainingData:  # That holds no arrays
     "What a forecast needs of data that are not prepared yet; cropping can only make the volumes smaller"
     from mednext_v2.data.preprocess import target_shape
-    from mednext_v2.data.datasets import header_grids, list_cases
+    from mednext_v2.data.datasets import read_grids, list_cases
 
     files = [case.images[0] for case in list_cases(task, raw.parent) if case.split == "train"]
-    shapes = [target_shape(shape, spacing, task.spacing) for spacing, shape in zip(*header_grids(files))]
+    shapes = [target_shape(shape, spacing, task.spacing) for spacing, shape in zip(*read_grids(files))]
     shape = tuple(pd.DataFrame(shapes).median().astype(int))
     return TrainingData({task.name: SimpleNamespace(task=task, fingerprint=SimpleNamespace(shape=shape))})
 
@@ -146,7 +146,7 @@ def request_of(
     parent = plan.start.model
     request = dict(
         data=str(plan.raw.resolve()),
-        files=fingerprint_of(facts),
+        files=short_hash(facts),
         init=plan.start.name,
         parent=read_card(parent).sha256 if parent else None,
         backbone=plan.network["backbone"],
@@ -177,7 +177,7 @@ class Plan:
     task: object  # A `Task`, with the voxel size to train at
     raw: Path
     out: Path
-    network: dict  # backbone, recipe and overrides, as `run.network_for` takes them
+    network: dict  # backbone, recipe and overrides, as `run.build_network` takes them
     start: Start  # The parent as a model folder
     seed: int = 0
 
@@ -194,7 +194,7 @@ class Plan:
     def rehearse(self, data: TrainingData) -> None:
         "Start a network from the parent's weights and leave it; ValueError if they do not fit"
         if self.start.model:
-            start_from(self.start, network_for(data, **self.network, parent=self.start.model)[0], data, self.out / "run")
+            load_start(self.start, build_network(data, **self.network, parent=self.start.model)[0], data, self.out / "run")
 
 
 def make_plan(
@@ -232,17 +232,8 @@ def fit_model(plan: Plan, resources: Resources) -> None:
     prepared = plan.out / "prepared"
     if not (prepared / "manifest.csv").is_file():  # Written last
         prepare(plan.task, plan.raw.parent, prepared, max(1, resources.workers), progress=True)
-    network = plan.network | {"recipe": asdict(plan.network["recipe"])}
-    train_in_processes(
-        resources,
-        plan.start,
-        Display(pictures=drawn()),
-        data=str(prepared),
-        out=str(plan.out / "model"),
-        folder=str(plan.out / "run"),
-        seed=plan.seed,
-        **network,
-    )
+    job = TrainingJob(prepared, plan.out / "model", folder=plan.out / "run", start=plan.start, seed=plan.seed, **plan.network)
+    train_in_processes(job, resources, Display(pictures=drawn()))
 
 
 def score_model(plan: Plan, command: str, say: Callable[[str], None], resources: Resources) -> pd.DataFrame:  # As `score_cases` gives it
@@ -292,7 +283,7 @@ def finetune(
         for name in ("scores.csv", "summary.json", "review.html", "predictions"):
             if (out / name).exists():
                 raise FileExistsError(f"{out / name} is there and was not made by this command: choose another folder")
-    with held(out):
+    with output_lock(out):
         workers = max(1, resources.workers)
         raw = raw_folder(raw, out, seed_task, workers)
         if not (out / "model").is_dir():
@@ -305,7 +296,7 @@ def finetune(
             say(plan.describe())
             plan.rehearse(data)
             if check:
-                say(forecast_fit(data, **plan.network, parent=plan.start.model, device=resources.device, processes=resources.processes))
+                say(forecast_cost(data, **plan.network, parent=plan.start.model, device=resources.device, processes=resources.processes))
             write_json(out / "plan.json", request, sort_keys=False)
             fit_model(plan, resources)
         return score_model(plan, command, say, resources)

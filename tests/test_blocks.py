@@ -167,12 +167,12 @@ def test_a_plain_block_can_change_its_channels():
 
 
 @pytest.mark.parametrize("cls", PAIRS)
-@pytest.mark.parametrize("checkpointing", ["expansion", "block"])
+@pytest.mark.parametrize("grad_checkpointing", ["expansion", "block"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_checkpointing_changes_no_number(cls, checkpointing, autocast):
+def test_checkpointing_changes_no_number(cls, grad_checkpointing, autocast):
     block = awake(cls(4, PAIRS[cls][1], ratio=3))
     x, results = torch.randn(2, 4, 6, 6, 6), []
-    for block.checkpointing in ("none", checkpointing):
+    for block.grad_checkpointing in ("none", grad_checkpointing):
         block.zero_grad()
         leaf = x.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -185,8 +185,8 @@ def test_checkpointing_changes_no_number(cls, checkpointing, autocast):
 
 def test_checkpointing_keeps_less():
     kept = {}
-    for checkpointing in ("none", "expansion", "block"):
-        block, seen = use_fused(MedNeXtBlock(4, ratio=8, checkpointing=checkpointing), False), {}
+    for grad_checkpointing in ("none", "expansion", "block"):
+        block, seen = use_fused(MedNeXtBlock(4, ratio=8, grad_checkpointing=grad_checkpointing), False), {}
         own = {p.data_ptr() for p in block.parameters()}
 
         def pack(t):
@@ -195,7 +195,7 @@ def test_checkpointing_keeps_less():
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             block(torch.randn(1, 4, 8, 8, 8, requires_grad=True))
-        kept[checkpointing] = sum(n for key, n in seen.items() if key not in own) / (4 * 8**3)
+        kept[grad_checkpointing] = sum(n for key, n in seen.items() if key not in own) / (4 * 8**3)
     # In units of the input: x, conv1, norm and three expanded; x and conv1; x alone
     assert kept == pytest.approx({"none": 27, "expansion": 2, "block": 1}, rel=0.05)
 
@@ -241,4 +241,4 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="mean, sum or None, got 'max'"):
         MedNeXtBlock(4, grn="max")
     with pytest.raises(ValueError, match="none, expansion, block, got 'all'"):
-        MedNeXtBlock(4, checkpointing="all")
+        MedNeXtBlock(4, grad_checkpointing="all")

@@ -41,10 +41,10 @@ def error(found, expected):
     return max(((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-9)).item() for a, b in pairs)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "expansion", "block"])
+@pytest.mark.parametrize("grad_checkpointing", ["none", "expansion", "block"])
 @pytest.mark.parametrize("grn", ["mean", "sum", None])
-def test_network_equals_the_formula_in_float64(grn, checkpointing):
-    model = random_network(grn, deep_supervision=True, checkpointing=checkpointing)
+def test_network_equals_the_formula_in_float64(grn, grad_checkpointing):
+    model = random_network(grn, deep_supervision=True, grad_checkpointing=grad_checkpointing)
     x = torch.randn(2, 1, 16, 12, 16)
     expected = run(use_fused(copy.deepcopy(model).double(), on=False), x.double())
     found = run(use_fused(model), x)
@@ -268,12 +268,12 @@ def test_two_processes_average_their_gradients(tmp_path):
         assert (torch.from_numpy(value) - parameter.grad).abs().max() < 1e-5 * most
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "expansion", "block"])
-def test_a_compiled_network_is_one_graph(checkpointing):
+@pytest.mark.parametrize("grad_checkpointing", ["none", "expansion", "block"])
+def test_a_compiled_network_is_one_graph(grad_checkpointing):
     from torch import _dynamo
 
     _dynamo.reset()
-    found = _dynamo.explain(random_network(deep_supervision=True, checkpointing=checkpointing))(torch.randn(1, 1, 16, 16, 16))
+    found = _dynamo.explain(random_network(deep_supervision=True, grad_checkpointing=grad_checkpointing))(torch.randn(1, 1, 16, 16, 16))
     assert found.graph_count == 1 and found.graph_break_count == 0
 
 
@@ -308,12 +308,12 @@ def meta_results(model, batch, autocast):
     return type(y), y.dtype, kept, y.detach(), [parameter.grad for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "expansion", "block"])
+@pytest.mark.parametrize("grad_checkpointing", ["none", "expansion", "block"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("grn", ["mean", "sum"])
-def test_metatensors_get_what_plain_operations_give(grn, mode, autocast, checkpointing):
-    model = random_network(grn, checkpointing=checkpointing).train(mode == "train")
+def test_metatensors_get_what_plain_operations_give(grn, mode, autocast, grad_checkpointing):
+    model = random_network(grn, grad_checkpointing=grad_checkpointing).train(mode == "train")
     batch = meta_batch()["image"]
     found, expected = meta_results(model, batch, autocast), meta_results(plain(model), batch, autocast)
     assert found[0] is expected[0] is type(batch) and found[1] == expected[1]
@@ -365,10 +365,10 @@ def second_order(model, x):
     return [slope.detach(), penalty.detach(), *torch.autograd.grad(penalty, [x, *parameters], allow_unused=True)]
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("grad_checkpointing", ["none", "block"])
 @pytest.mark.parametrize("grn", ["mean", "sum", None])
-def test_gradient_penalties_equal_those_of_the_plain_form(grn, checkpointing):
-    model = random_network(grn, checkpointing=checkpointing).double()
+def test_gradient_penalties_equal_those_of_the_plain_form(grn, grad_checkpointing):
+    model = random_network(grn, grad_checkpointing=grad_checkpointing).double()
     x = torch.randn(2, 1, 8, 8, 8, dtype=torch.float64)
     found, expected = second_order(model, x), second_order(plain(model), x)
     for a, b in zip(found, expected):
@@ -419,9 +419,9 @@ def transforms(model, x):
 
 
 @pytest.mark.parametrize("number", range(9))
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
-def test_transforms_give_what_the_plain_form_gives(number, checkpointing):
-    model = random_network(checkpointing=checkpointing).double()
+@pytest.mark.parametrize("grad_checkpointing", ["none", "block"])
+def test_transforms_give_what_the_plain_form_gives(number, grad_checkpointing):
+    model = random_network(grad_checkpointing=grad_checkpointing).double()
     x = torch.randn(2, 1, 8, 8, 8, dtype=torch.float64)
     (name, found), (_, expected) = list(transforms(model, x))[number], list(transforms(plain(random_network().double()), x))[number]
     torch.testing.assert_close(found(), expected(), msg=lambda text: f"{name}: {text}")

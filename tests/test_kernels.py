@@ -105,13 +105,13 @@ def test_blocks_without_kernels_keep_the_plain_form():
 
 
 @gpu
-@pytest.mark.parametrize("width, side, checkpointing", [(16, 96, "none"), (32, 64, "none"), (32, 128, "none"), (32, 128, "block")])
-def test_the_estimate_of_a_step_is_within_15_percent(width, side, checkpointing):
+@pytest.mark.parametrize("width, side, grad_checkpointing", [(16, 96, "none"), (32, 64, "none"), (32, 128, "none"), (32, 128, "block")])
+def test_the_estimate_of_a_step_is_within_15_percent(width, side, grad_checkpointing):
     from mednext_v2.network.mednext import MedNeXt
 
     arch = replace(PRESETS["base"], width=width)
-    promised = estimate(arch, (side,) * 3, 1, "bf16", checkpointing, deep_supervision=True, fused="cuda")
-    model, x = MedNeXt(arch, 1, 3, True, checkpointing).cuda(), torch.randn(1, 1, *[side] * 3, device="cuda")
+    promised = estimate(arch, (side,) * 3, 1, "bf16", grad_checkpointing, deep_supervision=True, fused="cuda")
+    model, x = MedNeXt(arch, 1, 3, True, grad_checkpointing).cuda(), torch.randn(1, 1, *[side] * 3, device="cuda")
     optimizer = torch.optim.AdamW(model.parameters())
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()

@@ -394,7 +394,7 @@ MEASURED = Forecast(resident=10**8, memory=1.5, speed=1e9)
 def needed_by_hand(step: Step) -> float:
     from mednext_v2.network.scaling import estimate, get_arch
 
-    cost = estimate(get_arch("tiny", width=8), step.patch, step.batch, step.precision, step.checkpointing, 1, 3, True)
+    cost = estimate(get_arch("tiny", width=8), step.patch, step.batch, step.precision, step.grad_checkpointing, 1, 3, True)
     return 1e8 + 1.1 * 1.5 * (cost.activation_bytes + cost.working_bytes)
 
 
@@ -413,7 +413,7 @@ def test_what_fits_passes_and_what_does_not_is_refused_with_changes_that_fit():
     with pytest.raises(ValueError, match=f"needs about {need / 1e9:.2f} GB, but a process can have {room / 1e9:.2f} GB") as no:
         check_memory(STEP, available=room, measured=MEASURED)
     suggestions = [line.strip() for line in str(no.value).splitlines()[1:]]
-    assert {name for text in suggestions for name in parse(text)} == {"checkpointing", "batch", "patch", "precision"}
+    assert {name for text in suggestions for name in parse(text)} == {"grad_checkpointing", "batch", "patch", "precision"}
     for text in suggestions:
         changed = replace(STEP, **parse(text))
         assert needed_by_hand(changed) <= room, text
@@ -430,12 +430,12 @@ def test_processes_share_the_memory_of_a_machine():
 
 
 def test_changes_are_combined_when_none_is_enough_and_nothing_is_made_up():
-    low = int(needed_by_hand(replace(STEP, batch=1, checkpointing="block"))) - 1
+    low = int(needed_by_hand(replace(STEP, batch=1, grad_checkpointing="block"))) - 1
     found = module.suggest(MEASURED.needed, STEP, low)
     assert all(needed_by_hand(replace(STEP, **parse(text))) <= low for text in found)
-    low = int(needed_by_hand(replace(STEP, batch=1, checkpointing="block", patch=(32, 32, 16)))) + 1
+    low = int(needed_by_hand(replace(STEP, batch=1, grad_checkpointing="block", patch=(32, 32, 16)))) + 1
     found = module.suggest(MEASURED.needed, STEP, low)
-    assert len(found) == 1 and set(parse(found[0])) == {"checkpointing", "batch", "patch"}
+    assert len(found) == 1 and set(parse(found[0])) == {"grad_checkpointing", "batch", "patch"}
     assert parse(found[0])["batch"] == 1 and needed_by_hand(replace(STEP, **parse(found[0]))) <= low
     with pytest.raises(ValueError, match="nothing but a smaller network, or more memory"):
         check_memory(STEP, available=10**8, measured=MEASURED)

@@ -192,10 +192,10 @@ def test_far_voxels_are_seen():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("checkpointing", ["expansion", "block"])
-def test_checkpointing_changes_no_number(checkpointing, autocast):
+@pytest.mark.parametrize("grad_checkpointing", ["expansion", "block"])
+def test_checkpointing_changes_no_number(grad_checkpointing, autocast):
     plain = awake(MedNeXt(TINY, 1, 3, deep_supervision=True))
-    other = MedNeXt(TINY, 1, 3, deep_supervision=True, checkpointing=checkpointing)
+    other = MedNeXt(TINY, 1, 3, deep_supervision=True, grad_checkpointing=grad_checkpointing)
     other.load_state_dict(plain.state_dict())
     x, results = torch.randn(2, 1, 8, 16, 8), []
     for model in (plain, other):
@@ -235,7 +235,7 @@ def test_a_few_steps_learn_a_shape(stat):
 
 
 def test_models_copy_pickle_and_materialise_from_meta():
-    model, x = awake(MedNeXt(TINY, 1, 2, checkpointing="block")), torch.randn(1, 1, 8, 8, 8)
+    model, x = awake(MedNeXt(TINY, 1, 2, grad_checkpointing="block")), torch.randn(1, 1, 8, 8, 8)
     empty = on_meta(TINY, 1, 2).to_empty(device="cpu")
     empty.load_state_dict(model.state_dict())
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), empty):
@@ -313,7 +313,7 @@ def test_the_sizes_an_error_suggests_do_fit():
     [
         (dict(in_channels=0), "in_channels must be a positive whole number, got 0"),
         (dict(num_classes=2.0), "num_classes must be a positive whole number, got 2.0"),
-        (dict(checkpointing=True), "none, expansion, block, got True"),
+        (dict(grad_checkpointing=True), "none, expansion, block, got True"),
     ],
 )
 def test_model_refuses(options, message):

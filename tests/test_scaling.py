@@ -107,7 +107,7 @@ def test_create_model_passes_everything_on():
     model = create_model("tiny", 2, 4, True, "block", width=8, grn="sum", kernel=5)
     assert model.arch == Arch(8, (1,) * 9, (2,) * 9, kernel=5, grn="sum")
     assert (model.in_channels, model.num_classes) == (2, 4)
-    assert model.deep_supervision and model.checkpointing == "block"
+    assert model.deep_supervision and model.grad_checkpointing == "block"
     assert {module.grn for module in model.modules() if hasattr(module, "grn")} == {"sum"}
     assert PRESETS["tiny"].width == 16  # The preset itself is untouched
 
@@ -128,7 +128,7 @@ def test_create_model_without_grn_has_no_grn_parameters():
         (lambda: scale(Arch(), width=-2), "must be positive, got 1 and -2"),
         (lambda: estimate(MINI, (16, 16, 16), precision="tf32"), "fp32, bf16, fp16, got 'tf32'"),
         (lambda: estimate(MINI, (16, 16, 15)), r"multiples of 4, got \(16, 16, 15\)"),
-        (lambda: estimate(MINI, (16, 16, 16), checkpointing="all"), "none, expansion, block, got 'all'"),
+        (lambda: estimate(MINI, (16, 16, 16), grad_checkpointing="all"), "none, expansion, block, got 'all'"),
         (lambda: count_flops(MINI, (16, 16, 15)), r"multiples of 4, got \(16, 16, 15\)"),
     ],
 )
@@ -159,7 +159,7 @@ def test_flops_equal_the_sum_by_hand(name, kernel, patch):
 
 
 def test_counting_flops_leaves_the_model_alone():
-    model = create_model("tiny", 1, 2, width=4, checkpointing="block")
+    model = create_model("tiny", 1, 2, width=4, grad_checkpointing="block")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     count_flops(model, (32, 16, 16))
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
@@ -201,32 +201,32 @@ def kept_for_backward(model, volume):
     return sum(size for key, size in seen.items() if key not in own)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "expansion", "block"])
+@pytest.mark.parametrize("grad_checkpointing", ["none", "expansion", "block"])
 @pytest.mark.parametrize("grn", ["mean", None])
 @pytest.mark.parametrize("batch, patch", [(1, (32, 32, 32)), (2, (32, 16, 32))])
-def test_activations_are_what_autograd_keeps(checkpointing, grn, batch, patch):
+def test_activations_are_what_autograd_keeps(grad_checkpointing, grn, batch, patch):
     arch = replace(PRESETS["tiny"], width=4, grn=grn)
-    options = dict(checkpointing=checkpointing, deep_supervision=True, in_channels=2)
+    options = dict(grad_checkpointing=grad_checkpointing, deep_supervision=True, in_channels=2)
     kept = kept_for_backward(use_fused(MedNeXt(arch, num_classes=3, **options), False), torch.randn(batch, 2, *patch))
     promised = estimate(arch, patch, batch, **options).activation_bytes
     assert promised == pytest.approx(kept, rel=0.05)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "expansion"])
-def test_activations_in_mixed_precision(checkpointing):
+@pytest.mark.parametrize("grad_checkpointing", ["none", "expansion"])
+def test_activations_in_mixed_precision(grad_checkpointing):
     # On a CPU autocast leaves the norm's input narrow; on a GPU, which we estimate, it widens it
     arch = replace(PRESETS["tiny"], width=4, ratios=(4,) * 9)
-    model = use_fused(MedNeXt(arch, 1, 3, checkpointing=checkpointing), False)
+    model = use_fused(MedNeXt(arch, 1, 3, grad_checkpointing=grad_checkpointing), False)
     with torch.autocast("cpu", torch.bfloat16):
         kept = kept_for_backward(model, torch.randn(1, 1, 32, 32, 32))
-    cost = estimate(arch, (32, 32, 32), precision="bf16", checkpointing=checkpointing)
+    cost = estimate(arch, (32, 32, 32), precision="bf16", grad_checkpointing=grad_checkpointing)
     copies = cost.weight_bytes - 4 * cost.parameters  # Autograd keeps the 16-bit weights as well
     assert cost.activation_bytes + copies == pytest.approx(kept, rel=0.1)
 
 
-def peak_of_a_step(arch, patch, batch=1, fused=False, checkpointing="none"):
+def peak_of_a_step(arch, patch, batch=1, fused=False, grad_checkpointing="none"):
     "Bytes at the worst moment of a step, with gradients and, on top, the weights"
-    model, volume = MedNeXt(arch, 1, 3, True, checkpointing), torch.randn(batch, 1, *patch)
+    model, volume = MedNeXt(arch, 1, 3, True, grad_checkpointing), torch.randn(batch, 1, *patch)
     use_fused(model, fused)
     with Meter() as memory:
         outputs = model(volume)
@@ -250,13 +250,13 @@ def test_the_estimate_of_a_fused_step_is_within_15_percent(width, ratios, depths
     assert promised == pytest.approx(peak_of_a_step(arch, patch, batch, fused=True), rel=0.15)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "expansion", "block"])
+@pytest.mark.parametrize("grad_checkpointing", ["none", "expansion", "block"])
 @pytest.mark.parametrize("width, ratios, depths, patch, batch", GRID[::3])
-def test_the_estimate_of_a_plain_step_is_within_15_percent(width, ratios, depths, patch, batch, checkpointing):
+def test_the_estimate_of_a_plain_step_is_within_15_percent(width, ratios, depths, patch, batch, grad_checkpointing):
     arch = Arch(width, depths, ratios)
-    cost = estimate(arch, patch, batch, checkpointing=checkpointing, deep_supervision=True)
+    cost = estimate(arch, patch, batch, grad_checkpointing=grad_checkpointing, deep_supervision=True)
     promised = cost.total_bytes - cost.optimizer_bytes
-    assert promised == pytest.approx(peak_of_a_step(arch, patch, batch, checkpointing=checkpointing), rel=0.15)
+    assert promised == pytest.approx(peak_of_a_step(arch, patch, batch, grad_checkpointing=grad_checkpointing), rel=0.15)
 
 
 def test_grn_adds_no_memory_to_a_fused_step():
@@ -285,9 +285,9 @@ def test_estimates_scale_as_they_should():
     assert two.activation_bytes == 2 * one.activation_bytes and two.flops == 2 * one.flops
     assert two.weight_bytes == one.weight_bytes
     policies = ("none", "expansion", "block")
-    kept = [estimate(MINI, (16, 16, 16), checkpointing=p).activation_bytes for p in policies]
+    kept = [estimate(MINI, (16, 16, 16), grad_checkpointing=p).activation_bytes for p in policies]
     assert kept[0] > 2 * kept[1] and kept[1] > kept[2]
-    base = [estimate(Arch(), (128,) * 3, checkpointing=p).total_bytes for p in policies]
+    base = [estimate(Arch(), (128,) * 3, grad_checkpointing=p).total_bytes for p in policies]
     assert base[0] > base[1] > base[2]
     half = estimate(MINI, (16, 16, 16), precision="bf16")
     assert 0.5 < half.activation_bytes / one.activation_bytes < 0.62

@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import nibabel
@@ -15,12 +15,12 @@ import torch
 from data_toys_convert import write_cads
 from mednext_v2 import cli
 from mednext_v2.core import ItemsFailed, write_csv
-from mednext_v2.data.datasets import Task, get_task, partial_cases, write_dataset
+from mednext_v2.data.datasets import Task, get_task, partial_cases, write_description
 from mednext_v2.data.mixture import union_labels
 from mednext_v2.data.preprocess import Prepared, prepare
 from mednext_v2.data.scans import write_volume
 from mednext_v2.inference.predictor import predict
-from mednext_v2.intake.check import doctor, fix
+from mednext_v2.intake.check import check_dataset, fix_dataset
 from mednext_v2.intake.convert import CADS_GROUPS, CADS_LEVELS, cads_annotated, convert
 from mednext_v2.models.card import read_card, read_state
 from mednext_v2.models.registry import BACKBONES, create, load_model
@@ -28,7 +28,7 @@ from mednext_v2.models.transfer import Start, class_channels
 from mednext_v2.network.scaling import estimate
 from mednext_v2.training import launch, run, trainer
 from mednext_v2.training.recipe import Recipe, get_recipe
-from mednext_v2.training.run import read_data, train_model
+from mednext_v2.training.run import TrainingJob, read_data, train_model
 from mednext_v2.training.validation import PatchValidation, patch_validation
 from training_toys import split
 
@@ -86,7 +86,7 @@ def write_raw(one: Task, raw, cases: int = 3, annotated: dict | None = None, shi
                 label[places[name]] = value
         write_volume(folder / f"imagesTr/{case}_0000.nii.gz", image + np.int16(shift), np.eye(4))
         write_volume(folder / f"labelsTr/{case}.nii.gz", label, np.eye(4))
-    write_dataset(one, folder, cases)
+    write_description(one, folder, cases)
     (folder / "splits_final.json").write_text(json.dumps([{"train": names[:-1], "val": names[-1:]}]))
     if annotated:
         rows = [(case, " ".join(labels)) for case, labels in annotated.items()]
@@ -103,8 +103,10 @@ def sets(tmp_path_factory):
     return folder
 
 
-def train(data, out, recipe=SHORT, **options):
-    return train_model(data, out, "unet", recipe, f"{out}.run", **split(dict(overrides=SMALL) | options))
+def train(data, out, recipe=SHORT, backbone="unet", **options):
+    options = split(dict(overrides=SMALL) | options)
+    job = {field.name: options.pop(field.name) for field in fields(TrainingJob) if field.name in options}
+    return train_model(TrainingJob(data, out, backbone, recipe, f"{out}.run", **job), **options)
 
 
 # ---- cases that lack labels
@@ -122,7 +124,7 @@ def test_cads_with_missing_parts_is_refused_unless_it_is_meant(tmp_path):
     found = partial_cases(cads, tmp_path / "raw")
     wanted = cads_annotated(cads, tuple(group for group in CADS_GROUPS if group != 552))
     assert found == {"0001_10000001": wanted, "0041_train_1_a_1": wanted}
-    assert doctor(tmp_path / "raw").table.code.str.startswith("annotated").sum() == 0
+    assert check_dataset(tmp_path / "raw").table.code.str.startswith("annotated").sum() == 0
     # The parts come back: so does the whole case
     write_cads(tmp_path / "again")
     for path in (tmp_path / "again").rglob("*_part_552.nii.gz"):
@@ -146,7 +148,7 @@ def test_what_may_hide_a_missing_part_is_not_called_annotated():
 def test_annotated_goes_from_raw_to_the_loss(tmp_path, monkeypatch):
     annotated = {"chest_0": ("liver",), "chest_2": ("spleen",)}
     write_raw(CHEST, tmp_path / "raw", annotated=annotated)
-    assert doctor(tmp_path / "raw" / CHEST.folder).clean
+    assert check_dataset(tmp_path / "raw" / CHEST.folder).clean
     prepare(CHEST, tmp_path / "raw", tmp_path / "chest")
     prepared = Prepared(tmp_path / "chest")
     assert prepared.partial and prepared.manifest.set_index("case").annotated.to_dict() == {"chest_0": "liver", "chest_1": "", "chest_2": "spleen"}
@@ -192,7 +194,7 @@ def test_validation_counts_known_classes_only():
 def test_bad_annotated_tables_are_found_by_doctor_and_stop_prepare(tmp_path, rows, code, word):
     write_raw(CHEST, tmp_path / "raw")
     (tmp_path / "raw" / CHEST.folder / "annotated.csv").write_text(rows)
-    report = doctor(tmp_path / "raw", quick=True)
+    report = check_dataset(tmp_path / "raw", quick=True)
     assert report.table[["code", "severity"]].values.tolist() == [[code, "error"]] and word in report.table.what[0]
     with pytest.raises(ValueError, match=word):
         prepare(CHEST, tmp_path / "raw", tmp_path / "prepared")
@@ -200,7 +202,7 @@ def test_bad_annotated_tables_are_found_by_doctor_and_stop_prepare(tmp_path, row
 
 def test_a_mended_copy_keeps_what_is_known(tmp_path):
     write_raw(CHEST, tmp_path / "raw", annotated={"chest_0": ("liver",), "chest_9": ("spleen",)})
-    fix(tmp_path / "raw", tmp_path / "mended")
+    fix_dataset(tmp_path / "raw", tmp_path / "mended")
     assert partial_cases(CHEST, tmp_path / "mended") == {"chest_0": ("liver",)}
 
 
@@ -383,42 +385,42 @@ def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path,
             assert "forecast:" in ask(*literally(text), room=share * need), text
             kinds |= {word.split("=")[0] for word in literally(text) if "=" in word}
     # Fused blocks keep their input alone, and sums are float32
-    assert kinds in ([{"batch"}, {"batch", "patch"}] if fused else [{"checkpointing", "batch", "patch", "precision"}])
+    assert kinds in ([{"batch"}, {"batch", "patch"}] if fused else [{"grad_checkpointing", "batch", "patch", "precision"}])
 
 
 def test_checkpointing_auto_is_what_free_memory_allows(sets, tmp_path, monkeypatch):
     data, recipe = run.read_data(sets / "chest"), replace(SHORT, patch=(32, 32, 32), batch=2)
-    network, patch = run.network_for(data, "mednext_v2_tiny", recipe, {"width": 4})
+    network, patch = run.build_network(data, "mednext_v2_tiny", recipe, {"width": 4})
     options = dict(batch=2, in_channels=data.in_channels, num_classes=data.outputs, deep_supervision=recipe.deep_supervision)
     kinds = ("none", "expansion", "block")
     for free, device, expected in [
-        *((estimate(network.arch, patch, checkpointing=kind, **options).total_bytes / 0.8 + 9, "cuda", kind) for kind in kinds),
+        *((estimate(network.arch, patch, grad_checkpointing=kind, **options).total_bytes / 0.8 + 9, "cuda", kind) for kind in kinds),
         (0, "cuda", "block"),
         (estimate(network.arch, patch, fused="cpu", **options).total_bytes / 0.8 + 9, "cpu", "none"),
     ]:
         monkeypatch.setattr(launch, "available_memory", lambda device: int(free))
-        found = run.network_for(data, "mednext_v2_tiny", recipe, {"width": 4, "checkpointing": "auto"}, device=device)
-        assert found[0].checkpointing == expected
+        found = run.build_network(data, "mednext_v2_tiny", recipe, {"width": 4, "grad_checkpointing": "auto"}, device=device)
+        assert found[0].grad_checkpointing == expected
     monkeypatch.undo()
-    others = dict(overrides={"width": 4, "checkpointing": "auto"}, device="cpu", progress=False)
-    train_model(sets / "chest", tmp_path / "model", "mednext_v2_tiny", recipe, tmp_path / "run", **split(others))
+    others = dict(overrides={"width": 4, "grad_checkpointing": "auto"}, device="cpu", progress=False)
+    train(sets / "chest", tmp_path / "model", recipe, "mednext_v2_tiny", **others)
     assert read_card(tmp_path / "model").overrides == {"width": 4}
-    run.network_for(data, "unet", recipe, SMALL | {"checkpointing": "auto"})  # Has no such choice
+    run.build_network(data, "unet", recipe, SMALL | {"grad_checkpointing": "auto"})  # Has no such choice
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name.startswith("mednext")])
 def test_every_mednext_can_recompute(name):
     with torch.device("meta"):
-        model = create(name, 1, 3, checkpointing="block")
-    blocks = [module for module in model.modules() if getattr(module, "checkpointing", None) is not None]
-    assert len(blocks) > 10 and {module.checkpointing for module in blocks} == {"block"}
+        model = create(name, 1, 3, grad_checkpointing="block")
+    blocks = [module for module in model.modules() if getattr(module, "grad_checkpointing", None) is not None]
+    assert len(blocks) > 10 and {module.grad_checkpointing for module in blocks} == {"block"}
 
 
 def test_training_with_recomputing_gives_the_same_weights_and_a_plain_card(sets, tmp_path):
     recipe, kinds = replace(SHORT, patch=(32, 32, 32), batch=1), ("none", "expansion", "block")
     for kind in kinds:
-        options = dict(overrides={"width": 4, "checkpointing": kind}, device="cpu", progress=False)
-        train_model(sets / "chest", tmp_path / kind, "mednext_v2_tiny", recipe, tmp_path / f"{kind}.run", **split(options))
+        options = dict(overrides={"width": 4, "grad_checkpointing": kind}, device="cpu", progress=False)
+        train(sets / "chest", tmp_path / kind, recipe, "mednext_v2_tiny", **options)
         assert read_card(tmp_path / kind).overrides == {"width": 4}
     plain, *others = (read_state(tmp_path / kind) for kind in kinds)
     assert all(torch.equal(value, other[name]) for other in others for name, value in plain.items())

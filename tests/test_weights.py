@@ -44,6 +44,16 @@ def test_round_trip_is_bit_for_bit(folder):
     assert dataclasses.replace(card, sha256="", version="", grn=None) == CARD and card.grn == "mean" and len(card.sha256) == 64 and card.version
 
 
+def test_cards_of_older_versions_are_read(folder):
+    "They may hold null for axes, and how the network was trained among its overrides"
+    path = folder / "card.json"
+    values = json.loads(path.read_text())
+    values |= {"mirror_axes": None, "overrides": values["overrides"] | {"checkpointing": "block"}}
+    path.write_text(json.dumps(values))
+    card = read_card(folder)
+    assert card.mirror_axes == () and card.overrides == CARD.overrides
+
+
 def test_saving_twice_gives_equal_bytes(folder, tmp_path):
     save_model(tmp_path / "again", tiny(), CARD)
     for name in ("model.safetensors", "card.json"):

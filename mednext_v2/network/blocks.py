@@ -31,15 +31,15 @@ class MedNeXtBlock(nn.Module):
         ratio: int = 4,  # Expanded channels per incoming channel
         kernel: int = 3,  # Size of the depthwise kernel, odd
         grn: str | None = "mean",  # Convention of GRN, `mean` or `sum`; None leaves it out (v1)
-        checkpointing: str = "none",  # What backward recomputes: nothing, the `expansion` or the `block`
+        grad_checkpointing: str = "none",  # What backward recomputes: nothing, the `expansion` or the `block`
     ):
         super().__init__()
         if grn not in (None, *STATS):
             raise ValueError(f"grn must be one of {', '.join(STATS)} or None, got {grn!r}")
-        if checkpointing not in CHECKPOINTING:
-            raise ValueError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {checkpointing!r}")
+        if grad_checkpointing not in CHECKPOINTING:
+            raise ValueError(f"grad_checkpointing must be one of {', '.join(CHECKPOINTING)}, got {grad_checkpointing!r}")
         out_channels, expanded = out_channels or channels, ratio * channels
-        self.grn, self.checkpointing = grn, checkpointing
+        self.grn, self.grad_checkpointing = grn, grad_checkpointing
         sampling = dict(stride=self.stride, padding=kernel // 2)
         self.conv1 = self.convolution(channels, channels, kernel, groups=channels, **sampling)
         self.norm = nn.GroupNorm(channels, channels)
@@ -63,7 +63,7 @@ class MedNeXtBlock(nn.Module):
 
     def _run(self, function, x: Tensor, part: str) -> Tensor:
         # Transforms of `torch.func` cannot do a part again
-        if self.checkpointing != part or not torch.is_grad_enabled() or transformed():
+        if self.grad_checkpointing != part or not torch.is_grad_enabled() or transformed():
             return function(x)
         # Nothing in a block is random, so there is no generator state to keep
         return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)

@@ -118,14 +118,14 @@ class MedNeXt(nn.Module):
         in_channels: int,  # Channels of the image
         num_classes: int,  # Classes, background included
         deep_supervision: bool = False,  # A head at every level, and a list as output?
-        checkpointing: str = "none",  # What backward recomputes: nothing, each `expansion` or each `block`
+        grad_checkpointing: str = "none",  # What backward recomputes: nothing, each `expansion` or each `block`
     ):
         super().__init__()
         for name, value in (("in_channels", in_channels), ("num_classes", num_classes)):
             if not _positive(value):
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
         self.arch, self.in_channels, self.num_classes = arch, in_channels, num_classes
-        self.deep_supervision, self.checkpointing = deep_supervision, checkpointing
+        self.deep_supervision, self.grad_checkpointing = deep_supervision, grad_checkpointing
         self.stride = arch.stride  # Every side of a volume is a multiple of it
         levels, channels = arch.levels, arch.channels
 
@@ -135,7 +135,7 @@ class MedNeXt(nn.Module):
         def stage(place, width):
             return nn.Sequential(*(block(MedNeXtBlock, place, width) for _ in range(arch.depths[place])))
 
-        options = dict(kernel=arch.kernel, grn=arch.grn, checkpointing=checkpointing)
+        options = dict(kernel=arch.kernel, grn=arch.grn, grad_checkpointing=grad_checkpointing)
         self.stem = nn.Conv3d(in_channels, channels[0], 1)
         for i in range(levels):
             setattr(self, f"enc_block_{i}", stage(i, channels[i]))

@@ -54,12 +54,12 @@ def create_model(
     in_channels: int,  # Channels of the image
     num_classes: int,  # Classes, background included
     deep_supervision: bool = False,  # A head at every level, and a list as output?
-    checkpointing: str = "none",  # What backward recomputes: `none`, `expansion` or `block`
+    grad_checkpointing: str = "none",  # What backward recomputes: `none`, `expansion` or `block`
     **overrides,  # Fields of `Arch` to change, e.g. `grn="sum"`
 ) -> MedNeXt:
     "A new network with random weights; ValueError names what exists"
     arch = get_arch(name, **overrides)
-    return MedNeXt(arch, in_channels, num_classes, deep_supervision, checkpointing)
+    return MedNeXt(arch, in_channels, num_classes, deep_supervision, grad_checkpointing)
 
 # %% ../../nbs/network/60_scaling.ipynb #count-parameters
 def count_parameters(
@@ -139,13 +139,13 @@ class Estimate:
         return sum(getattr(self, f"{name}_bytes") for name in names)
 
 # %% ../../nbs/network/60_scaling.ipynb #block-bytes
-def _block_bytes(block: tuple, grn: str | None, size: int, checkpointing: str) -> tuple[int, int]:
+def _block_bytes(block: tuple, grn: str | None, size: int, grad_checkpointing: str) -> tuple[int, int]:
     "Bytes that a sample of a block keeps for backward, and bytes that its backward needs besides"
     channels, ratio, outside, inside = block
     entry, middle = channels * outside * size, channels * inside * size
     expanded = ratio * middle
     everything = entry + channels * inside * 4 + middle + (3 if grn else 2) * expanded
-    kept = {"none": everything, "expansion": entry + middle, "block": entry}[checkpointing]
+    kept = {"none": everything, "expansion": entry + middle, "block": entry}[grad_checkpointing]
     return kept, everything - kept + 2 * expanded  # The gradients on both sides of an operation
 
 
@@ -197,7 +197,7 @@ def estimate(
     patch: tuple[int, int, int],  # Sides of a training patch
     batch: int = 1,  # Patches per step
     precision: str = "fp32",  # `fp32`, or autocast to `bf16` or `fp16`
-    checkpointing: str = "none",  # `none`, `expansion` or `block`
+    grad_checkpointing: str = "none",  # `none`, `expansion` or `block`
     in_channels: int = 1,  # Channels of the image
     num_classes: int = 3,  # Classes, background included
     deep_supervision: bool = False,  # A head at every level?
@@ -210,13 +210,13 @@ def estimate(
         raise ValueError(f"fused must be cpu, cuda or None, got {fused!r}")
     size, voxels, blocks = PRECISIONS[precision], prod(patch), walk(arch, patch)
     with torch.device("meta"):
-        model = MedNeXt(arch, in_channels, num_classes, deep_supervision, checkpointing)
+        model = MedNeXt(arch, in_channels, num_classes, deep_supervision, grad_checkpointing)
     if fused == "cpu":
         size, costs = 4, [_fused_bytes(block, arch.grn, batch) for block in blocks]
     else:
         kernels = [fused == "cuda" and fits(block[0], _channels_out(block), block[1], precision, arch.kernel) for block in blocks]
         costs = [
-            [batch * cost for cost in (_kernel_bytes(block, size) if ours else _block_bytes(block, arch.grn, size, checkpointing))]
+            [batch * cost for cost in (_kernel_bytes(block, size) if ours else _block_bytes(block, arch.grn, size, grad_checkpointing))]
             for block, ours in zip(blocks, kernels)
         ]
     kept = [batch * in_channels * voxels * size, *(cost for cost, _ in costs)]
@@ -282,10 +282,10 @@ def cheapest_checkpointing(
     **options,  # Further arguments of `estimate`
 ) -> str:  # `none`, `expansion` or `block`
     "What recomputes least and fits; `block` if nothing does"
-    for checkpointing in CHECKPOINTING:
-        if estimate(arch, patch, checkpointing=checkpointing, **options).total_bytes <= budget:
+    for grad_checkpointing in CHECKPOINTING:
+        if estimate(arch, patch, grad_checkpointing=grad_checkpointing, **options).total_bytes <= budget:
             break
-    return checkpointing
+    return grad_checkpointing
 
 # %% ../../nbs/network/60_scaling.ipynb #overview
 def overview(

@@ -104,7 +104,7 @@ def network_cost(
     if not hasattr(network, "arch"):
         return size.parameters, size.flops, float("nan")
     share = max(1, recipe.batch // processes // recipe.accumulate)
-    found = estimate(network.arch, recipe.patch, share, recipe.precision, network.checkpointing, deep_supervision=recipe.deep_supervision)
+    found = estimate(network.arch, recipe.patch, share, recipe.precision, network.grad_checkpointing, deep_supervision=recipe.deep_supervision)
     return size.parameters, size.flops, found.total_bytes / 1e9
 
 # %% ../../nbs/report/60_forecast.ipynb #plan-table

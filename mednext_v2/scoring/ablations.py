@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import Resources, atomic_folder, build, in_pool, params, read_json, root, write_csv
+from ..core import Resources, atomic_folder, build, run_jobs, params, read_json, root, write_csv
 from .evaluate import SCORE_COLUMNS, evaluate_one
 from ..study.plan import Plan, read_plan
 from ..study.runs import STAGE, Run, pretrained_folder, resources_of, run_folder, train_one
@@ -98,14 +98,14 @@ def fewer_cases(
     out: Path,  # Gets the same data set with fewer cases, as links
 ) -> Path:
     "A prepared data set with its first training cases and all others; ValueError if it has not as many"
-    from mednext_v2.data.preprocess import Prepared, view
+    from mednext_v2.data.preprocess import Prepared, link_view
 
     manifest = Prepared(prepared).manifest
     train = sorted(manifest.case[manifest.split == "train"])
     if not 0 < count <= len(train):
         raise ValueError(f"{prepared} has {len(train)} training cases, {count} were asked for")
     gone = set(train[count:])
-    return view(prepared, manifest[~manifest.case.isin(gone)], out)
+    return link_view(prepared, manifest[~manifest.case.isin(gone)], out)
 
 # %% ../../nbs/scoring/30_ablations.ipynb #training
 @dataclass(frozen=True)
@@ -259,12 +259,12 @@ def run_ablation(
         parents = pretrainings(ablation, plan, places, folder)
         # One object a distinct pretraining
         first = list({id(one): one for one in parents.values() if isinstance(one, Training)}.values())
-        in_pool([delayed(one.train)(resources) for one in first], compute["workers"])
+        run_jobs([delayed(one.train)(resources) for one in first], compute["workers"])
         tuned = list(finetunings(ablation, plan, places, folder, parents))
         told_apart(ablation, tuned)
-        in_pool([delayed(one.train)(resources) for one in tuned], compute["workers"])
+        run_jobs([delayed(one.train)(resources) for one in tuned], compute["workers"])
         predictions = [places.out / "evaluate" / one.variant / one.run.init for one in tuned]
-        scores = in_pool(
+        scores = run_jobs(
             [
                 delayed(evaluate_one)(one.out, places.data, places.raw, out, one.run, overlap, compute["device"], compute["threads"])
                 for one, out in zip(tuned, predictions)

@@ -8,18 +8,18 @@ __all__ = ['STAGE', 'Run', 'finetuning_runs', 'run_data', 'resources_of', 'pretr
 
 # %% ../../nbs/study/30_runs.ipynb #imports
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from ..core import Kind, Resources, atomic_folder, fingerprint_of, in_pool, read_csv, read_json, root, sha256, write_json
+from ..core import FolderKind, Resources, atomic_folder, short_hash, run_jobs, read_csv, read_json, root, sha256, write_json
 from ..data.preprocess import Prepared, fold_view
 from ..models.card import read_card
 from ..models.transfer import Start
 from .plan import Plan
 from ..training.checkpoint import TRAINING_ROOMS, code_digest
-from ..training.run import train_in_processes
+from ..training.run import TrainingJob, train_in_processes
 from ..training.monitor import Display
 
 # %% ../../nbs/study/30_runs.ipynb #run-class
@@ -61,7 +61,7 @@ def run_key(
     *configuration,  # Whatever else the weights depend on
 ) -> str:  # Sixteen hexadecimal digits
     "A hash of a run, its configuration and the code that trains it"
-    return fingerprint_of(run, configuration, code_digest(TRAINING_ROOMS))
+    return short_hash(run, configuration, code_digest(TRAINING_ROOMS))
 
 # %% ../../nbs/study/30_runs.ipynb #train-one
 def resources_of(
@@ -119,19 +119,18 @@ def train_one(
     if before and is_made(folder.name, before, curves):
         shutil.copytree(before, out)
         return read_csv(curves / "history.csv")
-    history = train_in_processes(
-        resources,
-        Start(parent, run.init),
-        Display(title=run.label),
-        data=str(run_data(run, data)),
-        out=str(out),
+    job = TrainingJob(
+        data=run_data(run, data),
+        out=out,
         backbone=run.backbone,
-        recipe=asdict(recipe),
-        folder=str(folder),
+        recipe=recipe,
+        folder=folder,
         overrides=overrides,
+        start=Start(None if parent is None else str(parent), run.init),
         seed=run.seed,
         provenance=f"profile {run.profile}: ",
     )
+    history = train_in_processes(job, resources, Display(title=run.label))
     shutil.copytree(folder / "live", curves, dirs_exist_ok=True)
     for name in ("history.csv", "run.json"):
         shutil.copy(folder / name, curves)
@@ -141,7 +140,7 @@ def train_one(
     return history
 
 # %% ../../nbs/study/30_runs.ipynb #train-runs
-STAGE = Kind("output of a stage", (), ("*",))  # dvc.yaml names it, not a user
+STAGE = FolderKind("output of a stage", (), ("*",))  # dvc.yaml names it, not a user
 
 
 def train_runs(
@@ -161,7 +160,7 @@ def train_runs(
     out, curves = Path(out), Path(curves)
     with atomic_folder(out, STAGE) as folder:
         jobs = [delayed(train_one)(run, recipe, overrides, data, parent, folder / run.name, curves / run.name, out / run.name, resources) for run in runs]
-        histories = in_pool(jobs, workers)
+        histories = run_jobs(jobs, workers)
     for run in runs:
         shutil.rmtree(run_folder(run, recipe, overrides, data, parent), ignore_errors=True)
     return pd.concat([history.assign(run=run.name) for run, history in zip(runs, histories, strict=True)], ignore_index=True)

@@ -414,7 +414,7 @@ class Step:
     patch: tuple[int, int, int]
     batch: int = 1  # Patches per process and backward
     precision: str = "fp32"
-    checkpointing: str = "none"
+    grad_checkpointing: str = "none"
     in_channels: int = 1
     num_classes: int = 3  # Background included
     deep_supervision: bool = True
@@ -427,8 +427,8 @@ class Step:
         options = dict(self.overrides)
         if "patch" in get_backbone(self.network).uses:
             options = {"patch": self.patch} | options
-        if self.checkpointing != "none":  # Not every network has it
-            options["checkpointing"] = self.checkpointing
+        if self.grad_checkpointing != "none":  # Not every network has it
+            options["grad_checkpointing"] = self.grad_checkpointing
         return create(self.network, self.in_channels, self.num_classes, self.deep_supervision, **options)
 
     @cache  # noqa: B019, a handful of sizes in a process
@@ -585,17 +585,17 @@ def suggest(
 
     with torch.device("meta"):
         model = step.create()
-    recompute = {"none": ["expansion", "block"], "expansion": ["block"]}.get(step.checkpointing, [])
-    if not hasattr(model, "checkpointing") or needed(replace(step, checkpointing="block")) == needed(step):
+    recompute = {"none": ["expansion", "block"], "expansion": ["block"]}.get(step.grad_checkpointing, [])
+    if not hasattr(model, "grad_checkpointing") or needed(replace(step, grad_checkpointing="block")) == needed(step):
         recompute = []  # Where blocks are fused, they keep their input alone
     patches = list(smaller_patches(step.patch, model.stride))
     kinds = {
-        "checkpointing": recompute,
+        "grad_checkpointing": recompute,
         "batch": [step.batch >> n for n in range(1, step.batch.bit_length())],
         "patch": patches,
         "precision": ["bf16"] if step.precision == "fp32" else [],
     }
-    least = {name: kinds[name][-1] for name in ("checkpointing", "batch") if kinds[name]}
+    least = {name: kinds[name][-1] for name in ("grad_checkpointing", "batch") if kinds[name]}
     alone = [[{name: value} for value in values] for name, values in kinds.items()]
     together = [{**least, "patch": patch} for patch in (step.patch, *patches)]
 

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core import Resources, check_output, held
+from ..core import Resources, check_output, output_lock
 from ..data.augment import PatchSampler, Sampler, patch_loader
 from ..data.mixture import LabelSpace, MixtureSampler, mix, select_outputs
 from .checkpoint import identity
@@ -249,7 +249,7 @@ def open_folder(folder: str | Path) -> Path:
 
 def lock_folder(folder: Path) -> AbstractContextManager:
     "No other run writes to the folder inside; only the first of several processes locks it"
-    return held(folder) if int(os.environ.get("RANK", 0)) == 0 else nullcontext()
+    return output_lock(folder) if int(os.environ.get("RANK", 0)) == 0 else nullcontext()
 
 # %% ../../nbs/training/50_trainer.ipynb #fit
 def fit(
