@@ -87,7 +87,7 @@ import mednext_v2
 for module in pkgutil.iter_modules(mednext_v2.__path__):
     importlib.import_module("mednext_v2." + module.name)
 from mednext_v2.models.registry import create
-from mednext_v2.core import Kind, atomic_folder, peak_bytes, write_json
+from mednext_v2.core import FolderKind, atomic_folder, peak_bytes, write_json
 from mednext_v2.inference.predictor import sliding_window
 from mednext_v2.training.recipe import get_recipe
 from mednext_v2.core import Resources
@@ -111,7 +111,7 @@ assert (folder / "run" / "last.pt").is_file()
 scores = sliding_window(model.eval(), torch.randn(1, 40, 33, 32), (32, 32, 32))
 assert scores.shape[-3:] == (40, 33, 32)
 for number in range(2):  # A folder that is there is replaced
-    with atomic_folder(folder / "made", Kind("number", ("number.json",))) as temporary:
+    with atomic_folder(folder / "made", FolderKind("number", ("number.json",))) as temporary:
         write_json(temporary / "number.json", number)
 assert (folder / "made" / "number.json").read_text() == "1\\n" and peak_bytes() > 0
 left = [str(path) for path in folder.rglob(".tmp-*")]
