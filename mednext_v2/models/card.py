@@ -203,7 +203,7 @@ def read_card(
     path = Path(folder) / "card.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: a model folder holds card.json and model.safetensors")
-    values = read_json(path, remedy="copy the model folder again", most=MOST_CARD)
+    values = read_json(path, remedy="copy the model folder again", limit=MOST_CARD)
     if values.get("mirror_axes", ()) is None:  # Older versions wrote null for "not known"
         values["mirror_axes"] = ()
     if isinstance(values.get("overrides"), dict):  # Older versions kept how the network was trained, which weights do not depend on
