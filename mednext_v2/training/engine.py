@@ -57,7 +57,7 @@ def check_environment(
     yes, no = ("1", "true", "yes", "y", "t", "on"), ("", "no", "none")
     contradictions: dict[str, Callable[[str], object]] = {
         # `accelerate launch` sets 1 and no where it was told nothing
-        "GRADIENT_ACCUMULATION_STEPS": lambda v: v not in ("", "1", str(recipe.accumulate)),
+        "GRADIENT_ACCUMULATION_STEPS": lambda v: v not in ("", "1", str(recipe.grad_accum_steps)),
         "MIXED_PRECISION": lambda v: v not in (*no, PRECISION[recipe.precision]),
         "DYNAMO_BACKEND": lambda v: v not in no,
         "USE_CPU": lambda v: v in yes and not cpu,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from mednext_v2.data.datasets import Task
+    from mednext_v2.data.datasets import Dataset
     from mednext_v2.data.mixture import LabelSpace
     from mednext_v2.data.preprocess import Prepared
     from mednext_v2.models.card import Card
@@ -53,19 +53,19 @@ class TrainingData:
     space: "LabelSpace | None" = None  # Of a mixture; None for one data set whose cases have all labels
 
     @property
-    def task(self) -> "Task":
+    def dataset(self) -> "Dataset":
         "Of the first data set"
-        return next(iter(self.sets.values())).task
+        return next(iter(self.sets.values())).dataset
 
     @property
     def in_channels(self) -> int:
         "Input channels of a network"
-        return len(self.task.channels)
+        return len(self.dataset.channels)
 
     @property
     def outputs(self) -> int:
         "Output channels of a network"
-        return len(self.space.outputs) if self.space else self.task.num_classes
+        return len(self.space.outputs) if self.space else self.dataset.num_classes
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ class TrainingData:
         from mednext_v2.models.transfer import class_channels
 
         if self.space is None:
-            return class_channels(self.task)
+            return class_channels(self.dataset)
         return {name: row for row, name in enumerate(self.space.outputs)}
 
 # %% ../../nbs/training/70_run.ipynb #read-data
@@ -96,16 +96,16 @@ def read_data(
     from mednext_v2.data.preprocess import Prepared
 
     found = [Prepared(path) for path in (data if isinstance(data, (list, tuple)) else [data])]
-    tasks = [one.task for one in found]
+    datasets = [one.dataset for one in found]
     if len(found) == 1 and not found[0].partial:
-        return TrainingData({tasks[0].name: found[0]})
-    space = union_labels(tasks, heads)  # Also finds a data set that is given twice
-    if overlapping := [task.name for task in tasks if task.regions]:
+        return TrainingData({datasets[0].name: found[0]})
+    space = union_labels(datasets, heads)  # Also finds a data set that is given twice
+    if overlapping := [dataset.name for dataset in datasets if dataset.regions]:
         raise ValueError(
             f"{overlapping[0]} has overlapping regions, which can be trained neither beside other data sets nor on "
             "cases that lack labels: train on it alone, or take such cases out"
         )
-    return TrainingData({task.name: one for task, one in zip(tasks, found)}, space)
+    return TrainingData({dataset.name: one for dataset, one in zip(datasets, found)}, space)
 
 # %% ../../nbs/training/70_run.ipynb #card
 def own_heads(data: TrainingData) -> dict[str, dict]:
@@ -116,10 +116,10 @@ def own_heads(data: TrainingData) -> dict[str, dict]:
     return {
         name: dict(
             outputs=space.head(name),
-            labels=one.task.labels,
-            groups=one.task.groups,
-            modality=one.task.modality,
-            spacing=one.task.spacing,
+            labels=one.dataset.labels,
+            groups=one.dataset.groups,
+            modality=one.dataset.modality,
+            spacing=one.dataset.spacing,
             normalisation=one.fingerprint.normalisation(),
         )
         for name, one in data.sets.items()
@@ -133,17 +133,17 @@ def card_fields(
     "What a card says of the data"
     from mednext_v2.models.licence import derived_licence
 
-    first, tasks = next(iter(data.sets.values())), [one.task for one in data.sets.values()]
-    licence = "; ".join(dict.fromkeys(task.licence for task in tasks))
+    first, datasets = next(iter(data.sets.values())), [one.dataset for one in data.sets.values()]
+    licence = "; ".join(dict.fromkeys(dataset.licence for dataset in datasets))
     return dict(
-        labels=data.space.labels if data.space else first.task.labels,
-        groups=data.space.groups if data.space else first.task.groups,
-        regions=first.task.regions,
-        class_order=first.task.class_order,
+        labels=data.space.labels if data.space else first.dataset.labels,
+        groups=data.space.groups if data.space else first.dataset.groups,
+        regions=first.dataset.regions,
+        class_order=first.dataset.class_order,
         heads=own_heads(data),
         task="+".join(data.sets),
-        modality=" / ".join(dict.fromkeys(task.modality for task in tasks)),
-        spacing=first.task.spacing,
+        modality=" / ".join(dict.fromkeys(dataset.modality for dataset in datasets)),
+        spacing=first.dataset.spacing,
         normalisation=first.fingerprint.normalisation(),
         licence=derived_licence(source.licence, licence) if source else licence,
     )
@@ -167,7 +167,7 @@ def cheapest_policy(
         arch,
         patch,
         int(0.8 * available_memory(device)) // sharing,
-        batch=max(1, recipe.batch // (processes * recipe.accumulate)),
+        batch_size=max(1, recipe.batch_size // (processes * recipe.grad_accum_steps)),
         precision=recipe.precision,
         in_channels=data.in_channels,
         num_classes=data.outputs,
@@ -209,7 +209,7 @@ def build_network(
         del overrides["grad_checkpointing"]
 
     def built(patch: tuple[int, ...]) -> torch.nn.Module:
-        fixed: dict[str, Any] = {name: value for name, value in (("patch", patch), ("spacing", data.task.spacing)) if name in uses}
+        fixed: dict[str, Any] = {name: value for name, value in (("patch", patch), ("spacing", data.dataset.spacing)) if name in uses}
         return create(backbone, data.in_channels, data.outputs, recipe.deep_supervision, **fixed | known | overrides)
 
     with torch.device("meta"):
@@ -274,7 +274,7 @@ def forecast_cost(
     from mednext_v2.models.registry import overrides_of
     from mednext_v2.training.launch import Step, check_memory
 
-    device, parts = find_device(device), processes * recipe.accumulate
+    device, parts = find_device(device), processes * recipe.grad_accum_steps
     with torch.device("meta"):
         network, patch = build_network(data, backbone, recipe, overrides, parent, device, processes)
     others = overrides_of(network)
@@ -282,7 +282,7 @@ def forecast_cost(
     step = Step(
         backbone,
         patch,
-        max(1, recipe.batch // parts),
+        max(1, recipe.batch_size // parts),
         recipe.precision,
         grad_checkpointing=others.pop("grad_checkpointing", "none"),
         in_channels=data.in_channels,
@@ -291,7 +291,7 @@ def forecast_cost(
         overrides=tuple(others.items()),
     )
     need, seconds = check_memory(step, device, processes, show=lambda change: as_options(change, parts))
-    hours = seconds * recipe.steps * recipe.accumulate / 3600
+    hours = seconds * recipe.steps * recipe.grad_accum_steps / 3600
     return f"forecast: {need / 1e9:.2f} GB a process, {seconds:.2g} s a step, {hours:.2g} h for {recipe.steps} steps"
 
 # %% ../../nbs/training/70_run.ipynb #job
@@ -350,7 +350,7 @@ def training_card(
         init=job.start.name,
         parent=source.sha256 if source else None,
         seed=job.seed,
-        provenance=f"{job.provenance}trained on {', '.join(one.task.folder for one in data.sets.values())}",
+        provenance=f"{job.provenance}trained on {', '.join(one.dataset.folder for one in data.sets.values())}",
         **card_fields(data, source),
     )
 

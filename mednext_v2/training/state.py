@@ -117,9 +117,11 @@ def check_same_run(
     "ValueError if the batch cannot be dealt out, or if the processes are not about to train the same run"
     from accelerate.utils import gather_object
 
-    parts = engine.num_processes * recipe.accumulate
-    if recipe.batch % parts:
-        raise ValueError(f"recipe: batch {recipe.batch} must be divisible by {parts}, processes x accumulate = {engine.num_processes} x {recipe.accumulate}")
+    parts = engine.num_processes * recipe.grad_accum_steps
+    if recipe.batch_size % parts:
+        raise ValueError(
+            f"recipe: batch {recipe.batch_size} must be divisible by {parts}, processes x accumulate = {engine.num_processes} x {recipe.grad_accum_steps}"
+        )
     everyone = gather_object([{**run_id, "checkpoint of step": str(checkpoint["progress"]["step"]) if checkpoint else "none"}])
     for rank, other in enumerate(everyone):
         if differing := [name for name, value in everyone[0].items() if other.get(name) != value]:

@@ -57,8 +57,8 @@ def training_sampler(
 
     ValueError if there is no case to train on, or if the data sets of a mixture do not fit together."""
     if labels is None:
-        return PatchSampler(prepared, "train", recipe.patch, recipe.batch, recipe.foreground, recipe.augment, seed)
-    return mix(prepared, recipe.patch, recipe.batch, weights, labels, seed=seed, allow=allow, foreground=recipe.foreground, augment=recipe.augment)
+        return PatchSampler(prepared, "train", recipe.patch, recipe.batch_size, recipe.foreground, recipe.augment, seed)
+    return mix(prepared, recipe.patch, recipe.batch_size, weights, labels, seed=seed, allow=allow, foreground=recipe.foreground, augment=recipe.augment)
 
 # %% ../../nbs/training/50_trainer.ipynb #shard
 class SamplerShard:
@@ -97,8 +97,8 @@ def loss_options(
     engine: "Accelerator | None" = None,
 ) -> dict:
     "What `deep_supervision_loss` needs to know of recipe, data set and processes"
-    task = getattr(sampler, "labels", None) or getattr(getattr(sampler, "prepared", None), "task", None)
-    options = {"present_only": recipe.present_only, "batch_dice": recipe.batch_dice, "weights": recipe.weighting, **label_rules(task)}
+    dataset = getattr(sampler, "labels", None) or getattr(getattr(sampler, "prepared", None), "dataset", None)
+    options = {"present_only": recipe.present_only, "batch_dice": recipe.batch_dice, "weights": recipe.weighting, **label_rules(dataset)}
     if engine is not None and engine.num_processes > 1:
         options["reduce"] = sum_over_processes
     return options
@@ -115,7 +115,7 @@ def train_step(
 ) -> tuple[float, float]:  # Loss, and norm of the gradient before clipping
     "Forward and backward in the recipe's parts, then one step; nothing is changed if a number is not finite"
     optimizer.zero_grad()
-    parts = list(zip(*(tensor.chunk(recipe.accumulate) for tensor in batch)))
+    parts = list(zip(*(tensor.chunk(recipe.grad_accum_steps) for tensor in batch)))
     losses = []
     for number, (image, label, *rest) in enumerate(parts, 1):
         # Gradients are exchanged between processes once, after the last part
@@ -127,7 +127,7 @@ def train_step(
             loss = deep_supervision_loss(outputs, label, **options, annotated=rest[0] if rest else None) / len(parts)
             engine.backward(loss)
             losses.append(loss.detach())
-    norm = engine.clip_grad_norm_(model.parameters(), recipe.clip)
+    norm = engine.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
     norm = getattr(norm, "full_tensor", lambda: norm)()  # Of sharded weights the norm is sharded too
     loss = engine.reduce(sum(losses), "mean")
     assert isinstance(norm, Tensor) and isinstance(loss, Tensor)
@@ -216,14 +216,14 @@ def check_outputs(
     sampler: object,
 ) -> None:
     "ValueError if the network has too few outputs for the data set, or if a label lies in no region"
-    task = getattr(getattr(sampler, "prepared", None), "task", None)
-    space, name = getattr(sampler, "labels", None), getattr(task, "name", "the mixture")
-    wanted, outputs = len(space.outputs) if space else getattr(task, "num_classes", None), getattr(model, "num_classes", None)
+    dataset = getattr(getattr(sampler, "prepared", None), "dataset", None)
+    space, name = getattr(sampler, "labels", None), getattr(dataset, "name", "the mixture")
+    wanted, outputs = len(space.outputs) if space else getattr(dataset, "num_classes", None), getattr(model, "num_classes", None)
     if wanted and outputs and wanted > outputs:
         raise ValueError(f"task {name} has {wanted} classes, but the network has {outputs} outputs")
-    if task is None or not getattr(task, "regions", None):
+    if dataset is None or not getattr(dataset, "regions", None):
         return
-    if lost := sorted(set(task.labels.values()).difference(*task.regions.values())):
+    if lost := sorted(set(dataset.labels.values()).difference(*dataset.regions.values())):
         raise ValueError(f"task {name}: label {lost} is in no region, so that nothing would be learnt of it")
 
 # %% ../../nbs/training/50_trainer.ipynb #check-run

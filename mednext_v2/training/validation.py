@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/training/44_validation.ipynb #label-rules
 def label_rules(
-    task: object,  # A data set, the `LabelSpace` of a mixture, or None: plain classes
+    dataset: object,  # A data set, the `LabelSpace` of a mixture, or None: plain classes
 ) -> dict:  # `regions`: label values of each region; `ignore`: value that does not count
     "What a data set says about its label values, as losses and counts take it"
     rules = {}
-    if regions := getattr(task, "regions", None):
+    if regions := getattr(dataset, "regions", None):
         rules["regions"] = tuple(regions.values())
-    if (ignore := getattr(task, "ignore", None)) is not None:
+    if (ignore := getattr(dataset, "ignore", None)) is not None:
         rules["ignore"] = ignore
     return rules
 
@@ -72,10 +72,10 @@ class PatchValidation:
     def __init__(
         self,
         batches: list[tuple[Tensor, ...]],  # Images (B, C, *patch), labels (B, 1, *patch), perhaps annotated (B, C)
-        task: object = None,  # Whose regions and ignored value count; the `LabelSpace` of a mixture of data sets
+        dataset: object = None,  # Whose regions and ignored value count; the `LabelSpace` of a mixture of data sets
     ):
-        self.batches, self.space = batches, task if isinstance(task, LabelSpace) else None
-        self.rules = label_rules(task)
+        self.batches, self.space = batches, dataset if isinstance(dataset, LabelSpace) else None
+        self.rules = label_rules(dataset)
 
     def predict(
         self,
@@ -139,9 +139,9 @@ def patch_validation(
 
     ValueError if there is no case to validate on, or if the data sets of a mixture do not fit together."""
     if labels is None:
-        sampler = PatchSampler(prepared, "val", recipe.patch, recipe.batch, 1.0, "none", seed)
-        return PatchValidation([sampler.batch(step) for step in range(batches)], getattr(prepared, "task", None))
+        sampler = PatchSampler(prepared, "val", recipe.patch, recipe.batch_size, 1.0, "none", seed)
+        return PatchValidation([sampler.batch(step) for step in range(batches)], getattr(prepared, "dataset", None))
     assert isinstance(prepared, Mapping)
     sets = {name: one for name, one in prepared.items() if one.ids("val")} or dict(prepared)
-    mixture = mix(sets, recipe.patch, recipe.batch, dict.fromkeys(sets, 1), labels, "val", seed, allow=allow, foreground=1.0, augment="none")
+    mixture = mix(sets, recipe.patch, recipe.batch_size, dict.fromkeys(sets, 1), labels, "val", seed, allow=allow, foreground=1.0, augment="none")
     return PatchValidation([mixture.batch(step) for step in range(batches * len(sets))], labels)
