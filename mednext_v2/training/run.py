@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/training/70_run.ipynb #fit-patch
 def fit_patch(
     patch: tuple[int, ...],  # The recipe's patch, voxels
-    shape: tuple[int, ...],  # Median shape of the task's volumes, voxels
+    shape: tuple[int, ...],  # Median shape of the data set's volumes, voxels
     strides: tuple[int, ...],  # What the network needs each side to be a multiple of
 ) -> tuple[int, ...]:  # The patch to train with
     "The largest patch that is not larger than the recipe's or the volumes; at least one stride a side, two on one"
@@ -49,7 +49,7 @@ def fit_patch(
 class TrainingData:
     "One or several prepared data sets, as one training reads them"
 
-    sets: "dict[str, Prepared]"  # By the task's name
+    sets: "dict[str, Prepared]"  # By name
     space: "LabelSpace | None" = None  # Of a mixture; None for one data set whose cases have all labels
 
     @property
@@ -247,15 +247,15 @@ def load_start(
 # %% ../../nbs/training/70_run.ipynb #as-options
 def as_options(
     change: dict,  # Fields of `launch.Step`
-    parts: int,  # In which a batch is put through networks: processes x accumulate
+    parts: int,  # In which a batch is put through networks: processes x grad_accum_steps
 ) -> str:
     "A change as options of `mednextv2 train`"
     values = {name: ",".join(map(str, value)) if name == "patch" else value for name, value in change.items()}
-    if "batch" in values:
-        values["batch"] *= parts
+    if "batch_size" in values:
+        values["batch_size"] *= parts
     network = [f"{name}={values.pop(name)}" for name in ("grad_checkpointing",) if name in values]
     recipe = [f"{name}={value}" for name, value in values.items()]
-    words = [["--set", *recipe]] * bool(recipe) + [["--network", *network]] * bool(network)
+    words = [["--recipe-set", *recipe]] * bool(recipe) + [["--network", *network]] * bool(network)
     return " ".join(sum(words, []))
 
 # %% ../../nbs/training/70_run.ipynb #forecast-fit
@@ -324,8 +324,8 @@ class TrainingJob:
 
         # JSON has lists only; configuration is made of tuples
         overrides = {name: tuple(value) if isinstance(value, list) else value for name, value in (fields["overrides"] or {}).items()}
-        recipe, start = build(Recipe, fields["recipe"], "recipe"), build(Start, fields["start"], "start")
-        return cls(**fields | dict(data=tuple(fields["data"]), overrides=overrides, recipe=recipe, start=start, allow=tuple(fields["allow"])))
+        built: dict[str, Any] = dict(recipe=build(Recipe, fields["recipe"], "recipe"), start=build(Start, fields["start"], "start"))
+        return cls(**fields | built | dict(data=tuple(fields["data"]), overrides=overrides, allow=tuple(fields["allow"])))
 
 # %% ../../nbs/training/70_run.ipynb #parts
 def training_card(
@@ -426,7 +426,7 @@ def train_in_processes(
         launch({"function": "mednext_v2.training.run:train_from_json", "arguments": arguments}, resources.processes)
     return read_csv(Path(job.folder) / "history.csv")
 
-# %% ../../nbs/training/70_run.ipynb #drawn
-def drawn() -> int:
+# %% ../../nbs/training/70_run.ipynb #pictures-by-default
+def pictures_by_default() -> int:
     "Pictures of validation patches for `fit`: each time where matplotlib is there, else none"
     return int(find_spec("matplotlib") is not None)

@@ -119,9 +119,8 @@ def check_same_run(
 
     parts = engine.num_processes * recipe.grad_accum_steps
     if recipe.batch_size % parts:
-        raise ValueError(
-            f"recipe: batch {recipe.batch_size} must be divisible by {parts}, processes x accumulate = {engine.num_processes} x {recipe.grad_accum_steps}"
-        )
+        product = f"processes x grad_accum_steps = {engine.num_processes} x {recipe.grad_accum_steps}"
+        raise ValueError(f"recipe: batch_size {recipe.batch_size} must be divisible by {parts}, {product}")
     everyone = gather_object([{**run_id, "checkpoint of step": str(checkpoint["progress"]["step"]) if checkpoint else "none"}])
     for rank, other in enumerate(everyone):
         if differing := [name for name, value in everyone[0].items() if other.get(name) != value]:

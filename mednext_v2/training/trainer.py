@@ -220,17 +220,17 @@ def check_outputs(
     space, name = getattr(sampler, "labels", None), getattr(dataset, "name", "the mixture")
     wanted, outputs = len(space.outputs) if space else getattr(dataset, "num_classes", None), getattr(model, "num_classes", None)
     if wanted and outputs and wanted > outputs:
-        raise ValueError(f"task {name} has {wanted} classes, but the network has {outputs} outputs")
+        raise ValueError(f"data set {name} has {wanted} classes, but the network has {outputs} outputs")
     if dataset is None or not getattr(dataset, "regions", None):
         return
     if lost := sorted(set(dataset.labels.values()).difference(*dataset.regions.values())):
-        raise ValueError(f"task {name}: label {lost} is in no region, so that nothing would be learnt of it")
+        raise ValueError(f"data set {name}: label {lost} is in no region, so that nothing would be learnt of it")
 
 # %% ../../nbs/training/50_trainer.ipynb #check-run
 def check_run(recipe: Recipe, model: nn.Module, sampler: object) -> None:
     "ValueError if recipe, network and sampler do not belong together; checks what each of them declares"
     check_patch(recipe.patch, model)
-    names = {"patch": "patch", "batch": "batch_size", "foreground": "foreground", "augment": "augment"}
+    names = {"patch": "patch", "batch_size": "batch_size", "foreground": "foreground", "augment": "augment"}
     pairs = [(name, getattr(sampler, attribute, None), "sampler") for name, attribute in names.items()]
     pairs.append(("deep_supervision", getattr(model, "deep_supervision", None), "network"))
     for name, found, owner in pairs:
