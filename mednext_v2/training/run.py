@@ -324,8 +324,9 @@ class TrainingJob:
 
         # JSON has lists only; configuration is made of tuples
         overrides = {name: tuple(value) if isinstance(value, list) else value for name, value in (fields["overrides"] or {}).items()}
-        built: dict[str, Any] = dict(recipe=build(Recipe, fields["recipe"], "recipe"), start=build(Start, fields["start"], "start"))
-        return cls(**fields | built | dict(data=tuple(fields["data"]), overrides=overrides, allow=tuple(fields["allow"])))
+        made: dict[str, Any] = fields | dict(data=tuple(fields["data"]), overrides=overrides, allow=tuple(fields["allow"]))
+        made |= dict(recipe=build(Recipe, fields["recipe"], "recipe"), start=build(Start, fields["start"], "start"))
+        return cls(**made)
 
 # %% ../../nbs/training/70_run.ipynb #parts
 def training_card(
