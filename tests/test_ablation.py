@@ -182,11 +182,11 @@ def test_the_paper_profile_fits_gpus_of_80_gb_and_counts_every_run():
 
 def test_model_rows_say_what_a_training_took(tmp_path, workplace, prepared):
     from mednext_v2.scoring.ablations import model_row
-    from mednext_v2.study.runs import Run, train_runs
+    from mednext_v2.study.runs import TrainingRun, train_runs
     from mednext_v2.training.recipe import Recipe
 
     recipe = Recipe(steps=2, batch=1, patch=(32, 32, 32), warmup=1, augment="none", snapshots=2)
-    run = Run("smoke", "unet", "scratch", "brain_lesion_mr", 4)
+    run = TrainingRun("smoke", "unet", "scratch", "brain_lesion_mr", 4)
     train_runs([run], recipe, {"filters": (2, 4, 8)}, prepared, tmp_path / "models", tmp_path / "curves")
     row = model_row(tmp_path / "models" / run.name, tmp_path / "curves" / run.name, role="finetune")
     made = json.loads((tmp_path / "curves" / run.name / "run.json").read_text())
