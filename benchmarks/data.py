@@ -206,7 +206,7 @@ def big_task(kind: str):
 def big_raw(kind: str, raw: Path) -> None:
     "A body of noisy tissue with sixty ellipsoids; training and validation case are the same files"
     from mednext_v2.core import write_json
-    from mednext_v2.data.datasets import write_dataset
+    from mednext_v2.data.datasets import write_description
     from mednext_v2.data.scans import write_volume
 
     shape, spacing, _ = KINDS[kind]
@@ -234,7 +234,7 @@ def big_raw(kind: str, raw: Path) -> None:
     write_volume(folder / "labelsTr" / "one.nii.gz", label, affine)
     os.link(folder / "imagesTr" / "one_0000.nii.gz", folder / "imagesTr" / "two_0000.nii.gz")
     os.link(folder / "labelsTr" / "one.nii.gz", folder / "labelsTr" / "two.nii.gz")
-    write_dataset(big_task(kind), folder, 2)
+    write_description(big_task(kind), folder, 2)
     image, label = folder / "imagesTr" / "one_0000.nii.gz", folder / "labelsTr" / "one.nii.gz"
     listed = {"images": [str(image)], "label": str(label)}
     known = json.loads((folder / "dataset.json").read_text())

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from .core import ItemsFailed, Resources, check_place, read_csv, versions
+from .core import ItemsFailed, Resources, check_writable, read_csv, versions
 
 # %% ../nbs/90_cli.ipynb #info
 def info(options: argparse.Namespace) -> str:
@@ -50,13 +50,13 @@ def import_weights(options: argparse.Namespace) -> str:
     "A foreign checkpoint as a model folder; prints what became of each tensor that is not simply loaded"
     from mednext_v2.core import read_json
     from mednext_v2.zoo.importers import import_model
-    from mednext_v2.zoo.catalogue import licence_of
+    from mednext_v2.zoo.catalogue import weights_source
 
     given = {name: getattr(options, name) for name in ("licence", "spacing", "patch", "modality")}
     facts = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
     if options.facts:
         facts = read_json(options.facts) | facts
-    origin = licence_of(options.checkpoint)
+    origin = weights_source(options.checkpoint)
     if origin.licence:
         facts = {"licence": origin.licence, "provenance": origin.provenance} | facts
     card, report = import_model(options.checkpoint, options.out, facts, allow=options.allow, **reading(options))
@@ -694,7 +694,7 @@ def main(
     try:
         for name in OUTPUTS:
             if isinstance(place := getattr(options, name, None), Path):
-                check_place(place)
+                check_writable(place)
         text = options.function(options)
         if text:
             print(text, flush=True)

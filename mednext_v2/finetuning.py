@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from .core import Resources, check_output, fingerprint_of, held, read_csv, read_json, write_json
+from .core import Resources, check_output, short_hash, output_lock, read_csv, read_json, write_json
 from .evaluation.cases import note_scores, predict_cases, score_cases, write_scores
 from .training.run import TrainingData, drawn, forecast_fit, network_for, start_from, train_in_processes
 from .models.transfer import Start
@@ -55,10 +55,10 @@ def checkpoint_in(
     model: Path,  # A file, or a folder
 ) -> Path:
     "The checkpoint to import: what is given, or the only one that a folder, e.g. of the zoo, holds"
-    from mednext_v2.zoo.importers import kind_of
+    from mednext_v2.zoo.importers import weights_kind
 
     try:
-        kind_of(model)
+        weights_kind(model)
         return model
     except ValueError as error:
         found = sorted({path.parent for path in model.rglob("plans.json") if (path.parent / "dataset.json").is_file()})
@@ -77,14 +77,14 @@ def parent_folder(
 ) -> Path:  # Model folder
     "The model to start from as a model folder; ValueError says what a foreign checkpoint does not tell"
     from mednext_v2.zoo.importers import import_model
-    from mednext_v2.zoo.catalogue import licence_of
+    from mednext_v2.zoo.catalogue import weights_source
 
     model, parent = Path(model), Path(out) / "parent"
     if (model / "card.json").is_file():
         return model
     if not (parent / "card.json").is_file():
         source = checkpoint_in(model)
-        origin = licence_of(source)
+        origin = weights_source(source)
         known = {"licence": origin.licence, "provenance": origin.provenance} if origin.sha256 else {}
         try:
             import_model(source, parent, known, **reading)
@@ -127,10 +127,10 @@ def planned_data(
 ) -> TrainingData:  # That holds no arrays
     "What a forecast needs of data that are not prepared yet; cropping can only make the volumes smaller"
     from mednext_v2.data.preprocess import target_shape
-    from mednext_v2.data.datasets import header_grids, list_cases
+    from mednext_v2.data.datasets import read_grids, list_cases
 
     files = [case.images[0] for case in list_cases(task, raw.parent) if case.split == "train"]
-    shapes = [target_shape(shape, spacing, task.spacing) for spacing, shape in zip(*header_grids(files))]
+    shapes = [target_shape(shape, spacing, task.spacing) for spacing, shape in zip(*read_grids(files))]
     shape = tuple(pd.DataFrame(shapes).median().astype(int))
     return TrainingData({task.name: SimpleNamespace(task=task, fingerprint=SimpleNamespace(shape=shape))})
 
@@ -146,7 +146,7 @@ def request_of(
     parent = plan.start.model
     request = dict(
         data=str(plan.raw.resolve()),
-        files=fingerprint_of(facts),
+        files=short_hash(facts),
         init=plan.start.name,
         parent=read_card(parent).sha256 if parent else None,
         backbone=plan.network["backbone"],
@@ -292,7 +292,7 @@ def finetune(
         for name in ("scores.csv", "summary.json", "review.html", "predictions"):
             if (out / name).exists():
                 raise FileExistsError(f"{out / name} is there and was not made by this command: choose another folder")
-    with held(out):
+    with output_lock(out):
         workers = max(1, resources.workers)
         raw = raw_folder(raw, out, seed_task, workers)
         if not (out / "model").is_dir():

@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 
 from mednext_v2.core import ItemsFailed
-from mednext_v2.data.datasets import Task, write_dataset
+from mednext_v2.data.datasets import Task, write_description
 from mednext_v2.data.scans import write_volume
 from mednext_v2.evaluation.metrics import (
     CONVENTIONS,
@@ -512,7 +512,7 @@ def test_the_task_comes_from_a_dataset_json(tmp_path):
     write_pairs(tmp_path, {"a": label_maps(2)})
     with pytest.raises(ValueError, match="no dataset.json in .*name the task"):
         evaluate(tmp_path / "predictions", tmp_path / "truths")
-    write_dataset(task, tmp_path / "predictions", 0)
+    write_description(task, tmp_path / "predictions", 0)
     table = evaluate(tmp_path / "predictions", tmp_path / "truths")
     assert table.label.tolist() == list(task.regions) and set(table.group) == {"pathology"}
     read = described_task(tmp_path / "predictions/dataset.json")

@@ -22,7 +22,7 @@ import pytest
 from scipy import ndimage
 
 from mednext_v2.core import root, write_json
-from mednext_v2.data.datasets import Task, list_cases, read_case, write_dataset
+from mednext_v2.data.datasets import Task, list_cases, read_case, write_description
 from mednext_v2.data.preprocess import Prepared, prepare
 from mednext_v2.study.seeds import read_seed, seeds_folder, verify_seeds
 
@@ -123,7 +123,7 @@ def write_raw(name: str, raw: Path) -> None:
         if id != "spare":
             images = [str(folder / file) for file in files[:-1]]
             listed[id] = {"images": images, "label": str(folder / files[-1])}
-    write_dataset(TASKS[name], folder, len(listed))
+    write_description(TASKS[name], folder, len(listed))
     # nnU-Net takes all of imagesTr for its fingerprint, unless dataset.json lists the cases
     known = json.loads((folder / "dataset.json").read_text())
     write_json(folder / "dataset.json", known | {"dataset": listed}, sort_keys=False)

@@ -22,14 +22,14 @@ from mednext_v2.data.preprocess import (
     Fingerprint,
     Prepared,
     fingerprint,
-    foreground_places,
+    foreground_voxels,
     image_type,
     normalise,
     prepare,
     resample,
     resample_image,
     resample_label,
-    spread,
+    subsample_evenly,
     target_shape,
 )
 from mednext_v2.data.scans import write_volume
@@ -164,9 +164,9 @@ def test_nonzero_is_for_mr_with_a_background_of_zeros(mini, raw):
 
 
 def test_spread_is_even_and_keeps_both_ends():
-    values = spread(np.arange(1000), 11)
+    values = subsample_evenly(np.arange(1000), 11)
     assert values[0] == 0 and values[-1] == 999 and set(np.diff(values)) <= {99, 100, 101}
-    np.testing.assert_array_equal(spread(np.arange(5), 11), np.arange(5))
+    np.testing.assert_array_equal(subsample_evenly(np.arange(5), 11), np.arange(5))
 
 
 # Intensities
@@ -401,12 +401,12 @@ def test_foreground_places_are_right_even_and_limited():
     label = np.zeros((20, 20, 20), np.uint8)
     label[:10] = 2
     label[15, 3, 4] = 1
-    rows = foreground_places(label, most=50)
+    rows = foreground_voxels(label, most=50)
     assert [(int(v), int(n)) for v, n in zip(*np.unique(rows[:, 0], return_counts=True))] == [(1, 1), (2, 50)]
     assert (label[tuple(rows[:, 1:].T)] == rows[:, 0]).all()
-    assert set(foreground_places(label, ignore=2)[:, 0]) == {1}
+    assert set(foreground_voxels(label, ignore=2)[:, 0]) == {1}
     assert len(np.unique(rows[:, 1])) > 9  # Spread over the whole class
-    assert foreground_places(np.zeros((3, 3, 3), np.uint8)).shape == (0, 4)
+    assert foreground_voxels(np.zeros((3, 3, 3), np.uint8)).shape == (0, 4)
 
 
 def test_reader_gives_places_by_class(mini):

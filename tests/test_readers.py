@@ -13,7 +13,7 @@ import torch
 
 from mednext_v2 import cli
 from mednext_v2.core import read_csv, write_csv
-from mednext_v2.data.datasets import get_task, read_annotated, write_dataset
+from mednext_v2.data.datasets import get_task, read_annotated, write_description
 from mednext_v2.data.preprocess import Prepared
 from mednext_v2.data.scans import read_label, read_scan, write_volume
 from mednext_v2.models.card import Card, save_model
@@ -50,7 +50,7 @@ def clean(tmp_path_factory):
     for part, tail in (("images", "_0000"), ("labels", "")):
         (made / f"{part}Ts").mkdir()
         (made / f"{part}Tr/chest_0{tail}.nii.gz").rename(made / f"{part}Ts/chest_0{tail}.nii.gz")
-    write_dataset(CHEST, made, 3)
+    write_description(CHEST, made, 3)
     (made / "splits_final.json").write_text('[{"train": ["chest_1", "chest_2"], "val": ["chest_3"]}]')
     return made
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mednext_v2.core import root
-from mednext_v2.data.datasets import load_tasks, read_splits, write_dataset
+from mednext_v2.data.datasets import load_tasks, read_splits, write_description
 
 TASKS = load_tasks()
 MINI = [task for task in TASKS.values() if task.source == "seeds"]
@@ -248,7 +248,7 @@ def test_frames_of_an_acdc_patient_stay_together(tmp_path):
     for id in ids:
         (tmp_path / task.folder / "labelsTr" / f"{id}.nii.gz").touch()
     (tmp_path / task.folder / "labelsTs" / "patient101_frame01.nii.gz").touch()
-    write_dataset(task, tmp_path / task.folder, len(ids))
+    write_description(task, tmp_path / task.folder, len(ids))
     splits = read_splits(task, tmp_path)
     patients = {split: {id[:10] for id in splits[split]} for split in ("train", "val")}
     assert not patients["train"] & patients["val"]

@@ -469,7 +469,7 @@ def project(tmp_path, monkeypatch):
     import nibabel
 
     from mednext_v2.core import write_json
-    from mednext_v2.data.datasets import get_task, write_dataset
+    from mednext_v2.data.datasets import get_task, write_description
     from mednext_v2.data.scans import write_volume
 
     tasks = {name: get_task(name) for name in ("abdomen_ct", "brain_lesion_mr")}
@@ -501,7 +501,7 @@ def project(tmp_path, monkeypatch):
         for part in ("train", "val"):
             write_volume(folder / "imagesTr" / f"{part}_0000.nii.gz", image, affine)
             write_volume(folder / "labelsTr" / f"{part}.nii.gz", label, affine)
-        write_dataset(task, folder, 2)
+        write_description(task, folder, 2)
         write_json(folder / "splits_final.json", [{"train": ["train"], "val": ["val"]}])
     monkeypatch.chdir(tmp_path)
     return tmp_path

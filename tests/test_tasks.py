@@ -12,15 +12,15 @@ from data_toys import DEMO
 from mednext_v2.data.datasets import (
     Task,
     data_files,
-    deal_out,
     get_task,
-    header_grids,
     list_cases,
     load_tasks,
+    make_fold,
     plan_spacing,
     raw_task,
     read_case,
-    write_dataset,
+    read_grids,
+    write_description,
 )
 from mednext_v2.data.scans import BadFile, present_values, read_scan, write_volume
 
@@ -330,14 +330,14 @@ def test_description_written_here_reads_the_same(tmp_path):
         )
     )
     write_raw(tmp_path / task.folder, {}, ["a", "b", "c"], LABEL, channels=2)
-    write_dataset(task, tmp_path / task.folder, training=3)
+    write_description(task, tmp_path / task.folder, training=3)
     found = raw_task(tmp_path / task.folder)
     same = ("regions", "class_order", "ignore", "channels", "modality", "folder", "num_classes", "values", "name")
     assert {name: getattr(found, name) for name in same} == {name: getattr(task, name) for name in same}
     assert found.groups["lesion"] == "pathology" and found.groups["both"] == "organ"
     # Plain labels, and an ignore label beside them
     plain = dataclasses.replace(DEMO, ignore=3)
-    write_dataset(plain, tmp_path / task.folder, training=3)
+    write_description(plain, tmp_path / task.folder, training=3)
     found = raw_task(tmp_path / task.folder, spacing=(1, 1, 1))
     assert (found.labels, found.groups, found.ignore) == (plain.labels, plain.groups, 3) and not found.regions
 
@@ -390,7 +390,7 @@ def test_five_folds_are_those_of_nnunet():
     for n in (5, 13, 52):
         ids = [f"case{i:03d}" for i in range(n)]
         for fold, (rest, tested) in enumerate(KFold(5, shuffle=True, random_state=12345).split(ids)):
-            dealt = deal_out(task, ids, fold=fold)
+            dealt = make_fold(task, ids, fold=fold)
             assert dealt["test"] == [ids[i] for i in tested]
             assert sorted(dealt["train"] + dealt["val"]) == [ids[i] for i in rest]
             assert len(dealt["val"]) == max(1, round(n / 20))
@@ -400,14 +400,14 @@ def test_five_folds_are_those_of_nnunet():
 def test_a_patient_is_on_one_side(rule):
     task = dataclasses.replace(DEMO, split=rule, patient=r"^(patient\d+)_frame")
     ids = [f"patient{i:03d}_frame{f:02d}" for i in range(20) for f in (1, 12)]
-    dealt = deal_out(task, ids)
+    dealt = make_fold(task, ids)
     sides = [{id[:10] for id in part} for part in dealt.values()]
     assert sum(len(side) for side in sides) == 20 and sorted(sum(dealt.values(), [])) == ids
-    assert dealt == deal_out(task, ids[::-1]) | {split: sorted(part) for split, part in dealt.items()}
+    assert dealt == make_fold(task, ids[::-1]) | {split: sorted(part) for split, part in dealt.items()}
     with pytest.raises(ValueError, match="case scan7: its patient is not found"):
-        deal_out(task, [*ids, "scan7"])
+        make_fold(task, [*ids, "scan7"])
     with pytest.raises(ValueError, match="has 2 patients, split"):
-        deal_out(task, ids[:4])
+        make_fold(task, ids[:4])
 
 
 def test_splits_file_may_name_test_cases_and_unlabelled_tests_are_nobodys(raw):
@@ -474,13 +474,13 @@ def test_a_channel_too_many_or_in_two_formats_is_refused(raw, extra):
 
 
 def test_two_channels_of_one_name_are_both_what_it_says(tmp_path):
-    from mednext_v2.data.preprocess import summarise
+    from mednext_v2.data.preprocess import summarise_cases
 
     about = {"channel_names": {"0": "CT", "1": "CT", "2": "PET"}, "labels": {"background": 0, "liver": 1, "lesion": 2}}
     write_raw(tmp_path / "Dataset007_Two", about, ["a", "b", "c"], LABEL, channels=3)
     task = raw_task(tmp_path / "Dataset007_Two")
     measured = {"spacing": (1, 1, 1), "shape": (4, 4, 4), "kept": 1.0, "values": np.arange(9.0).reshape(3, 3)}
-    assert task.channels == ("CT", "CT", "PET") and summarise(task, [measured]).schemes == ("ct", "ct", "zscore")
+    assert task.channels == ("CT", "CT", "PET") and summarise_cases(task, [measured]).schemes == ("ct", "ct", "zscore")
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64", "uint32", "float64"])
@@ -502,9 +502,9 @@ def test_headers_are_read_without_voxels(tmp_path):
     write_volume(tmp_path / "lps.nii.gz", np.random.default_rng(0).integers(-999, 999, (60, 70, 80)).astype(np.int16), lps)
     data = (tmp_path / "lps.nii.gz").read_bytes()
     (tmp_path / "half.nii.gz").write_bytes(data[: len(data) // 2])  # Its header is whole
-    spacings, shapes = header_grids([tmp_path / "lps.nii.gz", tmp_path / "half.nii.gz"])
+    spacings, shapes = read_grids([tmp_path / "lps.nii.gz", tmp_path / "half.nii.gz"])
     np.testing.assert_allclose(spacings, [[2, 3, 4]] * 2)
     assert shapes.tolist() == [[60, 70, 80]] * 2
     (tmp_path / "cut.nii.gz").write_bytes(data[:20])
     with pytest.raises(BadFile, match="cut.nii.gz ends within the header"):
-        header_grids([tmp_path / "cut.nii.gz"])
+        read_grids([tmp_path / "cut.nii.gz"])

@@ -15,7 +15,7 @@ import torch
 from data_toys_convert import write_cads
 from mednext_v2 import cli
 from mednext_v2.core import ItemsFailed, write_csv
-from mednext_v2.data.datasets import Task, get_task, partial_cases, write_dataset
+from mednext_v2.data.datasets import Task, get_task, partial_cases, write_description
 from mednext_v2.data.mixture import union_labels
 from mednext_v2.data.preprocess import Prepared, prepare
 from mednext_v2.data.scans import write_volume
@@ -86,7 +86,7 @@ def write_raw(one: Task, raw, cases: int = 3, annotated: dict | None = None, shi
                 label[places[name]] = value
         write_volume(folder / f"imagesTr/{case}_0000.nii.gz", image + np.int16(shift), np.eye(4))
         write_volume(folder / f"labelsTr/{case}.nii.gz", label, np.eye(4))
-    write_dataset(one, folder, cases)
+    write_description(one, folder, cases)
     (folder / "splits_final.json").write_text(json.dumps([{"train": names[:-1], "val": names[-1:]}]))
     if annotated:
         rows = [(case, " ".join(labels)) for case, labels in annotated.items()]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .augment import PatchSampler, naming, vary
-from ..core import fingerprint_of
+from ..core import short_hash
 from .datasets import Task, read_annotated
 
 # %% ../../nbs/data/60_mixture.ipynb #space
@@ -378,7 +378,7 @@ class MixtureSampler:
         "A hash of all that decides the batches: every data set's own, shares, classes, who annotates what"
         members = [(name, sampler.fingerprint) for name, sampler in self.samplers.items()]
         masks = {name: {case: np.packbits(mask).tobytes().hex() for case, mask in cases.items()} for name, cases in self.masks.items()}
-        return fingerprint_of(members, self.shares, self.labels, masks, self.batch_size, self.allow)
+        return short_hash(members, self.shares, self.labels, masks, self.batch_size, self.allow)
 
     def member(self, step: int, index: int) -> tuple[str, tuple[int, int]]:
         "The data set of a patch, and the step and index of that patch in its own stream"

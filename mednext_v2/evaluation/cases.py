@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import ItemsFailed, attempt, for_all, held, write_csv, write_json
+from ..core import ItemsFailed, try_item, map_items, output_lock, write_csv, write_json
 from ..data.datasets import partial_cases
 from .metrics import score_files, summarise
 from .statistics import means
@@ -37,8 +37,8 @@ def predict_cases(
         if volume is not None:
             write_job(*label_job(job, members, wish, volume, key, seconds))
 
-    with held(out):
-        ended = {case.id: attempt(label, case.id, (case,))[2] for case in cases}
+    with output_lock(out):
+        ended = {case.id: try_item(label, case.id, (case,))[2] for case in cases}
     results = {case: out / f"{case}.nii.gz" for case, reason in ended.items() if reason is None}
     if failures := {case: reason for case, reason in ended.items() if reason is not None}:
         raise ItemsFailed(failures, results)
@@ -52,7 +52,7 @@ def score_cases(
     workers: int = 1,
 ) -> pd.DataFrame:  # Columns case and those of `score_case`; of a case that lacks labels, the annotated ones
     "Score label maps against the truth, on the scans' own grids"
-    scored = for_all(score_files, {case.id: (labelled[case.id], case.label, task) for case in cases}, workers)
+    scored = map_items(score_files, {case.id: (labelled[case.id], case.label, task) for case in cases}, workers)
     known = partial_cases(task, cases[0].label.parents[2])
     parts = [part.assign(case=case)[part.label.isin(known.get(case, part.label))] for case, part in scored.items()]
     table = pd.concat(parts, ignore_index=True)

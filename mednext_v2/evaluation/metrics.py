@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from ..core import ItemsFailed, build, check_table, for_all, read_json, write_csv, write_json
+from ..core import ItemsFailed, build, check_table, map_items, read_json, write_csv, write_json
 from ..data.scans import list_volumes, present_values, read_label, same_grid
-from ..data.datasets import Task, check_description, get_task, read_description, read_labels, registered
+from ..data.datasets import Task, check_description, get_task, read_description, parse_labels, find_registered
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #checked
 def _masks(prediction, truth) -> tuple[np.ndarray, np.ndarray]:
@@ -334,11 +334,11 @@ def described_task(
 ) -> Task:
     "The task of a dataset.json in nnU-Net's form, as far as scoring needs it; a registered one by its folder's name"
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    if task := registered(folder):
+    if task := find_registered(folder):
         check_description(task, folder)
         return task
     known = read_description(folder)
-    labels, regions, ignore = read_labels(known)
+    labels, regions, ignore = parse_labels(known)
     named = known.get("groups") or {}
     values = dict(
         name=str(known.get("name") or folder.resolve().name),
@@ -479,7 +479,7 @@ def evaluate(
     task = scoring_task(task, *description_folders(predictions, truths))
     files, failures = matched_files(predictions, truths)
     try:
-        scored = for_all(score_files, {case: (*pair, task, tolerance) for case, pair in files.items()}, workers)
+        scored = map_items(score_files, {case: (*pair, task, tolerance) for case, pair in files.items()}, workers)
     except ItemsFailed as error:
         scored = error.results
         failures |= error.failures

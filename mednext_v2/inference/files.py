@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import nibabel as nib
 import numpy as np
 
-from ..core import ItemsFailed, atomic_file, atomic_files, attempt, check_output, fingerprint_of, held, peak_bytes, read_json, room, versions
+from ..core import ItemsFailed, atomic_file, atomic_files, try_item, check_output, short_hash, output_lock, peak_bytes, read_json, room, versions
 from mednext_v2.inference.predictor import (
     Member,
     NetworkInput,
@@ -36,7 +36,7 @@ from mednext_v2.inference.predictor import (
     network_input,
     temporary_array,
 )
-from ..data.scans import ENDINGS, BadFile, cut_ending, list_scans, list_volumes, read_header, read_scan, stored_files
+from ..data.scans import ENDINGS, BadFile, split_ending, list_scans, list_volumes, read_header, read_scan, stored_files
 
 # %% ../../nbs/inference/20_files.ipynb #names
 WRITTEN = (".nii.gz", ".nii")  # Endings of label maps that are written
@@ -110,7 +110,7 @@ class Job:
 
     def beside(self, suffix: str) -> Path:
         "A file of the same name with another ending"
-        return self.output.with_name(cut_ending(self.output.name)[0] + suffix)
+        return self.output.with_name(split_ending(self.output.name)[0] + suffix)
 
 # %% ../../nbs/inference/20_files.ipynb #others
 # Endings that a folder is hardly named with
@@ -121,7 +121,7 @@ def is_file_name(
     target: Path,  # Where label maps are to go
 ) -> bool:
     "Whether the output is one file, and not a folder; BadFile for a name of a format that is not written"
-    ending = cut_ending(target.name, (*ENDINGS, *OTHERS))[1]
+    ending = split_ending(target.name, (*ENDINGS, *OTHERS))[1]
     if target.is_dir() or not ending:
         return False
     if ending not in WRITTEN:
@@ -140,7 +140,7 @@ def list_jobs(
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a scan or a folder of scans")
     if source.is_file():
-        stem, ending = cut_ending(source.name)
+        stem, ending = split_ending(source.name)
         if ending == ".seg.nrrd":
             raise BadFile(source, "is a segmentation by its name", "give the scan that it was drawn on")
         scans = {stem: ((source,), target if is_file else target / f"{stem}.nii.gz")}
@@ -181,7 +181,7 @@ def identity(job: Job, members: list[Member], wish: Wish, region) -> str:
     paths = [file for path in read for file in stored_files(path)]
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     options = {key: value for key, value in asdict(wish.options).items() if key not in ("device", "memory", "folds")}
-    return fingerprint_of(files, [member.hashes for member in members], options, str(region), wish.probabilities)
+    return short_hash(files, [member.hashes for member in members], options, str(region), wish.probabilities)
 
 
 def own_report(job: Job) -> dict:
@@ -246,7 +246,7 @@ def write_job(
     begin, target, table = time.perf_counter(), job.output, job.beside(".json")
     more = [] if probabilities is None else [job.beside(".npz")]
     # The last to appear decides whether a scan is done: a label map that is new, a report where a map is replaced
-    with stack, held(table, beside=True, wait=True):
+    with stack, output_lock(table, beside=True, wait=True):
         if is_done(job, report["identity"], wish):
             return
         replaces = target.exists()
@@ -326,16 +326,16 @@ def predict_files(
     members, wish = load_members(models, options), Wish(options, roi, probabilities, overwrite)
     jobs = list_jobs(source, target, members[0].card.in_channels)
     tables = name_tables(Path(target), label_names(members[0].card), overwrite)
-    failures, writes, hold = {}, {}, held(target, beside=is_file_name(Path(target)))
+    failures, writes, hold = {}, {}, output_lock(target, beside=is_file_name(Path(target)))
     with hold, ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
         for job, future in tqdm(read_ahead(reading, jobs, members, wish), "predicting", len(jobs), disable=not progress):
-            _, ready, failures[job.name] = attempt(label_read, job.name, (job, members, wish, future))
+            _, ready, failures[job.name] = try_item(label_read, job.name, (job, members, wish, future))
             for done in [write for write in writes.values() if ready]:
                 done.exception()  # One scan at a time waits to be written
             if ready:
                 writes[job.name] = writing.submit(write_job, *ready)
             del ready, future
-        failures |= {name: attempt(write.result, name, ())[2] for name, write in writes.items()}
+        failures |= {name: try_item(write.result, name, ())[2] for name, write in writes.items()}
     failures = {name: " ".join(reason.split()) for name, reason in failures.items() if reason}
     results = {job.name: job.output for job in jobs if job.name not in failures}
     for path, text in tables.items() if results else ():
@@ -348,7 +348,7 @@ def predict_files(
 # %% ../../nbs/inference/20_files.ipynb #name-tables
 def name_tables(target: Path, names: dict[int, str], overwrite: bool) -> dict[Path, str]:  # Text by file
     "Tables of names, like the label map or `labels` in a folder; ValueError if other files of that name are there"
-    place = target.with_name(cut_ending(target.name)[0]) if is_file_name(target) else target / "labels"
+    place = target.with_name(split_ending(target.name)[0]) if is_file_name(target) else target / "labels"
     tables = {Path(f"{place}.txt"): itksnap_table(names), Path(f"{place}.ctbl"): slicer_table(names)}
     for path, text in tables.items():
         if path.exists() and not overwrite and path.read_text(encoding="utf-8", errors="replace") != text:

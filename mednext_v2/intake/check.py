@@ -24,32 +24,32 @@ import numpy as np
 import pandas as pd
 from nibabel.affines import voxel_sizes
 
-from ..core import NEW, ItemsFailed, atomic_folder, check_output, for_all, read_csv, read_json, write_csv, write_json
+from ..core import NEW_FOLDER, ItemsFailed, atomic_folder, check_output, map_items, read_csv, read_json, write_csv, write_json
 from mednext_v2.data.scans import (
     ENDINGS,
     FILE_FAULTS,
-    Damaged,
+    UnreadableFile,
     Header,
-    best_affine,
-    brief,
-    cut_ending,
-    displacement,
-    first_bytes,
+    choose_affine,
+    summarise_error,
+    split_ending,
+    corner_distance,
+    read_header_bytes,
     float32_step,
-    forms,
+    stored_affines,
     grid_distance,
     grid_tolerance,
-    head_of,
+    header_from_nifti,
     inspect_header,
     is_nifti,
     open_bytes,
-    parse_header,
-    pieces,
-    show,
-    unit_mm,
+    parse_nifti_header,
+    iterate_voxels,
+    format_numbers,
+    mm_per_unit,
     valid_affine,
 )
-from ..data.datasets import ANNOTATED, description_difference, parse_annotated, registered
+from ..data.datasets import ANNOTATED, description_difference, parse_annotated, find_registered
 
 # %% ../../nbs/intake/30_check.ipynb #faults-set
 FAULTS = {  # Code: severity, what to do
@@ -261,7 +261,7 @@ def read_object(path: Path, kind: type) -> tuple[object, str]:
     try:
         value = read_json(path, (dict, list))
     except (OSError, ValueError) as error:
-        return None, brief(error)
+        return None, summarise_error(error)
     if not isinstance(value, kind):
         return None, f"holds a {type(value).__name__}, not a {kind.__name__}"
     return value, ""
@@ -347,9 +347,9 @@ def list_files(
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        return {}, [Finding(folder.name, "file-permission", f"the folder cannot be listed: {brief(error)}")]
+        return {}, [Finding(folder.name, "file-permission", f"the folder cannot be listed: {summarise_error(error)}")]
     for name in names:
-        stem, own = cut_ending(name, (*KNOWN, ending))
+        stem, own = split_ending(name, (*KNOWN, ending))
         place = f"{folder.name}/{name}"
         if not own or name.startswith("."):
             if not name.endswith(COMPANIONS):
@@ -485,7 +485,7 @@ def usual_ending(folder: Path) -> str:
     "The ending that most files of a data set have"
     places = (folder / "imagesTr", folder / "labelsTr")
     names = [name for place in places if os.access(place, os.R_OK | os.X_OK) for name in os.listdir(place)]
-    endings = Counter(own for name in names if (own := cut_ending(name, KNOWN)[1]))
+    endings = Counter(own for name in names if (own := split_ending(name, KNOWN)[1]))
     return endings.most_common(1)[0][0] if endings else ".nii.gz"
 
 
@@ -504,7 +504,7 @@ def survey(
         finding = Finding(".", "file-permission", "the folder may not be listed", "", folder.name)
         return Layout(folder, None, {}, [], [finding])
     declared, meta, findings = declare(folder)
-    task = task or registered(folder)
+    task = task or find_registered(folder)
     if declared and task:
         findings += task_faults(meta, task)
         if task.modality == "CT":  # Whatever the channel is called
@@ -549,7 +549,7 @@ def annotated_faults(
     try:
         found = parse_annotated(path, words, folder.name)
     except (OSError, ValueError) as error:
-        return [Finding(path.name, "annotated-csv", brief(error).removeprefix(f"{path}").removeprefix(", "))]
+        return [Finding(path.name, "annotated-csv", summarise_error(error).removeprefix(f"{path}").removeprefix(", "))]
     strange = sorted(set(found) - cases)
     return [Finding(path.name, "annotated-unknown", f"names case {id}, which has no file", id) for id in strange]
 
@@ -630,7 +630,7 @@ def odd_heads(heads: list[Heads], factor: float = 4.0) -> list[Finding]:
         place = (case.id, case.dataset)
         ratio = np.array(head.spacing) / usual
         if ratio.max() > factor or ratio.min() < 1 / factor:
-            what = f"voxels are {show(head.spacing)} mm, the median of the data set is {show(usual)} mm"
+            what = f"voxels are {format_numbers(head.spacing)} mm, the median of the data set is {format_numbers(usual)} mm"
             findings.append(Finding(case.name(head.path), "spacing-odd", what, *place))
         if head.axes != axes and count > len(firsts) / 2:
             what = f"axes are {head.axes}, {count} of {len(firsts)} cases have {axes}"
@@ -721,12 +721,12 @@ def measure(
     first = np.iinfo(head.dtype).min if narrow else 0
     histogram = np.zeros(256**head.dtype.itemsize if narrow else 0, np.int64)
     try:
-        for piece in pieces(head):
+        for piece in iterate_voxels(head):
             if narrow:
                 histogram += np.bincount(piece.astype(np.int32) - first, minlength=len(histogram))
             else:
                 tally.add(scaled(piece, head))
-    except Damaged as damage:
+    except UnreadableFile as damage:
         faults = [(damage.code, damage.what)]
         if FAULTS[damage.code][0] == "error":
             return None, faults
@@ -930,9 +930,9 @@ def number_faults(layouts: list[Layout]) -> list[Finding]:
 
 
 def try_all(function, items: dict[str, tuple], workers: int, description: str) -> tuple[dict, list[Finding]]:
-    "`for_all`, with a finding for each item that raised: a doctor does not die of its patients"
+    "`map_items`, with a finding for each item that raised: a doctor does not die of its patients"
     try:
-        return for_all(function, items, workers, description), []
+        return map_items(function, items, workers, description), []
     except ItemsFailed as failed:
         found = [(name.split("/"), reason) for name, reason in failed.failures.items()]
         return failed.results, [Finding(f"images{part}", "check-failed", reason[:300], id, dataset) for (dataset, part, id), reason in found]
@@ -1011,26 +1011,26 @@ def mend_units(header, reference, tolerance) -> str:
     "Millimetres, by whichever reading gives voxels of a plausible size"
     sizes = np.abs(header["pixdim"][1:4].astype(float))
     if not plausible(sizes):
-        if not plausible(sizes * unit_mm(header)):
-            raise Hopeless(f"voxels of {show(sizes)} are plausible neither as they are nor in mm")
+        if not plausible(sizes * mm_per_unit(header)):
+            raise Hopeless(f"voxels of {format_numbers(sizes)} are plausible neither as they are nor in mm")
         return store_mm(header, reference, tolerance)
     header["xyzt_units"] = (int(header["xyzt_units"]) & ~7) + 2
-    return f"voxels of {show(sizes)} are taken as mm"
+    return f"voxels of {format_numbers(sizes)} are taken as mm"
 
 
 def store_mm(header, reference, tolerance) -> str:
     "The same lengths in millimetres"
-    factor = unit_mm(header)
+    factor = mm_per_unit(header)
     header["xyzt_units"] = (int(header["xyzt_units"]) & ~7) + 2
     header["pixdim"][1:4] *= factor
     for name in ("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"):
         header[name] = header[name] * factor
-    return f"lengths converted to mm, voxels are {show(header['pixdim'][1:4])}"
+    return f"lengths converted to mm, voxels are {format_numbers(header['pixdim'][1:4])}"
 
 
 def mend_forms(header, reference, tolerance) -> str:
     "`qform` and `pixdim` from `sform`"
-    sform, _ = forms(header)
+    sform, _ = stored_affines(header)
     if not valid_affine(sform):
         raise Hopeless("there is no valid sform to take the voxel sizes from")
     header.set_qform(sform, int(header["qform_code"]) or int(header["sform_code"]))
@@ -1040,7 +1040,7 @@ def mend_forms(header, reference, tolerance) -> str:
 
 def mend_affine(header, reference, tolerance) -> str:
     "`sform` from `qform`"
-    _, qform = forms(header)
+    _, qform = stored_affines(header)
     if not valid_affine(qform):
         raise Hopeless("neither sform nor qform is valid")
     header.set_sform(qform, int(header["qform_code"]))
@@ -1058,8 +1058,8 @@ def mend_grid(header, reference, tolerance) -> str:
     if reference is None:
         raise Hopeless("there is no NIfTI image to align it to")
     shape = tuple(int(size) for size in header["dim"][1:4])
-    affine = best_affine(reference)
-    apart = displacement(best_affine(header), affine, shape)
+    affine = choose_affine(reference)
+    apart = corner_distance(choose_affine(header), affine, shape)
     if not apart <= tolerance * voxel_sizes(affine).min():
         raise Hopeless(f"it lies {apart:.3g} mm away from the image, more than {tolerance:g} voxels")
     for name in GRID:
@@ -1086,7 +1086,7 @@ def mend_dimensions(header, reference, tolerance) -> str:
 MENDERS = {  # In the order in which they are applied
     "dimensions": mend_dimensions,
     "units": mend_units,
-    "units-stored": store_mm,  # From here on the header is in mm, as `forms` is
+    "units-stored": store_mm,  # From here on the header is in mm, as `stored_affines` is
     "affine-invalid": mend_affine,
     "pixdim-invalid": mend_forms,
     "forms-disagree": mend_forms,
@@ -1116,7 +1116,7 @@ def rewrite(
     rounded: bool,  # Store whole numbers as uint8 or uint16
 ) -> None:
     "The voxels of a file under another header; Hopeless if they cannot be read"
-    head = head_of(source, header)
+    head = header_from_nifti(source, header)
     kind = head.dtype
     if rounded:
         content, faults = measure(head, label=True)
@@ -1131,9 +1131,9 @@ def rewrite(
     with create_bytes(target) as file:
         file.write(header.binaryblock + extension)
         try:
-            for piece in pieces(head):
+            for piece in iterate_voxels(head):
                 file.write((np.rint(scaled(piece, head)).astype(kind) if rounded else piece).tobytes())
-        except Damaged as damage:
+        except UnreadableFile as damage:
             if FAULTS[damage.code][0] == "error":
                 raise Hopeless(damage.what) from None
 
@@ -1166,7 +1166,7 @@ def mend_file(
             raise Hopeless("only NIfTI files are mended")
         shutil.copyfile(source, target)
         return None, []
-    header = parse_header(first_bytes(source))
+    header = parse_nifti_header(read_header_bytes(source))
     done = [(code, MENDERS[code](header, reference, tolerance)) for code in codes if code in MENDERS]
     if not codes:
         shutil.copyfile(source, target)
@@ -1198,7 +1198,7 @@ def mend_case(case: Files, faults: list[tuple], declared: Declared, target: Path
         codes = [code for name, code, _, _ in faults if name == file]
         try:
             header, done = mend_file(source, path, codes, reference, source == case.label, tolerance)
-        except (Hopeless, Damaged, OSError) as reason:
+        except (Hopeless, UnreadableFile, OSError) as reason:
             for _, path in pairs:
                 path.unlink(missing_ok=True)
             return [Change(*place, file, "left out", ", ".join(codes), str(reason))]
@@ -1284,7 +1284,7 @@ def fix_set(layout: Layout, table: pd.DataFrame, target: Path, workers: int, tol
         if (layout.folder / folder).is_dir():
             (target / folder).mkdir(parents=True, exist_ok=True)
     items = {case.key: (case, faults.get((case.part, case.id), []), layout.declared, target, tolerance) for case in layout.cases}
-    changes = [change for done in for_all(mend_case, items, workers, "copies").values() for change in done]
+    changes = [change for done in map_items(mend_case, items, workers, "copies").values() for change in done]
     for row in own[own.code.isin(["channel-extra", "stray-file"])].itertuples():
         changes.append(Change(layout.name, row.case, row.file, "left out", row.code, "the file alone"))
     return changes
@@ -1354,7 +1354,7 @@ def check_target(data: Path, out: Path) -> None:
     here, there = data.resolve(), out.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ValueError(f"{out} and {data} lie in each other: give a folder elsewhere, originals are never touched")
-    check_output(out, NEW)
+    check_output(out, NEW_FOLDER)
 
 
 def fix_dataset(

@@ -19,23 +19,23 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from ..core import ItemsFailed, Kind, atomic_file, check_output, fingerprint_of, for_all, held, read_json, sha256, write_csv, write_json
+from ..core import ItemsFailed, FolderKind, atomic_file, check_output, short_hash, map_items, output_lock, read_json, sha256, write_csv, write_json
 from .dicom import draw_structures, find_series, label_values, newest_structure_set, read_series, structure_names
 from mednext_v2.data.scans import (
     BadFile,
     Volume,
     as_float32,
     check_finite,
-    distinct,
+    distinct_values,
     present_values,
     read_header,
     read_scan,
     same_grid,
-    smallest_type,
+    smallest_unsigned_type,
     stored_files,
     write_volume,
 )
-from ..data.datasets import ANNOTATED, Task, file_ending, join_labels, load_tasks, partial_cases, patient_of, raw_task, read_folds, write_dataset
+from ..data.datasets import ANNOTATED, Task, file_ending, join_labels, load_tasks, partial_cases, find_patient, raw_task, read_fold, write_description
 
 # %% ../../nbs/intake/20_convert.ipynb #origin
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ def relabel(
     lost = [int(value) for value in raw if value and not table[value]]
     notes = [f"raw value {', '.join(map(str, lost))} taken as background"] if lost else []
     if all(table[value] == value for value in raw):
-        return voxels.astype(smallest_type(max(table.values()))), notes
-    lookup = np.zeros(max(table) + 1, smallest_type(max(table.values())))
+        return voxels.astype(smallest_unsigned_type(max(table.values()))), notes
+    lookup = np.zeros(max(table) + 1, smallest_unsigned_type(max(table.values())))
     lookup[list(table)] = list(table.values())
     return np.stack([lookup[slab.astype(np.intp)] for slab in voxels]), notes
 
@@ -268,15 +268,15 @@ def merge_parts(
         volume = read_scan(part)
         notes += moved(volume, image, part, path, tolerance)
         for target, slab in zip(merged, volume.voxels):
-            held = distinct(slab)
-            if unknown := [value for value in held if value not in range(len(ranks[group]))]:
+            present = distinct_values(slab)
+            if unknown := [value for value in present if value not in range(len(ranks[group]))]:
                 raise ValueError(f"{part} has label {unknown[0]:g}, but group {group} has 0-{CADS_GROUPS[group]}: get it again")
-            seen.update(ranks[group][held.astype(np.intp)].tolist())
+            seen.update(ranks[group][present.astype(np.intp)].tolist())
             np.maximum(target, ranks[group][slab.astype(np.intp)], out=target)
         del volume, slab  # Before the next part is read
     kept = {0}
     for slab in merged:
-        kept.update(distinct(slab).tolist())
+        kept.update(distinct_values(slab).tolist())
         slab[...] = values[slab]
     return merged, notes, sorted(int(values[rank]) for rank in seen - kept)
 
@@ -368,8 +368,8 @@ def with_parts_there(origin: Origin) -> Origin:
 
 def set_aside(plan: dict[str, Origin], task: Task, share: float) -> dict[str, Origin]:
     "Some patients, drawn by a hash of their names so that further folders hardly change the draw, validate"
-    patients = {id: patient_of(task, id) for id, origin in plan.items() if origin.split == "train"}
-    drawn = sorted(set(patients.values()), key=lambda patient: fingerprint_of("val", patient))
+    patients = {id: find_patient(task, id) for id, origin in plan.items() if origin.split == "train"}
+    drawn = sorted(set(patients.values()), key=lambda patient: short_hash("val", patient))
     if len(drawn) < 2 or task.split != "files":
         return plan
     chosen = set(drawn[: max(1, round(len(drawn) * share))])
@@ -855,7 +855,7 @@ def plan_raw(
         return {}
     check_names(root, task)
     ending, splits = file_ending(root), root / "splits_final.json"
-    validating = set(read_folds(splits)["val"]) if splits.is_file() else set()
+    validating = set(read_fold(splits)["val"]) if splits.is_file() else set()
     plan = {}
     for part in ("Tr", "Ts"):
         images, labels = root / f"images{part}", root / f"labels{part}"
@@ -961,7 +961,7 @@ def case_key(origin: Origin, task: Task, name: str, source: Path, tolerance: flo
     "A hash of all that the written case depends on"
     stats = [(str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns) for p in files_of(origin)]
     facts = [part_of(origin), origin.facts, tolerance]
-    return fingerprint_of(name, task.labels, task.channels, task.ignore, facts, stats)
+    return short_hash(name, task.labels, task.channels, task.ignore, facts, stats)
 
 
 def read_record(path: Path) -> dict:
@@ -1008,7 +1008,7 @@ def convert_case(
         forget(path, folder)
         raise
     key = case_key(origin, task, name, source, tolerance)
-    head = {"case": id, "split": origin.split, "patient": origin.patient or patient_of(task, id)}
+    head = {"case": id, "split": origin.split, "patient": origin.patient or find_patient(task, id)}
     if record.get("key") == key and all(sized(folder / file, size) for file, size in record["files"].items()):
         return record["row"] | head
     forget(path, folder)
@@ -1153,10 +1153,10 @@ def describe(
     if verbatim:
         take(root / "dataset.json", folder / "dataset.json", link=False)
     else:
-        write_dataset(task, folder, training=len(ids["train"] + ids["val"]))
+        write_description(task, folder, training=len(ids["train"] + ids["val"]))
 
 
-CONVERTED = Kind("converted data set", (RECORDS,), ("*",))
+CONVERTED = FolderKind("converted data set", (RECORDS,), ("*",))
 
 # %% ../../nbs/intake/20_convert.ipynb #convert-part
 def convert(
@@ -1183,7 +1183,7 @@ def convert(
     if name == "raw":
         options = options | {"keep": True}
     plan = make_plan(converter, task, source, skip, unlabelled, options)
-    with held(folder):
+    with output_lock(folder):
         (folder / RECORDS).mkdir(parents=True, exist_ok=True)
         tidy(folder, plan)
         return convert_plan(plan, name, converter, task, source, folder, workers, tolerance, progress)
@@ -1206,7 +1206,7 @@ def convert_plan(
     jobs = {id: (id, origin, task, converter, source, folder, tolerance) for id, origin in plan.items() if origin.split != "excluded"}
     failed = None
     try:
-        rows = for_all(convert_case, jobs, workers, f"convert {task.name}" if progress else "")
+        rows = map_items(convert_case, jobs, workers, f"convert {task.name}" if progress else "")
     except ItemsFailed as error:
         failed, rows = error, error.results
     for id in set(plan) - set(jobs):
@@ -1227,6 +1227,6 @@ COLUMNS = ["case", "split", "patient", "files", "sha256", "label_sha256", "warni
 
 def left_out(id: str, origin: Origin, task: Task, source: Path) -> dict:
     "The row of a case that must not be used"
-    row = {"case": id, "split": "excluded", "patient": origin.patient or patient_of(task, id)}
+    row = {"case": id, "split": "excluded", "patient": origin.patient or find_patient(task, id)}
     row["files"] = named(replace(origin, label=()), source)
     return row | {"sha256": "", "label_sha256": "", "warnings": "not to be trained on by the published list"}

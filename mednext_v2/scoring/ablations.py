@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import pandas as pd
 
-from ..core import Resources, atomic_folder, build, in_pool, params, read_json, write_csv
+from ..core import Resources, atomic_folder, build, run_jobs, params, read_json, write_csv
 from .evaluate import SCORE_COLUMNS, evaluate_one
 from ..study.paths import StudyPaths, scratch
 from ..study.plan import StudyPlan, read_plan
@@ -110,14 +110,14 @@ def limit_cases(
     out: Path,  # Gets the same data set with fewer cases, as links
 ) -> Path:
     "A prepared data set with its first training cases and all others; ValueError if it has not as many"
-    from mednext_v2.data.preprocess import Prepared, view
+    from mednext_v2.data.preprocess import Prepared, link_view
 
     manifest = Prepared(prepared).manifest
     train = sorted(manifest.case[manifest.split == "train"])
     if not 0 < count <= len(train):
         raise ValueError(f"{prepared} has {len(train)} training cases, {count} were asked for")
     gone = set(train[count:])
-    return view(prepared, manifest[~manifest.case.isin(gone)], out)
+    return link_view(prepared, manifest[~manifest.case.isin(gone)], out)
 
 # %% ../../nbs/scoring/30_ablations.ipynb #training
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ def score_jobs(
         )
         for job in jobs
     ]
-    scores = in_pool(calls, compute["workers"])
+    scores = run_jobs(calls, compute["workers"])
     return pd.concat([part.assign(variant=job.variant) for job, part in zip(jobs, scores)], ignore_index=True)
 
 
@@ -324,7 +324,7 @@ def run_ablation(
     resources = resources_of(compute)
 
     def train(jobs: Sequence[TrainingJob]) -> None:
-        in_pool([delayed(job.train)(resources) for job in jobs], compute["workers"])
+        run_jobs([delayed(job.train)(resources) for job in jobs], compute["workers"])
 
     with atomic_folder(folders.models, STAGE) as staging:
         parents = pretrainings(ablation, plan, folders, staging)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import in_pool, write_csv
+from ..core import run_jobs, write_csv
 from ..data.datasets import Case, list_cases
 from ..data.preprocess import Prepared
 from ..evaluation.cases import predict_cases, score_cases
@@ -72,6 +72,6 @@ def evaluate_runs(
     from joblib import delayed
 
     jobs = [delayed(evaluate_one)(models / run.name, data, raw, out, run, overlap, device, threads) for run in runs]
-    scores = pd.concat(in_pool(jobs, workers), ignore_index=True)[SCORE_COLUMNS]
+    scores = pd.concat(run_jobs(jobs, workers), ignore_index=True)[SCORE_COLUMNS]
     write_csv(Path(out) / "scores.csv", scores)
     return scores

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from ..core import Kind, Resources, atomic_folder, fingerprint_of, in_pool, read_csv, read_json, sha256, write_json
+from ..core import FolderKind, Resources, atomic_folder, short_hash, run_jobs, read_csv, read_json, sha256, write_json
 from ..data.preprocess import Prepared, fold_view
 from ..models.card import read_card
 from ..models.transfer import Start
@@ -68,7 +68,7 @@ def run_key(
     *configuration,  # Whatever else the weights depend on
 ) -> str:  # Sixteen hexadecimal digits
     "A hash of a run, its configuration and the code that trains it"
-    return fingerprint_of(run, configuration, code_digest(TRAINING_ROOMS))
+    return short_hash(run, configuration, code_digest(TRAINING_ROOMS))
 
 # %% ../../nbs/study/30_runs.ipynb #train-one
 def resources_of(
@@ -92,7 +92,7 @@ def run_folder(
     return scratch(run_key(run, recipe, overrides, digest, source))
 
 # %% ../../nbs/study/30_runs.ipynb #is-made
-STAGE = Kind("output of a stage", (), ("*",))  # dvc.yaml names it, not a user
+STAGE = FolderKind("output of a stage", (), ("*",))  # dvc.yaml names it, not a user
 
 
 def is_made(
@@ -163,7 +163,7 @@ def train_runs(
     out, curves = Path(out), Path(curves)
     with atomic_folder(out, STAGE) as folder:
         jobs = [delayed(train_one)(run, recipe, overrides, data, parent, folder / run.name, curves / run.name, out / run.name, resources) for run in runs]
-        histories = in_pool(jobs, workers)
+        histories = run_jobs(jobs, workers)
     for run in runs:
         shutil.rmtree(run_folder(run, recipe, overrides, data, parent), ignore_errors=True)
     return pd.concat([history.assign(run=run.name) for run, history in zip(runs, histories, strict=True)], ignore_index=True)

@@ -16,9 +16,9 @@ import pandas as pd
 from joblib import Parallel, delayed
 from scipy import ndimage
 
-from ..core import Kind, atomic_folder, build, check_output, read_yaml, root, sha256, write_csv, write_json
+from ..core import FolderKind, atomic_folder, build, check_output, read_yaml, root, sha256, write_csv, write_json
 from ..data.scans import read_label, read_scan, write_volume
-from ..data.datasets import Task, get_task, load_tasks, write_dataset
+from ..data.datasets import Task, get_task, load_tasks, write_description
 
 # %% ../../nbs/study/10_seeds.ipynb #seeds
 @dataclass(frozen=True)
@@ -635,12 +635,12 @@ def write_descriptions(
 ) -> None:
     "dataset.json and splits_final.json as nnU-Net v2 reads them, and provenance.csv"
     ids = {split: provenance.case[provenance.split == split].tolist() for split in ("train", "val")}
-    write_dataset(task, folder, training=len(ids["train"]) + len(ids["val"]))
+    write_description(task, folder, training=len(ids["train"]) + len(ids["val"]))
     write_json(folder / "splits_final.json", [ids])
     write_csv(folder / "provenance.csv", provenance)
 
 
-BUILT = Kind("data set of the mini suite", ("dataset.json", "provenance.csv"), ("imagesTr", "imagesTs", "labelsTr", "labelsTs", "splits_final.json"))
+BUILT = FolderKind("data set of the mini suite", ("dataset.json", "provenance.csv"), ("imagesTr", "imagesTs", "labelsTr", "labelsTs", "splits_final.json"))
 
 # %% ../../nbs/study/10_seeds.ipynb #build-task-part
 def build_task(

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ..models.transfer import freeze
 from ..data.augment import PatchSampler, patch_loader
 from .checkpoint import check_identity, identity, read_checkpoint, save_checkpoint, set_aside
-from ..core import Resources, atomic_file, check_output, find_device, held, peak_bytes, write_json
+from ..core import Resources, atomic_file, check_output, find_device, output_lock, peak_bytes, write_json
 from .replay import write_bundle
 from .losses import deep_supervision_loss, finest, sum_over_processes
 from ..data.mixture import LabelSpace, MixtureSampler, known_only, mix, select_outputs
@@ -846,7 +846,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(resources, name) for name in ("compiled", "channels_last", "augment_on_device")}
     who = identity(recipe, model, sampler, seed, **settings)
-    with held(folder) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
+    with output_lock(folder) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
         engine = make_engine(recipe, model, resources.device, resources.parallel, trackers=display.trackers, folder=folder)
         session = Session(recipe, model, engine, folder, who, resume)
         tune(session.network, engine.device, resources.compiled, resources.channels_last)
