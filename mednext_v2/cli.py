@@ -36,7 +36,7 @@ def info(options: argparse.Namespace) -> str:
             table = backbone_table((side,) * 3, names=[get_backbone(options.what).name])
         else:
             archs = {name: get_arch(name) for name in ([options.what] if options.what else PRESETS)}
-            table = overview(archs, (side,) * 3, batch_size=options.batch, precision=options.precision)
+            table = overview(archs, (side,) * 3, batch_size=options.batch_size, precision=options.precision)
         tables.append(table.assign(patch=f"{side}³").reset_index())
     return pd.concat(tables).to_string(index=False, float_format="{:,.1f}".format)
 
@@ -159,18 +159,18 @@ def convert(options: argparse.Namespace) -> str:
 def doctor(options: argparse.Namespace) -> str:
     "What is wrong with raw data; exit code 1 if anything is"
     from mednext_v2.core import check_table, write_csv
-    from mednext_v2.intake.check import check_dataset, check_target, fix_dataset
+    from mednext_v2.intake.check import check_raw_dataset, check_target, fix_raw_dataset
 
     if options.fix:
         check_target(options.data, options.fix)
     if options.csv:
         check_table(options.csv, "dataset", "code", "what")
-    report = check_dataset(options.data, options.against, options.workers, options.quick)
+    report = check_raw_dataset(options.data, options.against, options.workers, options.quick)
     if options.csv:
         write_csv(options.csv, report.table)
     print(report.text())
     if options.fix:
-        print(fix_dataset(options.data, options.fix, options.workers, report=None if options.quick else report).text())
+        print(fix_raw_dataset(options.data, options.fix, options.workers, report=None if options.quick else report).text())
     if not report.clean:
         raise SystemExit(1)
     return ""
@@ -203,14 +203,14 @@ def prepare(options: argparse.Namespace) -> str:
 def train(options: argparse.Namespace) -> str:
     "Train a network on prepared data"
     from mednext_v2.training.launch import RunEnded
-    from mednext_v2.training.run import drawn, train_in_processes
+    from mednext_v2.training.run import pictures_by_default, train_in_processes
     from mednext_v2.training.recipe import get_recipe
     from mednext_v2.training.trainer import Display
     from mednext_v2.core import check_output
     from mednext_v2.models.card import MODEL_FOLDER, read_card
 
     check_output(options.out, MODEL_FOLDER)
-    recipe = get_recipe(options.recipe, **dict(literal_pair(pair) for pair in options.set))
+    recipe = get_recipe(options.recipe, **dict(literal_pair(pair) for pair in options.recipe_set))
     overrides = dict(literal_pair(pair) for pair in options.network)
     if options.backbone is None:
         options.backbone = read_card(options.parent).backbone if options.parent else "mednext_v2_base"
@@ -220,7 +220,7 @@ def train(options: argparse.Namespace) -> str:
         train_in_processes(
             resources(options),
             starting(options),
-            Display(pictures=drawn()),
+            Display(pictures=pictures_by_default()),
             data=[str(path) for path in (options.data, *options.others)],
             out=str(options.out),
             backbone=options.backbone,
@@ -276,7 +276,7 @@ def finetune(options: argparse.Namespace) -> str:
             options.data,
             starting(options),
             options.out,
-            changes=dict(literal_pair(pair) for pair in options.set),
+            changes=dict(literal_pair(pair) for pair in options.recipe_set),
             overrides=dict(literal_pair(pair) for pair in options.network),
             resources=resources(options),
             check=not options.unchecked,
@@ -414,8 +414,8 @@ def cache(command: argparse.ArgumentParser) -> None:
 
 
 def recipe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--recipe", default="finetune", help="pretrain, finetune, v1, nnunet, mini or smoke")
-    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="fields of the recipe, e.g. lr=1e-4")
+    command.add_argument("--recipe", default="finetune", help="pretrain, finetune, v1, nnunet, quick or smoke")
+    command.add_argument("--recipe-set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="fields of the recipe, e.g. lr=1e-4")
     changes = "changes to the backbone, e.g. width=16 or grad_checkpointing=auto"
     command.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=changes)
 
@@ -500,7 +500,7 @@ def model_commands(add: Callable) -> None:
     command = add("info", info, "What a checkpoint holds, or what networks cost.", "info model.pth | info base --patch 128 192")
     command.add_argument("what", nargs="?", help=what)
     command.add_argument("--patch", type=int, nargs="+", default=[128], help="sides of the patch (default: 128)")
-    command.add_argument("--batch", type=int, default=2, help="patches in a training batch (default: 2)")
+    command.add_argument("--batch-size", type=int, default=2, help="patches in a training batch (default: 2)")
     command.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="default: bf16")
     checkpoint(command)
 

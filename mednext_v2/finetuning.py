@@ -17,7 +17,7 @@ import pandas as pd
 
 from .core import Resources, check_output, short_hash, output_lock, read_csv, read_json, write_json
 from .evaluation.cases import note_scores, predict_cases, score_cases, write_scores
-from .training.run import TrainingData, drawn, forecast_fit, network_for, start_from, train_in_processes
+from .training.run import TrainingData, forecast_fit, network_for, pictures_by_default, start_from, train_in_processes
 from .models.transfer import Start
 from .training.trainer import Display
 
@@ -42,9 +42,9 @@ def raw_folder(
 
 def check_raw(raw: Path, workers: int = 1) -> str:  # The verdict
     "Examine the headers of raw data; ValueError, with the first error, if they are not clean"
-    from mednext_v2.intake.check import check_dataset
+    from mednext_v2.intake.check import check_raw_dataset
 
-    report = check_dataset(raw, workers=workers, quick=True)
+    report = check_raw_dataset(raw, workers=workers, quick=True)
     if not report.clean:
         first = report.table[report.table.severity == "error"].iloc[0]
         raise ValueError(f"{raw} is {report.verdict}; first {first.file}: {first.what}; all of them: mednextv2 doctor --data {raw}")
@@ -220,7 +220,7 @@ def make_plan(
     return FinetunePlan(plan_dataset(raw, spacing, card, registry), raw, out, network, start, seed)
 
 
-def tell(text: str) -> None:
+def print_step(text: str) -> None:
     "To standard error, as a training does"
     print(text, file=sys.stderr, flush=True)
 
@@ -236,7 +236,7 @@ def fit_model(plan: FinetunePlan, resources: Resources) -> None:
     train_in_processes(
         resources,
         plan.start,
-        Display(pictures=drawn()),
+        Display(pictures=pictures_by_default()),
         data=str(prepared),
         out=str(plan.out / "model"),
         folder=str(plan.out / "run"),
@@ -278,7 +278,7 @@ def finetune(
     registry: str | Path | None = None,  # Another file than the project's data/datasets.yaml
     reading: dict | None = None,  # How a foreign checkpoint is read: trust, fold, prefix, grn
     command: str = "mednext_v2.finetuning.finetune",  # That the card says its scores were made by
-    say: Callable[[str], None] = tell,  # Gets a line a step
+    say: Callable[[str], None] = print_step,  # Gets a line a step
 ) -> pd.DataFrame:  # Scores, one row per case and class; the column `split` says of which cases
     "From raw data to a model folder and scores of held-out scans; ValueError before costly steps where possible"
     from mednext_v2.training.recipe import get_recipe

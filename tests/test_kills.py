@@ -138,7 +138,7 @@ def given(tmp_path_factory):
 
 
 TINY = ["--recipe", "smoke", "--backbone", "unet", "--network", "filters=(4,8,8)", "--device", "cpu", "--unchecked",
-        "--set", "patch=16,16,16", "steps=2", "checkpoint_every=1", "validate_every=2"]  # fmt: skip
+        "--recipe-set", "patch=16,16,16", "steps=2", "checkpoint_every=1", "validate_every=2"]  # fmt: skip
 
 
 def predict_line(given, scans: str, out, *more) -> list:

@@ -474,10 +474,10 @@ def test_two_processes_from_a_notebook_train_as_one(prepared, workplace):
 
 @pytest.mark.slow
 def test_a_rank_that_fails_ends_the_stage_with_its_message(prepared, workplace, capsys):
-    odd = Recipe(**vars(TWO) | {"batch": 1})
+    odd = Recipe(**vars(TWO) | {"batch_size": 1})
     with pytest.raises(SystemExit) as ended:
         run_stage(training_notebook(workplace, prepared, odd), workplace / "out", "processes=2")
-    assert "batch 1 must be divisible by 2" in str(ended.value) and "RunEnded" in str(ended.value)
+    assert "batch_size 1 must be divisible by 2" in str(ended.value) and "RunEnded" in str(ended.value)
     assert not (workplace / "models").exists()
 
 
@@ -557,4 +557,4 @@ def test_profiles_differ_in_numbers_only(tmp_path):
     shapes = {name: keys({k: v for k, v in value.items() if k not in ("backbones", "ablations")}) for name, value in composed.items()}
     assert shapes["mini"] == shapes["smoke"] == shapes["study"]
     small = {".recipes.pretrain.present_only", ".recipes.finetune.present_only"}
-    assert shapes["mini"] - small == shapes["paper"] - {".recipes.finetune.accumulate"}
+    assert shapes["mini"] - small == shapes["paper"] - {".recipes.finetune.grad_accum_steps"}

@@ -22,7 +22,19 @@ from xml.etree import ElementTree
 import nibabel as nib
 import numpy as np
 
-from ..core import ItemsFailed, atomic_file, atomic_files, try_item, check_output, short_hash, output_lock, peak_bytes, read_json, room, versions
+from mednext_v2.core import (
+    ItemsFailed,
+    atomic_file,
+    atomic_files,
+    try_item,
+    check_disk_space,
+    check_output,
+    short_hash,
+    output_lock,
+    peak_bytes,
+    read_json,
+    versions,
+)
 from mednext_v2.inference.predictor import (
     Member,
     NetworkInput,
@@ -224,7 +236,7 @@ def read_job(job: Job, members: list[Member], wish: Wish) -> tuple[NetworkInput 
     begin = time.perf_counter()
     check_channels(members[0].card, len(job.images))
     size = math.prod(read_header(job.images[0]).shape) * (2 * members[0].card.num_classes if wish.probabilities else 1)
-    room(job.output.parent, size, f"{job.output.name}, before compression,")
+    check_disk_space(job.output.parent, size, f"{job.output.name}, before compression,")
     region = wish.region(job)
     key = identity(job, members, wish, region)
     done = is_done(job, key, wish)
