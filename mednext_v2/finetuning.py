@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pandas as pd
 
 from .core import Resources, check_output, short_hash, output_lock, read_csv, read_json, write_json
-from .evaluation.cases import note_scores, predict_cases, score_cases, write_scores
+from .evaluation.cases import predict_cases, record_scores, score_cases, write_scores
 from .training.run import TrainingData, forecast_fit, network_for, pictures_by_default, start_from, train_in_processes
 from .models.transfer import Start
 from .training.trainer import Display
@@ -258,7 +258,7 @@ def score_model(plan: FinetunePlan, command: str, say: Callable[[str], None], re
     labelled = predict_cases(model, cases, plan.out / "predictions", resources.device)
     table = score_cases(labelled, cases, plan.dataset, max(1, resources.workers))
     table = write_scores(table, labelled, cases, plan.dataset, plan.out)
-    note_scores(model, table, command)
+    record_scores(model, table, command)
     return table
 
 # %% ../nbs/60_finetuning.ipynb #finetune

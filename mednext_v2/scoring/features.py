@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data.preprocess import Prepared
-from ..inference.predictor import evaluating
+from ..inference.windows import eval_mode
 from ..models.registry import load_model
 from ..network.blocks import MedNeXtBlock
 
@@ -58,7 +58,7 @@ def visit_channels(
 
     handles = [block.conv3.register_forward_pre_hook(visitor(name)) for name, block in blocks.items()]
     try:
-        with evaluating(model):
+        with eval_mode(model):
             model(images)
     finally:
         for handle in handles:
