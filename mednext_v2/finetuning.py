@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pandas as pd
 
 from .core import Resources, check_output, short_hash, output_lock, read_csv, read_json, write_json
-from .evaluation.cases import note_scores, predict_cases, score_cases, write_scores
-from .training.run import TrainingData, TrainingJob, build_network, forecast_cost, load_start, pictures_by_default, train_in_processes
+from .evaluation.cases import predict_cases, record_scores, score_cases, write_scores
+from .training.run import TrainingData, TrainSettings, build_network, forecast_cost, load_start, pictures_by_default, train_in_processes
 from .models.transfer import Start
 from .training.monitor import Display
 
@@ -132,11 +133,11 @@ def planned_data(
     files = [case.images[0] for case in list_cases(dataset, raw.parent) if case.split == "train"]
     shapes = [target_shape(shape, spacing, dataset.spacing) for spacing, shape in zip(*read_grids(files))]
     shape = tuple(pd.DataFrame(shapes).median().astype(int))
-    return TrainingData({dataset.name: SimpleNamespace(dataset=dataset, fingerprint=SimpleNamespace(shape=shape))})
+    return TrainingData({dataset.name: cast(Any, SimpleNamespace(dataset=dataset, fingerprint=SimpleNamespace(shape=shape)))})
 
 # %% ../nbs/60_finetuning.ipynb #remember
 def request_of(
-    plan,  # A `Plan`
+    plan,  # A `FinetunePlan`
 ) -> dict:
     "What the weights depend on, as JSON holds it"
     from mednext_v2.data.datasets import data_files
@@ -171,7 +172,7 @@ def check_request(
 
 # %% ../nbs/60_finetuning.ipynb #steps
 @dataclass(frozen=True)
-class Plan:
+class FinetunePlan:
     "What is to be done, found out before anything costly"
 
     dataset: object  # A `Dataset`, with the voxel size to train at
@@ -208,7 +209,7 @@ def make_plan(
     registry: str | Path | None,
     reading: dict,  # How a foreign checkpoint is read
     seed: int = 0,
-) -> Plan:
+) -> FinetunePlan:
     "Resolve what is not given: backbone and voxel size are the parent's, where there is one"
     from mednext_v2.models.card import read_card
 
@@ -217,7 +218,7 @@ def make_plan(
         start = replace(start, model=str(parent_folder(Path(start.model), out, **reading)), name=name)
     card = read_card(start.model) if start.model else None
     network = dict(backbone=backbone or (card.backbone if card else "mednext_v2_base"), recipe=recipe, overrides=overrides)
-    return Plan(plan_dataset(raw, spacing, card, registry), raw, out, network, start, seed)
+    return FinetunePlan(plan_dataset(raw, spacing, card, registry), raw, out, network, start, seed)
 
 
 def print_step(text: str) -> None:
@@ -225,18 +226,18 @@ def print_step(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 # %% ../nbs/60_finetuning.ipynb #fit-model
-def fit_model(plan: Plan, resources: Resources) -> None:
+def fit_model(plan: FinetunePlan, resources: Resources) -> None:
     "Prepare and train; both go on where they were"
     from mednext_v2.data.preprocess import prepare
 
     prepared = plan.out / "prepared"
     if not (prepared / "manifest.csv").is_file():  # Written last
         prepare(plan.dataset, plan.raw.parent, prepared, max(1, resources.workers), progress=True)
-    job = TrainingJob(prepared, plan.out / "model", folder=plan.out / "run", start=plan.start, seed=plan.seed, **plan.network)
-    train_in_processes(job, resources, Display(pictures=pictures_by_default()))
+    settings = TrainSettings(prepared, plan.out / "model", folder=plan.out / "run", start=plan.start, seed=plan.seed, **plan.network)
+    train_in_processes(settings, resources, Display(pictures=pictures_by_default()))
 
 
-def score_model(plan: Plan, command: str, say: Callable[[str], None], resources: Resources) -> pd.DataFrame:  # As `score_cases` gives it
+def score_model(plan: FinetunePlan, command: str, say: Callable[[str], None], resources: Resources) -> pd.DataFrame:  # As `score_cases` gives it
     "Predict the held-out cases and score them; nothing is done again"
     from mednext_v2.models.card import read_card
 
@@ -249,7 +250,7 @@ def score_model(plan: Plan, command: str, say: Callable[[str], None], resources:
     labelled = predict_cases(model, cases, plan.out / "predictions", resources.device)
     table = score_cases(labelled, cases, plan.dataset, max(1, resources.workers))
     table = write_scores(table, labelled, cases, plan.dataset, plan.out)
-    note_scores(model, table, command)
+    record_scores(model, table, command)
     return table
 
 # %% ../nbs/60_finetuning.ipynb #finetune

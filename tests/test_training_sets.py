@@ -28,7 +28,7 @@ from mednext_v2.models.transfer import Start, class_channels
 from mednext_v2.network.scaling import estimate
 from mednext_v2.training import launch, run, trainer
 from mednext_v2.training.recipe import Recipe, get_recipe
-from mednext_v2.training.run import TrainingJob, read_data, train_model
+from mednext_v2.training.run import TrainSettings, read_data, train_model
 from mednext_v2.training.validation import PatchValidation, patch_validation
 from training_toys import split
 
@@ -105,8 +105,8 @@ def sets(tmp_path_factory):
 
 def train(data, out, recipe=SHORT, backbone="unet", **options):
     options = split(dict(overrides=SMALL) | options)
-    job = {field.name: options.pop(field.name) for field in fields(TrainingJob) if field.name in options}
-    return train_model(TrainingJob(data, out, backbone, recipe, f"{out}.run", **job), **options)
+    settings = {field.name: options.pop(field.name) for field in fields(TrainSettings) if field.name in options}
+    return train_model(TrainSettings(data, out, backbone, recipe, f"{out}.run", **settings), **options)
 
 
 # ---- cases that lack labels
@@ -370,8 +370,8 @@ def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path,
     def ask(*more: str, room: float) -> str:
         monkeypatch.setattr(launch, "available_memory", lambda device: int(room * processes))
         options = cli.parser().parse_args([*base, "--recipe", "smoke", "--recipe-set", *recipe, *more])
-        built = get_recipe("smoke", **dict(cli.literal_pair(pair) for pair in options.set))
-        return cli.forecast_training(options, built, dict(cli.literal_pair(pair) for pair in options.network))
+        built = get_recipe("smoke", **dict(cli.parse_pair(pair) for pair in options.recipe_set))
+        return cli.forecast_training(options, built, dict(cli.parse_pair(pair) for pair in options.network))
 
     need = float(ask(room=1e12).split()[1]) * 1e9
     kinds = set()
