@@ -17,9 +17,9 @@ from .models.registry import declare as declare
 from .models.registry import load_model as load_model
 from .models.transfer import freeze as freeze
 from .models.transfer import transfer as transfer
-from .data.datasets import Task as Task
-from .data.datasets import get_task as get_task
-from .data.datasets import raw_task as raw_task
+from .data.datasets import Dataset as Dataset
+from .data.datasets import get_dataset as get_dataset
+from .data.datasets import raw_dataset as raw_dataset
 from .data.preprocess import Prepared as Prepared
 from .data.augment import PatchSampler as PatchSampler
 from .data.augment import patch_loader as patch_loader

@@ -36,7 +36,7 @@ def info(options: argparse.Namespace) -> str:
             table = backbone_table((side,) * 3, names=[get_backbone(options.what).name])
         else:
             archs = {name: get_arch(name) for name in ([options.what] if options.what else PRESETS)}
-            table = overview(archs, (side,) * 3, batch=options.batch, precision=options.precision)
+            table = overview(archs, (side,) * 3, batch_size=options.batch, precision=options.precision)
         tables.append(table.assign(patch=f"{side}³").reset_index())
     return pd.concat(tables).to_string(index=False, float_format="{:,.1f}".format)
 
@@ -95,24 +95,24 @@ def datasets(options: argparse.Namespace) -> str:
     "The registry as a table, or one entry in full"
     import pandas as pd
 
-    from mednext_v2.data.datasets import get_task, load_tasks
+    from mednext_v2.data.datasets import get_dataset, load_datasets
 
     if options.name:
-        task = get_task(options.name, options.registry)
-        named = {**task.labels, **task.regions}
-        labels = "\n".join(f"  {named[label]!s:>4}  {label} ({task.groups[label]})" for label in named)
-        facts = {name: value for name, value in vars(task).items() if name not in ("labels", "groups", "regions") and value}
+        dataset = get_dataset(options.name, options.registry)
+        named = {**dataset.labels, **dataset.regions}
+        labels = "\n".join(f"  {named[label]!s:>4}  {label} ({dataset.groups[label]})" for label in named)
+        facts = {name: value for name, value in vars(dataset).items() if name not in ("labels", "groups", "regions") and value}
         return "\n".join(f"{name}: {value}" for name, value in facts.items()) + f"\nlabels:\n{labels}"
     rows = [
         {
-            "name": task.name,
-            "folder": task.folder,
-            "modality": task.modality,
-            "classes": len(task.regions or task.labels),
-            "source": task.source,
-            "url": task.url or "-",
+            "name": dataset.name,
+            "folder": dataset.folder,
+            "modality": dataset.modality,
+            "classes": len(dataset.regions or dataset.labels),
+            "source": dataset.source,
+            "url": dataset.url or "-",
         }
-        for task in load_tasks(options.registry).values()
+        for dataset in load_datasets(options.registry).values()
     ]
     return pd.DataFrame(rows).to_string(index=False)
 
@@ -181,11 +181,11 @@ def prepare(options: argparse.Namespace) -> str:
     from contextlib import nullcontext
 
     from mednext_v2.data.preprocess import prepare as prepare_dataset
-    from mednext_v2.data.datasets import find_task
+    from mednext_v2.data.datasets import find_dataset
 
-    task = find_task(options.data, options.registry)
+    dataset = find_dataset(options.data, options.registry)
     if options.spacing:
-        task = replace(task, spacing=tuple(options.spacing))
+        dataset = replace(dataset, spacing=tuple(options.spacing))
     cluster = nullcontext()
     if options.dask:
         from dask.distributed import Client
@@ -194,10 +194,10 @@ def prepare(options: argparse.Namespace) -> str:
         client = Client(options.dask)
         cluster = parallel_config(backend="dask", wait_for_workers_timeout=60)
     with cluster:
-        manifest = prepare_dataset(task, options.data.parent, options.out, options.workers, progress=True)
+        manifest = prepare_dataset(dataset, options.data.parent, options.out, options.workers, progress=True)
     if options.dask:
         client.close()
-    return f"{options.out} holds {task.name} at {task.spacing} mm: {by_split(manifest)}"
+    return f"{options.out} holds {dataset.name} at {dataset.spacing} mm: {by_split(manifest)}"
 
 # %% ../nbs/90_cli.ipynb #train-commands
 def train(options: argparse.Namespace) -> str:
@@ -334,16 +334,16 @@ def predict(options: argparse.Namespace) -> str:
 
 def evaluate(options: argparse.Namespace) -> str:
     "Score a folder of label maps against the truth"
-    from mednext_v2.evaluation.metrics import conventions, description_folders, scoring_task
+    from mednext_v2.evaluation.metrics import conventions, description_folders, scored_dataset
     from mednext_v2.evaluation.metrics import evaluate as score
     from mednext_v2.evaluation.statistics import means
 
     out = options.out or options.predictions.parent / f"{options.predictions.name}_scores"
-    task = scoring_task(options.task, *description_folders(options.predictions, options.truths))
-    print("\n".join(f"{name:30} {rule}" for name, rule in conventions(task, options.tolerance).items()))
+    dataset = scored_dataset(options.task, *description_folders(options.predictions, options.truths))
+    print("\n".join(f"{name:30} {rule}" for name, rule in conventions(dataset, options.tolerance).items()))
     failed = None
     try:
-        score(options.predictions, options.truths, task, options.tolerance, options.workers, out)
+        score(options.predictions, options.truths, dataset, options.tolerance, options.workers, out)
     except ItemsFailed as error:
         if not error.results:
             raise
@@ -353,7 +353,7 @@ def evaluate(options: argparse.Namespace) -> str:
         from mednext_v2.evaluation.review import review
 
         page = out / "review.html"
-        review(table, options.predictions, options.truths, options.images, page, task, tolerance=options.tolerance)
+        review(table, options.predictions, options.truths, options.images, page, dataset, tolerance=options.tolerance)
     shown = means(table, ["label"], ["dsc", "nsd", "hd95"], order=("case",))
     print(shown.to_string(index=False, float_format="{:.3f}".format))
     if failed:

@@ -29,14 +29,14 @@ def raw_folder(
     workers: int = 1,
 ) -> Path:  # The raw data set
     "The folder itself, or a data set built from seed scans"
-    from mednext_v2.study.seeds import build_task
-    from mednext_v2.data.datasets import get_task
+    from mednext_v2.study.seeds import build_dataset
+    from mednext_v2.data.datasets import get_dataset
 
     if not (Path(data) / "manifest.yaml").is_file():
         return Path(data)
-    raw = Path(out) / "raw" / get_task(seed_task).folder
+    raw = Path(out) / "raw" / get_dataset(seed_task).folder
     if not raw.is_dir():  # It appears whole
-        build_task(seed_task, data, raw.parent, workers=workers)
+        build_dataset(seed_task, data, raw.parent, workers=workers)
     return raw
 
 
@@ -93,46 +93,46 @@ def parent_folder(
     return parent
 
 # %% ../nbs/60_finetuning.ipynb #plan-task
-def plan_task(
+def plan_dataset(
     raw: Path,
     spacing: tuple[float, ...] | None = None,  # Wanted voxel size, mm
     card=None,  # `Card` of the parent
     registry: str | Path | None = None,  # Another file than the project's
-):  # A `Task`
+):  # A `Dataset`
     "The task with the voxel size to train at: the one wanted, else the parent's, else the data set's"
-    from mednext_v2.data.datasets import find_task, read_splits
+    from mednext_v2.data.datasets import find_dataset, read_splits
 
-    task = find_task(raw, registry)
+    dataset = find_dataset(raw, registry)
     if spacing or card:
-        task = replace(task, spacing=tuple(spacing or card.spacing))
-    without_test = replace(task, role="pretrain")  # The only role that may lack test cases
-    return task if read_splits(without_test, raw.parent)["test"] else without_test
+        dataset = replace(dataset, spacing=tuple(spacing or card.spacing))
+    without_test = replace(dataset, role="pretrain")  # The only role that may lack test cases
+    return dataset if read_splits(without_test, raw.parent)["test"] else without_test
 
 
 def held_out(
-    task,  # A `Task`
+    dataset,  # A `Dataset`
     raw: Path,
 ) -> tuple[str, list]:  # Name of the split, and its cases
     "Test cases, or validation cases where there are none"
     from mednext_v2.data.datasets import list_cases
 
-    cases = list_cases(task, raw.parent)
+    cases = list_cases(dataset, raw.parent)
     split = "test" if any(case.split == "test" for case in cases) else "val"
     return split, [case for case in cases if case.split == split]
 
 
 def planned_data(
-    task,  # A `Task`
+    dataset,  # A `Dataset`
     raw: Path,
 ) -> TrainingData:  # That holds no arrays
     "What a forecast needs of data that are not prepared yet; cropping can only make the volumes smaller"
     from mednext_v2.data.preprocess import target_shape
     from mednext_v2.data.datasets import read_grids, list_cases
 
-    files = [case.images[0] for case in list_cases(task, raw.parent) if case.split == "train"]
-    shapes = [target_shape(shape, spacing, task.spacing) for spacing, shape in zip(*read_grids(files))]
+    files = [case.images[0] for case in list_cases(dataset, raw.parent) if case.split == "train"]
+    shapes = [target_shape(shape, spacing, dataset.spacing) for spacing, shape in zip(*read_grids(files))]
     shape = tuple(pd.DataFrame(shapes).median().astype(int))
-    return TrainingData({task.name: SimpleNamespace(task=task, fingerprint=SimpleNamespace(shape=shape))})
+    return TrainingData({dataset.name: SimpleNamespace(dataset=dataset, fingerprint=SimpleNamespace(shape=shape))})
 
 # %% ../nbs/60_finetuning.ipynb #remember
 def request_of(
@@ -154,7 +154,7 @@ def request_of(
         recipe=asdict(plan.network["recipe"]),
         start=plan.start.options,
         seed=plan.seed,
-        task=asdict(plan.task),
+        task=asdict(plan.dataset),
     )
     return json.loads(json.dumps(request))
 
@@ -174,7 +174,7 @@ def check_request(
 class Plan:
     "What is to be done, found out before anything costly"
 
-    task: object  # A `Task`, with the voxel size to train at
+    dataset: object  # A `Dataset`, with the voxel size to train at
     raw: Path
     out: Path
     network: dict  # backbone, recipe and overrides, as `run.network_for` takes them
@@ -184,11 +184,11 @@ class Plan:
     def describe(self) -> str:
         "One line"
         begin = f"from {self.start.name}" if self.start.model else "from random weights"
-        spacing = " x ".join(f"{size:g}" for size in self.task.spacing)
+        spacing = " x ".join(f"{size:g}" for size in self.dataset.spacing)
         recipe = self.network["recipe"]
         return (
-            f"plan: {self.network['backbone']} {begin}, {recipe.steps} steps of {recipe.batch} patches on "
-            f"{self.task.name} ({', '.join(self.task.regions or self.task.labels)}) at {spacing} mm"
+            f"plan: {self.network['backbone']} {begin}, {recipe.steps} steps of {recipe.batch_size} patches on "
+            f"{self.dataset.name} ({', '.join(self.dataset.regions or self.dataset.labels)}) at {spacing} mm"
         )
 
     def rehearse(self, data: TrainingData) -> None:
@@ -217,7 +217,7 @@ def make_plan(
         start = replace(start, model=str(parent_folder(Path(start.model), out, **reading)), name=name)
     card = read_card(start.model) if start.model else None
     network = dict(backbone=backbone or (card.backbone if card else "mednext_v2_base"), recipe=recipe, overrides=overrides)
-    return Plan(plan_task(raw, spacing, card, registry), raw, out, network, start, seed)
+    return Plan(plan_dataset(raw, spacing, card, registry), raw, out, network, start, seed)
 
 
 def tell(text: str) -> None:
@@ -231,7 +231,7 @@ def fit_model(plan: Plan, resources: Resources) -> None:
 
     prepared = plan.out / "prepared"
     if not (prepared / "manifest.csv").is_file():  # Written last
-        prepare(plan.task, plan.raw.parent, prepared, max(1, resources.workers), progress=True)
+        prepare(plan.dataset, plan.raw.parent, prepared, max(1, resources.workers), progress=True)
     network = plan.network | {"recipe": asdict(plan.network["recipe"])}
     train_in_processes(
         resources,
@@ -252,12 +252,12 @@ def score_model(plan: Plan, command: str, say: Callable[[str], None], resources:
     path, model = plan.out / "scores.csv", plan.out / "model"
     if path.is_file() and read_card(model).scores:
         return read_csv(path)
-    split, cases = held_out(plan.task, plan.raw)
+    split, cases = held_out(plan.dataset, plan.raw)
     if split == "val":
         say("this data set has no test cases: scored on its validation cases, which is no test of the model")
     labelled = predict_cases(model, cases, plan.out / "predictions", resources.device)
-    table = score_cases(labelled, cases, plan.task, max(1, resources.workers))
-    table = write_scores(table, labelled, cases, plan.task, plan.out)
+    table = score_cases(labelled, cases, plan.dataset, max(1, resources.workers))
+    table = write_scores(table, labelled, cases, plan.dataset, plan.out)
     note_scores(model, table, command)
     return table
 
@@ -301,7 +301,7 @@ def finetune(
         request = request_of(plan)
         check_request(out / "plan.json", request)
         if not (out / "model").is_dir():  # It appears whole
-            data = planned_data(plan.task, raw)
+            data = planned_data(plan.dataset, raw)
             say(plan.describe())
             plan.rehearse(data)
             if check:
@@ -317,14 +317,14 @@ def review_scores(
     "Write `review.html`, a page to look through the worst held-out cases; ValueError if they lie in two folders"
     from mednext_v2.core import build, read_json
     from mednext_v2.evaluation.review import review
-    from mednext_v2.data.datasets import Task
+    from mednext_v2.data.datasets import Dataset
 
     out = Path(out)
     plan = read_json(out / "plan.json")
-    task = build(Task, plan["task"], "plan.json")
-    _, cases = held_out(task, Path(plan["data"]))
+    dataset = build(Dataset, plan["task"], "plan.json")
+    _, cases = held_out(dataset, Path(plan["data"]))
     places = {(case.label.parent, case.images[0].parent) for case in cases}
     if len(places) > 1:
         raise ValueError(f"{plan['data']} has test cases in labelsTr and in labelsTs: a page needs them in one folder")
     truths, images = places.pop()
-    return review(out / "scores.csv", out / "predictions", truths, images, out / "review.html", task, title=task.name)
+    return review(out / "scores.csv", out / "predictions", truths, images, out / "review.html", dataset, title=dataset.name)

@@ -17,7 +17,7 @@ HOMES = {
     "models.card": ["Card", "save_model"],
     "models.registry": ["backbone_table", "create", "declare", "load_model"],
     "models.transfer": ["freeze", "transfer"],
-    "data.datasets": ["Task", "get_task", "raw_task"],
+    "data.datasets": ["Dataset", "get_dataset", "raw_dataset"],
     "data.preprocess": ["Prepared"],
     "data.augment": ["PatchSampler", "patch_loader"],
     "training.losses": ["dice_ce", "deep_supervision_loss"],

@@ -93,11 +93,11 @@ def check_names(values: dict) -> None:
 def check_plan(plan: Plan) -> None:
     "ValueError for a data set, network or start in `params.yaml` that is not known"
     from mednext_v2.models.registry import BACKBONES, plugins
-    from mednext_v2.data.datasets import load_tasks
+    from mednext_v2.data.datasets import load_datasets
     from mednext_v2.zoo.catalogue import load_zoo
 
     allowed = {
-        **dict.fromkeys(("corpora", "further", "tasks"), tuple(load_tasks())),
+        **dict.fromkeys(("corpora", "further", "tasks"), tuple(load_datasets())),
         "backbones": tuple(BACKBONES | plugins()),
         "inits": ("scratch", *plan.corpora),
         "released": tuple(load_zoo()),

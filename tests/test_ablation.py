@@ -18,7 +18,7 @@ from mednext_v2.scoring.ablations import MODEL_COLUMNS, Ablation, Places, Varian
 from mednext_v2.scoring.evaluate import SCORE_COLUMNS
 from mednext_v2.scoring.features import snapshot_features
 from mednext_v2.stages import compose_params
-from mednext_v2.study.seeds import build_task
+from mednext_v2.study.seeds import build_dataset
 
 ROOT = Path(__file__).parents[1]
 COMPUTE = dict(device="cpu", workers=1, threads=1, processes=1, parallel="ddp", readers=0)
@@ -29,7 +29,7 @@ def prepared(tmp_path_factory):
     "Prepared tasks; the raw ones lie beside them"
     folder = tmp_path_factory.mktemp("work")
     for name, cases in (("brain_lesion_mr", (2, 1, 1)), ("corpus_ct", (3, 1, 0))):
-        build_task(name, None, folder / "raw", cases)
+        build_dataset(name, None, folder / "raw", cases)
     prepare_all(("corpus_ct", "brain_lesion_mr"), folder / "raw", folder / "prepared")
     return folder / "prepared"
 
@@ -185,7 +185,7 @@ def test_model_rows_say_what_a_training_took(tmp_path, workplace, prepared):
     from mednext_v2.study.runs import Run, train_runs
     from mednext_v2.training.recipe import Recipe
 
-    recipe = Recipe(steps=2, batch=1, patch=(32, 32, 32), warmup=1, augment="none", snapshots=2)
+    recipe = Recipe(steps=2, batch_size=1, patch=(32, 32, 32), warmup=1, augment="none", snapshots=2)
     run = Run("smoke", "unet", "scratch", "brain_lesion_mr", 4)
     train_runs([run], recipe, {"filters": (2, 4, 8)}, prepared, tmp_path / "models", tmp_path / "curves")
     row = model_row(tmp_path / "models" / run.name, tmp_path / "curves" / run.name, role="finetune")

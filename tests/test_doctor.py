@@ -15,7 +15,7 @@ import pytest
 
 from data_toys import DEMO
 from mednext_v2.core import sha256
-from mednext_v2.data.datasets import Case, raw_task, read_case
+from mednext_v2.data.datasets import Case, raw_dataset, read_case
 from mednext_v2.data.scans import FILE_FAULTS, BadFile, inspect_header, read_label, read_scan
 from mednext_v2.intake import check as module
 from mednext_v2.intake.check import COLUMNS, FAULTS, check_dataset, fix_dataset, measure
@@ -1013,9 +1013,9 @@ def test_no_error_escapes_and_what_passes_can_be_read(tiny, tmp_path, seed):
     report = check_dataset(folder)
     check_dataset(folder, quick=True)
     if report.clean:
-        task = raw_task(folder)
+        dataset = raw_dataset(folder)
         image, label = folder / f"imagesTr/case_0_0000{ending}", folder / f"labelsTr/case_0{ending}"
-        scan = read_case(task, Case("case_0", "train", (image,), label))
+        scan = read_case(dataset, Case("case_0", "train", (image,), label))
         assert np.isfinite(scan.image).all() and set(np.unique(scan.label)) <= {0, 1, 2}
 
 
@@ -1096,18 +1096,18 @@ def test_workers_change_nothing(copy_of):
 
 
 def test_task_of_the_registry(healthy, copy_of):
-    assert check_dataset(healthy(), task=DEMO).table.empty
-    report = check_dataset(healthy(), task=replace(DEMO, labels={"lesion": 1, "liver": 2}))
+    assert check_dataset(healthy(), dataset=DEMO).table.empty
+    report = check_dataset(healthy(), dataset=replace(DEMO, labels={"lesion": 1, "liver": 2}))
     assert found(report) == {("labels-task", "dataset.json")}
     folder = copy_of(channels=("some name",))
     edit(folder / IMAGE, lambda v: (v + 1024).astype(np.uint16))
     assert found(check_dataset(folder)) == set()
     told = {("hu-range", IMAGE), ("labels-task", "dataset.json")}
-    assert found(check_dataset(folder, task=DEMO)) == told, "the task says that it is CT, dataset.json does not"
+    assert found(check_dataset(folder, dataset=DEMO)) == told, "the task says that it is CT, dataset.json does not"
     good(folder.parent / "Dataset008_Other", train=3, test=0, seed=1)
-    assert check_dataset(folder.parent, task=DEMO).sets == (NAME,)
+    assert check_dataset(folder.parent, dataset=DEMO).sets == (NAME,)
     with pytest.raises(FileNotFoundError, match="does not hold Dataset009_MiniDemoCT"):
-        check_dataset(folder.parent, task=replace(DEMO, dataset=9))
+        check_dataset(folder.parent, dataset=replace(DEMO, dataset=9))
 
 
 @pytest.mark.parametrize("ending", [".mha", ".nrrd"])

@@ -16,7 +16,7 @@ def engine():
     def make(precision="fp32", **options):
         from mednext_v2.training.trainer import make_engine
 
-        recipe = get_recipe("smoke", precision=precision, accumulate=2)
+        recipe = get_recipe("smoke", precision=precision, grad_accum_steps=2)
         return make_engine(recipe, nn.Conv3d(1, 1, 1), **{"device": "cpu"} | options)
 
     return make

@@ -223,7 +223,7 @@ def test_command_line(raw, tmp_path):
 
 def test_seed_scans_become_a_data_set(tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr("mednext_v2.study.seeds.build_task", lambda *given, **options: built.append(given))
+    monkeypatch.setattr("mednext_v2.study.seeds.build_dataset", lambda *given, **options: built.append(given))
     seeds = tmp_path / "seeds"
     seeds.mkdir()
     (seeds / "manifest.yaml").write_text("seeds: {}")

@@ -387,19 +387,19 @@ def test_predict_reads_the_scan_before_the_model(tmp_path):
 
 
 def test_predict_on_the_file_equals_predict_on_the_prepared_case(tmp_path):
-    from mednext_v2.data.datasets import get_task
+    from mednext_v2.data.datasets import get_dataset
     from mednext_v2.data.preprocess import Prepared, prepare
     from mednext_v2.models.card import Card, save_model
     from mednext_v2.models.registry import create
-    from mednext_v2.study.seeds import build_task
+    from mednext_v2.study.seeds import build_dataset
 
-    task = get_task("abdomen_ct")
-    build_task(task.name, None, tmp_path / "raw", (1, 1, 1))
-    prepare(task, tmp_path / "raw", tmp_path / "prepared")
+    dataset = get_dataset("abdomen_ct")
+    build_dataset(dataset.name, None, tmp_path / "raw", (1, 1, 1))
+    prepare(dataset, tmp_path / "raw", tmp_path / "prepared")
     prepared = Prepared(tmp_path / "prepared")
     overrides = dict(filters=(4, 8, 8))
     torch.manual_seed(0)
-    model = create("unet", 1, task.num_classes, **overrides)
+    model = create("unet", 1, dataset.num_classes, **overrides)
     save_model(
         tmp_path / "model",
         model,
@@ -407,18 +407,18 @@ def test_predict_on_the_file_equals_predict_on_the_prepared_case(tmp_path):
             backbone="unet",
             overrides=overrides,
             in_channels=1,
-            labels=task.labels,
-            groups=task.groups,
-            task=task.name,
+            labels=dataset.labels,
+            groups=dataset.groups,
+            task=dataset.name,
             modality="CT",
-            spacing=task.spacing,
+            spacing=dataset.spacing,
             patch=(16, 16, 16),
             normalisation=prepared.fingerprint.normalisation(),
             recipe={},
         ),
     )
     case = prepared.ids("test")[0]
-    file = tmp_path / "raw" / task.folder / "imagesTs" / f"{case}_0000.nii.gz"
+    file = tmp_path / "raw" / dataset.folder / "imagesTs" / f"{case}_0000.nii.gz"
     expected = sliding_window(model, prepared.image(case)[:], (16, 16, 16)).argmax(0).numpy()
     assert nib.load(file).shape == expected.shape and len(np.unique(expected)) > 2
     np.testing.assert_array_equal(np.asarray(predict(tmp_path / "model", file).dataobj), expected)

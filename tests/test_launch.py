@@ -386,7 +386,7 @@ def test_the_slurm_script_puts_a_preempted_job_back_and_no_other(tmp_path, code,
 
 # Memory
 
-STEP = Step("mednext_v2_tiny", (64, 64, 64), batch=4, overrides=(("width", 8),))
+STEP = Step("mednext_v2_tiny", (64, 64, 64), batch_size=4, overrides=(("width", 8),))
 MEASURED = Forecast(resident=10**8, memory=1.5, speed=1e9)
 
 
@@ -394,7 +394,7 @@ MEASURED = Forecast(resident=10**8, memory=1.5, speed=1e9)
 def needed_by_hand(step: Step) -> float:
     from mednext_v2.network.scaling import estimate, get_arch
 
-    cost = estimate(get_arch("tiny", width=8), step.patch, step.batch, step.precision, step.grad_checkpointing, 1, 3, True)
+    cost = estimate(get_arch("tiny", width=8), step.patch, step.batch_size, step.precision, step.grad_checkpointing, 1, 3, True)
     return 1e8 + 1.1 * 1.5 * (cost.activation_bytes + cost.working_bytes)
 
 
@@ -452,7 +452,7 @@ def test_smaller_patches_stay_multiples_and_keep_two_voxels_at_the_bottom(stride
 def test_cost_of_a_network_without_a_formula_is_what_autograd_keeps():
     import torch
 
-    step = Step("unet", (32, 32, 32), batch=2, overrides=(("filters", (4, 8, 8)),))
+    step = Step("unet", (32, 32, 32), batch_size=2, overrides=(("filters", (4, 8, 8)),))
     kept, model = {}, step.create()
     weights = {p.data_ptr() for p in model.parameters()}
 

@@ -12,19 +12,19 @@ import pandas as pd
 import pytest
 
 from mednext_v2.core import ItemsFailed, params, read_yaml
-from mednext_v2.data.datasets import get_task
+from mednext_v2.data.datasets import get_dataset
 from mednext_v2.data.preprocess import prepare_all
 from mednext_v2.report.collect import collect
 from mednext_v2.scoring.evaluate import SCORE_COLUMNS, evaluate_runs
 from mednext_v2.stages import check_plan, compose_params, profiles, run_notebook, run_stage
 from mednext_v2.study.plan import read_plan
 from mednext_v2.study.runs import Run, run_key, train_runs
-from mednext_v2.study.seeds import build_task
+from mednext_v2.study.seeds import build_dataset
 from mednext_v2.training.recipe import Recipe
 from mednext_v2.training.run import fit_patch
 
 ROOT = Path(__file__).parents[1]
-RECIPE = Recipe(steps=3, batch=1, patch=(32, 32, 32), lr=1e-2, warmup=1, augment="light", checkpoint_every=2)
+RECIPE = Recipe(steps=3, batch_size=1, patch=(32, 32, 32), lr=1e-2, warmup=1, augment="light", checkpoint_every=2)
 SMALL = {"filters": (2, 4, 8)}
 
 
@@ -150,7 +150,7 @@ def test_altered_seed_stops_the_stage_in_one_line_and_leaves_nothing(project):
 def raw(tmp_path_factory):
     folder = tmp_path_factory.mktemp("raw")
     for name, cases in (("brain_lesion_mr", (2, 1, 1)), ("corpus_ct", (2, 1, 0))):
-        build_task(name, None, folder, cases)
+        build_dataset(name, None, folder, cases)
     return folder
 
 
@@ -167,7 +167,7 @@ def damage(folder: Path, voxel, kind: str) -> Path:
 def test_bad_voxels_name_the_file_and_the_other_data_sets_are_prepared(raw, tmp_path, voxel, kind, word):
     copy = tmp_path / "raw"
     shutil.copytree(raw, copy)
-    path = damage(copy / get_task("brain_lesion_mr").folder, voxel, kind)
+    path = damage(copy / get_dataset("brain_lesion_mr").folder, voxel, kind)
     with pytest.raises(ItemsFailed, match=word) as error:
         prepare_all(("brain_lesion_mr", "corpus_ct"), copy, tmp_path / "prepared")
     assert path.name in str(error.value) and list(error.value.results) == ["corpus_ct"]
@@ -209,7 +209,7 @@ def test_pretrain_finetune_evaluate_collect(raw, prepared, workplace):
     assert set(history.run) == {"brain_lesion_mr-s3"} and np.isfinite(history.loss).all()
     card = read_card(workplace / "finetune/brain_lesion_mr-s3")
     assert card.parent == read_card(parent).sha256 and card.init == "corpus_ct" and card.seed == 3
-    assert card.labels == get_task("brain_lesion_mr").labels and card.normalisation
+    assert card.labels == get_dataset("brain_lesion_mr").labels and card.normalisation
 
     scores = evaluate_runs([run], workplace / "finetune", prepared, raw, workplace / "evaluate/one")
     assert list(scores.columns) == SCORE_COLUMNS
@@ -243,7 +243,7 @@ def test_pipeline_scores_as_predict_and_evaluate_and_finetune_do_on_the_scans_ow
     from mednext_v2.models.card import read_card
     from mednext_v2.models.transfer import Start
 
-    task = get_task("brain_lesion_mr")
+    task = get_dataset("brain_lesion_mr")
     own = between_grids(raw / task.folder, workplace / "raw" / task.folder)
     prepare_all((task.name,), own.parent, workplace / "prepared")
     run = Run("smoke", "unet", "scratch", task.name)
@@ -278,7 +278,7 @@ def test_raw_case_that_is_gone_is_named(raw, prepared, workplace):
     from mednext_v2.data.preprocess import Prepared
     from mednext_v2.scoring.evaluate import raw_cases
 
-    data, task = Prepared(prepared / "brain_lesion_mr"), get_task("brain_lesion_mr")
+    data, task = Prepared(prepared / "brain_lesion_mr"), get_dataset("brain_lesion_mr")
     assert [case.id for case in raw_cases(data, raw, "test")] == data.ids("test")
     folder = shutil.copytree(raw / task.folder, workplace / "raw" / task.folder)
     gone = data.ids("val")[0]
@@ -350,7 +350,7 @@ def test_data_that_are_dealt_keep_all_folds_and_with_test_cases_of_their_own_non
     from mednext_v2.data.preprocess import FOLDS, prepare
     from mednext_v2.data.scans import write_volume
 
-    task = dataclasses.replace(get_task("corpus_ct"), split="fivefold", role="pretrain")
+    task = dataclasses.replace(get_dataset("corpus_ct"), split="fivefold", role="pretrain")
     folder = shutil.copytree(raw / task.folder, tmp_path / "raw" / task.folder)
     (folder / "splits_final.json").unlink()
     for path in [*folder.glob("labelsTr/*.nii.gz"), *folder.glob("imagesTr/*.nii.gz")]:
@@ -430,7 +430,7 @@ def furthest(a: dict, b: dict) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-TWO = Recipe(steps=3, batch=2, patch=(32, 32, 32), lr=1e-2, warmup=1, augment="light", checkpoint_every=2, validate_every=3)
+TWO = Recipe(steps=3, batch_size=2, patch=(32, 32, 32), lr=1e-2, warmup=1, augment="light", checkpoint_every=2, validate_every=3)
 
 STAGE = """
 from pathlib import Path

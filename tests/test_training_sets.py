@@ -15,7 +15,7 @@ import torch
 from data_toys_convert import write_cads
 from mednext_v2 import cli
 from mednext_v2.core import ItemsFailed, write_csv
-from mednext_v2.data.datasets import Task, get_task, partial_cases, write_description
+from mednext_v2.data.datasets import Dataset, get_dataset, partial_cases, write_description
 from mednext_v2.data.mixture import union_labels
 from mednext_v2.data.preprocess import Prepared, prepare
 from mednext_v2.data.scans import write_volume
@@ -44,7 +44,7 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def task(name: str, number: int, labels: tuple[str, ...], **fields) -> Task:
+def dataset(name: str, number: int, labels: tuple[str, ...], **fields) -> Dataset:
     settings = dict(
         modality="MR",
         spacing=(1.0, 1.0, 1.0),
@@ -58,10 +58,10 @@ def task(name: str, number: int, labels: tuple[str, ...], **fields) -> Task:
         name=name,
         dataset=number,
     )
-    return Task(labels={label: value for value, label in enumerate(labels, 1)}, **settings | fields)
+    return Dataset(labels={label: value for value, label in enumerate(labels, 1)}, **settings | fields)
 
 
-CHEST, BELLY = task("chest", 901, ("spleen", "liver")), task("belly", 902, ("kidney", "spleen"))
+CHEST, BELLY = dataset("chest", 901, ("spleen", "liver")), dataset("belly", 902, ("kidney", "spleen"))
 
 
 def scan(seed: int) -> tuple[np.ndarray, dict]:
@@ -75,7 +75,7 @@ def scan(seed: int) -> tuple[np.ndarray, dict]:
     return image.astype(np.int16), places
 
 
-def write_raw(one: Task, raw, cases: int = 3, annotated: dict | None = None, shift: int = 0) -> None:
+def write_raw(one: Dataset, raw, cases: int = 3, annotated: dict | None = None, shift: int = 0) -> None:
     "A raw data set that shows all three organs, and labels its own"
     folder, names = raw / one.folder, [f"{one.name}_{number}" for number in range(cases)]
     for number, case in enumerate(names):
@@ -118,7 +118,7 @@ def test_cads_with_missing_parts_is_refused_unless_it_is_meant(tmp_path):
         convert("cads", tmp_path / "source", tmp_path / "raw", progress=False)
     table = convert("cads", tmp_path / "source", tmp_path / "raw", progress=False, partial=True).set_index("case")
     assert "without part 552" in table.warnings["0001_10000001"] and "without" not in table.warnings["0002_10000018"]
-    cads = get_task("cads")
+    cads = get_dataset("cads")
     found = partial_cases(cads, tmp_path / "raw")
     wanted = cads_annotated(cads, tuple(group for group in CADS_GROUPS if group != 552))
     assert found == {"0001_10000001": wanted, "0041_train_1_a_1": wanted}
@@ -132,7 +132,7 @@ def test_cads_with_missing_parts_is_refused_unless_it_is_meant(tmp_path):
 
 
 def test_what_may_hide_a_missing_part_is_not_called_annotated():
-    cads = get_task("cads")
+    cads = get_dataset("cads")
     names = sorted(cads.labels, key=cads.labels.get)
     places = [(group, value) for group, size in CADS_GROUPS.items() for value in range(1, size + 1)]
     values = dict(zip(places, names, strict=True))
@@ -326,7 +326,7 @@ def test_what_sets_must_have_in_common(sets, tmp_path):
 
 
 def test_regions_are_not_mixed(sets, tmp_path):
-    regions = task("nested", 903, ("spleen", "liver"), regions={"all": (1, 2), "liver": (2,)}, class_order=(1, 2))
+    regions = dataset("nested", 903, ("spleen", "liver"), regions={"all": (1, 2), "liver": (2,)}, class_order=(1, 2))
     write_raw(regions, tmp_path / "raw")
     prepare(regions, tmp_path / "raw", tmp_path / "nested")
     with pytest.raises(ValueError, match="nested has overlapping regions"):

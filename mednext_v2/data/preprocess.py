@@ -39,7 +39,7 @@ from mednext_v2.core import (
     write_json,
     write_texts,
 )
-from .datasets import SPLITS, Case, Scan, Task, count_folds, get_task, join_labels, list_cases, partial_cases, read_case, read_splits
+from .datasets import SPLITS, Case, Scan, Dataset, count_folds, get_dataset, join_labels, list_cases, partial_cases, read_case, read_splits
 from .scans import BadFile, stored_files
 from .storage import join_path, open_array, read_bytes, write_array
 
@@ -128,44 +128,44 @@ def subsample_evenly(
 
 
 def measure_case(
-    task: Task,
+    dataset: Dataset,
     case: Case,
     limit: int,  # Labelled voxels used
 ) -> dict:
     "What one training case adds to the fingerprint"
-    whole = read_case(task, case)
+    whole = read_case(dataset, case)
     scan = crop_scan(whole)
-    labelled = (scan.label > 0) & (scan.label != (task.ignore or 0))
+    labelled = (scan.label > 0) & (scan.label != (dataset.ignore or 0))
     return {
         "spacing": scan.spacing,
-        "shape": target_shape(scan.label.shape, scan.spacing, task.spacing),
+        "shape": target_shape(scan.label.shape, scan.spacing, dataset.spacing),
         "kept": scan.label.size / whole.label.size,
         "values": subsample_evenly(scan.image[:, labelled].T, limit),
     }
 
 
 def fingerprint(
-    task: Task,
+    dataset: Dataset,
     raw: str | Path,  # Folder that holds the data set's folder
     workers: int = 1,  # Processes
     description: str = "",  # Before the progress bar; no bar if empty
 ) -> Fingerprint:
     "Measures training cases of a raw data set; ItemsFailed if one of them is unfit"
-    cases = [case for case in list_cases(task, raw) if case.split == "train"]
+    cases = [case for case in list_cases(dataset, raw) if case.split == "train"]
     cases = subsample_evenly(np.array(cases, dtype=object), MAX_MEASURED_CASES).tolist()
     limit = 10**8 // len(cases)
-    measured = map_items(measure_case, {case.id: (task, case, limit) for case in cases}, workers, description)
-    return summarise_cases(task, list(measured.values()))
+    measured = map_items(measure_case, {case.id: (dataset, case, limit) for case in cases}, workers, description)
+    return summarise_cases(dataset, list(measured.values()))
 
 
 def summarise_cases(
-    task: Task,
+    dataset: Dataset,
     measured: list[dict],  # From `measure_case`
 ) -> Fingerprint:
     "The fingerprint of measured cases; ValueError if none has a labelled voxel"
     values = np.concatenate([each["values"] for each in measured]) if measured else np.zeros((0, 1))
     if not len(values):
-        raise ValueError(f"no training case of {task.name} has a labelled voxel: check its labelsTr")
+        raise ValueError(f"no training case of {dataset.name} has a labelled voxel: check its labelsTr")
     low, median, high = np.percentile(values, (0.5, 50, 99.5), axis=0)
     measures = {
         "mean": values.mean(axis=0, dtype=np.float64),
@@ -180,7 +180,7 @@ def summarise_cases(
         cases=len(measured),
         spacing=tuple(np.median([each["spacing"] for each in measured], axis=0).tolist()),
         shape=tuple(int(n) for n in np.median([each["shape"] for each in measured], axis=0)),
-        schemes=tuple(SCHEMES.get(channel.casefold(), "zscore") for channel in task.channels),
+        schemes=tuple(SCHEMES.get(channel.casefold(), "zscore") for channel in dataset.channels),
         # nnU-Net's rule: a crop that takes a quarter of the volume away cut at tissue
         nonzero=bool(np.median([each["kept"] for each in measured]) < 0.75),
         **{name: tuple(float(v) for v in value) for name, value in measures.items()},
@@ -394,31 +394,31 @@ def file_hashes(case: Case) -> list[str]:
 
 
 def case_hash(
-    task: Task,
+    dataset: Dataset,
     files: list[str],  # Of `file_hashes`
     fingerprint: Fingerprint,
 ) -> str:  # Sixteen hexadecimal digits
     "A hash of a case's raw files and of all that decides what becomes of them"
-    what = (task.channels, task.labels, task.values, task.spacing, fingerprint.normalisation(), np.dtype(IMAGE_TYPE).name)
+    what = (dataset.channels, dataset.labels, dataset.values, dataset.spacing, fingerprint.normalisation(), np.dtype(IMAGE_TYPE).name)
     return short_hash(PREPARATION, files, what)
 
 
 def prepare_case(
-    task: Task,
+    dataset: Dataset,
     case: Case,
     fingerprint: Fingerprint,
     folder: Path,  # Of all cases
 ) -> dict:  # Its row of the manifest
     "Reads, checks, crops, normalises, resamples and writes one case, unless its folder is there already"
     files = file_hashes(case)
-    key = case_hash(task, files, fingerprint)
+    key = case_hash(dataset, files, fingerprint)
     target = folder / f"{case.id}.{key}"
     if not (target / "case.json").is_file():
-        raw = crop_scan(read_case(task, case))
-        scan = resample(replace(raw, image=normalise(raw.image, fingerprint)), task.spacing)
+        raw = crop_scan(read_case(dataset, case))
+        scan = resample(replace(raw, image=normalise(raw.image, fingerprint)), dataset.spacing)
         scan = replace(scan, image=scan.image.astype(image_type(scan.image, fingerprint.schemes)))
         with atomic_folder(target, PREPARED_CASE) as temporary:
-            row = write_case(task, scan, temporary)
+            row = write_case(dataset, scan, temporary)
             grid = {"raw_spacing": "x".join(f"{size:.6g}" for size in raw.spacing)}
             write_json(temporary / "case.json", row | grid, sort_keys=False)
     row = read_json(target / "case.json")
@@ -426,20 +426,20 @@ def prepare_case(
 
 
 def write_case(
-    task: Task,
+    dataset: Dataset,
     scan: Scan,  # Prepared
     folder: Path,
 ) -> dict:
     "Arrays of a case, and what the manifest says of them"
     arrays = {"image.b2nd": scan.image, "label.b2nd": scan.label}
     digests = [write_array(folder / name, array) for name, array in arrays.items()]
-    np.save(folder / "places.npy", foreground_voxels(scan.label, task.ignore))
-    counts = sum(np.bincount(slab.ravel(), minlength=len(task.values)) for slab in scan.label)
+    np.save(folder / "places.npy", foreground_voxels(scan.label, dataset.ignore))
+    counts = sum(np.bincount(slab.ravel(), minlength=len(dataset.values)) for slab in scan.label)
     return {
         "shape": "x".join(map(str, scan.label.shape)),
         "spacing": "x".join(f"{size:.6g}" for size in scan.spacing),
         "lowest": " ".join(repr(float(channel.min())) for channel in scan.image),
-        **{f"voxels_{name}": int(counts[value]) for name, value in task.labels.items()},
+        **{f"voxels_{name}": int(counts[value]) for name, value in dataset.labels.items()},
         "sha256": short_hash(*digests),
     }
 
@@ -450,7 +450,7 @@ PREPARED_CASE = FolderKind("prepared case", (), ("case.json", "image.b2nd", "lab
 
 # %% ../../nbs/data/40_preprocess.ipynb #prepare-part
 def prepare(
-    task: Task,
+    dataset: Dataset,
     raw: str | Path,  # Folder that holds the data set's folder
     out: str | Path,  # The prepared folder; its manifest is replaced when all cases are done
     workers: int = 1,  # Processes; the result does not depend on it
@@ -460,23 +460,23 @@ def prepare(
     out = Path(out)
     check_output(out, PREPARED)
     with output_lock(out):
-        return _prepare(task, raw, out, workers, progress)
+        return _prepare(dataset, raw, out, workers, progress)
 
 # %% ../../nbs/data/40_preprocess.ipynb #prepare-part3
-def _prepare(task: Task, raw: str | Path, out: Path, workers: int, progress: bool) -> pd.DataFrame:
+def _prepare(dataset: Dataset, raw: str | Path, out: Path, workers: int, progress: bool) -> pd.DataFrame:
     "`prepare`, once the folder is held"
-    cases, partial = {case.id: case for case in list_cases(task, raw)}, partial_cases(task, raw)
+    cases, partial = {case.id: case for case in list_cases(dataset, raw)}, partial_cases(dataset, raw)
     failures = {}
     try:
-        measured = fingerprint(task, raw, workers, f"measuring {task.name}" if progress else "")
+        measured = fingerprint(dataset, raw, workers, f"measuring {dataset.name}" if progress else "")
     except ItemsFailed as error:  # The fit ones go on: what is prepared now need not be made again
         if not error.results:
             raise
         failures = error.failures
-        measured = summarise_cases(task, list(error.results.values()))
-    jobs = {id: (task, case, measured, out / "cases") for id, case in cases.items() if id not in failures}
+        measured = summarise_cases(dataset, list(error.results.values()))
+    jobs = {id: (dataset, case, measured, out / "cases") for id, case in cases.items() if id not in failures}
     try:
-        rows = map_items(prepare_case, jobs, workers, f"preparing {task.name}" if progress else "")
+        rows = map_items(prepare_case, jobs, workers, f"preparing {dataset.name}" if progress else "")
     except ItemsFailed as error:
         failures, rows = failures | error.failures, error.results
     if failures:
@@ -486,9 +486,9 @@ def _prepare(task: Task, raw: str | Path, out: Path, workers: int, progress: boo
     if partial:
         manifest["annotated"] = [join_labels(partial.get(case, ())) for case in manifest.case]
     # The order of regions counts
-    texts = {"fingerprint.json": as_json(asdict(measured)), "task.json": as_json(asdict(task), sort_keys=False)}
-    if (folds := count_folds(task, raw)) > 1:
-        splits = [read_splits(task, raw, fold) for fold in range(folds)]
+    texts = {"fingerprint.json": as_json(asdict(measured)), "task.json": as_json(asdict(dataset), sort_keys=False)}
+    if (folds := count_folds(dataset, raw)) > 1:
+        splits = [read_splits(dataset, raw, fold) for fold in range(folds)]
         texts[FOLDS] = as_json([{id: split for split, ids in one.items() for id in ids} for one in splits])
     texts["manifest.csv"] = as_csv(manifest)  # Says that all is there
     write_texts({out / name: text for name, text in texts.items()}, instead=[out / "manifest.csv", out / FOLDS])
@@ -524,13 +524,13 @@ def remove_stale_cases(
 DESCRIPTIONS = ("manifest.csv", "fingerprint.json", "task.json")
 
 
-def check_manifest(manifest: pd.DataFrame, task: Task, path) -> None:
+def check_manifest(manifest: pd.DataFrame, dataset: Dataset, path) -> None:
     "ValueError names the file and what is wrong with its table"
     remedy = "do not edit it: prepare the data set again"
     if missing := [name for name in ("case", "split", "key", "lowest") if name not in manifest]:
         raise ValueError(f"{path} lacks the column {missing[0]}: {remedy}")
     for row in manifest.itertuples():
-        if row.split not in SPLITS or len(row.lowest.split()) != len(task.channels) or not all(map(is_finite_number, row.lowest.split())):
+        if row.split not in SPLITS or len(row.lowest.split()) != len(dataset.channels) or not all(map(is_finite_number, row.lowest.split())):
             raise ValueError(f"{path}: the row of case {row.case} is damaged: {remedy}")
 
 
@@ -557,20 +557,20 @@ class Prepared:
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{folder} is not a prepared data set, {name} is missing: prepare it first") from error
         self.digest = short_hash(*(hashlib.sha256(content).hexdigest() for content in files.values()))
-        self.task = build(Task, parse_json(files["task.json"], join_path(folder, "task.json")), join_path(folder, "task.json"))
+        self.dataset = build(Dataset, parse_json(files["task.json"], join_path(folder, "task.json")), join_path(folder, "task.json"))
         self.fingerprint = build(
             Fingerprint, parse_json(files["fingerprint.json"], join_path(folder, "fingerprint.json")), join_path(folder, "fingerprint.json")
         )
         # Names such as 001 or NA are names
         text = {"key": str, "sha256": str, "lowest": str, "annotated": str}
         self.manifest = read_csv(io.BytesIO(files["manifest.csv"]), join_path(folder, "manifest.csv"), **text).fillna(dict.fromkeys(text, ""))
-        check_manifest(self.manifest, self.task, join_path(folder, "manifest.csv"))
+        check_manifest(self.manifest, self.dataset, join_path(folder, "manifest.csv"))
         self._rows = {row.case: (row.key, row.lowest) for row in self.manifest.itertuples()}
 
     @property
     def spacing(self) -> tuple[float, float, float]:
         "Voxel size in mm"
-        return self.task.spacing
+        return self.dataset.spacing
 
     @property
     def partial(self) -> bool:
@@ -590,7 +590,7 @@ class Prepared:
         "Key and lowest values of a case; ValueError lists those that exist"
         if case not in self._rows:
             some = ", ".join(self.manifest.case[:5])
-            raise ValueError(f"{self.task.name} has no case {case!r}; it has: {some}, ...")
+            raise ValueError(f"{self.dataset.name} has no case {case!r}; it has: {some}, ...")
         return self._rows[case]
 
     def path(self, case: str, part: str) -> str | Path:
@@ -649,16 +649,16 @@ def fold_view(
 
 # %% ../../nbs/data/40_preprocess.ipynb #prepare-all
 def prepare_all(
-    tasks: tuple[str, ...],  # Names of tasks
+    datasets: tuple[str, ...],  # Names of tasks
     raw: Path,  # Folder of raw data sets, in nnU-Net's layout
     out: Path,  # Gets a folder a task
     workers: int = 1,
 ) -> pd.DataFrame:  # The manifests of all tasks, with a column `task`
     "Prepare several tasks; ItemsFailed, after all were tried, names the cases that are unfit"
     manifests, failures = {}, {}
-    for name in tasks:
+    for name in datasets:
         try:
-            manifests[name] = prepare(get_task(name), raw, out / name, workers, progress=True).assign(task=name)
+            manifests[name] = prepare(get_dataset(name), raw, out / name, workers, progress=True).assign(task=name)
         except ItemsFailed as error:
             failures |= {f"{name}, case {case}": reason for case, reason in error.failures.items()}
     stop_workers()

@@ -48,12 +48,12 @@ def predict_cases(
 def score_cases(
     labelled: dict[str, Path],  # Label maps by case
     cases: list,  # Of `Case`
-    task,  # A `Task`
+    dataset,  # A `Dataset`
     workers: int = 1,
 ) -> pd.DataFrame:  # Columns case and those of `score_case`; of a case that lacks labels, the annotated ones
     "Score label maps against the truth, on the scans' own grids"
-    scored = map_items(score_files, {case.id: (labelled[case.id], case.label, task) for case in cases}, workers)
-    known = partial_cases(task, cases[0].label.parents[2])
+    scored = map_items(score_files, {case.id: (labelled[case.id], case.label, dataset) for case in cases}, workers)
+    known = partial_cases(dataset, cases[0].label.parents[2])
     parts = [part.assign(case=case)[part.label.isin(known.get(case, part.label))] for case, part in scored.items()]
     table = pd.concat(parts, ignore_index=True)
     return table[["case", *table.columns.drop("case")]]
@@ -63,15 +63,15 @@ def write_scores(
     table: pd.DataFrame,  # Of `score_cases`
     labelled: dict[str, Path],  # Label maps by case
     cases: list,  # Of `Case`
-    task,  # A `Task`
+    dataset,  # A `Dataset`
     out: Path,  # Gets scores.csv and summary.json
 ) -> pd.DataFrame:  # With columns task and split before the others
     "Keep scores beside what nnU-Net would write"
-    table = table.assign(task=task.name, split=cases[0].split)
+    table = table.assign(task=dataset.name, split=cases[0].split)
     first = ["task", "split", "case"]
     table = table[[*first, *table.columns.difference(first, sort=False)]]
-    if not partial_cases(task, cases[0].label.parents[2]):  # Means over classes need all classes of a case
-        write_json(out / "summary.json", summarise(table, task, {case.id: (labelled[case.id], case.label) for case in cases}))
+    if not partial_cases(dataset, cases[0].label.parents[2]):  # Means over classes need all classes of a case
+        write_json(out / "summary.json", summarise(table, dataset, {case.id: (labelled[case.id], case.label) for case in cases}))
     write_csv(out / "scores.csv", table)
     return table
 

@@ -489,25 +489,25 @@ def usual_ending(folder: Path) -> str:
     return endings.most_common(1)[0][0] if endings else ".nii.gz"
 
 
-def task_faults(meta: dict, task) -> list[Finding]:
+def dataset_faults(meta: dict, dataset) -> list[Finding]:
     "Where `dataset.json` and the registry part"
-    difference = description_difference(task, meta)
+    difference = description_difference(dataset, meta)
     return [Finding("dataset.json", "labels-task", difference)] if difference else []
 
 
 def survey(
     folder: Path,  # A data set
-    task=None,  # A `Task` that it should agree with; the registered one of the folder's name if not given
+    dataset=None,  # A `Dataset` that it should agree with; the registered one of the folder's name if not given
 ) -> Layout:
     "Everything that can be said without opening a volume"
     if not os.access(folder, os.R_OK | os.X_OK):
         finding = Finding(".", "file-permission", "the folder may not be listed", "", folder.name)
         return Layout(folder, None, {}, [], [finding])
     declared, meta, findings = declare(folder)
-    task = task or find_registered(folder)
-    if declared and task:
-        findings += task_faults(meta, task)
-        if task.modality == "CT":  # Whatever the channel is called
+    dataset = dataset or find_registered(folder)
+    if declared and dataset:
+        findings += dataset_faults(meta, dataset)
+        if dataset.modality == "CT":  # Whatever the channel is called
             declared = replace(declared, channels=("CT",) * len(declared.channels))
     ending = declared.ending if declared else usual_ending(folder)
     cases = []
@@ -901,7 +901,7 @@ def read_digests(case: Files) -> tuple[dict[str, str], list[tuple[str, str]]]:
 # %% ../../nbs/intake/30_check.ipynb #find-sets
 def find_sets(
     data: str | Path,  # A data set's folder, or one that holds several `DatasetXXX_*`
-    task=None,  # Of several, only the `Task`'s
+    dataset=None,  # Of several, only the `Dataset`'s
 ) -> list[Path]:
     "The data sets of a folder; FileNotFoundError if there is none"
     data = Path(data)
@@ -914,11 +914,11 @@ def find_sets(
         return [data]
     if not inside:
         raise FileNotFoundError(f"{data} holds neither dataset.json nor DatasetXXX_NAME folders: give another folder")
-    if task is None:
+    if dataset is None:
         return inside
-    if data / task.folder not in inside:
-        raise FileNotFoundError(f"{data} does not hold {task.folder}: give another folder or task")
-    return [data / task.folder]
+    if data / dataset.folder not in inside:
+        raise FileNotFoundError(f"{data} does not hold {dataset.folder}: give another folder or task")
+    return [data / dataset.folder]
 
 
 def number_faults(layouts: list[Layout]) -> list[Finding]:
@@ -943,11 +943,11 @@ def check_dataset(
     against: str | Path | None = None,  # Another such folder, the pretraining corpus, to share no case
     workers: int = 1,  # Processes; each holds a few megabytes
     quick: bool = False,  # Headers only
-    task=None,  # A `Task` of the registry that the data set should agree with
+    dataset=None,  # A `Dataset` of the registry that the data set should agree with
 ) -> Report:
     "What is wrong with a raw folder; FileNotFoundError if it holds no data set, and no error from any file"
     start = time.perf_counter()
-    layouts = [survey(folder, task) for folder in find_sets(data, task)]
+    layouts = [survey(folder, dataset) for folder in find_sets(data, dataset)]
     findings = [finding for layout in layouts for finding in layout.findings] + number_faults(layouts)
     cases = {case.key: (case, quick) for layout in layouts for case in layout.cases}
     heads, failed = try_all(check_heads, cases, workers, "headers")
@@ -1295,7 +1295,7 @@ def settle(
     targets: dict[str, Path],  # Folder in the copy by data set
     layouts: list[Layout],  # Of the originals
     workers: int,
-    task,
+    dataset,
 ) -> tuple[Report, list[Change]]:
     "Describes and examines a copy, and takes out cases that still have errors, until none has"
     made = [layout for layout in layouts if any(targets[layout.name].glob("*"))]
@@ -1305,7 +1305,7 @@ def settle(
         return Report(tabulate([]), (), 0, 0, 0.0, True, ("no data set could be copied",)), []
     while True:
         described = [change for layout in made for change in describe(layout, targets[layout.name])]
-        report = check_dataset(copy, workers=workers, task=task)
+        report = check_dataset(copy, workers=workers, dataset=dataset)
         report = replace(report, table=report.table.assign(dataset=report.table.dataset.map(names)))
         errors = report.table[(report.table.severity == "error") & (report.table.case != "")]
         bad = [row for row in errors.itertuples() if place_of(row.file)]
@@ -1362,16 +1362,16 @@ def fix_dataset(
     out: str | Path,  # A new folder elsewhere
     workers: int = 1,
     tolerance: float = 0.5,  # Voxels that a label may be moved onto the grid of its image
-    task=None,
+    dataset=None,
     report: Report | None = None,  # What `check_dataset` found, if it has just been there; it is called if not given
 ) -> Mended:
     "A mended copy of a raw folder; ValueError or FileExistsError if `out` could touch what exists"
     data, out = Path(data), Path(out)
     check_target(data, out)
-    before = report or check_dataset(data, workers=workers, task=task)
+    before = report or check_dataset(data, workers=workers, dataset=dataset)
     if not before.voxels:
         raise ValueError("the report is of headers only: call doctor without quick, a copy should be known whole")
-    layouts = [survey(folder, task) for folder in find_sets(data, task)]
+    layouts = [survey(folder, dataset) for folder in find_sets(data, dataset)]
     if {layout.name for layout in layouts} != set(before.sets):
         raise ValueError(f"the report is of {', '.join(before.sets)}, not of {data}: call doctor for this folder")
     alone = [layout.folder for layout in layouts] == [data]
@@ -1380,6 +1380,6 @@ def fix_dataset(
         changes = []
         for layout in layouts:
             changes += fix_set(layout, before.table, targets[layout.name], workers, tolerance)
-        after, more = settle(copy, targets, layouts, workers, task)
+        after, more = settle(copy, targets, layouts, workers, dataset)
     table = pd.DataFrame(changes + more, columns=list(Change._fields))
     return Mended(table.sort_values("action", ascending=False, kind="stable", ignore_index=True), out, after)

@@ -83,7 +83,7 @@ def reference_rate() -> float:
     row = published_compute().set_index("model").loc[REFERENCE]
     side = int(row.patch)
     steps = row.epochs * 250
-    return cost(row.backbone, (side,) * 3).flops * row.batch * steps / row.a100_hours
+    return cost(row.backbone, (side,) * 3).flops * row.batch_size * steps / row.a100_hours
 
 
 def network_cost(
@@ -103,7 +103,7 @@ def network_cost(
         network = create(backbone, 1, 3, recipe.deep_supervision, patch=recipe.patch, **overrides)
     if not hasattr(network, "arch"):
         return size.parameters, size.flops, float("nan")
-    share = max(1, recipe.batch // processes // recipe.accumulate)
+    share = max(1, recipe.batch_size // processes // recipe.grad_accum_steps)
     found = estimate(network.arch, recipe.patch, share, recipe.precision, network.grad_checkpointing, deep_supervision=recipe.deep_supervision)
     return size.parameters, size.flops, found.total_bytes / 1e9
 
@@ -117,11 +117,11 @@ def plan_table(profile: str) -> pd.DataFrame:  # One row per stage, network and 
         recipe = build(Recipe, one.recipe)
         pretrains = recipe.steps == values["recipes"]["pretrain"]["steps"]
         processes = values["compute"]["pretrain_processes" if pretrains else "processes"]
-        key = repr((one.backbone, one.overrides, recipe.patch, recipe.batch, processes))
+        key = repr((one.backbone, one.overrides, recipe.patch, recipe.batch_size, processes))
         if key not in known:
             known[key] = network_cost(one.backbone, one.overrides, recipe, processes)
         parameters, flops, memory = known[key]
-        hours = flops * recipe.batch * recipe.steps / reference_rate()
+        hours = flops * recipe.batch_size * recipe.steps / reference_rate()
         rows.append(
             dict(
                 stage=one.stage,
@@ -129,7 +129,7 @@ def plan_table(profile: str) -> pd.DataFrame:  # One row per stage, network and 
                 runs=one.runs,
                 steps=recipe.steps,
                 patch="x".join(map(str, recipe.patch)),
-                batch=recipe.batch,
+                batch=recipe.batch_size,
                 parameters=parameters,
                 gpus=processes,
                 gpu_memory_gb=memory,

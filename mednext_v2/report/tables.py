@@ -498,7 +498,7 @@ COOL = ("#4CC9F0", "#57CC99", "#B388EB", "#F4A6C0", "#3A86FF", "#C7A17A", "#80ED
 
 # %% ../../nbs/report/10_tables.ipynb #label-colours
 def label_colours(
-    task,  # `Task`
+    task,  # `Dataset`
 ) -> dict[str, str]:  # Colour of every label
     "Warm colours for pathology and cool ones for organs, in the order of the task"
     palettes = {"pathology": iter(WARM * 99), "organ": iter(COOL * 99)}
@@ -507,7 +507,7 @@ def label_colours(
 
 def best_slice(
     labels: np.ndarray,  # Label map (X, Y, Z)
-    task,  # `Task`: pathology is preferred, if there is any
+    task,  # `Dataset`: pathology is preferred, if there is any
 ) -> int:  # Index along Z
     "The axial slice that shows most: the largest cut through pathology if there is any, else most classes"
     sick = [value for label, value in task.labels.items() if task.groups[label] == "pathology"]

@@ -37,7 +37,7 @@ def evaluate_one(
     maps = predict_cases(model_folder, cases, out / "predictions" / run.name, device, overlap, overwrite=True)
     patch = "x".join(map(str, read_card(model_folder).patch))
     about = dict(profile=run.profile, task=run.task, backbone=run.backbone, init=run.init, patch=patch, seed=run.seed, grid="scan")
-    return score_cases(maps, cases, prepared.task).assign(**about)
+    return score_cases(maps, cases, prepared.dataset).assign(**about)
 
 
 def raw_cases(
@@ -46,9 +46,9 @@ def raw_cases(
     split: str,  # Of the prepared data, which may be those of another fold
 ) -> list:  # Of `datasets.Case`
     "The raw files of a split of prepared data; ValueError names a case that the raw data set has no more"
-    known = {case.id: case for case in list_cases(prepared.task, raw)}
+    known = {case.id: case for case in list_cases(prepared.dataset, raw)}
     if missing := [id for id in prepared.ids(split) if id not in known]:
-        raise ValueError(f"{Path(raw) / prepared.task.folder} has no case {missing[0]}, which {prepared.folder} was made from: prepare it anew")
+        raise ValueError(f"{Path(raw) / prepared.dataset.folder} has no case {missing[0]}, which {prepared.folder} was made from: prepare it anew")
     return [known[id] for id in prepared.ids(split)]
 
 # %% ../../nbs/scoring/10_evaluate.ipynb #evaluate-runs

@@ -33,9 +33,9 @@ class Plan:
 
     def folds_of(self, task: str) -> tuple[int, ...]:
         "Folds that are trained of a task"
-        from mednext_v2.data.datasets import get_task
+        from mednext_v2.data.datasets import get_dataset
 
-        return self.folds if get_task(task).split == "fivefold" else (0,)
+        return self.folds if get_dataset(task).split == "fivefold" else (0,)
 
 # %% ../../nbs/study/20_plan.ipynb #read-plan
 def read_plan(

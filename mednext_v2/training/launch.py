@@ -438,7 +438,7 @@ class Step:
         from mednext_v2.network.scaling import PRECISIONS, Estimate, count_flops, count_parameters, estimate
 
         with torch.device("meta"):
-            model, image = self.create(), torch.empty(self.batch, self.in_channels, *self.patch)
+            model, image = self.create(), torch.empty(self.batch_size, self.in_channels, *self.patch)
         if hasattr(model, "arch"):
             options = {k: v for k, v in asdict(self).items() if k not in ("network", "overrides")}
             return estimate(model.arch, **options, fused=fused)
@@ -456,7 +456,7 @@ class Step:
         del outputs
         return Estimate(
             parameters,
-            self.batch * count_flops(model, self.patch),
+            self.batch_size * count_flops(model, self.patch),
             parameters * (4 if share == 1 else 6),
             parameters * 4,
             parameters * 8,
@@ -591,7 +591,7 @@ def suggest(
     patches = list(smaller_patches(step.patch, model.stride))
     kinds = {
         "grad_checkpointing": recompute,
-        "batch": [step.batch >> n for n in range(1, step.batch.bit_length())],
+        "batch": [step.batch_size >> n for n in range(1, step.batch_size.bit_length())],
         "patch": patches,
         "precision": ["bf16"] if step.precision == "fp32" else [],
     }

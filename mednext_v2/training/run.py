@@ -39,18 +39,18 @@ class TrainingData:
     space: object = None  # The `LabelSpace` of a mixture; None for one data set whose cases have all labels
 
     @property
-    def task(self):
+    def dataset(self):
         "Of the first data set"
-        return next(iter(self.sets.values())).task
+        return next(iter(self.sets.values())).dataset
 
     @property
     def in_channels(self) -> int:
-        return len(self.task.channels)
+        return len(self.dataset.channels)
 
     @property
     def outputs(self) -> int:
         "Output channels of a network"
-        return len(self.space.outputs) if self.space else self.task.num_classes
+        return len(self.space.outputs) if self.space else self.dataset.num_classes
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ class TrainingData:
         from mednext_v2.models.transfer import class_channels
 
         if self.space is None:
-            return class_channels(self.task)
+            return class_channels(self.dataset)
         return {name: row for row, name in enumerate(self.space.outputs)}
 
     def card_fields(
@@ -78,30 +78,30 @@ class TrainingData:
         "What a card says of the data; a licence of the source's weights goes on to what is made from them"
         from mednext_v2.models.licence import derived_licence
 
-        tasks = [one.task for one in self.sets.values()]
+        datasets = [one.dataset for one in self.sets.values()]
         ranges = [one.fingerprint.normalisation() for one in self.sets.values()]
-        licence = "; ".join(dict.fromkeys(task.licence for task in tasks))
+        licence = "; ".join(dict.fromkeys(dataset.licence for dataset in datasets))
         own = self.space is not None and self.space.heads == "own"
         return dict(
-            labels=self.space.labels if self.space else self.task.labels,
-            groups=self.space.groups if self.space else self.task.groups,
-            regions=self.task.regions,
-            class_order=self.task.class_order,
+            labels=self.space.labels if self.space else self.dataset.labels,
+            groups=self.space.groups if self.space else self.dataset.groups,
+            regions=self.dataset.regions,
+            class_order=self.dataset.class_order,
             heads={
-                task.name: dict(
-                    outputs=self.space.head(task.name),
-                    labels=task.labels,
-                    groups=task.groups,
-                    modality=task.modality,
-                    spacing=task.spacing,
+                dataset.name: dict(
+                    outputs=self.space.head(dataset.name),
+                    labels=dataset.labels,
+                    groups=dataset.groups,
+                    modality=dataset.modality,
+                    spacing=dataset.spacing,
                     normalisation=known,
                 )
-                for task, known in zip(tasks, ranges)
+                for dataset, known in zip(datasets, ranges)
                 if own
             },
             task="+".join(self.sets),
-            modality=" / ".join(dict.fromkeys(task.modality for task in tasks)),
-            spacing=self.task.spacing,
+            modality=" / ".join(dict.fromkeys(dataset.modality for dataset in datasets)),
+            spacing=self.dataset.spacing,
             normalisation=ranges[0],
             licence=derived_licence(source.licence, licence) if source else licence,
         )
@@ -116,16 +116,16 @@ def read_data(
     from mednext_v2.data.preprocess import Prepared
 
     found = [Prepared(path) for path in (data if isinstance(data, (list, tuple)) else [data])]
-    tasks = [one.task for one in found]
+    datasets = [one.dataset for one in found]
     if len(found) == 1 and not found[0].partial:
-        return TrainingData({tasks[0].name: found[0]})
-    space = union_labels(tasks, heads)  # Also finds a data set that is given twice
-    if overlapping := [task.name for task in tasks if task.regions]:
+        return TrainingData({datasets[0].name: found[0]})
+    space = union_labels(datasets, heads)  # Also finds a data set that is given twice
+    if overlapping := [dataset.name for dataset in datasets if dataset.regions]:
         raise ValueError(
             f"{overlapping[0]} has overlapping regions, which can be trained neither beside other data sets nor on "
             "cases that lack labels: train on it alone, or take such cases out"
         )
-    return TrainingData({task.name: one for task, one in zip(tasks, found)}, space)
+    return TrainingData({dataset.name: one for dataset, one in zip(datasets, found)}, space)
 
 # %% ../../nbs/training/70_run.ipynb #network-for-part
 def network_for(
@@ -152,7 +152,7 @@ def network_for(
         del overrides["grad_checkpointing"]
 
     def built(patch: tuple[int, ...]):
-        fixed = {name: value for name, value in (("patch", patch), ("spacing", data.task.spacing)) if name in uses}
+        fixed = {name: value for name, value in (("patch", patch), ("spacing", data.dataset.spacing)) if name in uses}
         return create(backbone, data.in_channels, data.outputs, recipe.deep_supervision, **fixed | known | overrides)
 
     with torch.device("meta"):
@@ -168,7 +168,7 @@ def network_for(
             trial.arch,
             patch,
             int(0.8 * available_memory(device)) // (1 if gpu else processes),
-            batch=max(1, recipe.batch // (processes * recipe.accumulate)),
+            batch_size=max(1, recipe.batch_size // (processes * recipe.grad_accum_steps)),
             precision=recipe.precision,
             in_channels=data.in_channels,
             num_classes=data.outputs,
@@ -233,7 +233,7 @@ def forecast_fit(
     from mednext_v2.models.registry import overrides_of
     from mednext_v2.training.launch import Step, check_memory
 
-    device, parts = find_device(device), processes * recipe.accumulate
+    device, parts = find_device(device), processes * recipe.grad_accum_steps
     with torch.device("meta"):
         network, patch = network_for(data, backbone, recipe, overrides, parent, device, processes)
     others = overrides_of(network)
@@ -241,7 +241,7 @@ def forecast_fit(
     step = Step(
         backbone,
         patch,
-        max(1, recipe.batch // parts),
+        max(1, recipe.batch_size // parts),
         recipe.precision,
         grad_checkpointing=others.pop("grad_checkpointing", "none"),
         in_channels=data.in_channels,
@@ -250,7 +250,7 @@ def forecast_fit(
         overrides=tuple(others.items()),
     )
     need, seconds = check_memory(step, device, processes, show=lambda change: as_options(change, parts))
-    hours = seconds * recipe.steps * recipe.accumulate / 3600
+    hours = seconds * recipe.steps * recipe.grad_accum_steps / 3600
     return f"forecast: {need / 1e9:.2f} GB a process, {seconds:.2g} s a step, {hours:.2g} h for {recipe.steps} steps"
 
 # %% ../../nbs/training/70_run.ipynb #train-model
@@ -299,7 +299,7 @@ def train_model(
         init=start.name,
         parent=source.sha256 if source else None,
         seed=seed,
-        provenance=f"{provenance}trained on {', '.join(one.task.folder for one in data.sets.values())}",
+        provenance=f"{provenance}trained on {', '.join(one.dataset.folder for one in data.sets.values())}",
         **data.card_fields(source),
     )
     if int(os.environ.get("RANK", 0)) == 0:  # The first process has the weights
