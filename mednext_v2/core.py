@@ -720,8 +720,8 @@ def rows_of(
     for row in table.itertuples():
         yield SimpleNamespace(**cast(Any, row)._asdict())  # A named tuple, says pandas' manual
 
-# %% ../nbs/00_core.ipynb #room
-def room(
+# %% ../nbs/00_core.ipynb #disk-space
+def check_disk_space(
     folder: Path,  # The disk is that of this folder, or of the nearest one above it that exists
     needed: int,  # Bytes
     what: str,  # What is to be written, for the error

@@ -144,12 +144,12 @@ def test_rename_joins_parts_and_leaves_out():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(tasks=[]), "at least one, got: none"),
-        (dict(tasks=[BELLY, BELLY]), "each data set once, and at least one, got: belly, belly"),
-        (dict(tasks=TASKS, heads="many"), "one of shared, own, got 'many'"),
-        (dict(tasks=TASKS, rename={"head": {}}), "no data set 'head'; there are: belly, chest, trunk"),
-        (dict(tasks=TASKS, rename={"chest": {"bone": "b"}}), "no label 'bone'; it has: lung, heart"),
-        (dict(tasks=TASKS, rename={"chest": {"lung": ""}}), "'lung' of chest needs a name, got ''"),
+        (dict(datasets=[]), "at least one, got: none"),
+        (dict(datasets=[BELLY, BELLY]), "each data set once, and at least one, got: belly, belly"),
+        (dict(datasets=TASKS, heads="many"), "one of shared, own, got 'many'"),
+        (dict(datasets=TASKS, rename={"head": {}}), "no data set 'head'; there are: belly, chest, trunk"),
+        (dict(datasets=TASKS, rename={"chest": {"bone": "b"}}), "no label 'bone'; it has: lung, heart"),
+        (dict(datasets=TASKS, rename={"chest": {"lung": ""}}), "'lung' of chest needs a name, got ''"),
     ],
 )
 def test_bad_unions_are_explained(arguments, message):

@@ -87,7 +87,7 @@ class Desk:
                 "--unchecked",
                 "--device",
                 "cpu",
-                "--set",
+                "--recipe-set",
                 "steps=2",
                 "patch=(16,16,16)",
                 "--network",

@@ -76,13 +76,13 @@ def test_broken_rule_names_data_set_field_and_rule(tmp_path, field, value, rule)
 
 
 def test_unknown_and_missing_fields_are_named(tmp_path):
-    with pytest.raises(ValueError, match="data set 'demo': Task has no 'lables'"):
+    with pytest.raises(ValueError, match="data set 'demo': Dataset has no 'lables'"):
         load_datasets(write_registry(tmp_path, lables={}))
     path = write_registry(tmp_path)
     entry = json.loads(path.read_text())
     del entry["demo"]["licence"]
     path.write_text(json.dumps(entry))
-    with pytest.raises(ValueError, match="data set 'demo': Task needs 'licence'"):
+    with pytest.raises(ValueError, match="data set 'demo': Dataset needs 'licence'"):
         load_datasets(path)
 
 

@@ -20,7 +20,7 @@ from mednext_v2.data.mixture import union_labels
 from mednext_v2.data.preprocess import Prepared, prepare
 from mednext_v2.data.scans import write_volume
 from mednext_v2.inference.predictor import predict
-from mednext_v2.intake.check import check_dataset, fix_dataset
+from mednext_v2.intake.check import check_raw_dataset, fix_raw_dataset
 from mednext_v2.intake.convert import CADS_GROUPS, CADS_LEVELS, cads_annotated, convert
 from mednext_v2.models.card import read_card, read_state
 from mednext_v2.models.registry import BACKBONES, create, load_model
@@ -33,7 +33,7 @@ from mednext_v2.training.trainer import patch_validation
 from training_toys import split
 
 SMALL = {"filters": (4, 8, 8)}
-SETTINGS = dict(batch=4, patch=(16, 16, 16), lr=2e-2, warmup=1, foreground=0.5, augment="none", checkpoint_every=100)
+SETTINGS = dict(batch_size=4, patch=(16, 16, 16), lr=2e-2, warmup=1, foreground=0.5, augment="none", checkpoint_every=100)
 SHORT = Recipe(steps=2, **SETTINGS)
 WORDS = {"liver": 400, "spleen": 100, "kidney": -200}  # Intensity of each
 CUBES = {"liver": (2, 2, 2), "spleen": (10, 2, 2), "kidney": (2, 10, 10)}
@@ -122,7 +122,7 @@ def test_cads_with_missing_parts_is_refused_unless_it_is_meant(tmp_path):
     found = partial_cases(cads, tmp_path / "raw")
     wanted = cads_annotated(cads, tuple(group for group in CADS_GROUPS if group != 552))
     assert found == {"0001_10000001": wanted, "0041_train_1_a_1": wanted}
-    assert check_dataset(tmp_path / "raw").table.code.str.startswith("annotated").sum() == 0
+    assert check_raw_dataset(tmp_path / "raw").table.code.str.startswith("annotated").sum() == 0
     # The parts come back: so does the whole case
     write_cads(tmp_path / "again")
     for path in (tmp_path / "again").rglob("*_part_552.nii.gz"):
@@ -146,7 +146,7 @@ def test_what_may_hide_a_missing_part_is_not_called_annotated():
 def test_annotated_goes_from_raw_to_the_loss(tmp_path, monkeypatch):
     annotated = {"chest_0": ("liver",), "chest_2": ("spleen",)}
     write_raw(CHEST, tmp_path / "raw", annotated=annotated)
-    assert check_dataset(tmp_path / "raw" / CHEST.folder).clean
+    assert check_raw_dataset(tmp_path / "raw" / CHEST.folder).clean
     prepare(CHEST, tmp_path / "raw", tmp_path / "chest")
     prepared = Prepared(tmp_path / "chest")
     assert prepared.partial and prepared.manifest.set_index("case").annotated.to_dict() == {"chest_0": "liver", "chest_1": "", "chest_2": "spleen"}
@@ -192,7 +192,7 @@ def test_validation_counts_known_classes_only():
 def test_bad_annotated_tables_are_found_by_doctor_and_stop_prepare(tmp_path, rows, code, word):
     write_raw(CHEST, tmp_path / "raw")
     (tmp_path / "raw" / CHEST.folder / "annotated.csv").write_text(rows)
-    report = check_dataset(tmp_path / "raw", quick=True)
+    report = check_raw_dataset(tmp_path / "raw", quick=True)
     assert report.table[["code", "severity"]].values.tolist() == [[code, "error"]] and word in report.table.what[0]
     with pytest.raises(ValueError, match=word):
         prepare(CHEST, tmp_path / "raw", tmp_path / "prepared")
@@ -200,7 +200,7 @@ def test_bad_annotated_tables_are_found_by_doctor_and_stop_prepare(tmp_path, row
 
 def test_a_mended_copy_keeps_what_is_known(tmp_path):
     write_raw(CHEST, tmp_path / "raw", annotated={"chest_0": ("liver",), "chest_9": ("spleen",)})
-    fix_dataset(tmp_path / "raw", tmp_path / "mended")
+    fix_raw_dataset(tmp_path / "raw", tmp_path / "mended")
     assert partial_cases(CHEST, tmp_path / "mended") == {"chest_0": ("liver",)}
 
 
@@ -334,10 +334,10 @@ def test_regions_are_not_mixed(sets, tmp_path):
 
 
 def test_command_line_trains_on_two_sets(sets, tmp_path, capsys):
-    settings = ["steps=2", "batch=2", "patch=(16,16,16)", "warmup=1", "augment=none", "checkpoint_every=2"]
+    settings = ["steps=2", "batch_size=2", "patch=(16,16,16)", "warmup=1", "augment=none", "checkpoint_every=2"]
     line = ["train", str(sets / "chest"), str(tmp_path / "model"), "--with", str(sets / "belly"), "--backbone", "unet"]
     line += ["--recipe", "smoke", "--network", "filters=(4,8,8)", "--device", "cpu", "--workers", "0", "--unchecked"]
-    cli.main([*line, "--sampling", "chest=2", "belly=1", "--heads", "own", "--set", *settings])
+    cli.main([*line, "--sampling", "chest=2", "belly=1", "--heads", "own", "--recipe-set", *settings])
     assert "wrote" in capsys.readouterr().out and set(read_card(tmp_path / "model").heads) == {"chest", "belly"}
     write_volume(tmp_path / "scan.nii.gz", scan(5)[0], np.eye(4))
     ask = ["predict", "-m", str(tmp_path / "model"), "-i", str(tmp_path / "scan.nii.gz"), "-o", str(tmp_path / "l.nii.gz")]
@@ -346,7 +346,7 @@ def test_command_line_trains_on_two_sets(sets, tmp_path, capsys):
     with pytest.raises(SystemExit, match="name one, got head None"):
         cli.main(ask)
     with pytest.raises(SystemExit, match="weights are for chest, the data sets are chest, belly"):
-        cli.main([*line[:2], str(tmp_path / "other"), *line[3:], "--sampling", "chest=2", "--set", *settings])
+        cli.main([*line[:2], str(tmp_path / "other"), *line[3:], "--sampling", "chest=2", "--recipe-set", *settings])
 
 
 # ---- memory
@@ -361,15 +361,15 @@ def literally(text: str) -> list[str]:
 def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path, monkeypatch, processes, fused):
     base = ["train", str(sets / "chest"), str(tmp_path / "model"), "--backbone", "mednext_v2_tiny", "--device", "cpu"]
     base += ["--network", "width=4", "--processes", str(processes)]
-    recipe = ["batch=8", "patch=32,32,32", "steps=2"]
+    recipe = ["batch_size=8", "patch=32,32,32", "steps=2"]
     monkeypatch.setattr(Prepared, "fingerprint", SimpleNamespace(shape=(64, 64, 64)), raising=False)
     monkeypatch.setattr(launch, "forecast", lambda *given: launch.Forecast(10**7, 1.0, 1e9, fused))
 
     def ask(*more: str, room: float) -> str:
         monkeypatch.setattr(launch, "available_memory", lambda device: int(room * processes))
-        options = cli.parser().parse_args([*base, "--recipe", "smoke", "--set", *recipe, *more])
-        built = get_recipe("smoke", **dict(cli.literal_pair(pair) for pair in options.set))
-        return cli.forecast_training(options, built, dict(cli.literal_pair(pair) for pair in options.network))
+        options = cli.parser().parse_args([*base, "--recipe", "smoke", "--recipe-set", *recipe, *more])
+        built = get_recipe("smoke", **dict(cli.parse_pair(pair) for pair in options.recipe_set))
+        return cli.forecast_training(options, built, dict(cli.parse_pair(pair) for pair in options.network))
 
     need = float(ask(room=1e12).split()[1]) * 1e9
     kinds = set()
@@ -383,13 +383,13 @@ def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path,
             assert "forecast:" in ask(*literally(text), room=share * need), text
             kinds |= {word.split("=")[0] for word in literally(text) if "=" in word}
     # Fused blocks keep their input alone, and sums are float32
-    assert kinds in ([{"batch"}, {"batch", "patch"}] if fused else [{"grad_checkpointing", "batch", "patch", "precision"}])
+    assert kinds in ([{"batch_size"}, {"batch_size", "patch"}] if fused else [{"grad_checkpointing", "batch_size", "patch", "precision"}])
 
 
 def test_checkpointing_auto_is_what_free_memory_allows(sets, tmp_path, monkeypatch):
-    data, recipe = run.read_data(sets / "chest"), replace(SHORT, patch=(32, 32, 32), batch=2)
+    data, recipe = run.read_data(sets / "chest"), replace(SHORT, patch=(32, 32, 32), batch_size=2)
     network, patch = run.network_for(data, "mednext_v2_tiny", recipe, {"width": 4})
-    options = dict(batch=2, in_channels=data.in_channels, num_classes=data.outputs, deep_supervision=recipe.deep_supervision)
+    options = dict(batch_size=2, in_channels=data.in_channels, num_classes=data.outputs, deep_supervision=recipe.deep_supervision)
     kinds = ("none", "expansion", "block")
     for free, device, expected in [
         *((estimate(network.arch, patch, grad_checkpointing=kind, **options).total_bytes / 0.8 + 9, "cuda", kind) for kind in kinds),
@@ -415,7 +415,7 @@ def test_every_mednext_can_recompute(name):
 
 
 def test_training_with_recomputing_gives_the_same_weights_and_a_plain_card(sets, tmp_path):
-    recipe, kinds = replace(SHORT, patch=(32, 32, 32), batch=1), ("none", "expansion", "block")
+    recipe, kinds = replace(SHORT, patch=(32, 32, 32), batch_size=1), ("none", "expansion", "block")
     for kind in kinds:
         options = dict(overrides={"width": 4, "grad_checkpointing": kind}, device="cpu", progress=False)
         train_model(sets / "chest", tmp_path / kind, "mednext_v2_tiny", recipe, tmp_path / f"{kind}.run", **split(options))

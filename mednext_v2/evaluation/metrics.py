@@ -247,9 +247,8 @@ def _label_map(values, name: str, dataset, allowed: tuple[int, ...]) -> np.ndarr
         whole = values.astype(np.int32)
     found = present_values(whole if (whole == values).all() else values)
     if unknown := sorted(set(found) - set(allowed)):
-        raise ValueError(
-            f"{name} holds {', '.join(f'{value:g}' for value in unknown[:5])}, which {dataset.name} does not name; it has 0 and {', '.join(map(str, allowed[1:]))}"
-        )
+        some, others = ", ".join(f"{value:g}" for value in unknown[:5]), ", ".join(map(str, allowed[1:]))
+        raise ValueError(f"{name} holds {some}, which {dataset.name} does not name; it has 0 and {others}")
     return whole.astype(np.min_scalar_type(max(allowed)))
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #score-case

@@ -65,9 +65,9 @@ class Recipe:
             return whole(value) or isinstance(value, float) and math.isfinite(value)
 
         rules = {
-            "a positive whole number": (("steps", "batch", "accumulate", "checkpoint_every"), lambda v: whole(v) and v > 0),
+            "a positive whole number": (("steps", "batch_size", "grad_accum_steps", "checkpoint_every"), lambda v: whole(v) and v > 0),
             "a whole number, 0 or more": (("warmup", "validate_every", "patience", "snapshots"), lambda v: whole(v) and v >= 0),
-            "a positive number": (("lr", "power", "eps", "clip"), lambda v: real(v) and v > 0),
+            "a positive number": (("lr", "poly_power", "eps", "max_grad_norm"), lambda v: real(v) and v > 0),
             "a number, 0 or more": (("weight_decay",), lambda v: real(v) and v >= 0),
             "a share from 0 to 1": (("foreground",), lambda v: real(v) and 0 <= v <= 1),
             "a share below 1": (("ema", "smooth"), lambda v: real(v) and 0 <= v < 1),
@@ -80,7 +80,7 @@ class Recipe:
             "adamw or sgd": (("optimizer",), lambda v: v in ("adamw", "sgd")),
             "fp32, bf16 or fp16": (("precision",), lambda v: v in ("fp32", "bf16", "fp16")),
             "last or best": (("keep",), lambda v: v in ("last", "best")),
-            f"a divisor of batch = {self.batch_size}": (("accumulate",), lambda v: self.batch_size % v == 0),
+            f"a divisor of batch_size = {self.batch_size}": (("grad_accum_steps",), lambda v: self.batch_size % v == 0),
             f"below steps = {self.steps}": (("warmup",), lambda v: v < self.steps),
         }
         for rule, (names, holds) in rules.items():
@@ -92,14 +92,14 @@ class Recipe:
 
 # %% ../../nbs/training/20_recipe.ipynb #named
 EPOCH = 250  # Steps, as nnU-Net counts
-AT_SCALE = dict(batch=2, patch=(128, 128, 128), weight_decay=3e-5, max_grad_norm=12.0, augment="nnunet", validate_every=10 * EPOCH)
+AT_SCALE = dict(batch_size=2, patch=(128, 128, 128), weight_decay=3e-5, max_grad_norm=12.0, augment="nnunet", validate_every=10 * EPOCH)
 
 RECIPES = {
     "pretrain": dict(AT_SCALE, steps=1500 * EPOCH, lr=1e-3, warmup=50 * EPOCH, precision="bf16"),
     "finetune": dict(AT_SCALE, steps=300 * EPOCH, lr=1e-3, warmup=50 * EPOCH, precision="bf16", patch=(192, 192, 192)),
     "v1": dict(AT_SCALE, steps=1000 * EPOCH, lr=1e-3, precision="fp16"),
     "nnunet": dict(AT_SCALE, steps=1000 * EPOCH, lr=1e-2, optimizer="sgd", precision="fp16", weighting="nnunet"),
-    "mini": dict(
+    "quick": dict(
         steps=600, patch=(32, 32, 32), lr=1e-2, warmup=30, foreground=0.5, augment="light", present_only=True, validate_every=100, checkpoint_every=100
     ),
     "smoke": dict(steps=4, patch=(32, 32, 32), lr=1e-3, warmup=1, augment="light", checkpoint_every=2),

@@ -394,7 +394,7 @@ class Progress:
     skipped: int = 0  # Steps that the scaler passed over
     seconds: float = 0.0  # That training took, over all starts
 
-    def look(self, dice: float, smooth: float) -> bool:
+    def update_best(self, dice: float, smooth: float) -> bool:
         "Take in a validation; whether it is the best so far"
         if math.isnan(dice):
             return False
@@ -601,7 +601,7 @@ def check_run(recipe: Recipe, model: nn.Module, sampler) -> None:
         raise ValueError(f"recipe: patch {recipe.patch} must be divisible by {shown}, the network's stride")
     if all(size <= stride for size, stride in zip(recipe.patch, strides)) and max(strides) > 1:
         raise ValueError(f"recipe: patch {recipe.patch} leaves one voxel at the network's stride, {shown}: enlarge it")
-    names = {"patch": "patch", "batch": "batch_size", "foreground": "foreground", "augment": "augment"}
+    names = {"patch": "patch", "batch_size": "batch_size", "foreground": "foreground", "augment": "augment"}
     pairs = [(name, getattr(sampler, attribute, None), "sampler") for name, attribute in names.items()]
     pairs.append(("deep_supervision", getattr(model, "deep_supervision", None), "network"))
     for name, found, owner in pairs:
@@ -612,10 +612,10 @@ def check_run(recipe: Recipe, model: nn.Module, sampler) -> None:
     wanted = len(space.outputs) if space else getattr(dataset, "num_classes", None)
     heads = getattr(model, "num_classes", None)
     if wanted and heads and wanted > heads:
-        raise ValueError(f"task {name} has {wanted} classes, but the network has {heads} outputs")
+        raise ValueError(f"data set {name} has {wanted} classes, but the network has {heads} outputs")
     covered = set().union(*dataset.regions.values()) if getattr(dataset, "regions", None) else set()
     if covered and (lost := sorted(set(dataset.labels.values()) - covered)):
-        raise ValueError(f"task {name}: label {lost} is in no region, so that nothing would be learnt of it")
+        raise ValueError(f"data set {name}: label {lost} is in no region, so that nothing would be learnt of it")
 
 
 def set_step(
@@ -669,7 +669,7 @@ def averaged(model: nn.Module, average: Average | None) -> Iterator[None]:
         model.load_state_dict(own)
 
 
-def look(validate: Callable | None, model: nn.Module, engine, due: bool) -> float:  # NaN if there is nothing to do
+def validated(validate: Callable | None, model: nn.Module, engine, due: bool) -> float:  # NaN if there is nothing to do
     "Validation in evaluation mode and without gradients"
     if validate is None or not due:
         return math.nan
@@ -686,9 +686,8 @@ def check_processes(recipe: Recipe, engine, who: dict, state: dict | None) -> No
 
     parts = engine.num_processes * recipe.grad_accum_steps
     if recipe.batch_size % parts:
-        raise ValueError(
-            f"recipe: batch {recipe.batch_size} must be divisible by {parts}, processes x accumulate = {engine.num_processes} x {recipe.grad_accum_steps}"
-        )
+        product = f"processes x grad_accum_steps = {engine.num_processes} x {recipe.grad_accum_steps}"
+        raise ValueError(f"recipe: batch_size {recipe.batch_size} must be divisible by {parts}, {product}")
     everyone = gather_object([{**who, "checkpoint of step": str(state["progress"]["step"]) if state else "none"}])
     for rank, other in enumerate(everyone):
         if differing := [name for name, value in everyone[0].items() if other.get(name) != value]:
@@ -870,9 +869,9 @@ def fit(
                     session.average.update(session.network)
                 due = is_due(at.step, recipe.validate_every, recipe)
                 with averaged(session.network, session.average if due else None):
-                    dice = look(validate, session.model, engine, due)
+                    dice = validated(validate, session.model, engine, due)
                     report.picture(validate, dice, display.pictures)
-                    if at.look(dice, recipe.smooth):
+                    if at.update_best(dice, recipe.smooth):
                         session.save_best()
                 if recipe.snapshots and is_due(at.step, max(1, recipe.steps // recipe.snapshots), recipe):
                     session.save_snapshot()

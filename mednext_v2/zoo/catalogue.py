@@ -33,7 +33,19 @@ import pandas as pd
 
 from .. import __version__
 from ..models.licence import UNKNOWN
-from ..core import FolderKind, atomic_folder, build, check_output, short_hash, read_json, read_yaml, registry_file, room, sha256, write_json
+from mednext_v2.core import (
+    FolderKind,
+    atomic_folder,
+    build,
+    check_disk_space,
+    check_output,
+    short_hash,
+    read_json,
+    read_yaml,
+    registry_file,
+    sha256,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from requests import Response, Session
@@ -389,7 +401,7 @@ def write_body(
     total = start + int(length) if length else None
     if (total or 0) > max_bytes:
         raise ValueError(f"{url} has {total} bytes, at most {max_bytes} are allowed")
-    room(part.parent, (total or 0) - start, url)
+    check_disk_space(part.parent, (total or 0) - start, url)
     bar = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": not progress}
     with open(part, "ab" if start else "wb") as file, tqdm(total=total, initial=start, **bar) as shown:
         for chunk in answer.iter_content(2**16):
@@ -451,7 +463,7 @@ def copy_local(url: str, target: Path) -> Path:  # The part, whole
     local, part = Path(url2pathname(urlsplit(url).path)), target.with_name(f"{target.name}.copy.part")
     if not local.is_file():
         raise FileNotFoundError(f"{local} is not a file")
-    room(part.parent, local.stat().st_size, url)
+    check_disk_space(part.parent, local.stat().st_size, url)
     shutil.copyfile(local, part)
     return part
 
