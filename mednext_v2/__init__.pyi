@@ -28,8 +28,8 @@ from .training.losses import deep_supervision_loss as deep_supervision_loss
 from .training.recipe import Recipe as Recipe
 from .training.recipe import get_recipe as get_recipe
 from .training.trainer import fit as fit
+from .inference.windows import sliding_window as sliding_window
 from .inference.predictor import predict as predict
-from .inference.predictor import sliding_window as sliding_window
 from .inference.files import predict_files as predict_files
 from .evaluation.metrics import dice as dice
 from .evaluation.metrics import surface_dice as surface_dice

@@ -87,7 +87,7 @@ for module in pkgutil.iter_modules(mednext_v2.__path__):
     importlib.import_module("mednext_v2." + module.name)
 from mednext_v2.models.registry import create
 from mednext_v2.core import Kind, atomic_folder, peak_bytes, write_json
-from mednext_v2.inference.predictor import sliding_window
+from mednext_v2.inference.windows import sliding_window
 from mednext_v2.training.recipe import get_recipe
 from mednext_v2.core import Resources
 from mednext_v2.training.trainer import Display, fit

@@ -292,7 +292,7 @@ def test_predict_refuses_a_link_before_it_loads_anything(given, tmp_path, monkey
     kept = tmp_path / "kept"
     kept.mkdir() if target == "link" else kept.write_text("kept")
     (tmp_path / target).symlink_to(kept)
-    monkeypatch.setattr("mednext_v2.inference.files.load_members", None)
+    monkeypatch.setattr("mednext_v2.inference.files.load_ensemble", None)
     with pytest.raises(SystemExit, match=f"mednextv2: .*{target} is a link"):
         cli.main([str(word) for word in predict_line(given, scans, tmp_path / target, *more)])
     assert (tmp_path / target).is_symlink() and (kept.read_text() == "kept" if kept.is_file() else not list(kept.iterdir()))
