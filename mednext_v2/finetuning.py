@@ -12,14 +12,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pandas as pd
 
 from .core import Resources, check_output, short_hash, output_lock, read_csv, read_json, write_json
 from .evaluation.cases import predict_cases, record_scores, score_cases, write_scores
-from .training.run import TrainingData, forecast_fit, network_for, pictures_by_default, start_from, train_in_processes
+from .training.run import TrainingData, TrainSettings, build_network, forecast_cost, load_start, pictures_by_default, train_in_processes
 from .models.transfer import Start
-from .training.trainer import Display
+from .training.monitor import Display
 
 # %% ../nbs/60_finetuning.ipynb #raw-folder
 def raw_folder(
@@ -132,11 +133,11 @@ def planned_data(
     files = [case.images[0] for case in list_cases(dataset, raw.parent) if case.split == "train"]
     shapes = [target_shape(shape, spacing, dataset.spacing) for spacing, shape in zip(*read_grids(files))]
     shape = tuple(pd.DataFrame(shapes).median().astype(int))
-    return TrainingData({dataset.name: SimpleNamespace(dataset=dataset, fingerprint=SimpleNamespace(shape=shape))})
+    return TrainingData({dataset.name: cast(Any, SimpleNamespace(dataset=dataset, fingerprint=SimpleNamespace(shape=shape)))})
 
 # %% ../nbs/60_finetuning.ipynb #remember
 def request_of(
-    plan,  # A `Plan`
+    plan,  # A `FinetunePlan`
 ) -> dict:
     "What the weights depend on, as JSON holds it"
     from mednext_v2.data.datasets import data_files
@@ -171,13 +172,13 @@ def check_request(
 
 # %% ../nbs/60_finetuning.ipynb #steps
 @dataclass(frozen=True)
-class Plan:
+class FinetunePlan:
     "What is to be done, found out before anything costly"
 
     dataset: object  # A `Dataset`, with the voxel size to train at
     raw: Path
     out: Path
-    network: dict  # backbone, recipe and overrides, as `run.network_for` takes them
+    network: dict  # backbone, recipe and overrides, as `run.build_network` takes them
     start: Start  # The parent as a model folder
     seed: int = 0
 
@@ -194,7 +195,7 @@ class Plan:
     def rehearse(self, data: TrainingData) -> None:
         "Start a network from the parent's weights and leave it; ValueError if they do not fit"
         if self.start.model:
-            start_from(self.start, network_for(data, **self.network, parent=self.start.model)[0], data, self.out / "run")
+            load_start(self.start, build_network(data, **self.network, parent=self.start.model)[0], data, self.out / "run")
 
 
 def make_plan(
@@ -208,7 +209,7 @@ def make_plan(
     registry: str | Path | None,
     reading: dict,  # How a foreign checkpoint is read
     seed: int = 0,
-) -> Plan:
+) -> FinetunePlan:
     "Resolve what is not given: backbone and voxel size are the parent's, where there is one"
     from mednext_v2.models.card import read_card
 
@@ -217,7 +218,7 @@ def make_plan(
         start = replace(start, model=str(parent_folder(Path(start.model), out, **reading)), name=name)
     card = read_card(start.model) if start.model else None
     network = dict(backbone=backbone or (card.backbone if card else "mednext_v2_base"), recipe=recipe, overrides=overrides)
-    return Plan(plan_dataset(raw, spacing, card, registry), raw, out, network, start, seed)
+    return FinetunePlan(plan_dataset(raw, spacing, card, registry), raw, out, network, start, seed)
 
 
 def print_step(text: str) -> None:
@@ -225,27 +226,18 @@ def print_step(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 # %% ../nbs/60_finetuning.ipynb #fit-model
-def fit_model(plan: Plan, resources: Resources) -> None:
+def fit_model(plan: FinetunePlan, resources: Resources) -> None:
     "Prepare and train; both go on where they were"
     from mednext_v2.data.preprocess import prepare
 
     prepared = plan.out / "prepared"
     if not (prepared / "manifest.csv").is_file():  # Written last
         prepare(plan.dataset, plan.raw.parent, prepared, max(1, resources.workers), progress=True)
-    network = plan.network | {"recipe": asdict(plan.network["recipe"])}
-    train_in_processes(
-        resources,
-        plan.start,
-        Display(pictures=pictures_by_default()),
-        data=str(prepared),
-        out=str(plan.out / "model"),
-        folder=str(plan.out / "run"),
-        seed=plan.seed,
-        **network,
-    )
+    settings = TrainSettings(prepared, plan.out / "model", folder=plan.out / "run", start=plan.start, seed=plan.seed, **plan.network)
+    train_in_processes(settings, resources, Display(pictures=pictures_by_default()))
 
 
-def score_model(plan: Plan, command: str, say: Callable[[str], None], resources: Resources) -> pd.DataFrame:  # As `score_cases` gives it
+def score_model(plan: FinetunePlan, command: str, say: Callable[[str], None], resources: Resources) -> pd.DataFrame:  # As `score_cases` gives it
     "Predict the held-out cases and score them; nothing is done again"
     from mednext_v2.models.card import read_card
 
@@ -305,7 +297,7 @@ def finetune(
             say(plan.describe())
             plan.rehearse(data)
             if check:
-                say(forecast_fit(data, **plan.network, parent=plan.start.model, device=resources.device, processes=resources.processes))
+                say(forecast_cost(data, **plan.network, parent=plan.start.model, device=resources.device, processes=resources.processes))
             write_json(out / "plan.json", request, sort_keys=False)
             fit_model(plan, resources)
         return score_model(plan, command, say, resources)

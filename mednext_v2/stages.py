@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from .core import atomic_file, build, read_json, read_yaml, root
-from .study.plan import Plan
+from .study.plan import StudyPlan
 
 # %% ../nbs/70_stages.ipynb #notebook-parameters
 def notebook_parameters(
@@ -90,7 +90,7 @@ def check_names(values: dict) -> None:
                 raise ValueError(f"params.yaml: {field} holds {name!r}: a name is letters, digits, _, . and -")
 
 
-def check_plan(plan: Plan) -> None:
+def check_plan(plan: StudyPlan) -> None:
     "ValueError for an unknown data set, network or start in `params.yaml`"
     from mednext_v2.models.registry import BACKBONES, plugins
     from mednext_v2.data.datasets import load_datasets
@@ -124,7 +124,7 @@ def compose_params(
         compose_and_dump(str(temporary), str(root() / "conf"), None, "config", "", [f"profile={profile}"])
         values = read_yaml(temporary)
         check_names(values)
-        check_plan(build(Plan, {"profile": profile, "seeds": values["seeds"], **values["axes"]}, "params.yaml:axes"))
+        check_plan(build(StudyPlan, {"profile": profile, "seeds": values["seeds"], **values["axes"]}, "params.yaml:axes"))
     return path
 
 # %% ../nbs/70_stages.ipynb #readme
