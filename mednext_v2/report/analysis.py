@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .tables import COLUMN, METRICS, MISSING, backbone_title, house_style
-from ..evaluation.statistics import choose, compare, declared_mean, seed_draws, shared_draws
+from ..evaluation.statistics import select_method, compare, declared_mean, seed_draws, shared_draws
 
 # %% ../../nbs/report/20_analysis.ipynb #effects
 EFFECT_COLUMNS = "init variant reference metric difference low high p n tasks seeds".split()
@@ -92,7 +92,7 @@ def group_gains(
 ) -> pd.DataFrame:  # group (organ, pathology, difference), gain, low, high, cases
     "Mean gain per group, and pathology less organs, with 95 % intervals; NaN where a group is absent"
     key = ["task", "case", "label", "group", "seed"]
-    sides = [choose(scores, method).groupby(key)[metric].mean() for method in (a, b)]
+    sides = [select_method(scores, method).groupby(key)[metric].mean() for method in (a, b)]
     gain = (sides[0] - sides[1]).dropna().reset_index(name="gain")
     rng, whole, drawn, cases = np.random.default_rng(0), {}, {}, {}
     # Both groups of a task share its draws of cases and of seeds

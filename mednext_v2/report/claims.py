@@ -14,7 +14,7 @@ import pandas as pd
 from .analysis import effects, group_gains
 from ..core import read_csv, root
 from .tables import MISSING, backbone_title, counts, published
-from ..evaluation.statistics import choose, compare, compare_all, means, scratch_predicts
+from ..evaluation.statistics import select_method, compare, compare_all, means, scratch_predicts
 
 # %% ../../nbs/report/30_claims.ipynb #evidence
 LEAST = {"seeds": 3, "cases": 12, "tasks": 2}
@@ -176,7 +176,7 @@ def modality(tables) -> Evidence | None:
         return None
     found = compare(table, {"variant": "ct_full"}, {"variant": "mr_full"})
     holds = -MARGIN < found["low"] and found["high"] < MARGIN
-    used = choose(table, {"variant": "ct_full"})
+    used = select_method(table, {"variant": "ct_full"})
     detail = "CT- less MR-pretrained, all weights fine-tuned; negligible is within 1 point"
     return Evidence(found["difference"], found["low"], found["high"], holds, **size(used), detail=detail)
 
