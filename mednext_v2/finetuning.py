@@ -136,7 +136,7 @@ def planned_data(
 
 # %% ../nbs/60_finetuning.ipynb #remember
 def request_of(
-    plan,  # A `Plan`
+    plan,  # A `FinetunePlan`
 ) -> dict:
     "What the weights depend on, as JSON holds it"
     from mednext_v2.data.datasets import data_files
@@ -171,7 +171,7 @@ def check_request(
 
 # %% ../nbs/60_finetuning.ipynb #steps
 @dataclass(frozen=True)
-class Plan:
+class FinetunePlan:
     "What is to be done, found out before anything costly"
 
     dataset: object  # A `Dataset`, with the voxel size to train at
@@ -208,7 +208,7 @@ def make_plan(
     registry: str | Path | None,
     reading: dict,  # How a foreign checkpoint is read
     seed: int = 0,
-) -> Plan:
+) -> FinetunePlan:
     "Resolve what is not given: backbone and voxel size are the parent's, where there is one"
     from mednext_v2.models.card import read_card
 
@@ -217,7 +217,7 @@ def make_plan(
         start = replace(start, model=str(parent_folder(Path(start.model), out, **reading)), name=name)
     card = read_card(start.model) if start.model else None
     network = dict(backbone=backbone or (card.backbone if card else "mednext_v2_base"), recipe=recipe, overrides=overrides)
-    return Plan(plan_dataset(raw, spacing, card, registry), raw, out, network, start, seed)
+    return FinetunePlan(plan_dataset(raw, spacing, card, registry), raw, out, network, start, seed)
 
 
 def print_step(text: str) -> None:
@@ -225,7 +225,7 @@ def print_step(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 # %% ../nbs/60_finetuning.ipynb #fit-model
-def fit_model(plan: Plan, resources: Resources) -> None:
+def fit_model(plan: FinetunePlan, resources: Resources) -> None:
     "Prepare and train; both go on where they were"
     from mednext_v2.data.preprocess import prepare
 
@@ -245,7 +245,7 @@ def fit_model(plan: Plan, resources: Resources) -> None:
     )
 
 
-def score_model(plan: Plan, command: str, say: Callable[[str], None], resources: Resources) -> pd.DataFrame:  # As `score_cases` gives it
+def score_model(plan: FinetunePlan, command: str, say: Callable[[str], None], resources: Resources) -> pd.DataFrame:  # As `score_cases` gives it
     "Predict the held-out cases and score them; nothing is done again"
     from mednext_v2.models.card import read_card
 

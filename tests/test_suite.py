@@ -16,7 +16,7 @@ from mednext_v2.study.seeds import (
     BRAIN_LESION,
     HEAD_BLEED,
     SOURCES,
-    SeedScan,
+    LabelledScan,
     add_ct_lesions,
     add_mr_lesions,
     build_dataset,
@@ -92,7 +92,7 @@ def test_one_altered_byte_is_seen_before_anything_is_built(copy, tmp_path):
 def test_missing_or_misspelt_manifest(copy):
     text = (copy / "manifest.yaml").read_text()
     (copy / "manifest.yaml").write_text(text.replace("    licence:", "    license:", 1))
-    with pytest.raises(ValueError, match="seed 'ctA': Seed has no 'license'"):
+    with pytest.raises(ValueError, match="seed 'ctA': SeedEntry has no 'license'"):
         verify_seeds(copy)
     (copy / "manifest.yaml").unlink()
     with pytest.raises(FileNotFoundError, match="manifest.yaml is missing"):
@@ -224,7 +224,7 @@ def test_corpus_mixes_torso_and_head_two_to_one():
 def ball(size=40, radius=10, centre=(19.5, 19.5, 19.5)):
     distance = np.linalg.norm(np.stack(np.indices((size,) * 3)) - np.reshape(centre, (3, 1, 1, 1)), axis=0)
     label = (distance < radius).astype(np.uint8)
-    return SeedScan(1000 * label.astype(np.int16), label, ("ball",), (3.0, 3.0, 3.0))
+    return LabelledScan(1000 * label.astype(np.int16), label, ("ball",), (3.0, 3.0, 3.0))
 
 
 def test_deformation_of_strength_zero_only_resamples():

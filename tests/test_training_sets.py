@@ -368,8 +368,8 @@ def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path,
     def ask(*more: str, room: float) -> str:
         monkeypatch.setattr(launch, "available_memory", lambda device: int(room * processes))
         options = cli.parser().parse_args([*base, "--recipe", "smoke", "--recipe-set", *recipe, *more])
-        built = get_recipe("smoke", **dict(cli.literal_pair(pair) for pair in options.set))
-        return cli.forecast_training(options, built, dict(cli.literal_pair(pair) for pair in options.network))
+        built = get_recipe("smoke", **dict(cli.parse_pair(pair) for pair in options.recipe_set))
+        return cli.forecast_training(options, built, dict(cli.parse_pair(pair) for pair in options.network))
 
     need = float(ask(room=1e12).split()[1]) * 1e9
     kinds = set()

@@ -38,13 +38,14 @@ def settings(profile: str) -> dict:
 
 def trainings(profile: str) -> pd.DataFrame:  # stage, backbone, overrides, recipe, corpus or task, runs
     "All trainings that a profile asks for, those that differ in task and seed alone counted together"
-    from mednext_v2.scoring.ablations import Variant, own_pretraining
-    from mednext_v2.study.runs import Plan, finetuning_runs
+    from mednext_v2.scoring.ablations import Variant, pretraining_key
+    from mednext_v2.study.plan import StudyPlan
+    from mednext_v2.study.runs import finetuning_runs
     from mednext_v2.zoo.catalogue import get_entry
 
     values, rows = settings(profile), []
     axes = values["axes"]
-    plan = build(Plan, {"profile": profile, "seeds": values["seeds"], **axes}, f"profile {profile}")
+    plan = build(StudyPlan, {"profile": profile, "seeds": values["seeds"], **axes}, f"profile {profile}")
     tuned = len(finetuning_runs(plan, "", ""))  # Of one backbone and start
 
     def add(stage: str, backbone: str, overrides: dict, recipe: dict, runs: int) -> None:
@@ -63,7 +64,7 @@ def trainings(profile: str) -> pd.DataFrame:  # stage, backbone, overrides, reci
         count = len(described.get("tasks", axes["tasks"])) * len(described.get("seeds", values["seeds"]))
         own = {}
         for variant in (build(Variant, one or {}) for one in described["variants"].values()):
-            if "pretrained" in inits and (key := own_pretraining(variant, SimpleNamespace(**axes))):
+            if "pretrained" in inits and (key := pretraining_key(variant, SimpleNamespace(**axes))):
                 own[key] = variant
             add(f"ablate {name}", variant.backbone, variant.overrides, values["recipes"]["finetune"] | variant.finetune, count * len(inits))
         for variant in own.values():

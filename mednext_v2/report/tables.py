@@ -18,6 +18,7 @@ import pandas as pd
 
 from ..core import atomic_file, read_csv, root, write_csv
 from ..evaluation.statistics import compare, mean_interval
+from ..study.paths import StudyPaths
 
 # %% ../../nbs/report/10_tables.ipynb #published
 PUBLISHED_COLUMNS = "model backbone pretraining init patch metric value source known".split()
@@ -53,7 +54,7 @@ def read_table(
     "A table of a profile; ValueError for an unknown one, FileNotFoundError says how to make it"
     if name not in TABLES:
         raise ValueError(f"no table is called {name!r}; there are: {', '.join(TABLES)}")
-    path = root() / "results" / profile / f"{name}.csv"
+    path = StudyPaths(profile).results / f"{name}.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `make repro PROFILE={profile}`")
     table = read_csv(path)  # A case named 001 keeps its name

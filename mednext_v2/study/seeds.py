@@ -22,8 +22,8 @@ from ..data.datasets import Dataset, get_dataset, load_datasets, write_descripti
 
 # %% ../../nbs/study/10_seeds.ipynb #seeds
 @dataclass(frozen=True)
-class Seed:
-    "One entry of `data/seeds/manifest.yaml`"
+class SeedEntry:
+    "A scan that the suite is built from: one entry of `data/seeds/manifest.yaml`"
 
     name: str
     title: str
@@ -46,17 +46,17 @@ def seeds_folder(folder: str | Path | None = None) -> Path:
 
 def load_seeds(
     folder: str | Path | None = None,  # The project's `data/seeds` if not given
-) -> dict[str, Seed]:
+) -> dict[str, SeedEntry]:
     "The manifest of the seeds, by name; no file is opened"
     path = seeds_folder(folder) / "manifest.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: git checkout -- data/seeds/manifest.yaml")
-    return {name: build(Seed, {"name": name, **values}, f"{path.name}, seed {name!r}") for name, values in read_yaml(path)["seeds"].items()}
+    return {name: build(SeedEntry, {"name": name, **values}, f"{path.name}, seed {name!r}") for name, values in read_yaml(path)["seeds"].items()}
 
 
 def verify_seeds(
     folder: str | Path | None = None,  # The project's `data/seeds` if not given
-) -> dict[str, Seed]:  # The manifest, every file of which is there and unaltered
+) -> dict[str, SeedEntry]:  # The manifest, every file of which is there and unaltered
     "FileNotFoundError for a missing seed, ValueError with both hashes for an altered one"
     seeds = load_seeds(folder)
     for seed in seeds.values():
@@ -71,8 +71,8 @@ def verify_seeds(
 
 # %% ../../nbs/study/10_seeds.ipynb #seed-scan
 @dataclass(frozen=True)
-class SeedScan:
-    "A seed as arrays, its labels grouped into named structures"
+class LabelledScan:
+    "The arrays of a seed scan, its labels grouped into named structures"
 
     image: np.ndarray  # int16 (X, Y, Z): HU for CT
     label: np.ndarray  # uint8 (X, Y, Z): 0, or 1 + position in `names`
@@ -94,8 +94,8 @@ class SeedScan:
 
 def read_seed(
     folder: str | Path,  # Folder of the seeds
-    seed: Seed,
-) -> SeedScan:
+    seed: SeedEntry,
+) -> LabelledScan:
     "Image and grouped labels of a seed"
     structures = read_yaml(Path(folder) / "manifest.yaml")["label_sets"][seed.label_set]
     image_file, label_file = list(seed.files)[:2]
@@ -105,11 +105,11 @@ def read_seed(
             lookup[first : last + 1] = position + 1
     image = read_scan(Path(folder) / image_file)
     label = lookup[read_label(Path(folder) / label_file).voxels]
-    return SeedScan(image.voxels.astype(np.int16), label, tuple(structures), image.spacing)
+    return LabelledScan(image.voxels.astype(np.int16), label, tuple(structures), image.spacing)
 
 # %% ../../nbs/study/10_seeds.ipynb #random
 def generator(
-    seed: int,  # Seed of the suite
+    seed: int,  # SeedEntry of the suite
     *key: str,  # Task and case
 ) -> np.random.Generator:
     "A random generator of its own for each key, the same in every process"
@@ -161,8 +161,7 @@ def sample_points(
     shift: float,  # Largest shift in the axial plane, mm
 ) -> np.ndarray:  # float32 (3, X, Y, Z), mm
     "Where each voxel of the new grid looks in the old body"
-    spacing = np.asarray(spacing)
-    shape = np.round((extent[1] - extent[0]) / spacing).astype(int)
+    shape = tuple(np.round((extent[1] - extent[0]) / np.asarray(spacing)).astype(int))
     axes = [extent[0][i] + (np.arange(shape[i]) + 0.5) * spacing[i] for i in range(3)]
     points = np.stack(np.meshgrid(*axes, indexing="ij"))
     if amount > 0:
@@ -170,13 +169,13 @@ def sample_points(
         moved = np.einsum("ij,jxyz->ixyz", random_affine(rng, amount), points - centre) + centre
         offset = rng.uniform(-shift, shift, 3) * amount * [1.0, 1.0, 0.4]
         # 3.2 mm in the plane and 1.9 mm along the body, over about 40 mm
-        elastic = [reach * smooth_field(rng, shape, 32 / spacing.mean()) for reach in (3.2, 3.2, 1.9)]
+        elastic = [reach * smooth_field(rng, shape, 32 / float(np.mean(spacing))) for reach in (3.2, 3.2, 1.9)]
         points = moved + offset[:, None, None, None] + amount * np.stack(elastic)
     return points.astype(np.float32)
 
 
 def deform(
-    scan: SeedScan,
+    scan: LabelledScan,
     image: np.ndarray,  # The scan's image, possibly changed
     spacing: tuple[float, float, float],  # Of the result, mm
     rng: np.random.Generator,
@@ -206,7 +205,7 @@ CONTRAST = {
 }  # fmt: skip
 
 
-def add_contrast(scan: SeedScan, rng: np.random.Generator) -> np.ndarray:  # float32, HU
+def add_contrast(scan: LabelledScan, rng: np.random.Generator) -> np.ndarray:  # float32, HU
     "A scan without contrast agent as if some had been given"
     strength = rng.uniform(0, 1.1)
     rise = np.zeros(len(scan.names) + 1, np.float32)
@@ -234,7 +233,7 @@ def finish_mr(
     bright = np.percentile(image[image > 0.02 * image.max()], 99)
     tissue = image > 0
     image = np.clip(image / bright, 0, None) ** np.exp(rng.uniform(-0.25, 0.25))
-    image = image * np.exp(0.12 * smooth_field(rng, image.shape, 90 / np.mean(spacing)))
+    image = image * np.exp(0.12 * smooth_field(rng, image.shape, 90 / float(np.mean(spacing))))
     image = image + tissue * rng.normal(0, rng.uniform(0.01, 0.04), image.shape)
     return np.clip(np.rint(image * 400), 0, 32767).astype(np.int16)
 
@@ -260,7 +259,7 @@ def spoiled_echo(
     return (1 - decay) / (1 - decay * np.cos(np.deg2rad(flip)))
 
 
-def tissue_map(scan: SeedScan) -> tuple[np.ndarray, tuple[str, ...]]:
+def tissue_map(scan: LabelledScan) -> tuple[np.ndarray, tuple[str, ...]]:
     "Structures, and where there are none fat, soft tissue or bone by HU; 0 is air. The names are by value, from 1"
     first = len(scan.names) + 1
     body = ndimage.binary_dilation(ndimage.binary_opening(scan.image > -300, iterations=2), iterations=2)
@@ -272,7 +271,7 @@ def tissue_map(scan: SeedScan) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def synthesise_mr(
-    scan: SeedScan,  # CT
+    scan: LabelledScan,  # CT
     rng: np.random.Generator,
     realistic: bool,  # From T1 times; otherwise every tissue at random
 ) -> np.ndarray:  # float32, fat about 1
@@ -310,7 +309,7 @@ def lumpy_distance(
     offsets = [(np.arange(n) - c) * s for n, c, s in zip(shape, centre, spacing)]
     grid = np.stack(np.meshgrid(*offsets, indexing="ij"))
     scaled = np.einsum("ij,jxyz->ixyz", turn, grid) / axes[:, None, None, None]
-    bumps = smooth_field(rng, shape, 10 / np.mean(spacing))
+    bumps = smooth_field(rng, shape, 10 / float(np.mean(spacing)))
     return (np.sqrt((scaled**2).sum(axis=0)) + 0.18 * bumps).astype(np.float32)
 
 
@@ -322,7 +321,7 @@ def soft_inside(
     "A mask with a soft edge"
     return 1 / (1 + np.exp(np.clip((distance - edge) / width, -60, 60)))
 
-
+# %% ../../nbs/study/10_seeds.ipynb #lesion-kinds
 @dataclass(frozen=True)
 class Lesion:
     "How many lesions of which size, and how much they differ from the organ on CT"
@@ -352,7 +351,7 @@ def lesion_distances(
     centres = [places[rng.integers(len(places))] for _ in range(number)]
     return [lumpy_distance(rng, organ.shape, c, rng.uniform(*lesion.radius), spacing) for c in centres]
 
-
+# %% ../../nbs/study/10_seeds.ipynb #ct-lesions
 def add_ct_lesions(
     image: np.ndarray,  # HU
     organ: np.ndarray,  # Mask
@@ -365,12 +364,12 @@ def add_ct_lesions(
     mask = np.zeros(organ.shape, bool)
     for distance in lesion_distances(organ, lesion, spacing, rng):
         weight = soft_inside(distance) * organ
-        texture = lesion.texture * smooth_field(rng, organ.shape, 6 / np.mean(spacing))
+        texture = lesion.texture * smooth_field(rng, organ.shape, 6 / float(np.mean(spacing)))
         image = image * (1 - weight) + weight * (level + rng.uniform(*lesion.contrast) + texture)
         mask |= (distance < 1) & organ
     return image, mask
 
-
+# %% ../../nbs/study/10_seeds.ipynb #mr-lesions
 def add_mr_lesions(
     image: np.ndarray,  # Arbitrary units
     organ: np.ndarray,  # Mask
@@ -384,7 +383,7 @@ def add_mr_lesions(
     for distance in lesion_distances(organ, lesion, spacing, rng, margin=2):
         image = image * (1 - soft_inside(distance, 1.5, 0.1) * organ * rng.uniform(0.3, 0.42))
         rim = np.exp(-(((distance - 0.85) / 0.16) ** 2))
-        texture = smooth_field(rng, organ.shape, 6 / np.mean(spacing))
+        texture = smooth_field(rng, organ.shape, 6 / float(np.mean(spacing)))
         core = level * (rng.uniform(0.25, 0.4) + rng.uniform(0.8, 1.1) * rim + 0.04 * texture)
         weight = soft_inside(distance) * organ
         image = image * (1 - weight) + weight * core
@@ -393,8 +392,12 @@ def add_mr_lesions(
     return image, label
 
 # %% ../../nbs/study/10_seeds.ipynb #plan
+Arrays = tuple[np.ndarray, np.ndarray]  # Image and label, (X, Y, Z)
+Spacing = tuple[float, float, float]  # mm
+
+
 @dataclass(frozen=True)
-class Plan:
+class CasePlan:
     "A case to be built"
 
     task: str
@@ -408,8 +411,8 @@ class Plan:
         "The first test case keeps the shape of the scan"
         return self.split == "test" and self.index == 0
 
-
-def make_corpus(scan, plan, dataset, spacing, rng):
+# %% ../../nbs/study/10_seeds.ipynb #make-corpora
+def make_corpus(scan: LabelledScan, plan: CasePlan, dataset: Dataset, spacing: Spacing, rng: np.random.Generator) -> Arrays:
     "Torso or head CT with all structures"
     if plan.scan == "ctH":
         image, label = deform(scan, scan.image, spacing, rng)
@@ -418,7 +421,7 @@ def make_corpus(scan, plan, dataset, spacing, rng):
     return finish_ct(image, rng), scan.select(label, dataset.labels)
 
 
-def make_corpus_mr(scan, plan, dataset, spacing, rng):
+def make_corpus_mr(scan: LabelledScan, plan: CasePlan, dataset: Dataset, spacing: Spacing, rng: np.random.Generator) -> Arrays:
     "A brain on T1 MR, or the torso on synthesised MR, with all structures"
     if plan.scan == "mrP":
         image, label = deform(scan, scan.image, spacing, rng)
@@ -426,29 +429,29 @@ def make_corpus_mr(scan, plan, dataset, spacing, rng):
         image, label = deform(scan, synthesise_mr(scan, rng, realistic=plan.index % 4 != 3), spacing, rng, shift=20.0)
     return finish_mr(image, rng, spacing), scan.select(label, dataset.labels)
 
-
-def upper_abdomen(scan, plan, spacing, rng):
+# %% ../../nbs/study/10_seeds.ipynb #make-abdomen-ct
+def upper_abdomen(scan: LabelledScan, plan: CasePlan, spacing: Spacing, rng: np.random.Generator) -> Arrays:
     "Image and label of the upper 120 mm of scan A with contrast, or of the slab of scan B"
     if plan.split != "test":
         return deform(scan, add_contrast(scan, rng), spacing, rng, shift=20.0, top=120.0)
     return deform(scan, scan.image, spacing, rng, amount=0.0 if plan.pristine else 0.7, shift=20.0)
 
 
-def make_abdomen_ct(scan, plan, dataset, spacing, rng):
+def make_abdomen_ct(scan: LabelledScan, plan: CasePlan, dataset: Dataset, spacing: Spacing, rng: np.random.Generator) -> Arrays:
     "Organs of the upper abdomen on CT"
     image, label = upper_abdomen(scan, plan, spacing, rng)
     return finish_ct(image, rng, (0, 6) if plan.split == "test" else (4, 14)), scan.select(label, dataset.labels)
 
 
-def make_liver_lesion_ct(scan, plan, dataset, spacing, rng):
+def make_liver_lesion_ct(scan: LabelledScan, plan: CasePlan, dataset: Dataset, spacing: Spacing, rng: np.random.Generator) -> Arrays:
     "Dark lesions in the liver on CT"
     image, label = upper_abdomen(scan, plan, spacing, rng)
     liver = scan.where(label, "liver")
     image, lesion = add_ct_lesions(image, liver, LIVER_LESION, spacing, rng)
     return finish_ct(image, rng, (0, 6) if plan.split == "test" else (4, 14)), np.where(lesion, 2, liver)
 
-
-def make_head_bleed_ct(scan, plan, dataset, spacing, rng):
+# %% ../../nbs/study/10_seeds.ipynb #make-head-ct
+def make_head_bleed_ct(scan: LabelledScan, plan: CasePlan, dataset: Dataset, spacing: Spacing, rng: np.random.Generator) -> Arrays:
     "Bright bleeds in the brain on CT; every other training head without its skull, as the test brain is"
     image, label = deform(scan, scan.image, spacing, rng, amount=0.0 if plan.pristine else 1.0)
     if plan.split == "test":
@@ -463,14 +466,14 @@ def make_head_bleed_ct(scan, plan, dataset, spacing, rng):
     image, bleed = add_ct_lesions(image, brain, HEAD_BLEED, spacing, rng)
     return finish_ct(image, rng, (2, 6)), np.where(bleed, 2, brain)
 
-
-def make_brain_mr(scan, plan, dataset, spacing, rng):
+# %% ../../nbs/study/10_seeds.ipynb #make-mr
+def make_brain_mr(scan: LabelledScan, plan: CasePlan, dataset: Dataset, spacing: Spacing, rng: np.random.Generator) -> Arrays:
     "Brain regions on T1 MR"
     image, label = deform(scan, scan.image, spacing, rng, amount=0.0 if plan.pristine else 1.0)
     return finish_mr(image, rng, spacing), scan.select(label, dataset.labels)
 
 
-def make_abdomen_mr(scan, plan, dataset, spacing, rng):
+def make_abdomen_mr(scan: LabelledScan, plan: CasePlan, dataset: Dataset, spacing: Spacing, rng: np.random.Generator) -> Arrays:
     "Organs of the upper abdomen: synthesised MR for training, real MR for test"
     if plan.split == "test":
         image, label = deform(scan, scan.image, spacing, rng, amount=0.0 if plan.pristine else 1.0)
@@ -480,36 +483,36 @@ def make_abdomen_mr(scan, plan, dataset, spacing, rng):
     return finish_mr(image, rng, spacing), scan.select(label, dataset.labels)
 
 
-def make_brain_lesion_mr(scan, plan, dataset, spacing, rng):
+def make_brain_lesion_mr(scan: LabelledScan, plan: CasePlan, dataset: Dataset, spacing: Spacing, rng: np.random.Generator) -> Arrays:
     "Oedema and core in the brain on T1 MR"
     image, label = deform(scan, scan.image, spacing, rng, amount=0.0 if plan.pristine else 1.0)
-    brain = ndimage.binary_fill_holes(image > 0.25 * np.percentile(image[image > 0], 90))
+    brain = np.asarray(ndimage.binary_fill_holes(image > 0.25 * np.percentile(image[image > 0], 90)))
     image, lesion = add_mr_lesions(image, brain, BRAIN_LESION, spacing, rng)
     return finish_mr(image, rng, spacing), lesion
 
 # %% ../../nbs/study/10_seeds.ipynb #sources
 @dataclass(frozen=True)
-class Source:
+class CaseSource:
     "Where the cases of a task come from"
 
     train: tuple[str, ...]  # Seeds, taken in turn, for training and validation
-    test: str  # Seed for test; empty if there is no test
-    make: Callable
+    test: str  # SeedEntry for test; empty if there is no test
+    make: Callable[[LabelledScan, CasePlan, Dataset, Spacing, np.random.Generator], Arrays]
     how_train: str
     how_test: str = ""
     leakage: str = ""
 
 
 DEFORMED = "affine and elastic deformation"
-SOURCES = {
-    "corpus_ct": Source(
+CORPORA = {
+    "corpus_ct": CaseSource(
         ("ctA", "ctH", "ctA"),
         "",
         make_corpus,
         f"{DEFORMED}; simulated contrast on the torso; noise",
         leakage="validation is an unseen deformation of the training scans; no test scan of any task is used",
     ),
-    "corpus_mr": Source(
+    "corpus_mr": CaseSource(
         ("ctA", "mrP", "ctA"),
         "",
         make_corpus_mr,
@@ -517,7 +520,11 @@ SOURCES = {
         leakage="validation is an unseen deformation of the training scans; no test scan of any task is used, but the "
         "synthesis imitates the kind of sequence of abdomen_mr's test scan",
     ),
-    "abdomen_ct": Source(
+}  # fmt: skip
+
+# %% ../../nbs/study/10_seeds.ipynb #ct-sources
+CT_TASKS = {
+    "abdomen_ct": CaseSource(
         ("ctA",),
         "ctB",
         make_abdomen_ct,
@@ -525,7 +532,7 @@ SOURCES = {
         "another patient; noise",
         "trains on deformations of ctA, which the corpus also uses; the test patient is in neither",
     ),
-    "liver_lesion_ct": Source(
+    "liver_lesion_ct": CaseSource(
         ("ctA",),
         "ctB",
         make_liver_lesion_ct,
@@ -534,7 +541,7 @@ SOURCES = {
         "trains on deformations of ctA, which the corpus also uses; the test patient is in neither; "
         "lesions of one simulator",
     ),
-    "head_bleed_ct": Source(
+    "head_bleed_ct": CaseSource(
         ("ctH",),
         "ctK",
         make_head_bleed_ct,
@@ -543,7 +550,11 @@ SOURCES = {
         "trains on deformations of ctH, which the corpus also uses; the test template is in neither; "
         "bleeds of one simulator",
     ),
-    "brain_mr": Source(
+}  # fmt: skip
+
+# %% ../../nbs/study/10_seeds.ipynb #mr-sources
+MR_TASKS = {
+    "brain_mr": CaseSource(
         ("mrP",),
         "mrQ",
         make_brain_mr,
@@ -552,7 +563,7 @@ SOURCES = {
         "training brain and test template share MNI space, and the test labels are those of the training brain "
         "moved there",
     ),
-    "abdomen_mr": Source(
+    "abdomen_mr": CaseSource(
         ("ctA",),
         "mrM",
         make_abdomen_mr,
@@ -562,7 +573,7 @@ SOURCES = {
         "trains on the anatomy of ctA, which the corpus also uses; the synthesis imitates the test scan's kind of "
         "sequence (fat-bright T1), and the range of its contrast was chosen with the test scan's means in view",
     ),
-    "brain_lesion_mr": Source(
+    "brain_lesion_mr": CaseSource(
         ("mrP",),
         "mrQ",
         make_brain_lesion_mr,
@@ -571,21 +582,21 @@ SOURCES = {
         "training brain and test template share MNI space; lesions of one simulator",
     ),
 }  # fmt: skip
+SOURCES = CORPORA | CT_TASKS | MR_TASKS
 
-
+# %% ../../nbs/study/10_seeds.ipynb #plan-cases
 def plan_cases(
     name: str,  # Task
     cases: tuple[int, int, int],  # How many train, val and test
-) -> list[Plan]:
+) -> list[CasePlan]:
     "The cases to build for a task; validation uses the training scans, test another"
     if name not in SOURCES:
         raise ValueError(f"no scans are set aside for task {name!r}; the suite has: {', '.join(SOURCES)}")
     source, plans = SOURCES[name], []
     for split, count in zip(("train", "val", "test"), cases):
-        scans = source.train if split != "test" else filter(None, (source.test,))
-        scans = tuple(scans)
+        scans = source.train if split != "test" else tuple(filter(None, (source.test,)))
         for index in range(count if scans else 0):
-            plans.append(Plan(name, f"{name}_{split}{index:02d}", split, index, scans[index % len(scans)]))
+            plans.append(CasePlan(name, f"{name}_{split}{index:02d}", split, index, scans[index % len(scans)]))
     return plans
 
 # %% ../../nbs/study/10_seeds.ipynb #build-task
@@ -597,14 +608,14 @@ def voxel_digest(image: np.ndarray, label: np.ndarray) -> str:
 
 
 def build_case(
-    plan: Plan,
-    scan: SeedScan,
+    plan: CasePlan,
+    scan: LabelledScan,
     dataset: Dataset,
     folder: Path,  # The data set's folder
     spacing: tuple[float, float, float],  # mm
     seed: int,
 ) -> dict:  # Its row of `provenance.csv`
-    "Makes and writes one case"
+    "Make and write one case"
     source = SOURCES[plan.task]
     image, label = source.make(scan, plan, dataset, spacing, generator(seed, plan.task, plan.case))
     label = label.astype(np.uint8)
@@ -646,11 +657,10 @@ def build_dataset(
     check_output(Path(out) / dataset.folder, BUILT)
     if min(cases[:2]) < 1:
         raise ValueError(f"{name} needs at least one train and one val case, got cases={tuple(cases)}")
-    used = {plan.scan for plan in plans}
-    scans = {scan: read_seed(seeds_folder(seeds), entries[scan]) for scan in used}
+    scans = {name: read_seed(seeds_folder(seeds), entries[name]) for name in {plan.scan for plan in plans}}
     with atomic_folder(Path(out) / dataset.folder, BUILT) as folder:
-        rows = Parallel(n_jobs=workers)(delayed(build_case)(plan, scans[plan.scan], dataset, folder, spacing or dataset.spacing, seed) for plan in plans)
-        provenance = pd.DataFrame(rows)
+        jobs = [delayed(build_case)(plan, scans[plan.scan], dataset, folder, spacing or dataset.spacing, seed) for plan in plans]
+        provenance = pd.DataFrame(list(Parallel(n_jobs=workers)(jobs)))
         write_descriptions(dataset, provenance, folder)
     return provenance
 
