@@ -86,7 +86,7 @@ def forest(
 # %% ../../nbs/report/20_analysis.ipynb #group-gains
 def group_gains(
     scores: pd.DataFrame,  # Rows of scores.csv or ablations.csv
-    a: dict,  # A method, as for `statistics.choose`: with the change
+    a: dict,  # A method, as for `statistics.select_method`: with the change
     b: dict,  # Without it
     metric: str = "dsc",
     n: int = 2000,  # Resamples

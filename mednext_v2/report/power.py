@@ -25,7 +25,7 @@ class Spread(NamedTuple):
 # %% ../../nbs/report/40_power.ipynb #differences
 def differences(
     scores: pd.DataFrame,  # Rows of scores.csv or ablations.csv
-    a: dict,  # A method, as for `statistics.choose`
+    a: dict,  # A method, as for `statistics.select_method`
     b: dict,
     metric: str = "dsc",
 ) -> pd.DataFrame:  # (cases, seeds), with each task's mean taken away
