@@ -39,10 +39,10 @@ GRAINS = {"as built": (MINI, None, None), "3 mm to 2 mm": (("abdomen_ct", "brain
 # ---------------------------------------------------------------- what is measured, one process each
 def mini_tasks(grain: str) -> list:
     "The tasks of the mini suite, on the grid that this grain is prepared to"
-    from mednext_v2.data.datasets import get_task
+    from mednext_v2.data.datasets import get_dataset
 
     names, _, target = GRAINS[grain]
-    return [replace(task, spacing=target or task.spacing) for task in map(get_task, names)]
+    return [replace(task, spacing=target or task.spacing) for task in map(get_dataset, names)]
 
 
 def child_prepare(raw: str, out: str, grain: str, workers: int) -> dict:
@@ -112,7 +112,7 @@ def child_loader(folder: str, augment: str, steps: int) -> dict:
 
     torch.set_num_threads(1)
     prepared = Prepared(folder)
-    model = create("mednext_v2_tiny", 1, prepared.task.num_classes, deep_supervision=True, width=8)
+    model = create("mednext_v2_tiny", 1, prepared.dataset.num_classes, deep_supervision=True, width=8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     sampler = PatchSampler(prepared, "train", (32, 32, 32), 2, 0.33, augment)
     waits, whole = [], []
@@ -184,10 +184,10 @@ KINDS = {
 
 def big_task(kind: str):
     "A CT task of sixty structures"
-    from mednext_v2.data.datasets import Task
+    from mednext_v2.data.datasets import Dataset
 
     labels = {f"structure{value}": value for value in range(1, 61)}
-    return Task(
+    return Dataset(
         name=f"big_{kind}",
         dataset=980 + list(KINDS).index(kind),
         title=f"Big {kind}",
@@ -206,7 +206,7 @@ def big_task(kind: str):
 def big_raw(kind: str, raw: Path) -> None:
     "A body of noisy tissue with sixty ellipsoids; training and validation case are the same files"
     from mednext_v2.core import write_json
-    from mednext_v2.data.datasets import write_dataset
+    from mednext_v2.data.datasets import write_description
     from mednext_v2.data.scans import write_volume
 
     shape, spacing, _ = KINDS[kind]
@@ -234,7 +234,7 @@ def big_raw(kind: str, raw: Path) -> None:
     write_volume(folder / "labelsTr" / "one.nii.gz", label, affine)
     os.link(folder / "imagesTr" / "one_0000.nii.gz", folder / "imagesTr" / "two_0000.nii.gz")
     os.link(folder / "labelsTr" / "one.nii.gz", folder / "labelsTr" / "two.nii.gz")
-    write_dataset(big_task(kind), folder, 2)
+    write_description(big_task(kind), folder, 2)
     image, label = folder / "imagesTr" / "one_0000.nii.gz", folder / "labelsTr" / "one.nii.gz"
     listed = {"images": [str(image)], "label": str(label)}
     known = json.loads((folder / "dataset.json").read_text())
@@ -254,13 +254,13 @@ def spread(values: list[float]) -> dict:
 
 def speed(work: Path) -> dict:
     "Cases per second of the mini raw data, ours and nnU-Net's, with one and two processes"
-    from mednext_v2.study.seeds import build_task
+    from mednext_v2.study.seeds import build_dataset
 
     results = {}
     for grain, (_, spacing, _) in GRAINS.items():
         place = work / grain.replace(" ", "_")
         for task in mini_tasks(grain):
-            build_task(task.name, None, place / "raw", spacing=spacing, workers=2)
+            build_dataset(task.name, None, place / "raw", spacing=spacing, workers=2)
         targets = {task.dataset: task.spacing[::-1] for task in mini_tasks(grain)}
         count = sum(len(list((place / "raw" / t.folder / "labelsTr").iterdir())) for t in mini_tasks(grain))
         log(f"{grain}: raw data built")
@@ -331,12 +331,12 @@ def paper(work: Path) -> dict:
 
 def loader(work: Path) -> dict:
     "Share of a training step that waits for patches, two cores, the mini profile's network"
-    from mednext_v2.data.datasets import get_task
+    from mednext_v2.data.datasets import get_dataset
     from mednext_v2.data.preprocess import prepare
-    from mednext_v2.study.seeds import build_task
+    from mednext_v2.study.seeds import build_dataset
 
-    task = get_task("abdomen_ct")
-    build_task(task.name, None, work / "loader" / "raw")
+    task = get_dataset("abdomen_ct")
+    build_dataset(task.name, None, work / "loader" / "raw")
     prepare(task, work / "loader" / "raw", work / "loader" / "out")
     runs = {"light": [], "nnunet": []}
     for _ in range(REPEATS):

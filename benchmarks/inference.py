@@ -41,10 +41,10 @@ LARGE_BOUND_GB = 6
 
 # ---------------------------------------------------------------- the sides, one process each
 def ours(model, image, patch: tuple, shape: tuple) -> np.ndarray:
-    from mednext_v2.inference.predictor import averaged, bounded_labels, evaluating, lay_windows
+    from mednext_v2.inference.windows import average_models, eval_mode, lay_windows, tiled_labels
 
-    with evaluating(model):
-        return bounded_labels(averaged([model]), image, lay_windows(image.shape[1:], patch, 0.5, shape))
+    with eval_mode(model):
+        return tiled_labels(average_models([model]), image, lay_windows(image.shape[1:], patch, 0.5, shape))
 
 
 def monai(model, image, patch: tuple, shape: tuple) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 from scipy import ndimage
 
 from mednext_v2.core import root, write_json
-from mednext_v2.data.datasets import Task
+from mednext_v2.data.datasets import Dataset
 from mednext_v2.data.scans import read_scan
 from mednext_v2.evaluation.metrics import dice, score_case, surface_dice
 
@@ -68,9 +68,9 @@ def contents(shape: tuple[int, ...], classes: int) -> tuple[np.ndarray, np.ndarr
     return prediction, truth
 
 
-def task_of(classes: int) -> Task:
+def task_of(classes: int) -> Dataset:
     labels = {f"class {value}": value for value in range(1, classes + 1)}
-    return Task("synthetic", 999, "Synthetic", "CT", labels, "organ", SPACING, (64, 64, 64), TOLERANCE, "finetune", "none", "none")
+    return Dataset("synthetic", 999, "Synthetic", "CT", labels, "organ", SPACING, (64, 64, 64), TOLERANCE, "finetune", "none", "none")
 
 
 # ---- Methods: each gives NSD and HD95 by class where it computes them, to see that all do the same work

@@ -82,14 +82,14 @@ def child_axis(axis: str) -> dict:
 
 def child_cases(count: int) -> dict:
     "A preparation of so many cases by one process"
-    from mednext_v2.data.datasets import get_task
+    from mednext_v2.data.datasets import get_dataset
     from mednext_v2.data.preprocess import prepare
-    from mednext_v2.study.seeds import build_task
+    from mednext_v2.study.seeds import build_dataset
 
     with tempfile.TemporaryDirectory(prefix="mednext-") as work:
-        build_task("liver_lesion_ct", None, work, (count - 2, 1, 1))
+        build_dataset("liver_lesion_ct", None, work, (count - 2, 1, 1))
         before, begin = peak_mib(), time.process_time()
-        prepare(get_task("liver_lesion_ct"), work, Path(work) / "prepared")
+        prepare(get_dataset("liver_lesion_ct"), work, Path(work) / "prepared")
         return {"seconds": time.process_time() - begin, "before_mib": before, "peak_mib": peak_mib()}
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from mednext_v2.core import root, write_json
-from mednext_v2.data.storage import open_array, opened, write_array
+from mednext_v2.data.storage import open_array, open_handle, write_array
 
 SIDES = (32, 64, 128)
 SIZE = (256, 256, 200)
@@ -167,7 +167,7 @@ class Ours(Npy):
         write_array(path, array, (1, self.side, self.side, self.side))
 
     def open(self, path):
-        opened.cache_clear()
+        open_handle.cache_clear()
         return open_array(path)
 
     def read(self, opened, box):
@@ -201,7 +201,7 @@ def files_of(path: Path) -> list[Path]:
 
 def forget(path: Path) -> None:
     "Drops a file's pages from the system's memory: the next read comes from the disk"
-    opened.cache_clear()  # Pages that are still mapped would stay
+    open_handle.cache_clear()  # Pages that are still mapped would stay
     for file in files_of(path):
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)

@@ -51,7 +51,7 @@ class Batches:
 
         sampler = training_sampler(recipe, prepared)
         self.ready = [sampler.batch(step) for step in range(READY)]
-        self.patch, self.batch_size, self.fingerprint = recipe.patch, recipe.batch, sampler.fingerprint
+        self.patch, self.batch_size, self.fingerprint = recipe.patch, recipe.batch_size, sampler.fingerprint
         self.prepared, self.asked = prepared, []
 
     def __getitem__(self, step: int):
@@ -99,7 +99,7 @@ def network(prepared):
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    return create("mednext_v2_tiny", 1, prepared.task.num_classes, deep_supervision=True, width=8)
+    return create("mednext_v2_tiny", 1, prepared.dataset.num_classes, deep_supervision=True, width=8)
 
 
 def bare(recipe, model):
@@ -118,7 +118,7 @@ def bare(recipe, model):
             optimizer.zero_grad()
             loss = deep_supervision_loss(model(image), label, **options)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
             optimizer.step()
 
     return steps
@@ -145,7 +145,7 @@ def nnunet(recipe, model, folder: Path):
     outputs = len(model(torch.zeros(1, 1, *recipe.patch)))
     place = next((folder / "preprocessed").iterdir())
     plans = json.loads((place / "nnUNetPlans.json").read_text()) | {"continue_training": False}
-    settings = {"patch_size": list(recipe.patch), "batch_size": recipe.batch, "batch_dice": recipe.batch_dice}
+    settings = {"patch_size": list(recipe.patch), "batch_size": recipe.batch_size, "batch_dice": recipe.batch_dice}
     plans["configurations"]["3d_fullres"] |= settings
     known = json.loads((place / "dataset.json").read_text())
     trainer = Peer(plans, "3d_fullres", 0, known, torch.device("cpu"))
@@ -236,12 +236,12 @@ def child(name: str, **arguments) -> dict:
 # ---------------------------------------------------------------- measurements
 def build(work: Path) -> dict:
     "Raw and prepared data of the mini task; arguments of the children"
-    from mednext_v2.data.datasets import get_task
+    from mednext_v2.data.datasets import get_dataset
     from mednext_v2.data.preprocess import prepare
-    from mednext_v2.study.seeds import build_task
+    from mednext_v2.study.seeds import build_dataset
 
-    build_task(TASK, None, work / "raw")
-    prepare(get_task(TASK), work / "raw", work / "prepared")
+    build_dataset(TASK, None, work / "raw")
+    prepare(get_dataset(TASK), work / "raw", work / "prepared")
     return {"prepared": str(work / "prepared"), "work": str(work)}
 
 
@@ -268,9 +268,9 @@ def compare(work: Path, changes: dict, peer: bool) -> dict:
     "The trainer beside bare steps and, if asked, nnU-Net's trainer"
     places = build(work)
     if peer:
-        from mednext_v2.data.datasets import get_task
+        from mednext_v2.data.datasets import get_dataset
 
-        task = get_task(TASK)
+        task = get_dataset(TASK)
         request(work / "nnunet", {task.dataset: task.spacing[::-1]}, 1, voxels=1e6, raw=work / "raw")
     run = child("compare", **places, changes=changes, peer=peer)
     names = [name for name in run["block_s"] if name != "trainer"]

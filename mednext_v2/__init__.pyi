@@ -17,9 +17,9 @@ from .models.registry import declare as declare
 from .models.registry import load_model as load_model
 from .models.transfer import freeze as freeze
 from .models.transfer import transfer as transfer
-from .data.datasets import Task as Task
-from .data.datasets import get_task as get_task
-from .data.datasets import raw_task as raw_task
+from .data.datasets import Dataset as Dataset
+from .data.datasets import get_dataset as get_dataset
+from .data.datasets import raw_dataset as raw_dataset
 from .data.preprocess import Prepared as Prepared
 from .data.augment import PatchSampler as PatchSampler
 from .data.augment import patch_loader as patch_loader
@@ -28,8 +28,8 @@ from .training.losses import deep_supervision_loss as deep_supervision_loss
 from .training.recipe import Recipe as Recipe
 from .training.recipe import get_recipe as get_recipe
 from .training.trainer import fit as fit
+from .inference.windows import sliding_window as sliding_window
 from .inference.predictor import predict as predict
-from .inference.predictor import sliding_window as sliding_window
 from .inference.files import predict_files as predict_files
 from .evaluation.metrics import dice as dice
 from .evaluation.metrics import surface_dice as surface_dice

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from .core import Resources, check_output, fingerprint_of, held, read_csv, read_json, write_json
-from .evaluation.cases import note_scores, predict_cases, score_cases, write_scores
-from .training.run import TrainingData, drawn, forecast_fit, network_for, start_from, train_in_processes
+from .core import Resources, check_output, short_hash, output_lock, read_csv, read_json, write_json
+from .evaluation.cases import predict_cases, record_scores, score_cases, write_scores
+from .training.run import TrainingData, forecast_fit, network_for, pictures_by_default, start_from, train_in_processes
 from .models.transfer import Start
 from .training.trainer import Display
 
@@ -29,22 +29,22 @@ def raw_folder(
     workers: int = 1,
 ) -> Path:  # The raw data set
     "The folder itself, or a data set built from seed scans"
-    from mednext_v2.study.seeds import build_task
-    from mednext_v2.data.datasets import get_task
+    from mednext_v2.study.seeds import build_dataset
+    from mednext_v2.data.datasets import get_dataset
 
     if not (Path(data) / "manifest.yaml").is_file():
         return Path(data)
-    raw = Path(out) / "raw" / get_task(seed_task).folder
+    raw = Path(out) / "raw" / get_dataset(seed_task).folder
     if not raw.is_dir():  # It appears whole
-        build_task(seed_task, data, raw.parent, workers=workers)
+        build_dataset(seed_task, data, raw.parent, workers=workers)
     return raw
 
 
 def check_raw(raw: Path, workers: int = 1) -> str:  # The verdict
     "Examine the headers of raw data; ValueError, with the first error, if they are not clean"
-    from mednext_v2.intake.check import check_dataset
+    from mednext_v2.intake.check import check_raw_dataset
 
-    report = check_dataset(raw, workers=workers, quick=True)
+    report = check_raw_dataset(raw, workers=workers, quick=True)
     if not report.clean:
         first = report.table[report.table.severity == "error"].iloc[0]
         raise ValueError(f"{raw} is {report.verdict}; first {first.file}: {first.what}; all of them: mednextv2 doctor --data {raw}")
@@ -55,10 +55,10 @@ def checkpoint_in(
     model: Path,  # A file, or a folder
 ) -> Path:
     "The checkpoint to import: what is given, or the only one that a folder, e.g. of the zoo, holds"
-    from mednext_v2.zoo.importers import kind_of
+    from mednext_v2.zoo.importers import weights_kind
 
     try:
-        kind_of(model)
+        weights_kind(model)
         return model
     except ValueError as error:
         found = sorted({path.parent for path in model.rglob("plans.json") if (path.parent / "dataset.json").is_file()})
@@ -77,14 +77,14 @@ def parent_folder(
 ) -> Path:  # Model folder
     "The model to start from as a model folder; ValueError says what a foreign checkpoint does not tell"
     from mednext_v2.zoo.importers import import_model
-    from mednext_v2.zoo.catalogue import licence_of
+    from mednext_v2.zoo.catalogue import weights_source
 
     model, parent = Path(model), Path(out) / "parent"
     if (model / "card.json").is_file():
         return model
     if not (parent / "card.json").is_file():
         source = checkpoint_in(model)
-        origin = licence_of(source)
+        origin = weights_source(source)
         known = {"licence": origin.licence, "provenance": origin.provenance} if origin.sha256 else {}
         try:
             import_model(source, parent, known, **reading)
@@ -93,50 +93,50 @@ def parent_folder(
     return parent
 
 # %% ../nbs/60_finetuning.ipynb #plan-task
-def plan_task(
+def plan_dataset(
     raw: Path,
     spacing: tuple[float, ...] | None = None,  # Wanted voxel size, mm
     card=None,  # `Card` of the parent
     registry: str | Path | None = None,  # Another file than the project's
-):  # A `Task`
+):  # A `Dataset`
     "The task with the voxel size to train at: the one wanted, else the parent's, else the data set's"
-    from mednext_v2.data.datasets import find_task, read_splits
+    from mednext_v2.data.datasets import find_dataset, read_splits
 
-    task = find_task(raw, registry)
+    dataset = find_dataset(raw, registry)
     if spacing or card:
-        task = replace(task, spacing=tuple(spacing or card.spacing))
-    without_test = replace(task, role="pretrain")  # The only role that may lack test cases
-    return task if read_splits(without_test, raw.parent)["test"] else without_test
+        dataset = replace(dataset, spacing=tuple(spacing or card.spacing))
+    without_test = replace(dataset, role="pretrain")  # The only role that may lack test cases
+    return dataset if read_splits(without_test, raw.parent)["test"] else without_test
 
 
 def held_out(
-    task,  # A `Task`
+    dataset,  # A `Dataset`
     raw: Path,
 ) -> tuple[str, list]:  # Name of the split, and its cases
     "Test cases, or validation cases where there are none"
     from mednext_v2.data.datasets import list_cases
 
-    cases = list_cases(task, raw.parent)
+    cases = list_cases(dataset, raw.parent)
     split = "test" if any(case.split == "test" for case in cases) else "val"
     return split, [case for case in cases if case.split == split]
 
 
 def planned_data(
-    task,  # A `Task`
+    dataset,  # A `Dataset`
     raw: Path,
 ) -> TrainingData:  # That holds no arrays
     "What a forecast needs of data that are not prepared yet; cropping can only make the volumes smaller"
     from mednext_v2.data.preprocess import target_shape
-    from mednext_v2.data.datasets import header_grids, list_cases
+    from mednext_v2.data.datasets import read_grids, list_cases
 
-    files = [case.images[0] for case in list_cases(task, raw.parent) if case.split == "train"]
-    shapes = [target_shape(shape, spacing, task.spacing) for spacing, shape in zip(*header_grids(files))]
+    files = [case.images[0] for case in list_cases(dataset, raw.parent) if case.split == "train"]
+    shapes = [target_shape(shape, spacing, dataset.spacing) for spacing, shape in zip(*read_grids(files))]
     shape = tuple(pd.DataFrame(shapes).median().astype(int))
-    return TrainingData({task.name: SimpleNamespace(task=task, fingerprint=SimpleNamespace(shape=shape))})
+    return TrainingData({dataset.name: SimpleNamespace(dataset=dataset, fingerprint=SimpleNamespace(shape=shape))})
 
 # %% ../nbs/60_finetuning.ipynb #remember
 def request_of(
-    plan,  # A `Plan`
+    plan,  # A `FinetunePlan`
 ) -> dict:
     "What the weights depend on, as JSON holds it"
     from mednext_v2.data.datasets import data_files
@@ -146,7 +146,7 @@ def request_of(
     parent = plan.start.model
     request = dict(
         data=str(plan.raw.resolve()),
-        files=fingerprint_of(facts),
+        files=short_hash(facts),
         init=plan.start.name,
         parent=read_card(parent).sha256 if parent else None,
         backbone=plan.network["backbone"],
@@ -154,7 +154,7 @@ def request_of(
         recipe=asdict(plan.network["recipe"]),
         start=plan.start.options,
         seed=plan.seed,
-        task=asdict(plan.task),
+        task=asdict(plan.dataset),
     )
     return json.loads(json.dumps(request))
 
@@ -171,10 +171,10 @@ def check_request(
 
 # %% ../nbs/60_finetuning.ipynb #steps
 @dataclass(frozen=True)
-class Plan:
+class FinetunePlan:
     "What is to be done, found out before anything costly"
 
-    task: object  # A `Task`, with the voxel size to train at
+    dataset: object  # A `Dataset`, with the voxel size to train at
     raw: Path
     out: Path
     network: dict  # backbone, recipe and overrides, as `run.network_for` takes them
@@ -184,11 +184,11 @@ class Plan:
     def describe(self) -> str:
         "One line"
         begin = f"from {self.start.name}" if self.start.model else "from random weights"
-        spacing = " x ".join(f"{size:g}" for size in self.task.spacing)
+        spacing = " x ".join(f"{size:g}" for size in self.dataset.spacing)
         recipe = self.network["recipe"]
         return (
-            f"plan: {self.network['backbone']} {begin}, {recipe.steps} steps of {recipe.batch} patches on "
-            f"{self.task.name} ({', '.join(self.task.regions or self.task.labels)}) at {spacing} mm"
+            f"plan: {self.network['backbone']} {begin}, {recipe.steps} steps of {recipe.batch_size} patches on "
+            f"{self.dataset.name} ({', '.join(self.dataset.regions or self.dataset.labels)}) at {spacing} mm"
         )
 
     def rehearse(self, data: TrainingData) -> None:
@@ -208,7 +208,7 @@ def make_plan(
     registry: str | Path | None,
     reading: dict,  # How a foreign checkpoint is read
     seed: int = 0,
-) -> Plan:
+) -> FinetunePlan:
     "Resolve what is not given: backbone and voxel size are the parent's, where there is one"
     from mednext_v2.models.card import read_card
 
@@ -217,26 +217,26 @@ def make_plan(
         start = replace(start, model=str(parent_folder(Path(start.model), out, **reading)), name=name)
     card = read_card(start.model) if start.model else None
     network = dict(backbone=backbone or (card.backbone if card else "mednext_v2_base"), recipe=recipe, overrides=overrides)
-    return Plan(plan_task(raw, spacing, card, registry), raw, out, network, start, seed)
+    return FinetunePlan(plan_dataset(raw, spacing, card, registry), raw, out, network, start, seed)
 
 
-def tell(text: str) -> None:
+def print_step(text: str) -> None:
     "To standard error, as a training does"
     print(text, file=sys.stderr, flush=True)
 
 # %% ../nbs/60_finetuning.ipynb #fit-model
-def fit_model(plan: Plan, resources: Resources) -> None:
+def fit_model(plan: FinetunePlan, resources: Resources) -> None:
     "Prepare and train; both go on where they were"
     from mednext_v2.data.preprocess import prepare
 
     prepared = plan.out / "prepared"
     if not (prepared / "manifest.csv").is_file():  # Written last
-        prepare(plan.task, plan.raw.parent, prepared, max(1, resources.workers), progress=True)
+        prepare(plan.dataset, plan.raw.parent, prepared, max(1, resources.workers), progress=True)
     network = plan.network | {"recipe": asdict(plan.network["recipe"])}
     train_in_processes(
         resources,
         plan.start,
-        Display(pictures=drawn()),
+        Display(pictures=pictures_by_default()),
         data=str(prepared),
         out=str(plan.out / "model"),
         folder=str(plan.out / "run"),
@@ -245,20 +245,20 @@ def fit_model(plan: Plan, resources: Resources) -> None:
     )
 
 
-def score_model(plan: Plan, command: str, say: Callable[[str], None], resources: Resources) -> pd.DataFrame:  # As `score_cases` gives it
+def score_model(plan: FinetunePlan, command: str, say: Callable[[str], None], resources: Resources) -> pd.DataFrame:  # As `score_cases` gives it
     "Predict the held-out cases and score them; nothing is done again"
     from mednext_v2.models.card import read_card
 
     path, model = plan.out / "scores.csv", plan.out / "model"
     if path.is_file() and read_card(model).scores:
         return read_csv(path)
-    split, cases = held_out(plan.task, plan.raw)
+    split, cases = held_out(plan.dataset, plan.raw)
     if split == "val":
         say("this data set has no test cases: scored on its validation cases, which is no test of the model")
     labelled = predict_cases(model, cases, plan.out / "predictions", resources.device)
-    table = score_cases(labelled, cases, plan.task, max(1, resources.workers))
-    table = write_scores(table, labelled, cases, plan.task, plan.out)
-    note_scores(model, table, command)
+    table = score_cases(labelled, cases, plan.dataset, max(1, resources.workers))
+    table = write_scores(table, labelled, cases, plan.dataset, plan.out)
+    record_scores(model, table, command)
     return table
 
 # %% ../nbs/60_finetuning.ipynb #finetune
@@ -278,7 +278,7 @@ def finetune(
     registry: str | Path | None = None,  # Another file than the project's data/datasets.yaml
     reading: dict | None = None,  # How a foreign checkpoint is read: trust, fold, prefix, grn
     command: str = "mednext_v2.finetuning.finetune",  # That the card says its scores were made by
-    say: Callable[[str], None] = tell,  # Gets a line a step
+    say: Callable[[str], None] = print_step,  # Gets a line a step
 ) -> pd.DataFrame:  # Scores, one row per case and class; the column `split` says of which cases
     "From raw data to a model folder and scores of held-out scans; ValueError before costly steps where possible"
     from mednext_v2.training.recipe import get_recipe
@@ -292,7 +292,7 @@ def finetune(
         for name in ("scores.csv", "summary.json", "review.html", "predictions"):
             if (out / name).exists():
                 raise FileExistsError(f"{out / name} is there and was not made by this command: choose another folder")
-    with held(out):
+    with output_lock(out):
         workers = max(1, resources.workers)
         raw = raw_folder(raw, out, seed_task, workers)
         if not (out / "model").is_dir():
@@ -301,7 +301,7 @@ def finetune(
         request = request_of(plan)
         check_request(out / "plan.json", request)
         if not (out / "model").is_dir():  # It appears whole
-            data = planned_data(plan.task, raw)
+            data = planned_data(plan.dataset, raw)
             say(plan.describe())
             plan.rehearse(data)
             if check:
@@ -317,14 +317,14 @@ def review_scores(
     "Write `review.html`, a page to look through the worst held-out cases; ValueError if they lie in two folders"
     from mednext_v2.core import build, read_json
     from mednext_v2.evaluation.review import review
-    from mednext_v2.data.datasets import Task
+    from mednext_v2.data.datasets import Dataset
 
     out = Path(out)
     plan = read_json(out / "plan.json")
-    task = build(Task, plan["task"], "plan.json")
-    _, cases = held_out(task, Path(plan["data"]))
+    dataset = build(Dataset, plan["task"], "plan.json")
+    _, cases = held_out(dataset, Path(plan["data"]))
     places = {(case.label.parent, case.images[0].parent) for case in cases}
     if len(places) > 1:
         raise ValueError(f"{plan['data']} has test cases in labelsTr and in labelsTs: a page needs them in one folder")
     truths, images = places.pop()
-    return review(out / "scores.csv", out / "predictions", truths, images, out / "review.html", task, title=task.name)
+    return review(out / "scores.csv", out / "predictions", truths, images, out / "review.html", dataset, title=dataset.name)

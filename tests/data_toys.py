@@ -1,8 +1,8 @@
 """A task that several tests build their raw folders for."""
 
-from mednext_v2.data.datasets import Task
+from mednext_v2.data.datasets import Dataset
 
-DEMO = Task(
+DEMO = Dataset(
     name="demo",
     dataset=7,
     title="Mini demo CT",

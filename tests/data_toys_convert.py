@@ -114,9 +114,9 @@ def write_toothfairy3(source: Path) -> dict[str, Made]:
     return made
 
 
-def write_panther(source: Path, task=1) -> dict[str, Made]:
-    root = source / f"PANTHER_Task{task}"
-    ids = ["10000_0001", "10000_0002", "10003_0001"] if task == 1 else ["10001", "10002"]
+def write_panther(source: Path, dataset=1) -> dict[str, Made]:
+    root = source / f"PANTHER_Task{dataset}"
+    ids = ["10000_0001", "10000_0002", "10003_0001"] if dataset == 1 else ["10001", "10002"]
     put(root / "ImagesTr_unlabeled/20000_0001_0000.mha", noise(9), turned_affine())
     made = {}
     for i, id in enumerate(ids):

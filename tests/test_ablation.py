@@ -14,11 +14,11 @@ from mednext_v2.data.preprocess import Prepared, prepare_all
 from mednext_v2.models.card import read_card
 from mednext_v2.report import collect as collected
 from mednext_v2.report.forecast import plan_table, published_compute, settings, trainings
-from mednext_v2.scoring.ablations import MODEL_COLUMNS, Ablation, Places, Variant, fewer_cases, pretrainings, read_ablation, run_ablation
+from mednext_v2.scoring.ablations import MODEL_COLUMNS, Ablation, AblationFolders, Variant, limit_cases, pretrainings, read_ablation, run_ablation
 from mednext_v2.scoring.evaluate import SCORE_COLUMNS
 from mednext_v2.scoring.features import snapshot_features
 from mednext_v2.stages import compose_params
-from mednext_v2.study.seeds import build_task
+from mednext_v2.study.seeds import build_dataset
 
 ROOT = Path(__file__).parents[1]
 COMPUTE = dict(device="cpu", workers=1, threads=1, processes=1, parallel="ddp", readers=0)
@@ -29,7 +29,7 @@ def prepared(tmp_path_factory):
     "Prepared tasks; the raw ones lie beside them"
     folder = tmp_path_factory.mktemp("work")
     for name, cases in (("brain_lesion_mr", (2, 1, 1)), ("corpus_ct", (3, 1, 0))):
-        build_task(name, None, folder / "raw", cases)
+        build_dataset(name, None, folder / "raw", cases)
     prepare_all(("corpus_ct", "brain_lesion_mr"), folder / "raw", folder / "prepared")
     return folder / "prepared"
 
@@ -47,8 +47,8 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def places(workplace, prepared) -> Places:
-    return Places(prepared, prepared.with_name("raw"), workplace / "models/smoke/ablate/grn", workplace / "runs/smoke/ablate/grn")
+def places(workplace, prepared) -> AblationFolders:
+    return AblationFolders(prepared, prepared.with_name("raw"), workplace / "models/smoke/ablate/grn", workplace / "runs/smoke/ablate/grn")
 
 
 def test_an_ablation_from_pretraining_to_scores_and_again(workplace, prepared, monkeypatch):
@@ -96,14 +96,14 @@ def test_variants_that_share_a_pretraining_train_it_once_and_the_main_run_lends_
     assert Prepared(found["few"].data / "corpus_ct").ids("train") == Prepared(prepared / "corpus_ct").ids("train")[:2]
 
 
-def test_fewer_cases_are_the_first_ones_and_are_read_as_before(prepared, tmp_path):
+def test_limit_cases_are_the_first_ones_and_are_read_as_before(prepared, tmp_path):
     whole = Prepared(prepared / "corpus_ct")
-    few = Prepared(fewer_cases(prepared / "corpus_ct", 1, tmp_path / "few"))
+    few = Prepared(limit_cases(prepared / "corpus_ct", 1, tmp_path / "few"))
     assert few.ids("train") == whole.ids("train")[:1] and few.ids("val") == whole.ids("val") and few.digest != whole.digest
     case = few.ids("train")[0]
     assert np.array_equal(np.asarray(few.image(case)), np.asarray(whole.image(case)))
     with pytest.raises(ValueError, match="has 3 training cases, 4 were asked for"):
-        fewer_cases(prepared / "corpus_ct", 4, tmp_path / "more")
+        limit_cases(prepared / "corpus_ct", 4, tmp_path / "more")
     assert not (tmp_path / "more").exists()
 
 
@@ -182,11 +182,11 @@ def test_the_paper_profile_fits_gpus_of_80_gb_and_counts_every_run():
 
 def test_model_rows_say_what_a_training_took(tmp_path, workplace, prepared):
     from mednext_v2.scoring.ablations import model_row
-    from mednext_v2.study.runs import Run, train_runs
+    from mednext_v2.study.runs import TrainingRun, train_runs
     from mednext_v2.training.recipe import Recipe
 
-    recipe = Recipe(steps=2, batch=1, patch=(32, 32, 32), warmup=1, augment="none", snapshots=2)
-    run = Run("smoke", "unet", "scratch", "brain_lesion_mr", 4)
+    recipe = Recipe(steps=2, batch_size=1, patch=(32, 32, 32), warmup=1, augment="none", snapshots=2)
+    run = TrainingRun("smoke", "unet", "scratch", "brain_lesion_mr", 4)
     train_runs([run], recipe, {"filters": (2, 4, 8)}, prepared, tmp_path / "models", tmp_path / "curves")
     row = model_row(tmp_path / "models" / run.name, tmp_path / "curves" / run.name, role="finetune")
     made = json.loads((tmp_path / "curves" / run.name / "run.json").read_text())

@@ -17,7 +17,7 @@ from mednext_v2.core import build, params, read_yaml
 from mednext_v2.public import stub
 from mednext_v2.rooms import ROOMS, all_imported, chapters, floor_plan, graph, imported, room_of
 from mednext_v2.stages import compose_params, notebook_parameters, profiles, readme
-from mednext_v2.study.plan import Plan
+from mednext_v2.study.plan import StudyPlan
 from mednext_v2.training.checkpoint import STEP_MODULES, TRAINING_ROOMS, code_digest
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +141,7 @@ def test_every_profile_builds_its_dataclasses(profile, tmp_path):
 
     path = compose_params(profile, tmp_path / "params.yaml")
     values = read_yaml(path)
-    plan = build(Plan, {"profile": profile, "seeds": values["seeds"], **values["axes"]})
+    plan = build(StudyPlan, {"profile": profile, "seeds": values["seeds"], **values["axes"]})
     for recipe in values["recipes"].values():
         built = build(Recipe, recipe)
         kinds = {field.name: field.type for field in fields(Recipe)}

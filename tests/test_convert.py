@@ -21,21 +21,21 @@ import SimpleITK as sitk
 from data_toys_convert import CADS_SIZES, SHAPE, WRITERS, blobs, cads_parts, noise, put, put_knee, put_parts, put_slices
 from data_toys_dicom import turned_affine
 from mednext_v2.core import ItemsFailed
-from mednext_v2.data.datasets import get_task, list_cases, load_tasks, raw_task, read_case
+from mednext_v2.data.datasets import get_dataset, list_cases, load_datasets, raw_dataset, read_case
 from mednext_v2.data.scans import Volume
 from mednext_v2.intake.convert import CONVERTERS, convert, merge_parts, options_of, table_of
 
 NAMES = list(WRITERS)
-get_task = functools.cache(get_task)
+get_dataset = functools.cache(get_dataset)
 
 
 @pytest.fixture(autouse=True)
 def registry_read_once(monkeypatch):
     "The registry is a long file; reading it for every conversion would take most of the time"
-    monkeypatch.setattr("mednext_v2.intake.convert.load_tasks", READ_ONCE)
+    monkeypatch.setattr("mednext_v2.intake.convert.load_datasets", READ_ONCE)
 
 
-READ_ONCE = functools.cache(load_tasks)
+READ_ONCE = functools.cache(load_datasets)
 
 
 def start(name, tmp_path):
@@ -50,7 +50,7 @@ def run(name, source, tmp_path, **options):
 
 
 def folder_of(name, source, tmp_path):
-    return tmp_path / "raw" / ("Dataset500_Toy" if name == "raw" else get_task(name).folder)
+    return tmp_path / "raw" / ("Dataset500_Toy" if name == "raw" else get_dataset(name).folder)
 
 
 @pytest.fixture(scope="module")
@@ -396,10 +396,10 @@ def test_an_own_registry_names_an_own_set(tmp_path):
 
 
 def test_tables_make_every_label_of_the_registry():
-    for task in load_tasks().values():
-        for name in {task.source, task.name} & set(CONVERTERS) - {"cads", "raw"}:
-            made = set(table_of(name, task).values())
-            assert made == set(task.values), task.name
+    for dataset in load_datasets().values():
+        for name in {dataset.source, dataset.name} & set(CONVERTERS) - {"cads", "raw"}:
+            made = set(table_of(name, dataset).values())
+            assert made == set(dataset.values), dataset.name
 
 
 # The published splits reach the reader of raw data sets
@@ -409,11 +409,11 @@ def test_tables_make_every_label_of_the_registry():
 def test_published_splits_are_read_back(name, tmp_path):
     source, made = start(name, tmp_path)
     table = run(name, source, tmp_path)
-    task = get_task(name)
-    cases = list_cases(task, tmp_path / "raw")
+    dataset = get_dataset(name)
+    cases = list_cases(dataset, tmp_path / "raw")
     assert {case.id: case.split for case in cases} == {row["case"]: row["split"] for row in table.to_dict("records") if row["split"] != "excluded"}
     for case in cases:
-        assert read_case(task, case).label.max() <= len(task.labels)
+        assert read_case(dataset, case).label.max() <= len(dataset.labels)
 
 
 # CADS
@@ -442,7 +442,7 @@ OVERLAPS = [
 
 def test_finer_structures_lie_on_top(tmp_path):
     parts = {group: np.zeros(SHAPE, np.uint8) for group in CADS_SIZES}
-    labels = get_task("cads").labels
+    labels = get_dataset("cads").labels
     for row, (lower, upper, _) in enumerate(OVERLAPS):
         place = (row % 6, row // 6, 0)
         for group, value in (lower, upper):
@@ -711,7 +711,7 @@ def test_raw_files_are_linked_not_copied(tmp_path):
     assert copy.read_bytes() == (source / "labelsTr/case_1.nii.gz").read_bytes()
     with pytest.raises(ValueError, match="lies in the source"):
         convert("raw", source, tmp_path, progress=False)
-    assert raw_task(folder).regions == {"whole": (1, 2), "core": (2,)}
+    assert raw_dataset(folder).regions == {"whole": (1, 2), "core": (2,)}
 
 
 def test_raw_in_other_formats_stays_as_it_is(tmp_path):

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from mednext_v2 import core
-from mednext_v2.core import Kind, atomic_file, locked, remove_left
+from mednext_v2.core import FolderKind, atomic_file, lock_handle, remove_leftover
 
-PART = Kind("folder of the tests", ("part",))
+PART = FolderKind("folder of the tests", ("part",))
 
 FORK = multiprocessing.get_context("fork")
 
@@ -86,7 +86,7 @@ def test_other_targets_and_links_are_not_touched(tmp_path):
 
 
 def test_without_locks_nothing_is_removed_and_writes_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(core, "locked", lambda handle, wait=False: False)
+    monkeypatch.setattr(core, "lock_handle", lambda handle, wait=False: False)
     (tmp_path / ".tmp-0-a.txt").write_text("unknown")
     write(tmp_path / "a.txt", "file")
     assert (tmp_path / ".tmp-0-a.txt").read_text() == "unknown" and (tmp_path / "a.txt").read_text() == "whole"
@@ -109,7 +109,7 @@ def test_many_writers_of_one_file_leave_one_whole_file(tmp_path):
     def remover() -> None:
         while time.monotonic() < end:
             for number in range(6):
-                remove_left(tmp_path / f".tmp-{number}-a.txt")
+                remove_leftover(tmp_path / f".tmp-{number}-a.txt")
 
     threads = [threading.Thread(target=writer, args=(letter,)) for letter in "abcd"] + [threading.Thread(target=remover)]
     for thread in threads:
@@ -131,7 +131,7 @@ def test_error_in_the_block_leaves_the_old(tmp_path):
 def test_lock_is_one_process_s(tmp_path):
     (tmp_path / "a").touch()
     handles = [os.open(tmp_path / "a", os.O_RDONLY) for _ in range(2)]
-    assert locked(handles[0]) and not locked(handles[1])
+    assert lock_handle(handles[0]) and not lock_handle(handles[1])
     os.close(handles[0])
-    assert locked(handles[1])
+    assert lock_handle(handles[1])
     os.close(handles[1])

@@ -15,10 +15,10 @@ import pytest
 
 from data_toys import DEMO
 from mednext_v2.core import sha256
-from mednext_v2.data.datasets import Case, raw_task, read_case
+from mednext_v2.data.datasets import Case, raw_dataset, read_case
 from mednext_v2.data.scans import FILE_FAULTS, BadFile, inspect_header, read_label, read_scan
 from mednext_v2.intake import check as module
-from mednext_v2.intake.check import COLUMNS, FAULTS, check_dataset, fix_dataset, measure
+from mednext_v2.intake.check import COLUMNS, FAULTS, check_raw_dataset, fix_raw_dataset, measure
 
 AFFINE = np.array([[2.0, 0, 0, -20], [0, 3, 0, -30], [0, 0, 4, -40], [0, 0, 0, 1]])
 SHAPE = (24, 20, 16)
@@ -807,7 +807,7 @@ REGIONS = {"labels": {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3},
 )
 @pytest.mark.parametrize("quick", [False, True])
 def test_nothing_is_found_in_a_good_data_set(healthy, options, quick):
-    report = check_dataset(healthy(**options), quick=quick)
+    report = check_raw_dataset(healthy(**options), quick=quick)
     assert report.table.empty and report.clean and list(report.table.columns) == COLUMNS, report.text()
     train, test = options.get("train", 4), options.get("test", 2)
     assert (report.cases, report.files) == (train + test, (train + test) * (1 + len(options.get("channels", "1"))))
@@ -818,7 +818,7 @@ def test_each_damage_is_named_and_nothing_else(copy_of, name):
     function, expected, options = DAMAGES[name]
     folder = copy_of(**options)
     function(folder)
-    report = check_dataset(folder)
+    report = check_raw_dataset(folder)
     assert found(report) == expected, report.text()
     assert len(report.table) <= 2 * len(expected), report.text()
     assert report.clean == all(FAULTS[code][0] == "warning" for code, _ in expected)
@@ -870,13 +870,13 @@ def test_quick_sees_what_headers_say(copy_of, name, monkeypatch):
     folder = copy_of(**options)
     function(folder)
     monkeypatch.setattr(module, "measure", None)
-    assert found(check_dataset(folder, quick=True)) == expected
+    assert found(check_raw_dataset(folder, quick=True)) == expected
 
 
 def test_quick_suspects_a_cut_file_by_its_length(copy_of):
     folder = copy_of()
     gz_cut_in_the_voxels(folder)
-    report = check_dataset(folder, quick=True)
+    report = check_raw_dataset(folder, quick=True)
     assert found(report) == {("gz-length", IMAGE)} and report.clean and "headers only" in report.verdict
 
 
@@ -910,7 +910,7 @@ def test_permission(copy_of, monkeypatch):
             return real(file, *args, **kwargs)
 
         monkeypatch.setattr("builtins.open", guarded)
-    assert found(check_dataset(folder)) == {("file-permission", LABEL)}
+    assert found(check_raw_dataset(folder)) == {("file-permission", LABEL)}
 
 
 def test_a_case_that_breaks_the_check_itself_is_a_finding(healthy, monkeypatch):
@@ -918,7 +918,7 @@ def test_a_case_that_breaks_the_check_itself_is_a_finding(healthy, monkeypatch):
         raise RuntimeError("out of order")
 
     monkeypatch.setattr(module, "measure", explode)
-    report = check_dataset(healthy())
+    report = check_raw_dataset(healthy())
     assert set(report.table.code) == {"check-failed"} and len(report.table) == 6 and not report.clean
     assert "out of order" in report.text()
 
@@ -1010,12 +1010,12 @@ def test_no_error_escapes_and_what_passes_can_be_read(tiny, tmp_path, seed):
     folder = shutil.copytree(tiny[ending], tmp_path / NAME)
     for file in rng.permutation([f"imagesTr/case_0_0000{ending}", f"labelsTr/case_0{ending}"])[: rng.integers(1, 3)]:
         flipped(folder / file, rng, body=rng.random() < 0.5)
-    report = check_dataset(folder)
-    check_dataset(folder, quick=True)
+    report = check_raw_dataset(folder)
+    check_raw_dataset(folder, quick=True)
     if report.clean:
-        task = raw_task(folder)
+        dataset = raw_dataset(folder)
         image, label = folder / f"imagesTr/case_0_0000{ending}", folder / f"labelsTr/case_0{ending}"
-        scan = read_case(task, Case("case_0", "train", (image,), label))
+        scan = read_case(dataset, Case("case_0", "train", (image,), label))
         assert np.isfinite(scan.image).all() and set(np.unique(scan.label)) <= {0, 1, 2}
 
 
@@ -1047,7 +1047,7 @@ def test_garbage_json_never_raises(tiny, tmp_path, seed):
         meta[str(key)] = pool[rng.integers(len(pool))]
     (folder / "dataset.json").write_text(json.dumps(meta))
     (folder / "splits_final.json").write_text(json.dumps(pool[rng.integers(len(pool))]))
-    check_dataset(folder)
+    check_raw_dataset(folder)
 
 
 # Several data sets
@@ -1057,57 +1057,57 @@ def test_several_sets_and_their_numbers(tmp_path):
     good(tmp_path / NAME, train=3, test=0)
     good(tmp_path / "Dataset008_Other", train=3, test=0, seed=1)
     (tmp_path / "notes").mkdir()
-    report = check_dataset(tmp_path)
+    report = check_raw_dataset(tmp_path)
     assert report.clean and report.sets == (NAME, "Dataset008_Other") and report.cases == 6
     (tmp_path / "Dataset008_Other").rename(tmp_path / "Dataset007_Other")
-    report = check_dataset(tmp_path)
+    report = check_raw_dataset(tmp_path)
     assert set(report.table.code) == {"dataset-number"} and len(report.table) == 2
 
 
 def test_the_same_scans_in_two_label_groups_are_no_fault(tmp_path):
     good(tmp_path / "Dataset551_GroupA", train=3, test=0)
     good(tmp_path / "Dataset552_GroupB", train=3, test=0)
-    assert check_dataset(tmp_path).table.empty
+    assert check_raw_dataset(tmp_path).table.empty
 
 
 def test_other_sets_are_read_where_one_is_beyond_help(tmp_path):
     no_dataset_json(good(tmp_path / NAME))
     undeclared_value(good(tmp_path / "Dataset008_Other", seed=1))
-    report = check_dataset(tmp_path)
+    report = check_raw_dataset(tmp_path)
     assert set(report.table.code) == {"dataset-missing", "label-undeclared"}
     assert "voxels of Dataset007_MiniDemoCT were not read" in report.text()
 
 
 def test_no_data_set(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
-        check_dataset(tmp_path / "nowhere")
+        check_raw_dataset(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="neither dataset.json nor DatasetXXX_NAME"):
-        check_dataset(tmp_path)
+        check_raw_dataset(tmp_path)
     (tmp_path / "Dataset009_Empty").mkdir()
-    assert set(check_dataset(tmp_path).table.code) == {"dataset-missing", "folder-missing"}
+    assert set(check_raw_dataset(tmp_path).table.code) == {"dataset-missing", "folder-missing"}
 
 
 def test_workers_change_nothing(copy_of):
     folder = copy_of()
     for name in ("undeclared_value", "nan_in_image", "wrong_number"):
         DAMAGES[name][0](folder)
-    one, two = check_dataset(folder), check_dataset(folder, workers=2)
+    one, two = check_raw_dataset(folder), check_raw_dataset(folder, workers=2)
     assert one.table.equals(two.table) and len(one.table) == 3
 
 
 def test_task_of_the_registry(healthy, copy_of):
-    assert check_dataset(healthy(), task=DEMO).table.empty
-    report = check_dataset(healthy(), task=replace(DEMO, labels={"lesion": 1, "liver": 2}))
+    assert check_raw_dataset(healthy(), dataset=DEMO).table.empty
+    report = check_raw_dataset(healthy(), dataset=replace(DEMO, labels={"lesion": 1, "liver": 2}))
     assert found(report) == {("labels-task", "dataset.json")}
     folder = copy_of(channels=("some name",))
     edit(folder / IMAGE, lambda v: (v + 1024).astype(np.uint16))
-    assert found(check_dataset(folder)) == set()
+    assert found(check_raw_dataset(folder)) == set()
     told = {("hu-range", IMAGE), ("labels-task", "dataset.json")}
-    assert found(check_dataset(folder, task=DEMO)) == told, "the task says that it is CT, dataset.json does not"
+    assert found(check_raw_dataset(folder, dataset=DEMO)) == told, "the task says that it is CT, dataset.json does not"
     good(folder.parent / "Dataset008_Other", train=3, test=0, seed=1)
-    assert check_dataset(folder.parent, task=DEMO).sets == (NAME,)
+    assert check_raw_dataset(folder.parent, dataset=DEMO).sets == (NAME,)
     with pytest.raises(FileNotFoundError, match="does not hold Dataset009_MiniDemoCT"):
-        check_dataset(folder.parent, task=replace(DEMO, dataset=9))
+        check_raw_dataset(folder.parent, dataset=replace(DEMO, dataset=9))
 
 
 @pytest.mark.parametrize("ending", [".mha", ".nrrd"])
@@ -1118,13 +1118,13 @@ def test_other_formats(tmp_path, ending):
         itk.WriteImage(itk.ReadImage(str(path)), str(path).removesuffix(".nii.gz") + ending, ending == ".mha")
         path.unlink()
     edit_json(folder / "dataset.json", file_ending=ending)
-    assert check_dataset(folder).table.empty
+    assert check_raw_dataset(folder).table.empty
     image, label = folder / f"imagesTr/case_1_0000{ending}", folder / f"labelsTr/case_1{ending}"
     voxels = itk.ReadImage(str(label))
     voxels[0, 0, 0] = 9
     itk.WriteImage(voxels, str(label))
     image.write_bytes(image.read_bytes()[:-100])
-    report = check_dataset(folder)
+    report = check_raw_dataset(folder)
     assert ("label-undeclared", f"labelsTr/case_1{ending}") in found(report)
     assert f"imagesTr/case_1_0000{ending}" in set(report.table[report.table.severity == "error"].file)
 
@@ -1142,19 +1142,19 @@ def leak_pair(tmp_path, test=2):
 
 def test_folders_that_share_nothing(tmp_path):
     folder, corpus = leak_pair(tmp_path)
-    assert check_dataset(folder, against=corpus).table.empty
-    assert check_dataset(folder, against=corpus.parent, quick=True).table.empty
-    assert check_dataset(folder, against=folder).table.empty, "a folder is not compared with itself"
+    assert check_raw_dataset(folder, against=corpus).table.empty
+    assert check_raw_dataset(folder, against=corpus.parent, quick=True).table.empty
+    assert check_raw_dataset(folder, against=folder).table.empty, "a folder is not compared with itself"
 
 
 def test_leak_by_content_under_another_name_and_type(tmp_path):
     folder, corpus = leak_pair(tmp_path)
     voxels = np.asanyarray(nibabel.load(folder / "imagesTs/case_5_0000.nii.gz").dataobj)
     save(corpus / "imagesTr/corpus_2_0000.nii.gz", voxels[::-1].astype(np.float32))
-    report = check_dataset(folder, against=corpus)
+    report = check_raw_dataset(folder, against=corpus)
     assert found(report) == {("leak-content", "imagesTs/case_5_0000.nii.gz")} and not report.clean
     assert "Dataset900_Corpus/imagesTr/corpus_2_0000.nii.gz" in report.table.what[0]
-    assert check_dataset(folder, against=corpus, quick=True).clean, "content is not read"
+    assert check_raw_dataset(folder, against=corpus, quick=True).clean, "content is not read"
 
 
 def test_leak_by_id(tmp_path):
@@ -1162,24 +1162,24 @@ def test_leak_by_id(tmp_path):
     for path in sorted(corpus.glob("*Tr/corpus_2*")):
         path.rename(path.with_name(path.name.replace("corpus_2", "case_5")))
     for quick in (False, True):
-        report = check_dataset(folder, against=corpus, quick=quick)
+        report = check_raw_dataset(folder, against=corpus, quick=quick)
         assert found(report) == {("leak-id", "imagesTs/case_5_0000.nii.gz")} and not report.clean
 
 
 def test_a_shared_training_case_matters_where_it_is_validated_on(tmp_path):
     folder, corpus = leak_pair(tmp_path)
     shutil.copy(folder / IMAGE, corpus / "imagesTr/corpus_0_0000.nii.gz")
-    report = check_dataset(folder, against=corpus)
+    report = check_raw_dataset(folder, against=corpus)
     assert found(report) == {("leak-content", IMAGE)} and report.clean
     shutil.rmtree(folder / "imagesTs")
     shutil.rmtree(folder / "labelsTs")
-    assert not check_dataset(folder, against=corpus).clean
+    assert not check_raw_dataset(folder, against=corpus).clean
 
 
 def test_what_cannot_be_compared_is_said(tmp_path):
     folder, corpus = leak_pair(tmp_path)
     (corpus / "imagesTr/corpus_0_0000.nii.gz").write_bytes(b"")
-    assert found(check_dataset(folder, against=corpus)) == {("against-unread", "imagesTr/corpus_0_0000.nii.gz")}
+    assert found(check_raw_dataset(folder, against=corpus)) == {("against-unread", "imagesTr/corpus_0_0000.nii.gz")}
 
 
 # Mending
@@ -1222,11 +1222,11 @@ def test_what_is_mended_is_clean_whole_and_where_it_was(copy_of, healthy, tmp_pa
     folder = copy_of(**options)
     function(folder)
     before = hashes(folder)
-    mended = fix_dataset(folder, tmp_path / "out")
+    mended = fix_raw_dataset(folder, tmp_path / "out")
     assert hashes(folder) == before
     assert mended.after.table.empty and mended.clean and set(mended.table.action) == {"mended"}, mended.text()
     assert set(mended.table.code) == {MENDED[name]} and MENDED[name] in mended.text()
-    assert check_dataset(tmp_path / "out").table.empty
+    assert check_raw_dataset(tmp_path / "out").table.empty
     source = healthy(**options)
     for path in sorted(source.glob("*T[rs]/*")):
         truth, copy = nibabel.load(path), nibabel.load(tmp_path / "out" / path.relative_to(source))
@@ -1239,7 +1239,7 @@ def test_readers_refuse_what_the_doctor_calls_an_error_and_nothing_else(copy_of,
     function, _, options = DAMAGES[name]
     folder = copy_of(**options)
     function(folder)
-    table = check_dataset(folder).table
+    table = check_raw_dataset(folder).table
     wrong = set(table.file[table.code.isin(FILE_FAULTS) & (table.severity == "error")])
     for path in sorted(folder.glob("*T[rs]/case_*")):
         place = path.relative_to(folder).as_posix()
@@ -1295,7 +1295,7 @@ def test_what_cannot_be_mended_is_left_out_and_named(copy_of, tmp_path, name):
     folder = copy_of(**options)
     function(folder)
     before = hashes(folder)
-    mended = fix_dataset(folder, tmp_path / "out")
+    mended = fix_raw_dataset(folder, tmp_path / "out")
     assert hashes(folder) == before
     gone = mended.table[mended.table.action == "left out"]
     assert set(gone.case) == {"case_1"} and mended.clean, mended.text()
@@ -1313,18 +1313,18 @@ def test_a_label_is_aligned_within_half_a_voxel(copy_of, tmp_path, shift, kept):
     affine = AFFINE.copy()
     affine[0, 3] += shift  # mm; the smallest voxel is 2 mm
     save(folder / LABEL, np.asanyarray(nibabel.load(folder / LABEL).dataobj), affine)
-    assert found(check_dataset(folder)) == {("affine-mismatch", LABEL)}
-    mended = fix_dataset(folder, tmp_path / "out")
+    assert found(check_raw_dataset(folder)) == {("affine-mismatch", LABEL)}
+    mended = fix_raw_dataset(folder, tmp_path / "out")
     assert (tmp_path / "out" / LABEL).exists() == kept and mended.clean
     if kept:
         assert np.array_equal(nibabel.load(tmp_path / "out" / LABEL).affine, AFFINE)
-    assert fix_dataset(folder, tmp_path / "more", tolerance=1.0).table.action.tolist() == ["mended"]
+    assert fix_raw_dataset(folder, tmp_path / "more", tolerance=1.0).table.action.tolist() == ["mended"]
 
 
 def test_an_axis_of_length_one_is_dropped(copy_of, healthy, tmp_path):
     folder = copy_of()
     edit(folder / IMAGE, lambda v: v[..., None])
-    mended = fix_dataset(folder, tmp_path / "out")
+    mended = fix_raw_dataset(folder, tmp_path / "out")
     assert mended.table.code.tolist() == ["dimensions"] and mended.after.table.empty
     copy = nibabel.load(tmp_path / "out" / IMAGE)
     assert copy.shape == SHAPE and np.array_equal(copy.get_fdata(), nibabel.load(healthy() / IMAGE).get_fdata())
@@ -1334,8 +1334,8 @@ def test_a_second_fault_behind_the_first_takes_the_case_out(copy_of, tmp_path):
     folder = copy_of()
     edit(folder / IMAGE, as_float(np.nan))
     (folder / IMAGE).write_bytes(gzip.decompress((folder / IMAGE).read_bytes()))
-    assert found(check_dataset(folder)) == {("file-compression", IMAGE)}
-    mended = fix_dataset(folder, tmp_path / "out")
+    assert found(check_raw_dataset(folder)) == {("file-compression", IMAGE)}
+    mended = fix_raw_dataset(folder, tmp_path / "out")
     assert mended.clean and not (tmp_path / "out" / IMAGE).exists() and not (tmp_path / "out" / LABEL).exists()
     assert "image-nan" in set(mended.table.code)
 
@@ -1346,7 +1346,7 @@ def test_a_copy_shares_nothing_with_the_originals(copy_of, tmp_path):
     (folder / IMAGE).rename(target)
     (folder / IMAGE).symlink_to(target)
     before = hashes(folder)
-    fix_dataset(folder, tmp_path / "out")
+    fix_raw_dataset(folder, tmp_path / "out")
     for path in (tmp_path / "out").rglob("*.*"):
         assert not path.is_symlink() and path.stat().st_nlink == 1
         path.write_bytes(b"spoilt")
@@ -1361,34 +1361,34 @@ def test_originals_are_refused_as_target(copy_of, tmp_path):
     (tmp_path / "full/precious.txt").write_text("mine")
     for out in (folder, folder / "mended", folder / "imagesTr", tmp_path / "link/mended", folder / "../" / NAME, tmp_path):
         with pytest.raises(ValueError, match="originals are never touched"):
-            fix_dataset(folder, out)
+            fix_raw_dataset(folder, out)
     with pytest.raises(FileExistsError, match="not empty"):
-        fix_dataset(folder, tmp_path / "full")
+        fix_raw_dataset(folder, tmp_path / "full")
     assert hashes(folder) == before and (tmp_path / "full/precious.txt").read_text() == "mine"
 
 
 def test_a_data_set_that_cannot_be_understood_is_left_out_whole(tmp_path):
     no_labels(good(tmp_path / "raw" / NAME))
     undeclared_value(good(tmp_path / "raw/Dataset008_Other", seed=1))
-    mended = fix_dataset(tmp_path / "raw", tmp_path / "out")
+    mended = fix_raw_dataset(tmp_path / "raw", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Dataset008_Other"]
     assert mended.clean and mended.after.sets == ("Dataset008_Other",)
     assert "the whole data set" in mended.text() and "label-undeclared" in mended.text()
-    nothing = fix_dataset(tmp_path / "raw" / NAME, tmp_path / "none")
+    nothing = fix_raw_dataset(tmp_path / "raw" / NAME, tmp_path / "none")
     assert nothing.after.sets == () and "no data set could be copied" in nothing.after.text()
 
 
 def test_fix_takes_a_report_that_is_there(copy_of, tmp_path, monkeypatch):
     folder = copy_of()
     undeclared_value(folder)
-    report = check_dataset(folder)
+    report = check_raw_dataset(folder)
     with pytest.raises(ValueError, match="headers only"):
-        fix_dataset(folder, tmp_path / "out", report=check_dataset(folder, quick=True))
+        fix_raw_dataset(folder, tmp_path / "out", report=check_raw_dataset(folder, quick=True))
     with pytest.raises(ValueError, match="not of"):
-        fix_dataset(folder, tmp_path / "out", report=replace(report, sets=("Dataset001_Other",)))
+        fix_raw_dataset(folder, tmp_path / "out", report=replace(report, sets=("Dataset001_Other",)))
     asked = []
-    monkeypatch.setattr(module, "check_dataset", lambda data, **options: asked.append(data) or check_dataset(data, **options))
-    assert fix_dataset(folder, tmp_path / "out", report=report).clean
+    monkeypatch.setattr(module, "check_raw_dataset", lambda data, **options: asked.append(data) or check_raw_dataset(data, **options))
+    assert fix_raw_dataset(folder, tmp_path / "out", report=report).clean
     assert len(asked) == 1 and asked[0] != folder, "the copy alone is examined"
 
 
@@ -1398,7 +1398,7 @@ def test_a_killed_fix_leaves_nothing(copy_of, tmp_path, monkeypatch):
     def explode(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "settle", explode)
+    monkeypatch.setattr(module, "recheck_copy", explode)
     with pytest.raises(KeyboardInterrupt):
-        fix_dataset(folder, tmp_path / "out")
+        fix_raw_dataset(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [NAME]

@@ -16,7 +16,7 @@ def engine():
     def make(precision="fp32", **options):
         from mednext_v2.training.trainer import make_engine
 
-        recipe = get_recipe("smoke", precision=precision, accumulate=2)
+        recipe = get_recipe("smoke", precision=precision, grad_accum_steps=2)
         return make_engine(recipe, nn.Conv3d(1, 1, 1), **{"device": "cpu"} | options)
 
     return make
@@ -87,7 +87,7 @@ for module in pkgutil.iter_modules(mednext_v2.__path__):
     importlib.import_module("mednext_v2." + module.name)
 from mednext_v2.models.registry import create
 from mednext_v2.core import Kind, atomic_folder, peak_bytes, write_json
-from mednext_v2.inference.predictor import sliding_window
+from mednext_v2.inference.windows import sliding_window
 from mednext_v2.training.recipe import get_recipe
 from mednext_v2.core import Resources
 from mednext_v2.training.trainer import Display, fit

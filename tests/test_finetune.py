@@ -213,7 +213,7 @@ def test_too_little_memory_is_refused_before_anything_is_prepared(raw, tmp_path,
 
 def test_command_line(raw, tmp_path):
     line = f"finetune -d {raw} -o {tmp_path / 'out'} --recipe smoke --backbone unet --network filters=(4,8,8) --device cpu "
-    line += "--set patch=16,16,16 --unchecked --html"
+    line += "--recipe-set patch=16,16,16 --unchecked --html"
     said = io.StringIO()
     with redirect_stdout(said):
         cli.main(line.split())
@@ -223,7 +223,7 @@ def test_command_line(raw, tmp_path):
 
 def test_seed_scans_become_a_data_set(tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr("mednext_v2.study.seeds.build_task", lambda *given, **options: built.append(given))
+    monkeypatch.setattr("mednext_v2.study.seeds.build_dataset", lambda *given, **options: built.append(given))
     seeds = tmp_path / "seeds"
     seeds.mkdir()
     (seeds / "manifest.yaml").write_text("seeds: {}")

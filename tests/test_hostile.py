@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mednext_v2 import cli, stages
-from mednext_v2.core import MOST_LEVELS, read_csv, read_json, read_yaml, root, write_csv
+from mednext_v2.core import MAX_DEPTH, read_csv, read_json, read_yaml, root, write_csv
 from mednext_v2.models.card import MOST_CARD, Card, read_card, save_model
 from mednext_v2.models.registry import create, load_model
 
@@ -253,7 +253,7 @@ def test_bad_field_of_a_card_is_one_line_at_once(valid, tmp_path, field, value):
 
 TEXTS = {
     "deep": '{"backbone": ' + "[" * 10_000 + "]" * 10_000 + "}",
-    "too deep": '{"overrides": ' + "[" * (MOST_LEVELS + 1) + "]" * (MOST_LEVELS + 1) + "}",
+    "too deep": '{"overrides": ' + "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1) + "}",
     "list": "[]",
     "empty": "",
     "null": "null",

@@ -16,19 +16,9 @@ from torch import nn
 
 from mednext_v2.core import find_device
 from mednext_v2.data.scans import read_scan
-from mednext_v2.inference import predictor
-from mednext_v2.inference.predictor import (
-    Budget,
-    averaged,
-    bounded_labels,
-    evaluating,
-    labels_on_grid,
-    lay_windows,
-    predict,
-    predict_scan,
-    resample_logits,
-    sliding_window,
-)
+from mednext_v2.inference import predictor, windows
+from mednext_v2.inference.predictor import predict, predict_scan
+from mednext_v2.inference.windows import MemoryBudget, average_models, eval_mode, labels_on_grid, lay_windows, resample_logits, sliding_window, tiled_labels
 
 torch.set_num_threads(1)
 
@@ -64,7 +54,17 @@ def ball(shape=(30, 26, 22), center=(12, 15, 9), radius=7.0) -> np.ndarray:
 
 
 def card(spacing=(1.0, 1.0, 1.0), patch=(16, 16, 16), in_channels=1):
-    return SimpleNamespace(in_channels=in_channels, modality="MR", spacing=spacing, patch=patch, normalisation={}, labels={"ball": 1})
+    return SimpleNamespace(
+        in_channels=in_channels,
+        modality="MR",
+        spacing=spacing,
+        patch=patch,
+        normalisation={},
+        labels={"ball": 1},
+        class_order=(),
+        mirror_axes=(),
+        windows="nnunet",
+    )
 
 
 @pytest.fixture
@@ -105,8 +105,8 @@ def test_overlap_is_blended_by_a_gaussian_written_out():
             return torch.cat([torch.zeros_like(ramp), ramp], 1)
 
     # Sigma is an eighth of the window; its centre is the voxel 4 for nnU-Net, between 3 and 4 for MONAI
-    for windows, centre, starts in (("nnunet", 4, (0, 2, 5)), ("monai", 3.5, (0, 4, 5))):
-        logits = sliding_window(Ramp(), np.zeros((1, 8, 8, 13), np.float32), (8, 8, 8), 0.5, windows)
+    for kind, centre, starts in (("nnunet", 4, (0, 2, 5)), ("monai", 3.5, (0, 4, 5))):
+        logits = sliding_window(Ramp(), np.zeros((1, 8, 8, 13), np.float32), (8, 8, 8), 0.5, kind)
         weight = np.exp(-0.5 * (np.arange(8) - centre) ** 2)
         # A voxel in several windows is the weighted mean of its positions in them
         for z in range(13):
@@ -387,19 +387,19 @@ def test_predict_reads_the_scan_before_the_model(tmp_path):
 
 
 def test_predict_on_the_file_equals_predict_on_the_prepared_case(tmp_path):
-    from mednext_v2.data.datasets import get_task
+    from mednext_v2.data.datasets import get_dataset
     from mednext_v2.data.preprocess import Prepared, prepare
     from mednext_v2.models.card import Card, save_model
     from mednext_v2.models.registry import create
-    from mednext_v2.study.seeds import build_task
+    from mednext_v2.study.seeds import build_dataset
 
-    task = get_task("abdomen_ct")
-    build_task(task.name, None, tmp_path / "raw", (1, 1, 1))
-    prepare(task, tmp_path / "raw", tmp_path / "prepared")
+    dataset = get_dataset("abdomen_ct")
+    build_dataset(dataset.name, None, tmp_path / "raw", (1, 1, 1))
+    prepare(dataset, tmp_path / "raw", tmp_path / "prepared")
     prepared = Prepared(tmp_path / "prepared")
     overrides = dict(filters=(4, 8, 8))
     torch.manual_seed(0)
-    model = create("unet", 1, task.num_classes, **overrides)
+    model = create("unet", 1, dataset.num_classes, **overrides)
     save_model(
         tmp_path / "model",
         model,
@@ -407,18 +407,18 @@ def test_predict_on_the_file_equals_predict_on_the_prepared_case(tmp_path):
             backbone="unet",
             overrides=overrides,
             in_channels=1,
-            labels=task.labels,
-            groups=task.groups,
-            task=task.name,
+            labels=dataset.labels,
+            groups=dataset.groups,
+            task=dataset.name,
             modality="CT",
-            spacing=task.spacing,
+            spacing=dataset.spacing,
             patch=(16, 16, 16),
             normalisation=prepared.fingerprint.normalisation(),
             recipe={},
         ),
     )
     case = prepared.ids("test")[0]
-    file = tmp_path / "raw" / task.folder / "imagesTs" / f"{case}_0000.nii.gz"
+    file = tmp_path / "raw" / dataset.folder / "imagesTs" / f"{case}_0000.nii.gz"
     expected = sliding_window(model, prepared.image(case)[:], (16, 16, 16)).argmax(0).numpy()
     assert nib.load(file).shape == expected.shape and len(np.unique(expected)) > 2
     np.testing.assert_array_equal(np.asarray(predict(tmp_path / "model", file).dataobj), expected)
@@ -459,9 +459,9 @@ def test_labels_cell_by_cell_are_those_of_the_full_logits(shape, patch, overlap,
     image = np.random.default_rng(classes).normal(size=(1, *shape)).astype(np.float32)
     full = labels_on_grid(sliding_window(model, image, patch, overlap), wanted, order)
     axes = lay_windows(shape, patch, overlap, wanted)
-    with evaluating(model):
+    with eval_mode(model):
         for memory in (1.0, 0.0):
-            found = bounded_labels(averaged([model]), image, axes, order, budget=Budget(memory))
+            found = tiled_labels(average_models([model]), image, axes, order, budget=MemoryBudget(memory))
             np.testing.assert_array_equal(found, full)
             assert found.dtype == full.dtype
 
@@ -501,13 +501,13 @@ def test_logits_cell_by_cell_are_those_of_nnunet_monai_and_torch(shape, patch, o
         expected = nn.functional.interpolate(expected, wanted, mode="trilinear", align_corners=False)[0]
     found = torch.full((classes, *wanted), torch.nan)
 
-    def visit(place, logits):
+    def on_logits(place, logits):
         assert found[(slice(None), *place)].isnan().all()
         found[(slice(None), *place)] = logits
 
-    with evaluating(model):
+    with eval_mode(model):
         axes = lay_windows(shape, patch, overlap, wanted, windows=windows)
-        labels = bounded_labels(model, image[0], axes, visit=visit, windows=windows)
+        labels = tiled_labels(model, image[0], axes, on_logits=on_logits, windows=windows)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
     best = expected.topk(2, 0)[0]
     sure = (best[0] - best[1]).numpy() > 1e-4
@@ -524,49 +524,49 @@ def test_a_part_has_the_labels_of_the_whole(seed):
     full = labels_on_grid(sliding_window(model, image, (8, 16, 8)), wanted)
     expected = np.zeros_like(full)
     expected[box] = full[box]
-    with evaluating(model):
-        found = bounded_labels(model, image, lay_windows(shape, (8, 16, 8), 0.5, wanted, box))
+    with eval_mode(model):
+        found = tiled_labels(model, image, lay_windows(shape, (8, 16, 8), 0.5, wanted, box))
     np.testing.assert_array_equal(found, expected)
 
 
 def test_half_precision_changes_less_than_two_voxels_in_a_thousand():
     model, image = Smooth(20), np.random.default_rng(0).normal(size=(1, 40, 36, 30)).astype(np.float32)
     axes = lay_windows((40, 36, 30), (16, 16, 16), 0.5, (60, 36, 20))
-    with evaluating(model):
-        exact, half = (bounded_labels(averaged([model]), image, axes, budget=Budget(1, half)) for half in (False, True))
+    with eval_mode(model):
+        exact, half = (tiled_labels(average_models([model]), image, axes, budget=MemoryBudget(1, half)) for half in (False, True))
     assert 0 < (exact != half).mean() < 2e-3
 
 
 def test_cells_that_wait_stay_within_the_budget(monkeypatch):
-    most, parked = [0], []
-    real_put, real_park = predictor.Cells.put, predictor.Cells.park
+    most, spilled = [0], []
+    real_put, real_spill = windows.TileBuffer.put, windows.TileBuffer.spill
 
     def put(self, *arguments):
         real_put(self, *arguments)
         most[0] = max(most[0], self.size)
 
-    monkeypatch.setattr(predictor.Cells, "put", put)
-    monkeypatch.setattr(predictor.Cells, "park", lambda self, key: parked.append(key) or real_park(self, key))
+    monkeypatch.setattr(windows.TileBuffer, "put", put)
+    monkeypatch.setattr(windows.TileBuffer, "spill", lambda self, key: spilled.append(key) or real_spill(self, key))
     model, image = Smooth(3), np.zeros((1, 40, 40, 40), np.float32)
-    with evaluating(model):
-        bounded_labels(averaged([model]), image, lay_windows((40,) * 3, (16,) * 3, 0.5), budget=Budget(5e-5))
-    assert most[0] <= 5e4 and parked
+    with eval_mode(model):
+        tiled_labels(average_models([model]), image, lay_windows((40,) * 3, (16,) * 3, 0.5), budget=MemoryBudget(5e-5))
+    assert most[0] <= 5e4 and spilled
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_of_temporary_logits_is_one_line(monkeypatch):
     # Writing to this device always meets a full disk
-    monkeypatch.setattr(predictor.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))
+    monkeypatch.setattr(windows.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))
     model = Smooth(3)
-    with evaluating(model), pytest.raises(OSError, match="no space for .* GB of logits in .*set TMPDIR") as error:
-        bounded_labels(model, np.zeros((1, 24, 24, 24), np.float32), lay_windows((24,) * 3, (16,) * 3, 0.5), budget=Budget(0))
+    with eval_mode(model), pytest.raises(OSError, match="no space for .* GB of logits in .*set TMPDIR") as error:
+        tiled_labels(model, np.zeros((1, 24, 24, 24), np.float32), lay_windows((24,) * 3, (16,) * 3, 0.5), budget=MemoryBudget(0))
     assert "\n" not in str(error.value)
 
 
 def test_only_a_full_accelerator_sends_sums_to_the_cpu(monkeypatch):
     model, image = Smooth(3), np.random.default_rng(0).normal(size=(1, 20, 20, 20)).astype(np.float32)
     axes = lay_windows((20,) * 3, (16,) * 3, 0.5)
-    real, places = predictor.add_window, []
+    real, places = windows.add_window, []
 
     def failing(error):
         def add(cells, logits, *rest):
@@ -576,26 +576,26 @@ def test_only_a_full_accelerator_sends_sums_to_the_cpu(monkeypatch):
             real(cells, logits, *rest)
 
         places.clear()
-        monkeypatch.setattr(predictor, "add_window", add)
+        monkeypatch.setattr(windows, "add_window", add)
 
-    with evaluating(model):
-        expected = bounded_labels(averaged([model]), image, axes)
+    with eval_mode(model):
+        expected = tiled_labels(average_models([model]), image, axes)
         for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("MPS backend out of memory (x)")):
             failing(error)
             with pytest.warns(UserWarning, match="too little memory .* in the computer's memory"):
-                np.testing.assert_array_equal(bounded_labels(averaged([model]), image, axes), expected)
+                np.testing.assert_array_equal(tiled_labels(average_models([model]), image, axes), expected)
         failing(RuntimeError("CUDA error: an illegal memory access was encountered"))
         with pytest.raises(RuntimeError, match="illegal memory access"):
-            bounded_labels(averaged([model]), image, axes)
+            tiled_labels(average_models([model]), image, axes)
         failing(torch.OutOfMemoryError("CUDA out of memory"))
         with pytest.raises(torch.OutOfMemoryError):
-            bounded_labels(averaged([model]), image, axes, budget=Budget(device="cpu"))
+            tiled_labels(average_models([model]), image, axes, budget=MemoryBudget(device="cpu"))
 
 
 MEASURE = """
 import sys, json
 import numpy as np, torch
-from mednext_v2.inference import predictor
+from mednext_v2.inference import windows
 from mednext_v2.core import peak_bytes
 
 from mednext_v2.data.scans import read_scan
@@ -605,11 +605,11 @@ shape, classes, patch, overlap = json.loads(sys.argv[1])
 model = torch.nn.Conv3d(1, classes, 1)
 image = np.random.default_rng(0).standard_normal((1, *shape), np.float32).astype(np.float16)
 small = np.zeros((1, 8, 8, 8), np.float32)
-with predictor.evaluating(model):
-    axes = predictor.lay_windows(shape, patch, overlap)
-    predictor.bounded_labels(model, small, predictor.lay_windows((8, 8, 8), (8, 8, 8), 0))  # What torch and MONAI hold
+with windows.eval_mode(model):
+    axes = windows.lay_windows(shape, patch, overlap)
+    windows.tiled_labels(model, small, windows.lay_windows((8, 8, 8), (8, 8, 8), 0))  # What torch and MONAI hold
     before = peak_bytes()
-    labels = predictor.bounded_labels(predictor.averaged([model]), image, axes, budget=predictor.Budget(memory=0.05))
+    labels = windows.tiled_labels(windows.average_models([model]), image, axes, budget=windows.MemoryBudget(memory=0.05))
 weight, bias = (value.detach().numpy().ravel() for value in (model.weight, model.bias))
 thin = image[0, ::7, ::5, ::3, None].astype(np.float32) * weight + bias
 top = np.sort(thin, -1)
@@ -644,19 +644,19 @@ def test_mirroring_is_the_mean_over_all_mirror_images():
     with torch.no_grad():
         flips = [(), (2,), (3,), (4,), (2, 3), (2, 4), (3, 4), (2, 3, 4)]
         expected = torch.stack([model(x.flip(f)).flip(f) for f in flips]).mean(0)
-        torch.testing.assert_close(averaged([model], (0, 1, 2))(x), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(average_models([model], (0, 1, 2))(x), expected, atol=1e-5, rtol=1e-5)
         two = torch.stack([model(x.flip(f)).flip(f) for f in ((), (4,))]).mean(0)
-        torch.testing.assert_close(averaged([model], (2,))(x), two, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(average_models([model], (2,))(x), two, atol=1e-5, rtol=1e-5)
 
 
 def test_mirror_axes_of_the_card_are_used(raw_intensities):
     scan, model = nifti(ball()), Echo(False)
-    for axes, windows in (((0, 1, 2), 8), ((2,), 2), ((), 1)):
+    for axes, passes in (((0, 1, 2), 8), ((2,), 2), ((), 1)):
         known = card(patch=(32, 32, 32))
         known.mirror_axes = axes
         model.modes.clear()
         predict_scan(model, known, [scan], tta=True)
-        assert len(model.modes) == windows
+        assert len(model.modes) == passes
     model.modes.clear()
     predict_scan(model, card(patch=(16, 16, 16)), [scan], fast=True)
     fast = len(model.modes)
@@ -667,7 +667,7 @@ def test_mirror_axes_of_the_card_are_used(raw_intensities):
 def test_options_refuse():
     for wrong, message in [({"overlap": 1.0}, "overlap < 1"), ({"memory": -1}, "memory >= 0"), ({"fast": True, "tta": True}, "fast or tta")]:
         with pytest.raises(ValueError, match=message):
-            predictor.Options(**wrong)
+            predictor.PredictSettings(**wrong)
     with pytest.raises(ValueError, match="device 'tpu' is not available here"):
         find_device("tpu")
 
@@ -732,7 +732,7 @@ def test_windows_start_where_monai_puts_them(side, size, overlap):
     whole = max(size, side)
     step = side if side == whole else max(1, int(side * (1 - overlap)))
     expected = tuple(where.start for (where,) in dense_patch_slices((whole,), (side,), (step,)))
-    for axis in predictor.lay_windows((size,) * 3, (side,) * 3, overlap, windows="monai"):
+    for axis in windows.lay_windows((size,) * 3, (side,) * 3, overlap, windows="monai"):
         assert axis.starts == expected
 
 
@@ -740,7 +740,7 @@ def test_windows_start_where_monai_puts_them(side, size, overlap):
 def test_windows_start_where_nnunet_puts_them(side, size, overlap):
     steps = pytest.importorskip("nnunetv2.inference.sliding_window_prediction")
     expected = steps.compute_steps_for_sliding_window((max(size, side),), (side,), 1 - overlap)[0]
-    for axis in predictor.lay_windows((size,) * 3, (side,) * 3, overlap):
+    for axis in windows.lay_windows((size,) * 3, (side,) * 3, overlap):
         assert axis.starts == tuple(sorted(set(expected)))  # Steps below a voxel give nnU-Net a window twice
 
 
@@ -748,7 +748,7 @@ def test_windows_start_where_nnunet_puts_them(side, size, overlap):
 def test_windows_weigh_what_nnunet_gives_them(patch):
     steps = pytest.importorskip("nnunetv2.inference.sliding_window_prediction")
     expected = steps.compute_gaussian(patch, 1 / 8, 10, device=torch.device("cpu"))
-    assert torch.equal(predictor.gaussian(patch), expected.float())
+    assert torch.equal(windows.gaussian(patch), expected.float())
 
 
 def test_windows_are_of_a_known_kind():
@@ -760,15 +760,15 @@ def test_windows_are_of_a_known_kind():
 def test_windows_weigh_what_monai_gives_them(patch):
     from monai.data.utils import compute_importance_map
 
-    torch.testing.assert_close(predictor.gaussian(patch, windows="monai").float(), compute_importance_map(patch, "gaussian", 0.125), rtol=1e-6, atol=0)
+    torch.testing.assert_close(windows.gaussian(patch, windows="monai").float(), compute_importance_map(patch, "gaussian", 0.125), rtol=1e-6, atol=0)
 
 
 def test_predicting_with_a_network_of_its_own_does_not_import_monai(tmp_path):
     "Its import takes seconds, as long as many a scan"
     code = (
-        "import sys, numpy, torch; from mednext_v2.inference import predictor; from mednext_v2.models.registry import create; "
-        "axes = predictor.lay_windows((36, 36, 36), (32, 32, 32), 0.5); model = create('mednext_v2_tiny', 1, 3, width=4); "
-        "context = predictor.evaluating(model); context.__enter__(); "
-        "predictor.bounded_labels(predictor.averaged([model]), numpy.zeros((1, 36, 36, 36)), axes); assert 'monai' not in sys.modules"
+        "import sys, numpy, torch; from mednext_v2.inference import windows; from mednext_v2.models.registry import create; "
+        "axes = windows.lay_windows((36, 36, 36), (32, 32, 32), 0.5); model = create('mednext_v2_tiny', 1, 3, width=4); "
+        "context = windows.eval_mode(model); context.__enter__(); "
+        "windows.tiled_labels(windows.average_models([model]), numpy.zeros((1, 36, 36, 36)), axes); assert 'monai' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -22,8 +22,8 @@ from accelerate.tracking import GeneralTracker
 
 from kill_toys import Meet, New, Nth, ended, start, tree
 from mednext_v2 import cli, core
-from mednext_v2.core import NEW, TRACES, Kind, Resources, atomic_files, atomic_folder, check_output, held
-from mednext_v2.data.preprocess import Prepared, remove_others
+from mednext_v2.core import LEFTOVER_PREFIXES, NEW_FOLDER, FolderKind, Resources, atomic_files, atomic_folder, check_output, output_lock
+from mednext_v2.data.preprocess import Prepared, remove_stale_cases
 from mednext_v2.data.scans import write_volume
 from mednext_v2.models.card import MODEL_FOLDER, Card, save_model
 from mednext_v2.models.registry import create
@@ -36,14 +36,14 @@ from training_toys import fit, toy_cases, toy_model, toy_recipe, toy_run
 
 HOLD = """
 import sys, time
-from mednext_v2.core import held
-with held(sys.argv[1]):
+from mednext_v2.core import output_lock
+with output_lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("kind", [NEW, MODEL_FOLDER, Kind("part", ("a",), ("b",))])
+@pytest.mark.parametrize("kind", [NEW_FOLDER, MODEL_FOLDER, FolderKind("part", ("a",), ("b",))])
 def test_a_folder_that_is_not_ours_a_link_and_a_file_are_refused(tmp_path, kind):
     place = tmp_path / "models"
     (place / "spleen").mkdir(parents=True)
@@ -58,7 +58,7 @@ def test_a_folder_that_is_not_ours_a_link_and_a_file_are_refused(tmp_path, kind)
 
 
 def test_a_rename_that_fails_leaves_the_older_folder(tmp_path, monkeypatch):
-    part, path, real = Kind("part", ("a",)), tmp_path / "out", os.replace
+    part, path, real = FolderKind("part", ("a",)), tmp_path / "out", os.replace
     path.mkdir()
     (path / "a").write_text("old")
 
@@ -76,11 +76,11 @@ def test_a_rename_that_fails_leaves_the_older_folder(tmp_path, monkeypatch):
 def test_the_second_is_told_who_holds_a_folder_and_a_dead_one_holds_nothing(tmp_path):
     first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=f"process {first.pid} on "), held(tmp_path):
+    with pytest.raises(ValueError, match=f"process {first.pid} on "), output_lock(tmp_path):
         pass
     first.kill()
     first.wait()
-    with held(tmp_path):
+    with output_lock(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     assert not list(tmp_path.iterdir())
 
@@ -107,7 +107,7 @@ def test_a_living_neighbour_and_foreign_folders_stay_in_prepared_cases(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years")
     with atomic_folder(tmp_path / "c.0123456789abcdef") as living:
-        remove_others(tmp_path, {"a.0123456789abcdef"})
+        remove_stale_cases(tmp_path, {"a.0123456789abcdef"})
         assert living.is_dir()
         assert {path.name for path in tmp_path.iterdir()} == {"a.0123456789abcdef", "mine", living.name}
 
@@ -138,7 +138,7 @@ def given(tmp_path_factory):
 
 
 TINY = ["--recipe", "smoke", "--backbone", "unet", "--network", "filters=(4,8,8)", "--device", "cpu", "--unchecked",
-        "--set", "patch=16,16,16", "steps=2", "checkpoint_every=1", "validate_every=2"]  # fmt: skip
+        "--recipe-set", "patch=16,16,16", "steps=2", "checkpoint_every=1", "validate_every=2"]  # fmt: skip
 
 
 def predict_line(given, scans: str, out, *more) -> list:
@@ -219,7 +219,7 @@ def test_finetune_killed_at_one_commit_after_the_other_ends_as_if_never_killed(g
     assert {"out/plan.json", "out/prepared/manifest.csv", "out/run/last.pt", "out/model", "out/predictions/held.nii.gz",
             "out/scores.csv", "out/model/card.json"} <= names  # fmt: skip
     assert tree(root, without) == wanted
-    assert not [path for path in (root / "out/run").rglob("*") if path.name.startswith(TRACES)]
+    assert not [path for path in (root / "out/run").rglob("*") if path.name.startswith(LEFTOVER_PREFIXES)]
 
 
 def test_a_prepared_folder_is_never_half_old_and_half_new(given, tmp_path):
@@ -280,7 +280,7 @@ def test_the_second_of_two_at_once_is_told_in_one_line_and_the_first_is_undistur
     assert second == 1 and f"is being written by process {first.pid} on " in told[-1] and told[-1].startswith("mednextv2: "), told
     assert ended(first) == 0, log.read_text()
     assert tree(root, without) == wanted
-    assert not [path for path in root.rglob("*") if path.name.startswith(TRACES)]
+    assert not [path for path in root.rglob("*") if path.name.startswith(LEFTOVER_PREFIXES)]
 
 
 # ---- what is refused before it costs anything, and what only keeps a record ------------------------------------------------
@@ -292,7 +292,7 @@ def test_predict_refuses_a_link_before_it_loads_anything(given, tmp_path, monkey
     kept = tmp_path / "kept"
     kept.mkdir() if target == "link" else kept.write_text("kept")
     (tmp_path / target).symlink_to(kept)
-    monkeypatch.setattr("mednext_v2.inference.files.load_members", None)
+    monkeypatch.setattr("mednext_v2.inference.files.load_ensemble", None)
     with pytest.raises(SystemExit, match=f"mednextv2: .*{target} is a link"):
         cli.main([str(word) for word in predict_line(given, scans, tmp_path / target, *more)])
     assert (tmp_path / target).is_symlink() and (kept.read_text() == "kept" if kept.is_file() else not list(kept.iterdir()))

@@ -15,11 +15,11 @@ from mednext_v2.core import ItemsFailed
 from mednext_v2.data.scans import BadFile
 from mednext_v2.inference import files, predictor
 from mednext_v2.inference.files import colour, itksnap_table, label_names, list_jobs, names_extension, predict_files, read_names, slicer_table
-from mednext_v2.inference.predictor import Options, predict
+from mednext_v2.inference.predictor import PredictSettings, predict
 from mednext_v2.models.card import Card, read_card, save_model
 
 torch.set_num_threads(1)
-CPU = Options(device="cpu")
+CPU = PredictSettings(device="cpu")
 KNOWN = {"schemes": ["zscore"], "mean": [0], "std": [1], "low": [0], "high": [0], "nonzero": False}
 
 
@@ -137,7 +137,7 @@ def test_folds_average_logits_and_models_average_probabilities(model, tmp_path):
     for number, folder in enumerate((model, other)):
         (tmp_path / "folds").mkdir(exist_ok=True)
         (tmp_path / f"folds/fold_{number}").symlink_to(folder)
-    weights = [predictor.load_members(folder, CPU)[0].models[0] for folder in (model, other)]
+    weights = [predictor.load_ensemble(folder, CPU)[0].models[0] for folder in (model, other)]
     card = read_card(model)
 
     class Mean(torch.nn.Module):

@@ -386,7 +386,7 @@ def test_the_slurm_script_puts_a_preempted_job_back_and_no_other(tmp_path, code,
 
 # Memory
 
-STEP = Step("mednext_v2_tiny", (64, 64, 64), batch=4, overrides=(("width", 8),))
+STEP = Step("mednext_v2_tiny", (64, 64, 64), batch_size=4, overrides=(("width", 8),))
 MEASURED = Forecast(resident=10**8, memory=1.5, speed=1e9)
 
 
@@ -394,7 +394,7 @@ MEASURED = Forecast(resident=10**8, memory=1.5, speed=1e9)
 def needed_by_hand(step: Step) -> float:
     from mednext_v2.network.scaling import estimate, get_arch
 
-    cost = estimate(get_arch("tiny", width=8), step.patch, step.batch, step.precision, step.grad_checkpointing, 1, 3, True)
+    cost = estimate(get_arch("tiny", width=8), step.patch, step.batch_size, step.precision, step.grad_checkpointing, 1, 3, True)
     return 1e8 + 1.1 * 1.5 * (cost.activation_bytes + cost.working_bytes)
 
 
@@ -403,7 +403,7 @@ def parse(text: str) -> dict:
     changes = dict(part.split(" ", 1) for part in text.split(" (")[0].split(", "))
     if "patch" in changes:
         changes["patch"] = tuple(map(int, changes["patch"].split(" x ")))
-    return changes | ({"batch": int(changes["batch"])} if "batch" in changes else {})
+    return changes | ({"batch_size": int(changes["batch_size"])} if "batch_size" in changes else {})
 
 
 def test_what_fits_passes_and_what_does_not_is_refused_with_changes_that_fit():
@@ -413,12 +413,12 @@ def test_what_fits_passes_and_what_does_not_is_refused_with_changes_that_fit():
     with pytest.raises(ValueError, match=f"needs about {need / 1e9:.2f} GB, but a process can have {room / 1e9:.2f} GB") as no:
         check_memory(STEP, available=room, measured=MEASURED)
     suggestions = [line.strip() for line in str(no.value).splitlines()[1:]]
-    assert {name for text in suggestions for name in parse(text)} == {"grad_checkpointing", "batch", "patch", "precision"}
+    assert {name for text in suggestions for name in parse(text)} == {"grad_checkpointing", "batch_size", "patch", "precision"}
     for text in suggestions:
         changed = replace(STEP, **parse(text))
         assert needed_by_hand(changed) <= room, text
         assert f"{needed_by_hand(changed) / 1e9:.2f} GB" in text
-    batch = next(parse(text)["batch"] for text in suggestions if text.startswith("batch"))
+    batch = next(parse(text)["batch_size"] for text in suggestions if text.startswith("batch_size"))
     assert batch == 2, "no smaller than it must be"
 
 
@@ -430,13 +430,13 @@ def test_processes_share_the_memory_of_a_machine():
 
 
 def test_changes_are_combined_when_none_is_enough_and_nothing_is_made_up():
-    low = int(needed_by_hand(replace(STEP, batch=1, grad_checkpointing="block"))) - 1
+    low = int(needed_by_hand(replace(STEP, batch_size=1, grad_checkpointing="block"))) - 1
     found = module.suggest(MEASURED.needed, STEP, low)
     assert all(needed_by_hand(replace(STEP, **parse(text))) <= low for text in found)
-    low = int(needed_by_hand(replace(STEP, batch=1, grad_checkpointing="block", patch=(32, 32, 16)))) + 1
+    low = int(needed_by_hand(replace(STEP, batch_size=1, grad_checkpointing="block", patch=(32, 32, 16)))) + 1
     found = module.suggest(MEASURED.needed, STEP, low)
-    assert len(found) == 1 and set(parse(found[0])) == {"grad_checkpointing", "batch", "patch"}
-    assert parse(found[0])["batch"] == 1 and needed_by_hand(replace(STEP, **parse(found[0]))) <= low
+    assert len(found) == 1 and set(parse(found[0])) == {"grad_checkpointing", "batch_size", "patch"}
+    assert parse(found[0])["batch_size"] == 1 and needed_by_hand(replace(STEP, **parse(found[0]))) <= low
     with pytest.raises(ValueError, match="nothing but a smaller network, or more memory"):
         check_memory(STEP, available=10**8, measured=MEASURED)
 
@@ -452,7 +452,7 @@ def test_smaller_patches_stay_multiples_and_keep_two_voxels_at_the_bottom(stride
 def test_cost_of_a_network_without_a_formula_is_what_autograd_keeps():
     import torch
 
-    step = Step("unet", (32, 32, 32), batch=2, overrides=(("filters", (4, 8, 8)),))
+    step = Step("unet", (32, 32, 32), batch_size=2, overrides=(("filters", (4, 8, 8)),))
     kept, model = {}, step.create()
     weights = {p.data_ptr() for p in model.parameters()}
 
@@ -464,7 +464,7 @@ def test_cost_of_a_network_without_a_formula_is_what_autograd_keeps():
         outputs = model(torch.randn(2, 1, 32, 32, 32))
     real = sum(size for place, size in kept.items() if place not in weights)
     assert outputs and step.cost().activation_bytes == pytest.approx(real, rel=0.02)
-    assert replace(step, batch=4).cost().activation_bytes == pytest.approx(2 * real, rel=0.02)
+    assert replace(step, batch_size=4).cost().activation_bytes == pytest.approx(2 * real, rel=0.02)
 
 
 def test_a_dry_step_measures_memory_and_time(monkeypatch):
@@ -473,4 +473,4 @@ def test_a_dry_step_measures_memory_and_time(monkeypatch):
     measured = module.forecast(step)
     assert 5e7 < measured.resident < 2e9 and 0.3 < measured.memory < 5
     assert 0.01 < measured.seconds(step) < 100
-    assert measured.seconds(replace(step, batch=2)) == pytest.approx(2 * measured.seconds(step))
+    assert measured.seconds(replace(step, batch_size=2)) == pytest.approx(2 * measured.seconds(step))

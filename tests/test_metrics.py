@@ -10,13 +10,13 @@ import torch
 from scipy import ndimage
 
 from mednext_v2.core import ItemsFailed
-from mednext_v2.data.datasets import Task, write_dataset
+from mednext_v2.data.datasets import Dataset, write_description
 from mednext_v2.data.scans import write_volume
 from mednext_v2.evaluation.metrics import (
     CONVENTIONS,
     conventions,
     count_lesions,
-    described_task,
+    described_dataset,
     dice,
     evaluate,
     hausdorff,
@@ -37,8 +37,8 @@ def blob(seed: int, shape=(19, 23, 17), smooth: float = 1.5, share: float = 0.3)
     return noise > np.quantile(noise, 1 - share)
 
 
-def task_of(labels: dict, groups="organ") -> Task:
-    return Task("toy", 999, "Toy", "CT", labels, groups, (1, 1, 1), (8, 8, 8), 1.0, "finetune", "none", "none")
+def task_of(labels: dict, groups="organ") -> Dataset:
+    return Dataset("toy", 999, "Toy", "CT", labels, groups, (1, 1, 1), (8, 8, 8), 1.0, "finetune", "none", "none")
 
 
 @pytest.fixture
@@ -236,17 +236,17 @@ def test_surface_dice_refuses(arguments, message):
 
 
 def test_score_case_equals_class_by_class_on_the_whole_volume(deepmind):
-    task = task_of({"a": 1, "b": 2, "c": 3, "d": 4}, dict(a="organ", b="pathology", c="organ", d="organ"))
+    dataset = task_of({"a": 1, "b": 2, "c": 3, "d": 4}, dict(a="organ", b="pathology", c="organ", d="organ"))
     generator = np.random.default_rng(0)
     smooth = ndimage.gaussian_filter(generator.normal(size=(4, 24, 22, 14)), (0, 2, 2, 2))
     truth = smooth.argmax(0).astype(np.uint8)
     prediction = (smooth + 0.6 * smooth[::-1]).argmax(0).astype(np.int64)  # The class "d" is in neither
     spacing = (1.0, 0.6, 2.2)
-    scores = score_case(prediction, truth, spacing, task, 1.234)
+    scores = score_case(prediction, truth, spacing, dataset, 1.234)
     assert list(scores) == COLUMNS
-    assert scores.label.tolist() == list(task.labels) and scores.group.tolist() == list(task.groups.values())
+    assert scores.label.tolist() == list(dataset.labels) and scores.group.tolist() == list(dataset.groups.values())
     for row in scores.itertuples():
-        masks = prediction == task.labels[row.label], truth == task.labels[row.label]
+        masks = prediction == dataset.labels[row.label], truth == dataset.labels[row.label]
         assert (row.n_predicted, row.n_voxels) == (masks[0].sum(), masks[1].sum())
         np.testing.assert_equal(row.dsc, dice(*masks))
         if row.label == "d":
@@ -260,19 +260,19 @@ def test_score_case_equals_class_by_class_on_the_whole_volume(deepmind):
 
 
 def test_score_case_takes_the_tolerance_of_the_task_and_zero_as_a_tolerance():
-    task = task_of({"a": 1})
+    dataset = task_of({"a": 1})
     slab = np.zeros((6, 6, 6), np.uint8)
     slab[:, :, 2] = 1
     shifted = np.roll(slab, 1, 2)
-    assert score_case(shifted, slab, (1, 1, 1), task).nsd.item() == pytest.approx(1)
-    assert score_case(shifted, slab, (1, 1, 1), task, 0).nsd.item() < 0.6
+    assert score_case(shifted, slab, (1, 1, 1), dataset).nsd.item() == pytest.approx(1)
+    assert score_case(shifted, slab, (1, 1, 1), dataset, 0).nsd.item() < 0.6
 
 
 def test_score_case_takes_whole_numbers_as_floats_and_does_not_change_its_arguments():
-    task = task_of({"a": 1, "b": 2})
+    dataset = task_of({"a": 1, "b": 2})
     truth = np.random.default_rng(0).integers(0, 3, (8, 8, 8)).astype(np.float64)
     copy = truth.copy()
-    assert score_case(truth, truth.astype(np.uint8), (1, 1, 1), task).dsc.tolist() == [1, 1]
+    assert score_case(truth, truth.astype(np.uint8), (1, 1, 1), dataset).dsc.tolist() == [1, 1]
     np.testing.assert_array_equal(truth, copy)
 
 
@@ -310,9 +310,9 @@ REGIONS = dict(
 )
 
 
-def make_task(**fields) -> Task:
+def make_task(**fields) -> Dataset:
     given = dict(labels={"a": 1, "b": 2, "c": 3}, groups="organ") | fields
-    return Task("toy", 999, "Toy", "CT", spacing=(1, 1, 1), patch=(8, 8, 8), nsd_tolerance=1.0, role="finetune", licence="none", citation="none", **given)
+    return Dataset("toy", 999, "Toy", "CT", spacing=(1, 1, 1), patch=(8, 8, 8), nsd_tolerance=1.0, role="finetune", licence="none", citation="none", **given)
 
 
 def label_maps(seed: int, classes: int = 4, shape=(16, 14, 12)) -> tuple[np.ndarray, np.ndarray]:
@@ -338,18 +338,18 @@ def test_summary_equals_nnunet(tmp_path, fields):
     module = pytest.importorskip("nnunetv2.evaluation.evaluate_predictions")
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-    task, pairs = make_task(**fields), {}
+    dataset, pairs = make_task(**fields), {}
     for seed in range(3):
         prediction, truth = label_maps(seed)
-        if task.ignore:
-            truth[np.random.default_rng(seed).random(truth.shape) < 0.2] = task.ignore
+        if dataset.ignore:
+            truth[np.random.default_rng(seed).random(truth.shape) < 0.2] = dataset.ignore
         pairs[f"case {seed}"] = prediction, truth
     pairs["empty"] = tuple(np.where(labels == 2, 0, labels) for labels in pairs["case 0"])
     write_pairs(tmp_path, pairs)
-    evaluate(tmp_path / "predictions", tmp_path / "truths", task, out=tmp_path / "ours")
-    regions = [v if len(v) > 1 else v[0] for v in task.regions.values()] or list(task.labels.values())
+    evaluate(tmp_path / "predictions", tmp_path / "truths", dataset, out=tmp_path / "ours")
+    regions = [v if len(v) > 1 else v[0] for v in dataset.regions.values()] or list(dataset.labels.values())
     cases = [
-        module.compute_metrics(str(tmp_path / f"truths/{case}.nii.gz"), str(tmp_path / f"predictions/{case}.nii.gz"), SimpleITKIO(), regions, task.ignore)
+        module.compute_metrics(str(tmp_path / f"truths/{case}.nii.gz"), str(tmp_path / f"predictions/{case}.nii.gz"), SimpleITKIO(), regions, dataset.ignore)
         for case in sorted(pairs)
     ]
     ours = json.loads((tmp_path / "ours/summary.json").read_text())
@@ -366,27 +366,27 @@ def test_summary_equals_nnunet(tmp_path, fields):
     dices = [ours["mean"][str(region)]["Dice"] for region in regions]
     assert ours["foreground_mean"]["Dice"] == pytest.approx(np.mean(dices), rel=1e-12)
     loaded = module.load_summary_json(str(tmp_path / "ours/summary.json"))
-    assert list(loaded["mean"]) == regions and ours["conventions"] == conventions(task)
+    assert list(loaded["mean"]) == regions and ours["conventions"] == conventions(dataset)
 
 
 def test_ignored_voxels_change_nothing_else():
-    task = make_task(ignore=4)
+    dataset = make_task(ignore=4)
     prediction, truth = label_maps(5)
     ignored = np.random.default_rng(1).random(truth.shape) < 0.3
-    with_ignored = score_case(prediction, np.where(ignored, 4, truth), (1, 1, 1), task)
-    cleared = score_case(np.where(ignored, 0, prediction), np.where(ignored, 0, truth), (1, 1, 1), task)
+    with_ignored = score_case(prediction, np.where(ignored, 4, truth), (1, 1, 1), dataset)
+    cleared = score_case(np.where(ignored, 0, prediction), np.where(ignored, 0, truth), (1, 1, 1), dataset)
     pd.testing.assert_frame_equal(with_ignored.drop(columns="n_counted"), cleared.drop(columns="n_counted"))
     assert (with_ignored.n_counted == truth.size - ignored.sum()).all() and (cleared.n_counted == truth.size).all()
     with pytest.raises(ValueError, match="prediction holds 4"):
-        score_case(np.where(ignored, 4, truth), truth, (1, 1, 1), task)
+        score_case(np.where(ignored, 4, truth), truth, (1, 1, 1), dataset)
 
 
 def test_regions_are_unions():
-    task = make_task(**REGIONS | {"ignore": None})
+    dataset = make_task(**REGIONS | {"ignore": None})
     prediction, truth = label_maps(6)
-    scores = score_case(prediction, truth, (1, 2, 3), task).set_index("label")
+    scores = score_case(prediction, truth, (1, 2, 3), dataset).set_index("label")
     assert list(scores.index) == ["whole", "inner", "tip"]
-    for name, values in task.regions.items():
+    for name, values in dataset.regions.items():
         masks = np.isin(prediction, values), np.isin(truth, values)
         assert scores.dsc[name] == dice(*masks)
         assert scores.nsd[name] == pytest.approx(surface_dice(*masks, (1, 2, 3), 1), abs=1e-12)
@@ -508,15 +508,15 @@ def test_two_files_of_one_name_are_refused_and_hidden_ones_are_none(tmp_path):
 
 
 def test_the_task_comes_from_a_dataset_json(tmp_path):
-    task = make_task(**REGIONS)
+    dataset = make_task(**REGIONS)
     write_pairs(tmp_path, {"a": label_maps(2)})
     with pytest.raises(ValueError, match="no dataset.json in .*name the task"):
         evaluate(tmp_path / "predictions", tmp_path / "truths")
-    write_dataset(task, tmp_path / "predictions", 0)
+    write_description(dataset, tmp_path / "predictions", 0)
     table = evaluate(tmp_path / "predictions", tmp_path / "truths")
-    assert table.label.tolist() == list(task.regions) and set(table.group) == {"pathology"}
-    read = described_task(tmp_path / "predictions/dataset.json")
-    assert (read.regions, read.ignore, read.name) == (task.regions, 4, "toy")
+    assert table.label.tolist() == list(dataset.regions) and set(table.group) == {"pathology"}
+    read = described_dataset(tmp_path / "predictions/dataset.json")
+    assert (read.regions, read.ignore, read.name) == (dataset.regions, 4, "toy")
     with pytest.raises(ValueError, match="unknown task"):
         evaluate(tmp_path / "predictions", tmp_path / "truths", "no_such_task")
 
@@ -528,10 +528,10 @@ def test_evaluate_gives_the_same_with_two_processes(tmp_path):
 
 
 def test_conventions_hold():
-    task, full = make_task(groups="pathology"), np.ones((4, 4, 4), int)
+    dataset, full = make_task(groups="pathology"), np.ones((4, 4, 4), int)
     none = full * 0
     rows = {
-        name: score_case(*maps, (1, 1, 1), task).iloc[0]
+        name: score_case(*maps, (1, 1, 1), dataset).iloc[0]
         for name, maps in dict(truth=(none, full), prediction=(full, none), neither=(none, none), both=(full, full)).items()
     }
     metrics = ["dsc", "nsd", "lesion_f1", "volume_error", "hd95"]
@@ -539,4 +539,4 @@ def test_conventions_hold():
     np.testing.assert_equal(rows["prediction"][metrics].tolist(), [0, 0, 0, np.nan, np.nan])
     np.testing.assert_equal(rows["neither"][metrics].tolist(), [np.nan] * 5)
     assert rows["both"][metrics].tolist() == [1, 1, 1, 0, 0]
-    assert conventions(task, 2.5)["NSD tolerance"] == "2.5 mm" and set(CONVENTIONS) < set(conventions(task))
+    assert conventions(dataset, 2.5)["NSD tolerance"] == "2.5 mm" and set(CONVENTIONS) < set(conventions(dataset))

@@ -13,28 +13,28 @@ import pytest
 import torch
 
 from mednext_v2.data.augment import ArrayCases, PatchSampler, patch_loader
-from mednext_v2.data.datasets import Task, get_task, read_annotated
+from mednext_v2.data.datasets import Dataset, get_dataset, read_annotated
 from mednext_v2.data.mixture import MixtureSampler, allot, consecutive_parts, known_only, look_alikes, mix, select_outputs, union_labels, whole_shares
 from mednext_v2.intake.convert import CADS_GROUPS
 from mednext_v2.training.losses import deep_supervision_loss
 from training_toys import readers
 
 
-def task(name, labels, groups="organ", **fields):
+def dataset(name, labels, groups="organ", **fields):
     settings = dict(
         dataset=1, title=f"Toy {name}", modality="CT", spacing=(1, 1, 1), patch=(8, 8, 8), nsd_tolerance=1, role="pretrain", licence="none", citation="none"
     )
-    return Task(name=name, labels=labels, groups=groups, **settings | fields)
+    return Dataset(name=name, labels=labels, groups=groups, **settings | fields)
 
 
-BELLY = task("belly", {"spleen": 1, "liver": 2, "tumour": 3}, dict(spleen="organ", liver="organ", tumour="pathology"))
-CHEST = task("chest", {"lung": 1, "heart": 2}, ignore=3)
-TRUNK = task("trunk", {"bone": 1, "spleen": 2})
+BELLY = dataset("belly", {"spleen": 1, "liver": 2, "tumour": 3}, dict(spleen="organ", liver="organ", tumour="pathology"))
+CHEST = dataset("chest", {"lung": 1, "heart": 2}, ignore=3)
+TRUNK = dataset("trunk", {"bone": 1, "spleen": 2})
 TASKS = [BELLY, CHEST, TRUNK]
 SPACE = union_labels(TASKS)
 
 
-def cases(one: Task, count: int, seed: int, size: int = 18, channels: int = 1) -> ArrayCases:
+def cases(one: Dataset, count: int, seed: int, size: int = 18, channels: int = 1) -> ArrayCases:
     "Blocks of every value that the task has, over noise"
     rng, images, labels = np.random.default_rng(seed), {}, {}
     for number in range(count):
@@ -66,7 +66,7 @@ class AsPrepared:
     "Arrays in memory that say what a prepared folder says"
 
     cases: ArrayCases
-    task: Task
+    dataset: Dataset
     mean: float = 0.0
     scheme: str = "ct"
     column: dict | None = None
@@ -76,7 +76,7 @@ class AsPrepared:
 
     @property
     def fingerprint(self):
-        n = len(self.task.channels)
+        n = len(self.dataset.channels)
         known = dict(low=[-1], high=[1], mean=[self.mean], std=[1], schemes=[self.scheme])
         values = {key: value * n for key, value in known.items()} | {"nonzero": False}
         return SimpleNamespace(normalisation=lambda: values)
@@ -113,7 +113,7 @@ def test_one_more_data_set_leaves_earlier_numbers():
 
 
 def test_organ_in_one_and_pathology_in_another_is_refused():
-    cyst = task("cyst", {"cyst": 1, "spleen": 2}, "pathology")
+    cyst = dataset("cyst", {"cyst": 1, "spleen": 2}, "pathology")
     message = r"'spleen' is organ in belly \(spleen\) and pathology in cyst \(spleen\): .*rename"
     with pytest.raises(ValueError, match=message):
         union_labels([BELLY, cyst])
@@ -122,8 +122,8 @@ def test_organ_in_one_and_pathology_in_another_is_refused():
     apart = union_labels([BELLY, cyst], rename={"cyst": {"spleen": "bad spleen"}})
     assert (apart.groups["spleen"], apart.groups["bad spleen"]) == ("organ", "pathology")
     unsure = replace(cyst, groups="unspecified")
-    for tasks in ([BELLY, unsure], [unsure, BELLY]):
-        groups = union_labels(tasks).groups
+    for datasets in ([BELLY, unsure], [unsure, BELLY]):
+        groups = union_labels(datasets).groups
         assert (groups["spleen"], groups["cyst"]) == ("organ", "unspecified")
     union_labels([BELLY, cyst], "own")  # Nothing is shared
 
@@ -144,12 +144,12 @@ def test_rename_joins_parts_and_leaves_out():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(tasks=[]), "at least one, got: none"),
-        (dict(tasks=[BELLY, BELLY]), "each data set once, and at least one, got: belly, belly"),
-        (dict(tasks=TASKS, heads="many"), "one of shared, own, got 'many'"),
-        (dict(tasks=TASKS, rename={"head": {}}), "no data set 'head'; there are: belly, chest, trunk"),
-        (dict(tasks=TASKS, rename={"chest": {"bone": "b"}}), "no label 'bone'; it has: lung, heart"),
-        (dict(tasks=TASKS, rename={"chest": {"lung": ""}}), "'lung' of chest needs a name, got ''"),
+        (dict(datasets=[]), "at least one, got: none"),
+        (dict(datasets=[BELLY, BELLY]), "each data set once, and at least one, got: belly, belly"),
+        (dict(datasets=TASKS, heads="many"), "one of shared, own, got 'many'"),
+        (dict(datasets=TASKS, rename={"head": {}}), "no data set 'head'; there are: belly, chest, trunk"),
+        (dict(datasets=TASKS, rename={"chest": {"bone": "b"}}), "no label 'bone'; it has: lung, heart"),
+        (dict(datasets=TASKS, rename={"chest": {"lung": ""}}), "'lung' of chest needs a name, got ''"),
     ],
 )
 def test_bad_unions_are_explained(arguments, message):
@@ -158,10 +158,10 @@ def test_bad_unions_are_explained(arguments, message):
 
 
 def test_look_alikes():
-    one = task("one", {"kidney_left": 1, "rib_left_1": 2, "heart": 3})
-    two = task("two", {"Left Kidney": 1, "rib_left_11": 2, "heart": 3})
+    one = dataset("one", {"kidney_left": 1, "rib_left_1": 2, "heart": 3})
+    two = dataset("two", {"Left Kidney": 1, "rib_left_11": 2, "heart": 3})
     assert look_alikes(union_labels([one, two])) == [("kidney_left", "Left Kidney")]
-    suspicious = look_alikes(union_labels([get_task("cads"), get_task("amos")]))
+    suspicious = look_alikes(union_labels([get_dataset("cads"), get_dataset("amos")]))
     assert ("kidney_right", "right_kidney") in suspicious
     assert ("adrenal_gland_left", "left_adrenal_gland") in suspicious
 
@@ -274,7 +274,7 @@ def test_processes_share_a_batch():
     assert equal(source.vary(1, source.regions(1)[1::2]), [part[1::2] for part in source.batch(1)])
 
 
-def by_name(space, name, one: Task, label: torch.Tensor) -> torch.Tensor:
+def by_name(space, name, one: Dataset, label: torch.Tensor) -> torch.Tensor:
     "The classes of a data set's own label, voxel by voxel and by name"
     names = {value: label for label, value in one.labels.items()}
     found = []
@@ -378,7 +378,7 @@ def test_annotated_table_from_a_file_and_a_manifest(tmp_path):
 
 
 def test_parts_of_cads():
-    cads = get_task("cads")
+    cads = get_dataset("cads")
     parts = consecutive_parts(cads, CADS_GROUPS)
     assert [len(labels) for labels in parts.values()] == [17, 24, 18, 21, 24, 15, 9, 29, 10]
     assert parts["552"][0] == "vertebrae_l5" and parts["559"][0] == "subcutaneous_tissue"
@@ -660,23 +660,23 @@ def shapes(seed: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
     return (np.array([0, 1, -1])[label] + rng.normal(0, 0.3, label.shape)).astype(np.float32)[None], label
 
 
-def halves() -> tuple[dict[str, ArrayCases], list[Task]]:
+def halves() -> tuple[dict[str, ArrayCases], list[Dataset]]:
     "Two data sets of the same scenes: one labelled the balls, the other the cubes"
-    sets, tasks = {}, []
+    sets, datasets = {}, []
     for number, (name, label) in enumerate({"round": "ball", "square": "cube"}.items(), 1):
         scenes = {f"{name}{i}": shapes(100 * number + i) for i in range(4)}
         images = {case: image for case, (image, _) in scenes.items()}
         labels = {case: (truth == number).astype(np.uint8) for case, (_, truth) in scenes.items()}
         sets[name] = ArrayCases(images, labels, {"train": tuple(images)})
-        tasks.append(task(name, {label: 1}))
-    return sets, tasks
+        datasets.append(dataset(name, {label: 1}))
+    return sets, datasets
 
 
 @cache
 def train(heads: str, marginal: bool, steps: int = 80) -> dict[str, tuple[float, float]]:
     "Dice and certainty on new scenes, after two half-annotated data sets, the cubes three times as often"
-    sets, tasks = halves()
-    space = union_labels(tasks, heads)
+    sets, datasets = halves()
+    space = union_labels(datasets, heads)
     weights = {"round": 1, "square": 3}
     source = mix(sets, (12, 12, 12), 4, weights, space, foreground=0.0, augment="none")
     torch.manual_seed(0)

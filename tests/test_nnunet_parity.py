@@ -22,7 +22,7 @@ import pytest
 from scipy import ndimage
 
 from mednext_v2.core import root, write_json
-from mednext_v2.data.datasets import Task, list_cases, read_case, write_dataset
+from mednext_v2.data.datasets import Dataset, list_cases, read_case, write_description
 from mednext_v2.data.preprocess import Prepared, prepare
 from mednext_v2.study.seeds import read_seed, seeds_folder, verify_seeds
 
@@ -30,19 +30,19 @@ pytestmark = pytest.mark.skipif(find_spec("nnunetv2") is None, reason="nnunetv2 
 sys.path.insert(0, str(root() / "benchmarks"))
 
 
-def task(number: int, name: str, modality: str, labels: tuple[str, ...], spacing: tuple, channels=()) -> Task:
+def dataset(number: int, name: str, modality: str, labels: tuple[str, ...], spacing: tuple, channels=()) -> Dataset:
     values = {label: value for value, label in enumerate(labels, 1)}
     fixed = {"groups": "organ", "patch": (32, 32, 32), "nsd_tolerance": 2.0, "licence": "none"}
     fixed |= {"citation": "none", "role": "pretrain"}
     own = {"modality": modality, "labels": values, "spacing": spacing, "channels": channels}
-    return Task(name=name, dataset=number, title=f"Parity {name}", **fixed, **own)
+    return Dataset(name=name, dataset=number, title=f"Parity {name}", **fixed, **own)
 
 
 # A target of 7 mm beside 2 mm is strongly anisotropic, which decides the way whatever the case
-ABDOMEN = task(991, "abdomen", "CT", ("liver", "aorta", "vertebrae"), (3.0, 3.0, 3.0))
-THICK = task(992, "thick", "CT", ("liver", "aorta", "vertebrae"), (2.2, 2.2, 7.0))
-BRAIN = task(993, "brain", "MR", ("frontal", "deep_grey", "cerebellum"), (2.5, 3.0, 2.5), ("T1", "T2"))
-BODY = task(994, "body", "MR", ("liver", "aorta", "back_muscle"), (2.0, 2.0, 6.5))
+ABDOMEN = dataset(991, "abdomen", "CT", ("liver", "aorta", "vertebrae"), (3.0, 3.0, 3.0))
+THICK = dataset(992, "thick", "CT", ("liver", "aorta", "vertebrae"), (2.2, 2.2, 7.0))
+BRAIN = dataset(993, "brain", "MR", ("frontal", "deep_grey", "cerebellum"), (2.5, 3.0, 2.5), ("T1", "T2"))
+BODY = dataset(994, "body", "MR", ("liver", "aorta", "back_muscle"), (2.0, 2.0, 6.5))
 TASKS = {t.name: t for t in (ABDOMEN, THICK, BRAIN, BODY)}
 SEEDS = {"abdomen": "ctA", "thick": "ctA", "brain": "mrP", "body": "mrM"}
 
@@ -123,7 +123,7 @@ def write_raw(name: str, raw: Path) -> None:
         if id != "spare":
             images = [str(folder / file) for file in files[:-1]]
             listed[id] = {"images": images, "label": str(folder / files[-1])}
-    write_dataset(TASKS[name], folder, len(listed))
+    write_description(TASKS[name], folder, len(listed))
     # nnU-Net takes all of imagesTr for its fingerprint, unless dataset.json lists the cases
     known = json.loads((folder / "dataset.json").read_text())
     write_json(folder / "dataset.json", known | {"dataset": listed}, sort_keys=False)
@@ -160,12 +160,12 @@ def peer_arrays(folder: Path, name: str, id: str) -> tuple[np.ndarray, np.ndarra
     "nnU-Net's image (C, X, Y, Z) and label in RAS, and what it noted beside them"
     import blosc2
 
-    task, place = TASKS[name], peer_place(folder, name)
+    dataset, place = TASKS[name], peer_place(folder, name)
     plans = json.loads((place / "nnUNetPlans.json").read_text())
     back = [0, *(1 + axis for axis in plans["transpose_backward"])]
     stem = place / plans["configurations"]["3d_fullres"]["data_identifier"] / id
     noted = pickle.loads(stem.with_suffix(".pkl").read_bytes())
-    stored = nibabel.load(folder / "raw" / task.folder / "labelsTr" / f"{id}.nii.gz").affine
+    stored = nibabel.load(folder / "raw" / dataset.folder / "labelsTr" / f"{id}.nii.gz").affine
     arrays = []
     for part in ("", "_seg"):
         array = blosc2.open(f"{stem}{part}.b2nd")[:].transpose(back)  # (C, z, y, x) of the file

@@ -144,28 +144,21 @@ def nnunet_labels(theirs, values: np.ndarray, spacing: tuple) -> np.ndarray:
 def margins(model, image, found: np.ndarray, other: np.ndarray, tta: bool) -> np.ndarray:
     "By how much our logits prefer our label to the other, where the two differ; of regions, how far the nearest is from 0"
     from mednext_v2.data.preprocess import coarse_axis
-    from mednext_v2.inference.predictor import (
-        Options,
-        averaged,
-        evaluating,
-        lay_windows,
-        load_members,
-        network_input,
-        pass_windows,
-        prepare_volume,
-        resample_logits,
-    )
+    from mednext_v2.inference.predictor import PredictSettings, load_ensemble, network_input, prepare_image
+    from mednext_v2.inference.windows import average_models, eval_mode, lay_windows, resample_logits, slide_windows
 
-    member = load_members(model, Options(device="cpu", tta=tta))[0]
+    member = load_ensemble(model, PredictSettings(device="cpu", tta=tta))[0]
     volume = network_input([image])
-    prepared, card = prepare_volume(volume, member.card), member.card
+    prepared, card = prepare_image(volume, member.card), member.card
     logits = torch.zeros(card.num_classes, *prepared.shape[1:])
 
     def keep(place, channels):
         logits[(slice(None), *place)] = torch.stack(list(channels))
 
-    with evaluating(*member.models):
-        pass_windows(averaged(member.models, member.mirror(Options(tta=tta))), prepared, lay_windows(prepared.shape[1:], card.patch, 0.5), keep)
+    with eval_mode(*member.models):
+        slide_windows(
+            average_models(member.models, member.mirror_axes(PredictSettings(tta=tta))), prepared, lay_windows(prepared.shape[1:], card.patch, 0.5), keep
+        )
     logits = resample_logits(logits, volume.image.shape[1:], coarse_axis(card.spacing, volume.spacing))
     differ = torch.from_numpy(found != other)
     if card.regions:

@@ -59,10 +59,10 @@ def toy_mednext(dtype=torch.float32) -> torch.nn.Module:
 
 def train(folder: Path, dtype="float32", parallel="ddp", patches=None, seed=0, options=None, **changes) -> dict:
     "One run; what it leaves behind, as whole weights and history"
-    settings = dict(steps=5, batch=6, lr=3e-3, warmup=2, checkpoint_every=2, validate_every=4, clip=1.0)
+    settings = dict(steps=5, batch_size=6, lr=3e-3, warmup=2, checkpoint_every=2, validate_every=4, max_grad_norm=1.0)
     recipe = toy_recipe(**settings | changes)
     dtype, cases = getattr(torch, dtype), toy_cases()
-    sampler = Patches(cases, "train", recipe.patch, recipe.batch, recipe.foreground, recipe.augment, seed)
+    sampler = Patches(cases, "train", recipe.patch, recipe.batch_size, recipe.foreground, recipe.augment, seed)
     vars(sampler).update(patches or {}, dtype=dtype)
     fixed = patch_validation(recipe, cases, batches=4)  # Not a multiple of three
     validate = PatchValidation([(image.to(dtype), label) for image, label in fixed.batches])
@@ -145,12 +145,12 @@ def furthest(a: dict, b: dict) -> tuple[float, float]:
 
 KINDS = {  # What any number of processes must train alike, in float64
     "batch dice, average": dict(ema=0.9),
-    "sample dice, parts": dict(accumulate=2, batch_dice=False, present_only=True),
+    "sample dice, parts": dict(grad_accum_steps=2, batch_dice=False, present_only=True),
     "present only, sgd": dict(present_only=True, foreground=0.2, optimizer="sgd", lr=1e-3, augment="none"),
 }
 PAIRS = [("ddp", kind) for kind in KINDS] + [("fsdp", kind) for kind in list(KINDS)[:2]]
 STRATEGIES = ("ddp", "fsdp")
-LONG = dict(steps=14, batch=3, checkpoint_every=2, validate_every=7)  # The run that is killed
+LONG = dict(steps=14, batch_size=3, checkpoint_every=2, validate_every=7)  # The run that is killed
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +166,8 @@ def several(tmp_path_factory):
         runs[f"{s} resumed"] = dict(parallel=s)
     runs["told"] = dict(folder="told resumed", fails=True, patches=dict(tell_at=2))
     runs["told resumed"] = dict()
-    runs["odd"] = dict(fails=True, batch=5)
-    runs["few"] = dict(fails=True, batch=6, accumulate=3)
+    runs["odd"] = dict(fails=True, batch_size=5)
+    runs["few"] = dict(fails=True, batch_size=6, grad_accum_steps=3)
     runs["strangers"] = dict(fails=True, strangers=True)
     process = start(out, **runs, killed=dict(LONG, patches=dict(pause=0.3)))
     wait_for((out / "killed" / "previous.pt").exists, process, out)
@@ -263,8 +263,8 @@ def test_killed_run_goes_on_bit_for_bit(several):
 
 def test_batches_that_cannot_be_dealt_out(several):
     found = several[0]
-    assert re.match("ValueError : recipe: batch 5 must be divisible by 3", found["odd"])
-    few = "ValueError : recipe: batch 6 must be divisible by 9, processes x accumulate = 3 x 3"
+    assert re.match("ValueError : recipe: batch_size 5 must be divisible by 3", found["odd"])
+    few = "ValueError : recipe: batch_size 6 must be divisible by 9, processes x grad_accum_steps = 3 x 3"
     assert found["few"] == few
 
 

@@ -12,19 +12,19 @@ import pandas as pd
 import pytest
 
 from mednext_v2.core import ItemsFailed, params, read_yaml
-from mednext_v2.data.datasets import get_task
+from mednext_v2.data.datasets import get_dataset
 from mednext_v2.data.preprocess import prepare_all
 from mednext_v2.report.collect import collect
 from mednext_v2.scoring.evaluate import SCORE_COLUMNS, evaluate_runs
 from mednext_v2.stages import check_plan, compose_params, profiles, run_notebook, run_stage
 from mednext_v2.study.plan import read_plan
-from mednext_v2.study.runs import Run, run_key, train_runs
-from mednext_v2.study.seeds import build_task
+from mednext_v2.study.runs import TrainingRun, run_key, train_runs
+from mednext_v2.study.seeds import build_dataset
 from mednext_v2.training.recipe import Recipe
 from mednext_v2.training.run import fit_patch
 
 ROOT = Path(__file__).parents[1]
-RECIPE = Recipe(steps=3, batch=1, patch=(32, 32, 32), lr=1e-2, warmup=1, augment="light", checkpoint_every=2)
+RECIPE = Recipe(steps=3, batch_size=1, patch=(32, 32, 32), lr=1e-2, warmup=1, augment="light", checkpoint_every=2)
 SMALL = {"filters": (2, 4, 8)}
 
 
@@ -113,7 +113,7 @@ def change_params(path: Path, old: str, new: str) -> None:
         ("- abdomen_ct", "- abdomen_tc", "axes.tasks names 'abdomen_tc', which is not known; known: corpus_ct, "),
         ("- unet", "- unett", "axes.backbones names 'unett', which is not known; known: mednext_v2_tiny, "),
         ("- scratch", "- imagenet", "axes.inits names 'imagenet', which is not known; known: scratch, corpus_ct"),
-        ("  tasks:", "  taks:", "Plan has no 'taks'; it has: profile, "),
+        ("  tasks:", "  taks:", "StudyPlan has no 'taks'; it has: profile, "),
     ],
 )
 def test_misspelt_axis_is_named_with_the_known_ones(project, old, new, message):
@@ -150,7 +150,7 @@ def test_altered_seed_stops_the_stage_in_one_line_and_leaves_nothing(project):
 def raw(tmp_path_factory):
     folder = tmp_path_factory.mktemp("raw")
     for name, cases in (("brain_lesion_mr", (2, 1, 1)), ("corpus_ct", (2, 1, 0))):
-        build_task(name, None, folder, cases)
+        build_dataset(name, None, folder, cases)
     return folder
 
 
@@ -167,7 +167,7 @@ def damage(folder: Path, voxel, kind: str) -> Path:
 def test_bad_voxels_name_the_file_and_the_other_data_sets_are_prepared(raw, tmp_path, voxel, kind, word):
     copy = tmp_path / "raw"
     shutil.copytree(raw, copy)
-    path = damage(copy / get_task("brain_lesion_mr").folder, voxel, kind)
+    path = damage(copy / get_dataset("brain_lesion_mr").folder, voxel, kind)
     with pytest.raises(ItemsFailed, match=word) as error:
         prepare_all(("brain_lesion_mr", "corpus_ct"), copy, tmp_path / "prepared")
     assert path.name in str(error.value) and list(error.value.results) == ["corpus_ct"]
@@ -201,15 +201,15 @@ def train(runs, prepared, out, parent=None, recipe=RECIPE, **options):
 def test_pretrain_finetune_evaluate_collect(raw, prepared, workplace):
     from mednext_v2.models.card import read_card
 
-    corpus = Run("smoke", "unet", "scratch", "corpus_ct")
-    run = Run("smoke", "unet", "corpus_ct", "brain_lesion_mr", seed=3)
+    corpus = TrainingRun("smoke", "unet", "scratch", "corpus_ct")
+    run = TrainingRun("smoke", "unet", "corpus_ct", "brain_lesion_mr", seed=3)
     train([corpus], prepared, workplace / "pretrain")
     parent = workplace / "pretrain/corpus_ct-s0"
     history = train([run], prepared, workplace / "finetune", parent)
     assert set(history.run) == {"brain_lesion_mr-s3"} and np.isfinite(history.loss).all()
     card = read_card(workplace / "finetune/brain_lesion_mr-s3")
     assert card.parent == read_card(parent).sha256 and card.init == "corpus_ct" and card.seed == 3
-    assert card.labels == get_task("brain_lesion_mr").labels and card.normalisation
+    assert card.labels == get_dataset("brain_lesion_mr").labels and card.normalisation
 
     scores = evaluate_runs([run], workplace / "finetune", prepared, raw, workplace / "evaluate/one")
     assert list(scores.columns) == SCORE_COLUMNS
@@ -238,15 +238,15 @@ def test_pipeline_scores_as_predict_and_evaluate_and_finetune_do_on_the_scans_ow
     from mednext_v2.core import Resources
     from mednext_v2.data.datasets import list_cases
     from mednext_v2.data.preprocess import Prepared
-    from mednext_v2.finetuning import Plan as Tuning
+    from mednext_v2.finetuning import FinetunePlan as Tuning
     from mednext_v2.finetuning import score_model
     from mednext_v2.models.card import read_card
     from mednext_v2.models.transfer import Start
 
-    task = get_task("brain_lesion_mr")
+    task = get_dataset("brain_lesion_mr")
     own = between_grids(raw / task.folder, workplace / "raw" / task.folder)
     prepare_all((task.name,), own.parent, workplace / "prepared")
-    run = Run("smoke", "unet", "scratch", task.name)
+    run = TrainingRun("smoke", "unet", "scratch", task.name)
     train([run], workplace / "prepared", workplace / "models")
     model = workplace / "models" / run.name
     scores = evaluate_runs([run], model.parent, workplace / "prepared", own.parent, workplace / "evaluate", overlap=0.5)
@@ -278,7 +278,7 @@ def test_raw_case_that_is_gone_is_named(raw, prepared, workplace):
     from mednext_v2.data.preprocess import Prepared
     from mednext_v2.scoring.evaluate import raw_cases
 
-    data, task = Prepared(prepared / "brain_lesion_mr"), get_task("brain_lesion_mr")
+    data, task = Prepared(prepared / "brain_lesion_mr"), get_dataset("brain_lesion_mr")
     assert [case.id for case in raw_cases(data, raw, "test")] == data.ids("test")
     folder = shutil.copytree(raw / task.folder, workplace / "raw" / task.folder)
     gone = data.ids("val")[0]
@@ -293,7 +293,7 @@ def test_pretrained_weights_are_what_finetuning_starts_from(prepared, workplace,
     import mednext_v2.training.trainer
     from mednext_v2.models.card import read_state
 
-    train([Run("smoke", "unet", "scratch", "corpus_ct")], prepared, workplace / "pretrain")
+    train([TrainingRun("smoke", "unet", "scratch", "corpus_ct")], prepared, workplace / "pretrain")
     parent = workplace / "pretrain/corpus_ct-s0"
     seen = {}
 
@@ -303,7 +303,7 @@ def test_pretrained_weights_are_what_finetuning_starts_from(prepared, workplace,
 
     monkeypatch.setattr(mednext_v2.training.trainer, "fit", stop)
     with pytest.raises(KeyboardInterrupt):
-        train([Run("smoke", "unet", "corpus_ct", "brain_lesion_mr")], prepared, workplace / "finetune", parent)
+        train([TrainingRun("smoke", "unet", "corpus_ct", "brain_lesion_mr")], prepared, workplace / "finetune", parent)
     source = read_state(parent)
     body = [name for name in seen if not name.startswith("heads.")]
     assert body and all((seen[name] == source[name]).all() for name in body)
@@ -321,14 +321,14 @@ def test_every_fold_is_trained_on_its_own_cases_and_all_cases_are_scored_once(ra
     splits = [first.manifest.set_index("case").split.to_dict(), dict.fromkeys(tested, "train") | dict.fromkeys(others[:1], "val")]
     splits[1] |= dict.fromkeys(others[1:], "test")
     (task / FOLDS).write_text(json.dumps(splits))
-    runs = [Run("smoke", "unet", "scratch", "brain_lesion_mr", 0, fold) for fold in (0, 1)]
+    runs = [TrainingRun("smoke", "unet", "scratch", "brain_lesion_mr", 0, fold) for fold in (0, 1)]
     assert [run.name for run in runs] == ["brain_lesion_mr-s0", "brain_lesion_mr-s0-f1"]
     train(runs, data, workplace / "models")
     assert len({read_card(workplace / "models" / run.name).sha256 for run in runs}) == 2
     scores = evaluate_runs(runs, workplace / "models", data, raw, workplace / "evaluate/one")
     assert sorted(scores.case.unique()) == sorted({*tested, *others[1:]}) and not scores.duplicated(["case", "label"]).any()
     with pytest.raises(ValueError, match=r"brain_lesion_mr has 2 fold\(s\), fold 2 was asked for"):
-        train([Run("smoke", "unet", "scratch", "brain_lesion_mr", 0, 2)], data, workplace / "more")
+        train([TrainingRun("smoke", "unet", "scratch", "brain_lesion_mr", 0, 2)], data, workplace / "more")
 
 
 def test_folds_are_those_of_tasks_that_are_dealt(project):
@@ -350,7 +350,7 @@ def test_data_that_are_dealt_keep_all_folds_and_with_test_cases_of_their_own_non
     from mednext_v2.data.preprocess import FOLDS, prepare
     from mednext_v2.data.scans import write_volume
 
-    task = dataclasses.replace(get_task("corpus_ct"), split="fivefold", role="pretrain")
+    task = dataclasses.replace(get_dataset("corpus_ct"), split="fivefold", role="pretrain")
     folder = shutil.copytree(raw / task.folder, tmp_path / "raw" / task.folder)
     (folder / "splits_final.json").unlink()
     for path in [*folder.glob("labelsTr/*.nii.gz"), *folder.glob("imagesTr/*.nii.gz")]:
@@ -368,16 +368,16 @@ def test_data_that_are_dealt_keep_all_folds_and_with_test_cases_of_their_own_non
 def test_a_released_model_is_tuned_and_scored_like_ours(raw, prepared, workplace, monkeypatch):
     from mednext_v2.models.card import read_card
     from mednext_v2.scoring.released import run_released
-    from mednext_v2.study.runs import Plan
+    from mednext_v2.study.plan import StudyPlan
     from mednext_v2.zoo.catalogue import RECEIPT
 
     name, compute = "suprem_unet", dict(device="cpu", workers=1, threads=1, processes=1, parallel="ddp", readers=0)
-    plan = Plan("smoke", ("corpus_ct",), ("unet",), ("scratch",), ("brain_lesion_mr",), (0,), released=(name,))
+    plan = StudyPlan("smoke", ("corpus_ct",), ("unet",), ("scratch",), ("brain_lesion_mr",), (0,), released=(name,))
     monkeypatch.setenv("MEDNEXT_V2_CACHE", str(workplace / "cache"))
     places = dict(data=prepared, raw=raw, models=workplace / "models/smoke/released" / name, out=workplace / "runs/smoke/evaluate" / name)
     with pytest.raises(FileNotFoundError, match="then `mednextv2 zoo fetch suprem_unet`"):
         run_released(plan, name, RECIPE, **places, compute=compute)
-    train([Run("smoke", "unet", "scratch", "corpus_ct")], prepared, workplace / "pretrain")
+    train([TrainingRun("smoke", "unet", "scratch", "corpus_ct")], prepared, workplace / "pretrain")
     model = shutil.copytree(workplace / "pretrain/corpus_ct-s0", workplace / "cache/zoo" / name / "model")
     (model / RECEIPT).write_text("{}")
     scores = run_released(plan, name, RECIPE, **places, compute=compute)
@@ -389,7 +389,7 @@ def test_a_released_model_is_tuned_and_scored_like_ours(raw, prepared, workplace
 
     (workplace / "data/prepared").mkdir()
     shutil.copytree(prepared, workplace / "data/prepared/smoke")
-    rows = main_models("smoke", Plan("smoke", (), (), ("scratch",), ("brain_lesion_mr",), (0,), released=(name,)))
+    rows = main_models("smoke", StudyPlan("smoke", (), (), ("scratch",), ("brain_lesion_mr",), (0,), released=(name,)))
     assert [(row["task"], row["init"], row["backbone"]) for row in rows] == [("brain_lesion_mr", name, "unet")]
     assert released_model(name, workplace / "other") == model
 
@@ -400,7 +400,7 @@ def test_same_seed_same_weights_and_another_seed_others(prepared, workplace):
     hashes = []
     for attempt, seed in enumerate((0, 0, 1)):
         shutil.rmtree(workplace / "scratch", ignore_errors=True)
-        run = Run("smoke", "unet", "scratch", "brain_lesion_mr", seed)
+        run = TrainingRun("smoke", "unet", "scratch", "brain_lesion_mr", seed)
         train([run], prepared, workplace / f"try{attempt}")
         hashes.append(read_card(workplace / f"try{attempt}" / run.name).sha256)
     assert hashes[0] == hashes[1] != hashes[2]
@@ -409,8 +409,8 @@ def test_same_seed_same_weights_and_another_seed_others(prepared, workplace):
 def test_finished_runs_of_a_failed_stage_are_not_trained_again(prepared, workplace, monkeypatch):
     from mednext_v2.training import trainer
 
-    run = Run("smoke", "unet", "scratch", "brain_lesion_mr")
-    missing = Run("smoke", "unet", "scratch", "no_such_task")
+    run = TrainingRun("smoke", "unet", "scratch", "brain_lesion_mr")
+    missing = TrainingRun("smoke", "unet", "scratch", "no_such_task")
     with pytest.raises(FileNotFoundError, match="no_such_task"):
         train([run, missing], prepared, workplace / "first")
     assert not (workplace / "first").exists()
@@ -430,15 +430,15 @@ def furthest(a: dict, b: dict) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-TWO = Recipe(steps=3, batch=2, patch=(32, 32, 32), lr=1e-2, warmup=1, augment="light", checkpoint_every=2, validate_every=3)
+TWO = Recipe(steps=3, batch_size=2, patch=(32, 32, 32), lr=1e-2, warmup=1, augment="light", checkpoint_every=2, validate_every=3)
 
 STAGE = """
 from pathlib import Path
 from mednext_v2.core import Resources
-from mednext_v2.study.runs import Run, train_runs
+from mednext_v2.study.runs import TrainingRun, train_runs
 from mednext_v2.training.recipe import Recipe
 recipe = Recipe(**{recipe!r})
-history = train_runs([Run("smoke", "unet", "scratch", "corpus_ct")], recipe, {small!r}, Path({data!r}), Path("models"),
+history = train_runs([TrainingRun("smoke", "unet", "scratch", "corpus_ct")], recipe, {small!r}, Path({data!r}), Path("models"),
                      Path("curves"), resources=Resources("cpu", threads=1, processes=int(processes)))
 history.to_csv("seen.csv", index=False)
 """
@@ -459,7 +459,7 @@ def training_notebook(folder: Path, prepared: Path, recipe: Recipe) -> Path:
 
 @pytest.mark.slow
 def test_two_processes_from_a_notebook_train_as_one(prepared, workplace):
-    history = train_runs([Run("smoke", "unet", "scratch", "corpus_ct")], TWO, SMALL, prepared, workplace / "one", workplace / "one-curves")
+    history = train_runs([TrainingRun("smoke", "unet", "scratch", "corpus_ct")], TWO, SMALL, prepared, workplace / "one", workplace / "one-curves")
     run_notebook(training_notebook(workplace, prepared, TWO), workplace / "out", processes="2")
     found = pd.read_csv(workplace / "seen.csv")
     assert np.allclose(found[["loss", "lr"]], history[["loss", "lr"]], atol=1e-5)
@@ -474,17 +474,17 @@ def test_two_processes_from_a_notebook_train_as_one(prepared, workplace):
 
 @pytest.mark.slow
 def test_a_rank_that_fails_ends_the_stage_with_its_message(prepared, workplace, capsys):
-    odd = Recipe(**vars(TWO) | {"batch": 1})
+    odd = Recipe(**vars(TWO) | {"batch_size": 1})
     with pytest.raises(SystemExit) as ended:
         run_stage(training_notebook(workplace, prepared, odd), workplace / "out", "processes=2")
-    assert "batch 1 must be divisible by 2" in str(ended.value) and "RunEnded" in str(ended.value)
+    assert "batch_size 1 must be divisible by 2" in str(ended.value) and "RunEnded" in str(ended.value)
     assert not (workplace / "models").exists()
 
 
 def test_checkpoints_go_when_the_models_are_there_and_only_what_is_gone_is_trained(prepared, workplace, monkeypatch):
     from mednext_v2.training import trainer
 
-    runs, trained, fit = [Run("smoke", "unet", "scratch", "corpus_ct", seed) for seed in (0, 1)], [], trainer.fit
+    runs, trained, fit = [TrainingRun("smoke", "unet", "scratch", "corpus_ct", seed) for seed in (0, 1)], [], trainer.fit
 
     def watched(recipe, *arguments, **options):
         trained.append(options["seed"])
@@ -513,10 +513,10 @@ def test_checkpoints_go_when_the_models_are_there_and_only_what_is_gone_is_train
 
 
 def test_key_of_a_run_changes_with_all_it_is_made_of():
-    run = Run("mini", "unet", "scratch", "brain_mr")
+    run = TrainingRun("mini", "unet", "scratch", "brain_mr")
     keys = [
         run_key(run, RECIPE),
-        run_key(Run("mini", "unet", "scratch", "brain_mr", 1), RECIPE),
+        run_key(TrainingRun("mini", "unet", "scratch", "brain_mr", 1), RECIPE),
         run_key(run, Recipe(steps=4)),
         run_key(run, RECIPE, {"filters": (4, 8, 16)}),
     ]
@@ -557,4 +557,4 @@ def test_profiles_differ_in_numbers_only(tmp_path):
     shapes = {name: keys({k: v for k, v in value.items() if k not in ("backbones", "ablations")}) for name, value in composed.items()}
     assert shapes["mini"] == shapes["smoke"] == shapes["study"]
     small = {".recipes.pretrain.present_only", ".recipes.finetune.present_only"}
-    assert shapes["mini"] - small == shapes["paper"] - {".recipes.finetune.accumulate"}
+    assert shapes["mini"] - small == shapes["paper"] - {".recipes.finetune.grad_accum_steps"}

@@ -15,25 +15,25 @@ from scipy import ndimage
 
 from data_toys import DEMO
 from mednext_v2.core import ItemsFailed, build, root
-from mednext_v2.data.datasets import Scan, get_task, list_cases, read_case
+from mednext_v2.data.datasets import Scan, get_dataset, list_cases, read_case
 from mednext_v2.data.preprocess import (
     PREPARATION,
     SCHEMES,
     Fingerprint,
     Prepared,
     fingerprint,
-    foreground_places,
+    foreground_voxels,
     image_type,
     normalise,
     prepare,
     resample,
     resample_image,
     resample_label,
-    spread,
+    subsample_evenly,
     target_shape,
 )
 from mednext_v2.data.scans import write_volume
-from mednext_v2.study.seeds import build_task
+from mednext_v2.study.seeds import build_dataset
 
 AFFINE = np.diag([2.0, 3.0, 4.0, 1.0])
 GOLDEN = [-3.43508, 10.287038, 2.189345, -10.527577, 0.567898, -5.582685]
@@ -65,8 +65,8 @@ def mini(tmp_path_factory):
     "A CT and an MR task of the mini suite, raw and prepared"
     folder = tmp_path_factory.mktemp("mini")
     for name in ("liver_lesion_ct", "brain_mr"):
-        build_task(name, root() / "data" / "seeds", folder / "raw", cases=(2, 1, 1))
-        prepare(get_task(name), folder / "raw", folder / name)
+        build_dataset(name, root() / "data" / "seeds", folder / "raw", cases=(2, 1, 1))
+        prepare(get_dataset(name), folder / "raw", folder / name)
     return folder
 
 
@@ -164,9 +164,9 @@ def test_nonzero_is_for_mr_with_a_background_of_zeros(mini, raw):
 
 
 def test_spread_is_even_and_keeps_both_ends():
-    values = spread(np.arange(1000), 11)
+    values = subsample_evenly(np.arange(1000), 11)
     assert values[0] == 0 and values[-1] == 999 and set(np.diff(values)) <= {99, 100, 101}
-    np.testing.assert_array_equal(spread(np.arange(5), 11), np.arange(5))
+    np.testing.assert_array_equal(subsample_evenly(np.arange(5), 11), np.arange(5))
 
 
 # Intensities
@@ -227,10 +227,10 @@ def test_each_channel_follows_its_name(raw):
         image = read_case(DEMO, case).image[0]
         for c in (1, 2):
             write_volume(case.images[0].with_name(case.images[0].name.replace("_0000", f"_000{c}")), image + 1000, AFFINE)
-    task = dataclasses.replace(DEMO, channels=channels)
-    measured = fingerprint(task, raw)
+    dataset = dataclasses.replace(DEMO, channels=channels)
+    measured = fingerprint(dataset, raw)
     assert measured.schemes == ("ct", "zscore", "none")
-    image = read_case(task, list_cases(task, raw)[0]).image
+    image = read_case(dataset, list_cases(dataset, raw)[0]).image
     ct, pet, plain = normalise(image, measured)
     np.testing.assert_array_equal(plain, image[2])
     assert pet.mean() == pytest.approx(0, abs=1e-5) and pet.std() == pytest.approx(1, abs=1e-5)
@@ -337,8 +337,8 @@ def test_manifest_counts_voxels_and_splits(mini):
 
 def test_reader_gives_back_task_and_fingerprint(mini):
     prepared = Prepared(mini / "brain_mr")
-    assert prepared.task == get_task("brain_mr") and prepared.spacing == (5.0, 5.0, 5.0)
-    assert prepared.fingerprint == fingerprint(prepared.task, mini / "raw")
+    assert prepared.dataset == get_dataset("brain_mr") and prepared.spacing == (5.0, 5.0, 5.0)
+    assert prepared.fingerprint == fingerprint(prepared.dataset, mini / "raw")
     with pytest.raises(ValueError, match="unknown split 'tests'; known: train, val, test"):
         prepared.ids("tests")
     with pytest.raises(ValueError, match="brain_mr has no case 'nobody'"):
@@ -355,9 +355,9 @@ def test_reader_says_what_is_missing(mini, tmp_path):
 
 
 def test_same_input_same_bytes_in_any_number_of_processes(mini, tmp_path):
-    task = get_task("liver_lesion_ct")
+    dataset = get_dataset("liver_lesion_ct")
     for folder, workers in (("again", 1), ("two", 2)):
-        prepare(task, mini / "raw", tmp_path / folder, workers=workers)
+        prepare(dataset, mini / "raw", tmp_path / folder, workers=workers)
         assert contents(tmp_path / folder) == contents(mini / "liver_lesion_ct")
 
 
@@ -386,12 +386,12 @@ def test_orientation_of_the_files_does_not_matter(raw, tmp_path, codes):
 
 
 def test_other_spacing_is_resampled_and_recorded(raw, tmp_path):
-    task = dataclasses.replace(DEMO, spacing=(4.0, 3.0, 2.0))
-    manifest = prepare(task, raw, tmp_path / "out").set_index("case")
+    dataset = dataclasses.replace(DEMO, spacing=(4.0, 3.0, 2.0))
+    manifest = prepare(dataset, raw, tmp_path / "out").set_index("case")
     assert manifest["shape"]["001"] == "3x7x16" and manifest.raw_spacing["001"] == "2x3x4"
     assert manifest.spacing["002"] == "3.5x3x2"  # 7 voxels of 2 mm become 4 (to even), which fill the same 14 mm
     prepared = Prepared(tmp_path / "out")
-    raw_scan = read_case(task, list_cases(task, raw)[0])
+    raw_scan = read_case(dataset, list_cases(dataset, raw)[0])
     expected = resample_image(normalise(raw_scan.image, prepared.fingerprint), (3, 7, 16))
     np.testing.assert_array_equal(np.asarray(prepared.image("001")), expected.astype(np.float16))
     assert prepared.fingerprint.shape == (3, 7, 16) and prepared.fingerprint.spacing == pytest.approx((2, 3, 4))
@@ -401,19 +401,19 @@ def test_foreground_places_are_right_even_and_limited():
     label = np.zeros((20, 20, 20), np.uint8)
     label[:10] = 2
     label[15, 3, 4] = 1
-    rows = foreground_places(label, most=50)
+    rows = foreground_voxels(label, most=50)
     assert [(int(v), int(n)) for v, n in zip(*np.unique(rows[:, 0], return_counts=True))] == [(1, 1), (2, 50)]
     assert (label[tuple(rows[:, 1:].T)] == rows[:, 0]).all()
-    assert set(foreground_places(label, ignore=2)[:, 0]) == {1}
+    assert set(foreground_voxels(label, ignore=2)[:, 0]) == {1}
     assert len(np.unique(rows[:, 1])) > 9  # Spread over the whole class
-    assert foreground_places(np.zeros((3, 3, 3), np.uint8)).shape == (0, 4)
+    assert foreground_voxels(np.zeros((3, 3, 3), np.uint8)).shape == (0, 4)
 
 
 def test_reader_gives_places_by_class(mini):
     prepared = Prepared(mini / "brain_mr")
     case = prepared.ids("train")[0]
     places, label = prepared.foreground(case), np.asarray(prepared.label(case))
-    assert set(places) == set(prepared.task.labels.values())
+    assert set(places) == set(prepared.dataset.labels.values())
     for value, where in places.items():
         assert len(where) == min((label == value).sum(), 1_000) and (label[tuple(where.T)] == value).all()
 
@@ -482,7 +482,7 @@ def test_second_run_makes_nothing_again_and_a_mended_case_alone(raw, tmp_path, m
 
     made = []
     write = module.write_case
-    monkeypatch.setattr(module, "write_case", lambda task, scan, folder: made.append(1) or write(task, scan, folder))
+    monkeypatch.setattr(module, "write_case", lambda dataset, scan, folder: made.append(1) or write(dataset, scan, folder))
     case = list_cases(DEMO, raw)[-1]
     good = case.label.read_bytes()
     spoil_label(case)
@@ -524,7 +524,7 @@ def test_killed_preparation_goes_on_where_it_was(raw, tmp_path, monkeypatch):
     from mednext_v2.data import preprocess as module
 
     made, write = [], module.write_case
-    monkeypatch.setattr(module, "write_case", lambda task, scan, folder: made.append(1) or write(task, scan, folder))
+    monkeypatch.setattr(module, "write_case", lambda dataset, scan, folder: made.append(1) or write(dataset, scan, folder))
     prepare(DEMO, raw, tmp_path / "out")
     assert len(made) == 2
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -607,13 +607,13 @@ def test_a_scheme_that_is_not_known_is_refused():
 
 def test_two_channels_below_zero_come_back_from_the_manifest(tmp_path):
     "Their lowest values are text that begins with a minus, which `write_csv` guards against spreadsheets"
-    task = dataclasses.replace(DEMO, channels=("T1", "T2"), modality="MR")
+    dataset = dataclasses.replace(DEMO, channels=("T1", "T2"), modality="MR")
     rng, folder = np.random.default_rng(0), tmp_path / "raw" / DEMO.folder
     for case, suffix in (("a", "Tr"), ("b", "Tr"), ("c", "Ts")):
         for channel in (0, 1):
             write_volume(folder / f"images{suffix}/{case}_000{channel}.nii.gz", rng.normal(size=(12, 10, 8)).astype(np.float32), AFFINE)
         write_volume(folder / f"labels{suffix}/{case}.nii.gz", (rng.random((12, 10, 8)) > 0.5).astype(np.uint8), AFFINE)
     (folder / "splits_final.json").write_text(json.dumps([{"train": ["a"], "val": ["b"]}]))
-    prepare(task, tmp_path / "raw", tmp_path / "out")
+    prepare(dataset, tmp_path / "raw", tmp_path / "out")
     lowest = Prepared(tmp_path / "out").lowest("a")
     assert len(lowest) == 2 and max(lowest) < 0 and not Prepared(tmp_path / "out").partial

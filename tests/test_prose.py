@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mednext_v2.data.datasets import get_task
+from mednext_v2.data.datasets import get_dataset
 from mednext_v2.models.registry import BACKBONES
 from mednext_v2.network.scaling import count_parameters, create_model
 from mednext_v2.report.claims import CLAIMS, ledger_markdown
@@ -43,8 +43,8 @@ def hours(profile: str) -> float:
 
 FACTS = {  # What the README says, and what it is
     r"\(([\d,]+) parameters\)": lambda: f"{wide():,}",
-    r"\b(\d+) steps show that": lambda: re.search(r"--set steps=(\d+)", README)[1],
-    r"scans at (\d+) mm": lambda: f"{get_task('abdomen_ct').spacing[0]:g}",
+    r"\b(\d+) steps show that": lambda: re.search(r"--recipe-set steps=(\d+)", README)[1],
+    r"scans at (\d+) mm": lambda: f"{get_dataset('abdomen_ct').spacing[0]:g}",
     r"made on (\d+),000 scans": lambda: re.search(r"CADS \((\d+)k CT\)", " ".join(published().query("backbone == 'mednext_v2_base'").pretraining))[1],
     r"\b(\d+) networks stand in one registry": lambda: str(len(BACKBONES)),
 }

@@ -13,7 +13,7 @@ import torch
 
 from mednext_v2 import cli
 from mednext_v2.core import read_csv, write_csv
-from mednext_v2.data.datasets import get_task, read_annotated, write_dataset
+from mednext_v2.data.datasets import get_dataset, read_annotated, write_description
 from mednext_v2.data.preprocess import Prepared
 from mednext_v2.data.scans import read_label, read_scan, write_volume
 from mednext_v2.models.card import Card, save_model
@@ -50,7 +50,7 @@ def clean(tmp_path_factory):
     for part, tail in (("images", "_0000"), ("labels", "")):
         (made / f"{part}Ts").mkdir()
         (made / f"{part}Tr/chest_0{tail}.nii.gz").rename(made / f"{part}Ts/chest_0{tail}.nii.gz")
-    write_dataset(CHEST, made, 3)
+    write_description(CHEST, made, 3)
     (made / "splits_final.json").write_text('[{"train": ["chest_1", "chest_2"], "val": ["chest_3"]}]')
     return made
 
@@ -87,7 +87,7 @@ class Desk:
                 "--unchecked",
                 "--device",
                 "cpu",
-                "--set",
+                "--recipe-set",
                 "steps=2",
                 "patch=(16,16,16)",
                 "--network",
@@ -399,7 +399,7 @@ def test_a_whole_scan_of_a_few_microns_is_refused(desk, capsys, command):
     with pytest.raises(SystemExit) as ended:
         place = [desk.raw, out] if command == "prepare" else ["-m", desk.model, "-i", desk.image, "-o", out, "--device", "cpu"]
         cli.main([command, *map(str, place), *words])
-    assert "look at its voxel size and at the unit" in str(ended.value.code) and CASE in str(ended.value.code)
+    assert "check its voxel size and the unit" in str(ended.value.code) and CASE in str(ended.value.code)
 
 
 # ---- what changed is done anew, what is not ours stays
@@ -472,7 +472,7 @@ def test_a_file_beside_the_label_map_that_is_not_ours_stays(desk, ending, more):
 
 @pytest.mark.parametrize("command", ["prepare", "finetune", "doctor", "evaluate"])
 def test_a_folder_named_like_a_known_data_set_must_be_that_data_set(desk, capsys, command):
-    known = get_task("lits")
+    known = get_dataset("lits")
     desk.raw = desk.raw.rename(desk.raw.with_name(known.folder))
     with pytest.raises(SystemExit) as ended:
         desk.run(command)
@@ -486,7 +486,7 @@ def test_labels_with_blanks_can_be_listed_as_annotated(desk):
     desk.run("doctor")
     desk.run("prepare")
     prepared = Prepared(desk.folder / "prepare")
-    assert read_annotated(prepared.manifest, prepared.task) == {CASE: ("left kidney",), "chest_2": ("left kidney", "liver")}
+    assert read_annotated(prepared.manifest, prepared.dataset) == {CASE: ("left kidney",), "chest_2": ("left kidney", "liver")}
 
 
 @pytest.mark.parametrize("command", ["prepare", "finetune", "evaluate"])

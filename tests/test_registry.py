@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from mednext_v2.core import root
-from mednext_v2.data.datasets import load_tasks, read_splits, write_dataset
+from mednext_v2.data.datasets import load_datasets, read_splits, write_description
 
-TASKS = load_tasks()
-MINI = [task for task in TASKS.values() if task.source == "seeds"]
-PUBLIC = {name: task for name, task in TASKS.items() if task.source != "seeds"}
+TASKS = load_datasets()
+MINI = [dataset for dataset in TASKS.values() if dataset.source == "seeds"]
+PUBLIC = {name: dataset for name, dataset in TASKS.items() if dataset.source != "seeds"}
 
 # Labels without the background, as published (shared/facts.md, and the sources that the entries' notes name)
 COUNTS = {
@@ -39,9 +39,9 @@ BENCHMARKS = ("amos", "kits", "lits", "btcv", "acdc", "brats")
 DISEASE = re.compile(r"tumour|lesion|cyst|metasta|oedema|haemorrhage|necro|mass|core")
 
 
-def write(path, **tasks):
+def write(path, **datasets):
     "A registry file of these entries, and its path"
-    path.write_text(yaml.safe_dump(tasks, sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(datasets, sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -51,8 +51,8 @@ def fields(name: str) -> dict:
 
 
 def test_mini_and_public_entries():
-    assert [task.dataset for task in MINI] == [900, 907, 901, 902, 903, 904, 905, 906]
-    assert {name: len(task.labels) for name, task in PUBLIC.items()} == COUNTS
+    assert [dataset.dataset for dataset in MINI] == [900, 907, 901, 902, 903, 904, 905, 906]
+    assert {name: len(dataset.labels) for name, dataset in PUBLIC.items()} == COUNTS
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -64,26 +64,26 @@ def test_labels_are_listed_in_the_order_of_their_values(name):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_entry_is_filled_in(name):
-    task, keys = PUBLIC[name], fields(name)
-    assert task.url.startswith("https://") and " " not in task.url
-    assert task.licence and task.citation and task.note
+    dataset, keys = PUBLIC[name], fields(name)
+    assert dataset.url.startswith("https://") and " " not in dataset.url
+    assert dataset.licence and dataset.citation and dataset.note
     assert {"split", "url", "licence", "citation", "note", "nsd_tolerance"} <= set(keys)
-    assert task.nsd_tolerance == 1.0
-    assert task.source == ("raw" if name in BENCHMARKS else name)
-    assert task.role == ("pretrain" if name == "cads" else "finetune")
+    assert dataset.nsd_tolerance == 1.0
+    assert dataset.source == ("raw" if name in BENCHMARKS else name)
+    assert dataset.role == ("pretrain" if name == "cads" else "finetune")
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_groups_cover_every_label_and_region_and_follow_the_words(name):
-    task = PUBLIC[name]
-    assert set(task.groups) == {*task.labels, *task.regions}
-    for label, group in task.groups.items():
+    dataset = PUBLIC[name]
+    assert set(dataset.groups) == {*dataset.labels, *dataset.regions}
+    for label, group in dataset.groups.items():
         sick = DISEASE.search(label) and not label.startswith("kidney_and_")
         assert group == ("pathology" if sick else "organ"), label
 
 
 def test_pathology_sets():
-    sick = {name for name, task in PUBLIC.items() if "pathology" in task.groups.values()}
+    sick = {name for name, dataset in PUBLIC.items() if "pathology" in dataset.groups.values()}
     assert sick == {"brainmetshare", "panther", "panther_t2", "kits", "lits", "brats"}
 
 
@@ -97,9 +97,9 @@ def test_patch_fits_a_five_level_network_and_the_memory_of_128_cubed(name):
 
 
 def test_numbers_and_folders_are_unique_and_sortable():
-    assert all(n == 1 for n in Counter(task.dataset for task in TASKS.values()).values())
-    assert all(n == 1 for n in Counter(task.folder for task in TASKS.values()).values())
-    assert all(re.fullmatch(r"Dataset\d{3}_[\w.-]+", task.folder) for task in TASKS.values())
+    assert all(n == 1 for n in Counter(dataset.dataset for dataset in TASKS.values()).values())
+    assert all(n == 1 for n in Counter(dataset.folder for dataset in TASKS.values()).values())
+    assert all(re.fullmatch(r"Dataset\d{3}_[\w.-]+", dataset.folder) for dataset in TASKS.values())
 
 
 def test_benchmark_folders_are_those_of_nnunet():
@@ -227,11 +227,11 @@ def test_regions_are_nnunets():
     assert brats.channels == ("T1", "T1ce", "T2", "Flair")
     assert list(kits.regions.values()) == [(1, 2, 3), (2, 3), (2,)] and kits.class_order == (1, 3, 2)
     assert brats.num_classes == kits.num_classes == 3
-    assert not any(task.regions for name, task in PUBLIC.items() if name not in ("brats", "kits"))
+    assert not any(dataset.regions for name, dataset in PUBLIC.items() if name not in ("brats", "kits"))
 
 
 def test_split_rules_and_patients():
-    rules = {name: task.split for name, task in PUBLIC.items()}
+    rules = {name: dataset.split for name, dataset in PUBLIC.items()}
     published = {name for name, rule in rules.items() if rule == "files"}
     assert published == {"cads", "skm_tea", "ctspine1k"}
     dealt = {name for name, rule in rules.items() if rule == "fivefold"}
@@ -241,15 +241,15 @@ def test_split_rules_and_patients():
 
 
 def test_frames_of_an_acdc_patient_stay_together(tmp_path):
-    task = PUBLIC["acdc"]
+    dataset = PUBLIC["acdc"]
     ids = [f"patient{p:03d}_frame{f:02d}" for p in range(1, 21) for f in (1, 7 + p % 5)]
     for part in ("imagesTr", "labelsTr", "labelsTs", "imagesTs"):
-        (tmp_path / task.folder / part).mkdir(parents=True)
+        (tmp_path / dataset.folder / part).mkdir(parents=True)
     for id in ids:
-        (tmp_path / task.folder / "labelsTr" / f"{id}.nii.gz").touch()
-    (tmp_path / task.folder / "labelsTs" / "patient101_frame01.nii.gz").touch()
-    write_dataset(task, tmp_path / task.folder, len(ids))
-    splits = read_splits(task, tmp_path)
+        (tmp_path / dataset.folder / "labelsTr" / f"{id}.nii.gz").touch()
+    (tmp_path / dataset.folder / "labelsTs" / "patient101_frame01.nii.gz").touch()
+    write_description(dataset, tmp_path / dataset.folder, len(ids))
+    splits = read_splits(dataset, tmp_path)
     patients = {split: {id[:10] for id in splits[split]} for split in ("train", "val")}
     assert not patients["train"] & patients["val"]
     assert (len(splits["train"]), len(splits["val"])) == (32, 8)
@@ -261,17 +261,17 @@ def test_frames_of_an_acdc_patient_stay_together(tmp_path):
 def test_user_overrides_number_and_labels(tmp_path):
     mine = fields("panther") | {"dataset": 777, "title": "My Pancreas", "spacing": [1.5, 1.5, 1.5]}
     mine |= {"labels": {"pancreas": 1, "lesion": 2}, "groups": {"pancreas": "organ", "lesion": "pathology"}}
-    task = load_tasks(write(tmp_path / "mine.yaml", panther=mine))["panther"]
-    assert (task.folder, task.spacing) == ("Dataset777_MyPancreas", (1.5, 1.5, 1.5))
-    assert (task.labels, task.groups) == (mine["labels"], mine["groups"])
-    assert task.patient == PUBLIC["panther"].patient  # What is not changed stays
+    dataset = load_datasets(write(tmp_path / "mine.yaml", panther=mine))["panther"]
+    assert (dataset.folder, dataset.spacing) == ("Dataset777_MyPancreas", (1.5, 1.5, 1.5))
+    assert (dataset.labels, dataset.groups) == (mine["labels"], mine["groups"])
+    assert dataset.patient == PUBLIC["panther"].patient  # What is not changed stays
     assert PUBLIC["panther"].dataset == 91
 
 
 def test_user_swaps_the_knee_set(tmp_path):
     other = fields("skm_tea") | {"title": "Other Knee", "labels": {"femur": 1, "tibia": 2}, "source": "raw"}
-    tasks = load_tasks(write(tmp_path / "mine.yaml", corpus=fields("cads"), knee=other))
-    assert list(tasks) == ["corpus", "knee"] and tasks["knee"].groups == {"femur": "organ", "tibia": "organ"}
+    datasets = load_datasets(write(tmp_path / "mine.yaml", corpus=fields("cads"), knee=other))
+    assert list(datasets) == ["corpus", "knee"] and datasets["knee"].groups == {"femur": "organ", "tibia": "organ"}
 
 
 # ---- A bad entry is named
@@ -312,17 +312,17 @@ def test_user_swaps_the_knee_set(tmp_path):
 def test_bad_entry_is_named(tmp_path, name, change, message):
     path = write(tmp_path / "mine.yaml", btcv=fields("btcv"), **{name: fields(name) | change})
     with pytest.raises(ValueError, match=message):
-        load_tasks(path)
+        load_datasets(path)
 
 
 def test_shared_number_names_both(tmp_path):
     path = write(tmp_path / "mine.yaml", lits=fields("lits"), liver=fields("lits"))
     with pytest.raises(ValueError, match="lits, liver share dataset 29"):
-        load_tasks(path)
+        load_datasets(path)
 
 
 def test_missing_field_is_named(tmp_path):
     entry = fields("lits")
     del entry["licence"]
     with pytest.raises(ValueError, match=r"'lits'.*licence"):
-        load_tasks(write(tmp_path / "mine.yaml", lits=entry))
+        load_datasets(write(tmp_path / "mine.yaml", lits=entry))

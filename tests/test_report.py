@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from mednext_v2.core import root
-from mednext_v2.data.datasets import Task
+from mednext_v2.data.datasets import Dataset
 from mednext_v2.evaluation.statistics import bootstrap_interval, declared_mean
 from mednext_v2.report import tables
 from mednext_v2.report.tables import caption, gains, main_table, main_table_shown, published, save_figure, save_table, score_text, summary
@@ -398,7 +398,7 @@ def test_tables_round_trip_and_escape(tmp_path):
     assert save_table(table, tmp_path / "again", "scores", "n < 5 & more")[1].read_bytes() == html.read_bytes()
 
 
-TOY = Task(
+TOY = Dataset(
     "toy",
     999,
     "Toy",
@@ -469,10 +469,10 @@ def project(tmp_path, monkeypatch):
     import nibabel
 
     from mednext_v2.core import write_json
-    from mednext_v2.data.datasets import get_task, write_dataset
+    from mednext_v2.data.datasets import get_dataset, write_description
     from mednext_v2.data.scans import write_volume
 
-    tasks = {name: get_task(name) for name in ("abdomen_ct", "brain_lesion_mr")}
+    tasks = {name: get_dataset(name) for name in ("abdomen_ct", "brain_lesion_mr")}
     (tmp_path / "dvc.yaml").write_text("")
     (tmp_path / "data").mkdir()
     for name in ("published.csv", "datasets.yaml"):
@@ -501,7 +501,7 @@ def project(tmp_path, monkeypatch):
         for part in ("train", "val"):
             write_volume(folder / "imagesTr" / f"{part}_0000.nii.gz", image, affine)
             write_volume(folder / "labelsTr" / f"{part}.nii.gz", label, affine)
-        write_dataset(task, folder, 2)
+        write_description(task, folder, 2)
         write_json(folder / "splits_final.json", [{"train": ["train"], "val": ["val"]}])
     monkeypatch.chdir(tmp_path)
     return tmp_path

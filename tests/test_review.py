@@ -14,14 +14,14 @@ import pytest
 from scipy import ndimage
 
 from mednext_v2.core import ItemsFailed
-from mednext_v2.data.datasets import Task
+from mednext_v2.data.datasets import Dataset
 from mednext_v2.data.scans import write_volume
 from mednext_v2.evaluation.metrics import evaluate
 from mednext_v2.evaluation.review import cut_out, draw_slice, mesh, review, score_rows, telling_slice
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<script>document.title='pwned'<", "<img src=x onerror=document.title='pwned'>", "]]>&amp;"
-TASK = Task(
+TASK = Dataset(
     "toy",
     999,
     "Toy",

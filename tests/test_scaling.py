@@ -97,7 +97,7 @@ def test_v2_presets_add_grn_to_v1_layouts():
 def test_tiny_trains_on_a_laptop():
     arch = PRESETS["tiny"]
     assert arch.levels == 4 and 8 <= arch.width <= 16
-    assert estimate(arch, (32, 32, 32), batch=2).total_bytes < 5e8
+    assert estimate(arch, (32, 32, 32), batch_size=2).total_bytes < 5e8
     model = create_model("tiny", 1, 3, deep_supervision=True)
     sum(o.square().mean() for o in model(torch.randn(1, 1, 32, 32, 32))).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -204,11 +204,11 @@ def kept_for_backward(model, volume):
 @pytest.mark.parametrize("grad_checkpointing", ["none", "expansion", "block"])
 @pytest.mark.parametrize("grn", ["mean", None])
 @pytest.mark.parametrize("batch, patch", [(1, (32, 32, 32)), (2, (32, 16, 32))])
-def test_activations_are_what_autograd_keeps(grad_checkpointing, grn, batch, patch):
+def test_activations_are_what_autograd_keeps(grad_checkpointing, grn, batch_size, patch):
     arch = replace(PRESETS["tiny"], width=4, grn=grn)
     options = dict(grad_checkpointing=grad_checkpointing, deep_supervision=True, in_channels=2)
-    kept = kept_for_backward(use_fused(MedNeXt(arch, num_classes=3, **options), False), torch.randn(batch, 2, *patch))
-    promised = estimate(arch, patch, batch, **options).activation_bytes
+    kept = kept_for_backward(use_fused(MedNeXt(arch, num_classes=3, **options), False), torch.randn(batch_size, 2, *patch))
+    promised = estimate(arch, patch, batch_size, **options).activation_bytes
     assert promised == pytest.approx(kept, rel=0.05)
 
 
@@ -224,9 +224,9 @@ def test_activations_in_mixed_precision(grad_checkpointing):
     assert cost.activation_bytes + copies == pytest.approx(kept, rel=0.1)
 
 
-def peak_of_a_step(arch, patch, batch=1, fused=False, grad_checkpointing="none"):
+def peak_of_a_step(arch, patch, batch_size=1, fused=False, grad_checkpointing="none"):
     "Bytes at the worst moment of a step, with gradients and, on top, the weights"
-    model, volume = MedNeXt(arch, 1, 3, True, grad_checkpointing), torch.randn(batch, 1, *patch)
+    model, volume = MedNeXt(arch, 1, 3, True, grad_checkpointing), torch.randn(batch_size, 1, *patch)
     use_fused(model, fused)
     with MemoryMeter() as memory:
         outputs = model(volume)
@@ -235,28 +235,28 @@ def peak_of_a_step(arch, patch, batch=1, fused=False, grad_checkpointing="none")
 
 
 GRID = [
-    (width, ratios, depths, patch, batch)
+    (width, ratios, depths, patch, batch_size)
     for width, ratios, depths in ((8, TINY, ONE), (16, BASE, ONE), (16, TINY, TINY), (32, BASE, ONE))
-    for patch, batch in (((32, 32, 32), 1), ((32, 32, 32), 2), ((48, 32, 32), 1), ((64, 64, 64), 1))
+    for patch, batch_size in (((32, 32, 32), 1), ((32, 32, 32), 2), ((48, 32, 32), 1), ((64, 64, 64), 1))
 ]
 
 
 @pytest.mark.parametrize("grn", ["mean", None])
 @pytest.mark.parametrize("width, ratios, depths, patch, batch", GRID)
-def test_the_estimate_of_a_fused_step_is_within_15_percent(width, ratios, depths, patch, batch, grn):
+def test_the_estimate_of_a_fused_step_is_within_15_percent(width, ratios, depths, patch, batch_size, grn):
     arch = Arch(width, depths, ratios, grn=grn)
-    cost = estimate(arch, patch, batch, deep_supervision=True, fused="cpu")
+    cost = estimate(arch, patch, batch_size, deep_supervision=True, fused="cpu")
     promised = cost.total_bytes - cost.optimizer_bytes
-    assert promised == pytest.approx(peak_of_a_step(arch, patch, batch, fused=True), rel=0.15)
+    assert promised == pytest.approx(peak_of_a_step(arch, patch, batch_size, fused=True), rel=0.15)
 
 
 @pytest.mark.parametrize("grad_checkpointing", ["none", "expansion", "block"])
 @pytest.mark.parametrize("width, ratios, depths, patch, batch", GRID[::3])
-def test_the_estimate_of_a_plain_step_is_within_15_percent(width, ratios, depths, patch, batch, grad_checkpointing):
+def test_the_estimate_of_a_plain_step_is_within_15_percent(width, ratios, depths, patch, batch_size, grad_checkpointing):
     arch = Arch(width, depths, ratios)
-    cost = estimate(arch, patch, batch, grad_checkpointing=grad_checkpointing, deep_supervision=True)
+    cost = estimate(arch, patch, batch_size, grad_checkpointing=grad_checkpointing, deep_supervision=True)
     promised = cost.total_bytes - cost.optimizer_bytes
-    assert promised == pytest.approx(peak_of_a_step(arch, patch, batch, grad_checkpointing=grad_checkpointing), rel=0.15)
+    assert promised == pytest.approx(peak_of_a_step(arch, patch, batch_size, grad_checkpointing=grad_checkpointing), rel=0.15)
 
 
 def test_grn_adds_no_memory_to_a_fused_step():
@@ -281,7 +281,7 @@ def test_estimate_of_weights_and_optimizer_is_what_adamw_holds():
 
 
 def test_estimates_scale_as_they_should():
-    one, two = estimate(MINI, (16, 16, 16)), estimate(MINI, (16, 16, 16), batch=2)
+    one, two = estimate(MINI, (16, 16, 16)), estimate(MINI, (16, 16, 16), batch_size=2)
     assert two.activation_bytes == 2 * one.activation_bytes and two.flops == 2 * one.flops
     assert two.weight_bytes == one.weight_bytes
     policies = ("none", "expansion", "block")
@@ -295,8 +295,8 @@ def test_estimates_scale_as_they_should():
 
 
 def test_overview_agrees_with_the_estimates():
-    table = overview({"mini": MINI, "deep": scale(MINI, depth=2)}, (16, 16, 16), batch=2)
-    cost = estimate(MINI, (16, 16, 16), batch=2)
+    table = overview({"mini": MINI, "deep": scale(MINI, depth=2)}, (16, 16, 16), batch_size=2)
+    cost = estimate(MINI, (16, 16, 16), batch_size=2)
     assert list(table.index) == ["mini", "deep"]
     assert table.loc["mini", "parameters (M)"] == cost.parameters / 1e6
     assert table.loc["mini", "training step (GB)"] == cost.total_bytes / 1e9

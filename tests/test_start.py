@@ -16,7 +16,7 @@ from mednext_v2.models.card import read_card, read_state
 from test_importers import DNA, V2, dna, nnunet_folder
 from test_training_sets import CHEST, write_raw
 
-TRAIN = "train {data} {out} --from {parent} --recipe smoke --device cpu --workers 0 --unchecked --set steps=2 patch=(16,16,16) checkpoint_every=2"
+TRAIN = "train {data} {out} --from {parent} --recipe smoke --device cpu --workers 0 --unchecked --recipe-set steps=2 patch=(16,16,16) checkpoint_every=2"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_imported_network_is_trained_and_predicts(imported, prepared, tmp_path):
 
 @pytest.mark.slow
 def test_encoder_alone_and_fresh_heads(imported, prepared, tmp_path):
-    line = TRAIN.format(data=prepared / "chest", out=tmp_path / "m", parent=imported) + " --scope encoder --set freeze=encoder"
+    line = TRAIN.format(data=prepared / "chest", out=tmp_path / "m", parent=imported) + " --scope encoder --recipe-set freeze=encoder"
     run(line)
     state, given = read_state(tmp_path / "m"), read_state(imported)
     encoder = [name for name in state if name.startswith("encoder.") and "stem" not in name]

@@ -16,7 +16,7 @@ import pytest
 
 from mednext_v2.core import sha256
 from mednext_v2.data import storage
-from mednext_v2.data.storage import exists, join, open_array, read_bytes, write_array, write_bytes
+from mednext_v2.data.storage import exists, join_path, open_array, read_bytes, write_array, write_bytes
 
 KINDS = ["float16", "float32", "float64", "uint8", "int16", "int32", "uint16", "bool", ">f4", ">i2"]
 
@@ -310,7 +310,7 @@ def test_relative_names_hold_in_another_folder(tmp_path, monkeypatch):
     write_array("a.b2nd", np.arange(5))
     stored = open_array("a.b2nd")
     monkeypatch.chdir("/")
-    storage.opened.cache_clear()
+    storage.open_handle.cache_clear()
     assert stored[4] == 4
 
 
@@ -427,7 +427,7 @@ def test_a_patch_from_s3_fetches_only_its_blocks(s3, volume):
 
 
 def test_opening_from_s3_reads_no_voxels(s3, volume):
-    storage.opened.cache_clear()
+    storage.open_handle.cache_clear()
     s3.clear()
     stored = open_array("s3://bucket/case/image.b2nd")
     assert stored.shape == volume.shape and stored.dtype == volume.dtype
@@ -470,14 +470,14 @@ def test_a_cache_spares_the_second_epoch(s3, volume, tmp_path):
 
 def test_helpers_on_s3(s3):
     base = "s3://bucket/helpers"
-    place = join(base, "Dataset901", "manifest.json")
+    place = join_path(base, "Dataset901", "manifest.json")
     assert place == "s3://bucket/helpers/Dataset901/manifest.json"
     assert not exists(place)
     with pytest.raises(FileNotFoundError, match="helpers/Dataset901/manifest.json does not exist"):
         read_bytes(place)
     write_bytes(place, json.dumps({"case": 1}).encode())
     assert exists(place) and json.loads(read_bytes(place)) == {"case": 1}
-    assert not exists(join(base, "Dataset901"))
+    assert not exists(join_path(base, "Dataset901"))
 
 
 def test_damage_and_absence_on_s3_are_named(s3, volume):
@@ -501,9 +501,9 @@ def test_damage_and_absence_on_s3_are_named(s3, volume):
 def test_the_same_array_has_the_same_hash_in_any_place(s3, tmp_path):
     array = random_array(np.random.default_rng(15), (40, 50, 60))
     bases = (tmp_path, tmp_path.as_uri(), "s3://bucket/hash", "memory://hash")
-    digests = {write_array(join(base, "a.b2nd"), array) for base in bases}
+    digests = {write_array(join_path(base, "a.b2nd"), array) for base in bases}
     assert len(digests) == 1
-    assert np.array_equal(open_array(join(tmp_path.as_uri(), "a.b2nd"))[3], array[3])
+    assert np.array_equal(open_array(join_path(tmp_path.as_uri(), "a.b2nd"))[3], array[3])
 
 
 def test_a_missing_package_is_named():

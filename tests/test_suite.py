@@ -11,16 +11,16 @@ import pytest
 from scipy import ndimage
 
 from mednext_v2.core import root, sha256
-from mednext_v2.data.datasets import list_cases, load_tasks, read_case
+from mednext_v2.data.datasets import list_cases, load_datasets, read_case
 from mednext_v2.study.seeds import (
     BRAIN_LESION,
     HEAD_BLEED,
     SOURCES,
-    SeedScan,
+    LabelledScan,
     add_ct_lesions,
     add_mr_lesions,
+    build_dataset,
     build_suite,
-    build_task,
     deform,
     finish_mr,
     generator,
@@ -35,7 +35,7 @@ from mednext_v2.study.seeds import (
 )
 
 SEEDS = root() / "data" / "seeds"
-TASKS = {name: task for name, task in load_tasks().items() if task.source == "seeds"}
+TASKS = {name: dataset for name, dataset in load_datasets().items() if dataset.source == "seeds"}
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +82,7 @@ def test_one_altered_byte_is_seen_before_anything_is_built(copy, tmp_path):
     data[len(data) // 2] ^= 1
     (copy / "ctA.nii.gz").write_bytes(data)
     with pytest.raises(ValueError) as error:
-        build_task("abdomen_ct", copy, tmp_path / "raw", cases=(1, 1, 1))
+        build_dataset("abdomen_ct", copy, tmp_path / "raw", cases=(1, 1, 1))
     message = str(error.value)
     assert "ctA.nii.gz was altered" in message and "git checkout -- data/seeds/ctA.nii.gz" in message
     assert sha256(SEEDS / "ctA.nii.gz") in message and sha256(copy / "ctA.nii.gz") in message
@@ -92,7 +92,7 @@ def test_one_altered_byte_is_seen_before_anything_is_built(copy, tmp_path):
 def test_missing_or_misspelt_manifest(copy):
     text = (copy / "manifest.yaml").read_text()
     (copy / "manifest.yaml").write_text(text.replace("    licence:", "    license:", 1))
-    with pytest.raises(ValueError, match="seed 'ctA': Seed has no 'license'"):
+    with pytest.raises(ValueError, match="seed 'ctA': SeedEntry has no 'license'"):
         verify_seeds(copy)
     (copy / "manifest.yaml").unlink()
     with pytest.raises(FileNotFoundError, match="manifest.yaml is missing"):
@@ -110,7 +110,7 @@ def test_label_sets_cover_what_the_tasks_need():
 @pytest.mark.parametrize("name", ["head_bleed_ct", "brain_lesion_mr"])
 def test_same_seed_same_bytes_in_any_number_of_processes(tmp_path, name):
     for folder, workers in (("one", 1), ("again", 1), ("two", 2)):
-        build_task(name, SEEDS, tmp_path / folder, cases=(2, 1, 1), workers=workers)
+        build_dataset(name, SEEDS, tmp_path / folder, cases=(2, 1, 1), workers=workers)
     first = contents(tmp_path / "one")
     assert len(first) == 2 * 4 + 3
     assert first == contents(tmp_path / "again") == contents(tmp_path / "two")
@@ -118,12 +118,12 @@ def test_same_seed_same_bytes_in_any_number_of_processes(tmp_path, name):
 
 def test_another_seed_is_another_suite(suite, tmp_path):
     folder, provenance = suite
-    other = build_task("brain_mr", SEEDS, tmp_path, cases=(8, 2, 2), seed=1)
+    other = build_dataset("brain_mr", SEEDS, tmp_path, cases=(8, 2, 2), seed=1)
     assert not set(other.sha256) & set(provenance.sha256)
 
 
 def test_a_case_does_not_depend_on_how_many_there_are(suite, tmp_path):
-    few = build_task("liver_lesion_ct", SEEDS, tmp_path, cases=(1, 1, 1)).set_index("case").sha256
+    few = build_dataset("liver_lesion_ct", SEEDS, tmp_path, cases=(1, 1, 1)).set_index("case").sha256
     many = suite[1].set_index("case").sha256
     assert (few == many[few.index]).all()
 
@@ -141,10 +141,10 @@ def test_no_test_scan_trains_anywhere(suite):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_layout_is_nnunets(suite, name):
-    task, folder = TASKS[name], suite[0] / TASKS[name].folder
+    dataset, folder = TASKS[name], suite[0] / TASKS[name].folder
     about = json.loads((folder / "dataset.json").read_text())
-    assert about["channel_names"] == {"0": task.modality} and about["file_ending"] == ".nii.gz"
-    assert about["labels"] == {"background": 0, **task.labels}
+    assert about["channel_names"] == {"0": dataset.modality} and about["file_ending"] == ".nii.gz"
+    assert about["labels"] == {"background": 0, **dataset.labels}
     fold = json.loads((folder / "splits_final.json").read_text())[0]
     assert about["numTraining"] == len(fold["train"]) + len(fold["val"])
     for suffix in ("Tr", "Ts"):
@@ -156,16 +156,16 @@ def test_layout_is_nnunets(suite, name):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_case_is_fit_to_train_on_and_every_label_is_there(suite, name):
-    task = TASKS[name]
+    dataset = TASKS[name]
     seen = {"train": set(), "val": set(), "test": set()}
-    for case in list_cases(task, suite[0]):
-        scan = read_case(task, case)
-        assert scan.spacing == pytest.approx(task.spacing)
+    for case in list_cases(dataset, suite[0]):
+        scan = read_case(dataset, case)
+        assert scan.spacing == pytest.approx(dataset.spacing)
         found = set(np.unique(scan.label)) - {0}
         seen[case.split] |= found
-        if task.role == "finetune":
-            assert found == set(task.labels.values()), case.id
-    assert seen["train"] == seen["val"] == set(task.labels.values())
+        if dataset.role == "finetune":
+            assert found == set(dataset.labels.values()), case.id
+    assert seen["train"] == seen["val"] == set(dataset.labels.values())
 
 
 def test_provenance_describes_each_case_and_its_hash_is_of_the_voxels(suite):
@@ -183,16 +183,16 @@ def test_provenance_describes_each_case_and_its_hash_is_of_the_voxels(suite):
 
 
 def test_first_test_case_keeps_the_shape_of_the_scan(suite):
-    task = TASKS["brain_mr"]
-    pristine, moved = [c for c in list_cases(task, suite[0]) if c.split == "test"]
+    dataset = TASKS["brain_mr"]
+    pristine, moved = [c for c in list_cases(dataset, suite[0]) if c.split == "test"]
     seed = read_seed(SEEDS, load_seeds(SEEDS)["mrQ"])
     volume = np.prod(seed.spacing) * (seed.label > 0).sum()
-    change = [np.prod(task.spacing) * (read_case(task, c).label > 0).sum() / volume - 1 for c in (pristine, moved)]
+    change = [np.prod(dataset.spacing) * (read_case(dataset, c).label > 0).sum() / volume - 1 for c in (pristine, moved)]
     assert abs(change[0]) < 0.02 < abs(change[1])
 
 
 def test_failed_build_leaves_what_was_there(tmp_path, monkeypatch):
-    build_task("brain_mr", SEEDS, tmp_path, cases=(1, 1, 1))
+    build_dataset("brain_mr", SEEDS, tmp_path, cases=(1, 1, 1))
     before = contents(tmp_path)
 
     def fail(*_, **__):
@@ -200,17 +200,17 @@ def test_failed_build_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr("mednext_v2.study.seeds.write_descriptions", fail)
     with pytest.raises(RuntimeError, match="disk full"):
-        build_task("brain_mr", SEEDS, tmp_path, cases=(1, 1, 1), seed=1)
+        build_dataset("brain_mr", SEEDS, tmp_path, cases=(1, 1, 1), seed=1)
     assert contents(tmp_path) == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_unknown_task_and_too_few_cases(tmp_path):
     with pytest.raises(ValueError, match="unknown task 'pancreas'"):
-        build_task("pancreas", SEEDS, tmp_path)
+        build_dataset("pancreas", SEEDS, tmp_path)
     with pytest.raises(ValueError, match="no scans are set aside for task 'pancreas'"):
         plan_cases("pancreas", (1, 1, 1))
     with pytest.raises(ValueError, match="needs at least one train and one val case"):
-        build_task("brain_mr", SEEDS, tmp_path, cases=(1, 0, 1))
+        build_dataset("brain_mr", SEEDS, tmp_path, cases=(1, 0, 1))
 
 
 def test_corpus_mixes_torso_and_head_two_to_one():
@@ -224,7 +224,7 @@ def test_corpus_mixes_torso_and_head_two_to_one():
 def ball(size=40, radius=10, centre=(19.5, 19.5, 19.5)):
     distance = np.linalg.norm(np.stack(np.indices((size,) * 3)) - np.reshape(centre, (3, 1, 1, 1)), axis=0)
     label = (distance < radius).astype(np.uint8)
-    return SeedScan(1000 * label.astype(np.int16), label, ("ball",), (3.0, 3.0, 3.0))
+    return LabelledScan(1000 * label.astype(np.int16), label, ("ball",), (3.0, 3.0, 3.0))
 
 
 def test_deformation_of_strength_zero_only_resamples():

@@ -10,17 +10,17 @@ import pytest
 
 from data_toys import DEMO
 from mednext_v2.data.datasets import (
-    Task,
+    Dataset,
     data_files,
-    deal_out,
-    get_task,
-    header_grids,
+    get_dataset,
     list_cases,
-    load_tasks,
+    load_datasets,
+    make_fold,
     plan_spacing,
-    raw_task,
+    raw_dataset,
     read_case,
-    write_dataset,
+    read_grids,
+    write_description,
 )
 from mednext_v2.data.scans import BadFile, present_values, read_scan, write_volume
 
@@ -70,20 +70,20 @@ def write_registry(folder, **changes):
 )
 def test_broken_rule_names_data_set_field_and_rule(tmp_path, field, value, rule):
     with pytest.raises(ValueError) as error:
-        load_tasks(write_registry(tmp_path, **{field: value}))
+        load_datasets(write_registry(tmp_path, **{field: value}))
     message = str(error.value)
     assert "'demo'" in message and field in message and rule in message and "\n" not in message
 
 
 def test_unknown_and_missing_fields_are_named(tmp_path):
-    with pytest.raises(ValueError, match="data set 'demo': Task has no 'lables'"):
-        load_tasks(write_registry(tmp_path, lables={}))
+    with pytest.raises(ValueError, match="data set 'demo': Dataset has no 'lables'"):
+        load_datasets(write_registry(tmp_path, lables={}))
     path = write_registry(tmp_path)
     entry = json.loads(path.read_text())
     del entry["demo"]["licence"]
     path.write_text(json.dumps(entry))
-    with pytest.raises(ValueError, match="data set 'demo': Task needs 'licence'"):
-        load_tasks(path)
+    with pytest.raises(ValueError, match="data set 'demo': Dataset needs 'licence'"):
+        load_datasets(path)
 
 
 def test_two_data_sets_with_one_number(tmp_path):
@@ -91,16 +91,16 @@ def test_two_data_sets_with_one_number(tmp_path):
     entry = json.loads(path.read_text())
     path.write_text(json.dumps(entry | {"other": entry["demo"]}))
     with pytest.raises(ValueError, match="demo, other share dataset 7"):
-        load_tasks(path)
+        load_datasets(path)
 
 
 def test_task_survives_json():
-    assert Task(**json.loads(json.dumps(dataclasses.asdict(DEMO)))) == DEMO
+    assert Dataset(**json.loads(json.dumps(dataclasses.asdict(DEMO)))) == DEMO
 
 
 def test_registry_holds_the_seven_tasks_with_consistent_groups():
-    tasks = load_tasks()
-    assert {name: task.dataset for name, task in tasks.items()}.items() >= {
+    datasets = load_datasets()
+    assert {name: dataset.dataset for name, dataset in datasets.items()}.items() >= {
         "corpus_ct": 900,
         "abdomen_ct": 901,
         "liver_lesion_ct": 902,
@@ -110,11 +110,11 @@ def test_registry_holds_the_seven_tasks_with_consistent_groups():
         "brain_lesion_mr": 906,
     }.items()
     # One word, one meaning: a label of the same name is in the same group everywhere
-    for task in tasks.values():
-        for label, group in task.groups.items():
-            assert all(group == other.groups.get(label, group) for other in tasks.values())
+    for dataset in datasets.values():
+        for label, group in dataset.groups.items():
+            assert all(group == other.groups.get(label, group) for other in datasets.values())
     with pytest.raises(ValueError, match="unknown task 'pancreas'; known: corpus_ct"):
-        get_task("pancreas")
+        get_dataset("pancreas")
 
 
 @pytest.mark.parametrize("codes", ["LAS", "PIR", "SAR", "LPI"])
@@ -256,21 +256,21 @@ def test_text_is_not_a_volume(tmp_path):
 
 
 def test_channels_are_stacked_in_order(raw):
-    task = dataclasses.replace(DEMO, channels=("native", "contrast"))
+    dataset = dataclasses.replace(DEMO, channels=("native", "contrast"))
     for case, suffix in (("one", "Tr"), ("two", "Tr"), ("three", "Ts")):
         write_volume(raw / DEMO.folder / f"images{suffix}/{case}_0001.nii.gz", IMAGE + 1000, AFFINE)
-    scan = read_case(task, list_cases(task, raw)[0])
+    scan = read_case(dataset, list_cases(dataset, raw)[0])
     np.testing.assert_allclose(scan.image, [IMAGE, IMAGE + 1000])
     (raw / DEMO.folder / "imagesTr/one_0001.nii.gz").unlink()
     with pytest.raises(FileNotFoundError, match="one_0001.nii.gz is missing"):
-        list_cases(task, raw)
+        list_cases(dataset, raw)
 
 
 def test_a_test_case_is_listed_once_with_two_channels(raw):
-    task = dataclasses.replace(DEMO, channels=("native", "contrast"))
+    dataset = dataclasses.replace(DEMO, channels=("native", "contrast"))
     for case, suffix in (("one", "Tr"), ("two", "Tr"), ("three", "Ts")):
         write_volume(raw / DEMO.folder / f"images{suffix}/{case}_0001.nii.gz", IMAGE, AFFINE)
-    assert [case.id for case in list_cases(task, raw) if case.split == "test"] == ["three"]
+    assert [case.id for case in list_cases(dataset, raw) if case.split == "test"] == ["three"]
 
 
 def test_modules_start_without_torch():
@@ -306,19 +306,19 @@ def test_regions_channels_and_class_order_come_from_dataset_json(tmp_path):
     label = np.random.default_rng(2).integers(0, 4, IMAGE.shape).astype(np.uint8)
     ids = [f"p{i:02d}" for i in range(10)]
     write_raw(tmp_path / "Dataset137_BraTS2021", BRATS, ids, label, channels=4)
-    task = raw_task(tmp_path / "Dataset137_BraTS2021")
-    assert task.channels == ("T1", "T1ce", "T2", "Flair") and task.modality == "MR"
-    assert task.regions == {"whole tumor": (1, 2, 3), "tumor core": (2, 3), "enhancing tumor": (3,)}
-    assert task.class_order == (1, 2, 3) and task.num_classes == 3 and task.values == (0, 1, 2, 3)
-    assert task.labels == {"value 1": 1, "value 2": 2, "enhancing tumor": 3}
-    assert task.folder == "Dataset137_BraTS2021" and task.spacing == pytest.approx((2, 3, 4))
-    cases = list_cases(task, tmp_path)
+    dataset = raw_dataset(tmp_path / "Dataset137_BraTS2021")
+    assert dataset.channels == ("T1", "T1ce", "T2", "Flair") and dataset.modality == "MR"
+    assert dataset.regions == {"whole tumor": (1, 2, 3), "tumor core": (2, 3), "enhancing tumor": (3,)}
+    assert dataset.class_order == (1, 2, 3) and dataset.num_classes == 3 and dataset.values == (0, 1, 2, 3)
+    assert dataset.labels == {"value 1": 1, "value 2": 2, "enhancing tumor": 3}
+    assert dataset.folder == "Dataset137_BraTS2021" and dataset.spacing == pytest.approx((2, 3, 4))
+    cases = list_cases(dataset, tmp_path)
     assert [sum(case.split == split for case in cases) for split in ("train", "val", "test")] == [7, 1, 2]
-    assert read_case(task, cases[0]).image.shape == (4, *IMAGE.shape)
+    assert read_case(dataset, cases[0]).image.shape == (4, *IMAGE.shape)
 
 
 def test_description_written_here_reads_the_same(tmp_path):
-    task = Task(
+    dataset = Dataset(
         **(
             dataclasses.asdict(DEMO)
             | {
@@ -329,16 +329,16 @@ def test_description_written_here_reads_the_same(tmp_path):
             }
         )
     )
-    write_raw(tmp_path / task.folder, {}, ["a", "b", "c"], LABEL, channels=2)
-    write_dataset(task, tmp_path / task.folder, training=3)
-    found = raw_task(tmp_path / task.folder)
+    write_raw(tmp_path / dataset.folder, {}, ["a", "b", "c"], LABEL, channels=2)
+    write_description(dataset, tmp_path / dataset.folder, training=3)
+    found = raw_dataset(tmp_path / dataset.folder)
     same = ("regions", "class_order", "ignore", "channels", "modality", "folder", "num_classes", "values", "name")
-    assert {name: getattr(found, name) for name in same} == {name: getattr(task, name) for name in same}
+    assert {name: getattr(found, name) for name in same} == {name: getattr(dataset, name) for name in same}
     assert found.groups["lesion"] == "pathology" and found.groups["both"] == "organ"
     # Plain labels, and an ignore label beside them
     plain = dataclasses.replace(DEMO, ignore=3)
-    write_dataset(plain, tmp_path / task.folder, training=3)
-    found = raw_task(tmp_path / task.folder, spacing=(1, 1, 1))
+    write_description(plain, tmp_path / dataset.folder, training=3)
+    found = raw_dataset(tmp_path / dataset.folder, spacing=(1, 1, 1))
     assert (found.labels, found.groups, found.ignore) == (plain.labels, plain.groups, 3) and not found.regions
 
 
@@ -356,7 +356,7 @@ def test_bad_description_is_refused_by_name(tmp_path, change, message):
     good = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1, "lesion": 2}}
     write_raw(tmp_path / "Dataset001_A", good | change, ["a"], LABEL)
     with pytest.raises(ValueError, match=message) as error:
-        raw_task(tmp_path / "Dataset001_A")
+        raw_dataset(tmp_path / "Dataset001_A")
     assert "dataset.json" in str(error.value)
 
 
@@ -364,9 +364,9 @@ def test_unknown_endings_and_folder_names(tmp_path):
     write_raw(tmp_path / "Dataset001_A", BRATS, ["a"], LABEL)
     with pytest.raises(ValueError, match="file_ending '.png': convert"):
         (tmp_path / "Dataset001_A/dataset.json").write_text(json.dumps(BRATS | {"file_ending": ".png"}))
-        raw_task(tmp_path / "Dataset001_A")
+        raw_dataset(tmp_path / "Dataset001_A")
     with pytest.raises(ValueError, match="not named DatasetNNN_Name"):
-        raw_task(tmp_path)
+        raw_dataset(tmp_path)
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR"])
@@ -386,11 +386,11 @@ def test_metaimage_and_nrrd_lie_where_itk_says(tmp_path, ending, codes):
 
 def test_five_folds_are_those_of_nnunet():
     KFold = pytest.importorskip("sklearn.model_selection").KFold  # As in nnunetv2.utilities.crossval_split
-    task = dataclasses.replace(DEMO, split="fivefold")
+    dataset = dataclasses.replace(DEMO, split="fivefold")
     for n in (5, 13, 52):
         ids = [f"case{i:03d}" for i in range(n)]
         for fold, (rest, tested) in enumerate(KFold(5, shuffle=True, random_state=12345).split(ids)):
-            dealt = deal_out(task, ids, fold=fold)
+            dealt = make_fold(dataset, ids, fold=fold)
             assert dealt["test"] == [ids[i] for i in tested]
             assert sorted(dealt["train"] + dealt["val"]) == [ids[i] for i in rest]
             assert len(dealt["val"]) == max(1, round(n / 20))
@@ -398,16 +398,16 @@ def test_five_folds_are_those_of_nnunet():
 
 @pytest.mark.parametrize("rule", ["fivefold", "holdout"])
 def test_a_patient_is_on_one_side(rule):
-    task = dataclasses.replace(DEMO, split=rule, patient=r"^(patient\d+)_frame")
+    dataset = dataclasses.replace(DEMO, split=rule, patient=r"^(patient\d+)_frame")
     ids = [f"patient{i:03d}_frame{f:02d}" for i in range(20) for f in (1, 12)]
-    dealt = deal_out(task, ids)
+    dealt = make_fold(dataset, ids)
     sides = [{id[:10] for id in part} for part in dealt.values()]
     assert sum(len(side) for side in sides) == 20 and sorted(sum(dealt.values(), [])) == ids
-    assert dealt == deal_out(task, ids[::-1]) | {split: sorted(part) for split, part in dealt.items()}
+    assert dealt == make_fold(dataset, ids[::-1]) | {split: sorted(part) for split, part in dealt.items()}
     with pytest.raises(ValueError, match="case scan7: its patient is not found"):
-        deal_out(task, [*ids, "scan7"])
+        make_fold(dataset, [*ids, "scan7"])
     with pytest.raises(ValueError, match="has 2 patients, split"):
-        deal_out(task, ids[:4])
+        make_fold(dataset, ids[:4])
 
 
 def test_splits_file_may_name_test_cases_and_unlabelled_tests_are_nobodys(raw):
@@ -442,9 +442,9 @@ def test_present_values_are_the_sorted_distinct_ones(dtype):
 @pytest.mark.parametrize("name", ["Dataset007_MiniDemoCT", "Dataset007_My Toy", "Dataset007_two  spaces"])
 def test_a_folder_keeps_its_name(tmp_path, name):
     write_raw(tmp_path / name, BRATS, ["a", "b", "c"], LABEL, channels=4)
-    task = raw_task(tmp_path / name)
-    assert task.folder == name and len(list_cases(task, tmp_path)) == 3
-    assert Task(**json.loads(json.dumps(dataclasses.asdict(task)))) == task
+    dataset = raw_dataset(tmp_path / name)
+    assert dataset.folder == name and len(list_cases(dataset, tmp_path)) == 3
+    assert Dataset(**json.loads(json.dumps(dataclasses.asdict(dataset)))) == dataset
 
 
 def test_a_folder_name_as_title_has_the_number():
@@ -474,13 +474,13 @@ def test_a_channel_too_many_or_in_two_formats_is_refused(raw, extra):
 
 
 def test_two_channels_of_one_name_are_both_what_it_says(tmp_path):
-    from mednext_v2.data.preprocess import summarise
+    from mednext_v2.data.preprocess import summarise_cases
 
     about = {"channel_names": {"0": "CT", "1": "CT", "2": "PET"}, "labels": {"background": 0, "liver": 1, "lesion": 2}}
     write_raw(tmp_path / "Dataset007_Two", about, ["a", "b", "c"], LABEL, channels=3)
-    task = raw_task(tmp_path / "Dataset007_Two")
+    dataset = raw_dataset(tmp_path / "Dataset007_Two")
     measured = {"spacing": (1, 1, 1), "shape": (4, 4, 4), "kept": 1.0, "values": np.arange(9.0).reshape(3, 3)}
-    assert task.channels == ("CT", "CT", "PET") and summarise(task, [measured]).schemes == ("ct", "ct", "zscore")
+    assert dataset.channels == ("CT", "CT", "PET") and summarise_cases(dataset, [measured]).schemes == ("ct", "ct", "zscore")
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64", "uint32", "float64"])
@@ -502,9 +502,9 @@ def test_headers_are_read_without_voxels(tmp_path):
     write_volume(tmp_path / "lps.nii.gz", np.random.default_rng(0).integers(-999, 999, (60, 70, 80)).astype(np.int16), lps)
     data = (tmp_path / "lps.nii.gz").read_bytes()
     (tmp_path / "half.nii.gz").write_bytes(data[: len(data) // 2])  # Its header is whole
-    spacings, shapes = header_grids([tmp_path / "lps.nii.gz", tmp_path / "half.nii.gz"])
+    spacings, shapes = read_grids([tmp_path / "lps.nii.gz", tmp_path / "half.nii.gz"])
     np.testing.assert_allclose(spacings, [[2, 3, 4]] * 2)
     assert shapes.tolist() == [[60, 70, 80]] * 2
     (tmp_path / "cut.nii.gz").write_bytes(data[:20])
     with pytest.raises(BadFile, match="cut.nii.gz ends within the header"):
-        header_grids([tmp_path / "cut.nii.gz"])
+        read_grids([tmp_path / "cut.nii.gz"])

@@ -55,7 +55,7 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     [
         (dict(steps=0), "steps must be a positive whole number, got 0"),
         (dict(steps=10.0), "steps must be a positive whole number, got 10.0"),
-        (dict(batch=0), "batch must be a positive whole number"),
+        (dict(batch_size=0), "batch_size must be a positive whole number"),
         (dict(lr=0), "lr must be a positive number, got 0"),
         (dict(lr=-1e-3), "lr must be a positive number"),
         (dict(lr=math.nan), "lr must be a positive number, got nan"),
@@ -69,13 +69,13 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
         (dict(foreground=33), "foreground must be a share from 0 to 1, got 33"),
         (dict(augment="strong"), "augment must be one of none, light, nnunet"),
         (dict(precision="fp8"), "precision must be fp32, bf16 or fp16"),
-        (dict(accumulate=3), "accumulate must be a divisor of batch = 2, got 3"),
+        (dict(grad_accum_steps=3), "grad_accum_steps must be a divisor of batch_size = 2, got 3"),
         (dict(ema=1.0), "ema must be a share below 1, got 1.0"),
         (dict(keep="final"), "keep must be last or best"),
         (dict(keep="best"), "keep best and patience need validate_every, got 0"),
         (dict(patience=3), "keep best and patience need validate_every, got 0"),
         (dict(optimizer="adam"), "optimizer must be adamw or sgd"),
-        (dict(clip=0), "clip must be a positive number"),
+        (dict(max_grad_norm=0), "max_grad_norm must be a positive number"),
         (dict(eps=0), "eps must be a positive number"),
         (dict(weight_decay=-1), "weight_decay must be a number, 0 or more"),
         (dict(deep_supervision=1), "deep_supervision must be true or false"),
@@ -91,7 +91,7 @@ def test_recipes_that_cannot_work(changes, message):
 
 def test_recipe_defaults_are_v1s_and_lists_become_tuples():
     recipe = Recipe(steps=100, patch=[32, 32, 16])
-    assert (recipe.eps, recipe.weight_decay, recipe.clip, recipe.power) == (1e-4, 3e-5, 12.0, 0.9)
+    assert (recipe.eps, recipe.weight_decay, recipe.max_grad_norm, recipe.poly_power) == (1e-4, 3e-5, 12.0, 0.9)
     assert recipe.patch == (32, 32, 16) and hash(recipe)
 
 
@@ -117,7 +117,7 @@ def test_learning_rate_is_the_formula(warmup):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_loop_equals_one_written_out(tmp_path, optimizer):
-    recipe = toy_recipe(optimizer=optimizer, clip=0.5, steps=5)
+    recipe = toy_recipe(optimizer=optimizer, max_grad_norm=0.5, steps=5)
     trained, history = toy_run(tmp_path, recipe, log_every=1)
     model, sampler = toy_model(), training_sampler(recipe, toy_cases())
     options = dict(momentum=0.99, nesterov=True) if optimizer == "sgd" else dict(eps=1e-4)
@@ -156,7 +156,7 @@ def one_step(recipe, model, batch):
 
 
 def test_gradients_are_clipped_and_present_only_reaches_the_loss():
-    recipe = toy_recipe(optimizer="sgd", weight_decay=0.0, clip=1e-3, lr=1.0)
+    recipe = toy_recipe(optimizer="sgd", weight_decay=0.0, max_grad_norm=1e-3, lr=1.0)
     image, label = training_sampler(recipe, toy_cases()).batch(0)
     model = toy_model()
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -473,7 +473,7 @@ def test_digest_sees_every_value_and_name():
     [
         (dict(patch=(8, 8, 10)), r"patch \(8, 8, 10\) must be divisible by 4"),
         (dict(patch=(8, 8, 12)), r"patch is \(8, 8, 12\), but the sampler has \(8, 8, 8\)"),
-        (dict(batch=3), "batch is 3, but the sampler has 2"),
+        (dict(batch_size=3), "batch_size is 3, but the sampler has 2"),
         (dict(augment="none"), "augment is 'none', but the sampler has 'light'"),
         (dict(foreground=0.1), "foreground is 0.1, but the sampler has 0.5"),
         (dict(deep_supervision=False), "deep_supervision is False, but the network has True"),
@@ -487,12 +487,12 @@ def test_recipe_network_and_sampler_have_to_agree(tmp_path, changes, message):
 
 
 def test_more_classes_than_outputs_are_refused_before_the_first_step():
-    class Task:
+    class Dataset:
         name, num_classes = "demo", 9
 
     sampler = training_sampler(toy_recipe(), toy_cases())
-    object.__setattr__(sampler.prepared, "task", Task)
-    with pytest.raises(ValueError, match="task demo has 9 classes, but the network has 3 outputs"):
+    object.__setattr__(sampler.prepared, "dataset", Dataset)
+    with pytest.raises(ValueError, match="data set demo has 9 classes, but the network has 3 outputs"):
         check_run(toy_recipe(), toy_model(), sampler)
 
 
@@ -568,7 +568,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(tmp_path):
     "With a Dice per patch, two parts of two patches have the gradient of four"
     losses = []
     for parts in (1, 2, 4):
-        recipe = toy_recipe(batch=4, accumulate=parts, batch_dice=False, steps=6, optimizer="sgd", lr=1e-3)
+        recipe = toy_recipe(batch_size=4, grad_accum_steps=parts, batch_dice=False, steps=6, optimizer="sgd", lr=1e-3)
         model, history = toy_run(tmp_path / str(parts), recipe, log_every=1)
         losses.append(history.loss.to_numpy())
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)

@@ -15,12 +15,12 @@ import torch
 from data_toys_convert import write_cads
 from mednext_v2 import cli
 from mednext_v2.core import ItemsFailed, write_csv
-from mednext_v2.data.datasets import Task, get_task, partial_cases, write_dataset
+from mednext_v2.data.datasets import Dataset, get_dataset, partial_cases, write_description
 from mednext_v2.data.mixture import union_labels
 from mednext_v2.data.preprocess import Prepared, prepare
 from mednext_v2.data.scans import write_volume
 from mednext_v2.inference.predictor import predict
-from mednext_v2.intake.check import check_dataset, fix_dataset
+from mednext_v2.intake.check import check_raw_dataset, fix_raw_dataset
 from mednext_v2.intake.convert import CADS_GROUPS, CADS_LEVELS, cads_annotated, convert
 from mednext_v2.models.card import read_card, read_state
 from mednext_v2.models.registry import BACKBONES, create, load_model
@@ -33,7 +33,7 @@ from mednext_v2.training.trainer import patch_validation
 from training_toys import split
 
 SMALL = {"filters": (4, 8, 8)}
-SETTINGS = dict(batch=4, patch=(16, 16, 16), lr=2e-2, warmup=1, foreground=0.5, augment="none", checkpoint_every=100)
+SETTINGS = dict(batch_size=4, patch=(16, 16, 16), lr=2e-2, warmup=1, foreground=0.5, augment="none", checkpoint_every=100)
 SHORT = Recipe(steps=2, **SETTINGS)
 WORDS = {"liver": 400, "spleen": 100, "kidney": -200}  # Intensity of each
 CUBES = {"liver": (2, 2, 2), "spleen": (10, 2, 2), "kidney": (2, 10, 10)}
@@ -44,7 +44,7 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def task(name: str, number: int, labels: tuple[str, ...], **fields) -> Task:
+def dataset(name: str, number: int, labels: tuple[str, ...], **fields) -> Dataset:
     settings = dict(
         modality="MR",
         spacing=(1.0, 1.0, 1.0),
@@ -58,10 +58,10 @@ def task(name: str, number: int, labels: tuple[str, ...], **fields) -> Task:
         name=name,
         dataset=number,
     )
-    return Task(labels={label: value for value, label in enumerate(labels, 1)}, **settings | fields)
+    return Dataset(labels={label: value for value, label in enumerate(labels, 1)}, **settings | fields)
 
 
-CHEST, BELLY = task("chest", 901, ("spleen", "liver")), task("belly", 902, ("kidney", "spleen"))
+CHEST, BELLY = dataset("chest", 901, ("spleen", "liver")), dataset("belly", 902, ("kidney", "spleen"))
 
 
 def scan(seed: int) -> tuple[np.ndarray, dict]:
@@ -75,7 +75,7 @@ def scan(seed: int) -> tuple[np.ndarray, dict]:
     return image.astype(np.int16), places
 
 
-def write_raw(one: Task, raw, cases: int = 3, annotated: dict | None = None, shift: int = 0) -> None:
+def write_raw(one: Dataset, raw, cases: int = 3, annotated: dict | None = None, shift: int = 0) -> None:
     "A raw data set that shows all three organs, and labels its own"
     folder, names = raw / one.folder, [f"{one.name}_{number}" for number in range(cases)]
     for number, case in enumerate(names):
@@ -86,7 +86,7 @@ def write_raw(one: Task, raw, cases: int = 3, annotated: dict | None = None, shi
                 label[places[name]] = value
         write_volume(folder / f"imagesTr/{case}_0000.nii.gz", image + np.int16(shift), np.eye(4))
         write_volume(folder / f"labelsTr/{case}.nii.gz", label, np.eye(4))
-    write_dataset(one, folder, cases)
+    write_description(one, folder, cases)
     (folder / "splits_final.json").write_text(json.dumps([{"train": names[:-1], "val": names[-1:]}]))
     if annotated:
         rows = [(case, " ".join(labels)) for case, labels in annotated.items()]
@@ -118,11 +118,11 @@ def test_cads_with_missing_parts_is_refused_unless_it_is_meant(tmp_path):
         convert("cads", tmp_path / "source", tmp_path / "raw", progress=False)
     table = convert("cads", tmp_path / "source", tmp_path / "raw", progress=False, partial=True).set_index("case")
     assert "without part 552" in table.warnings["0001_10000001"] and "without" not in table.warnings["0002_10000018"]
-    cads = get_task("cads")
+    cads = get_dataset("cads")
     found = partial_cases(cads, tmp_path / "raw")
     wanted = cads_annotated(cads, tuple(group for group in CADS_GROUPS if group != 552))
     assert found == {"0001_10000001": wanted, "0041_train_1_a_1": wanted}
-    assert check_dataset(tmp_path / "raw").table.code.str.startswith("annotated").sum() == 0
+    assert check_raw_dataset(tmp_path / "raw").table.code.str.startswith("annotated").sum() == 0
     # The parts come back: so does the whole case
     write_cads(tmp_path / "again")
     for path in (tmp_path / "again").rglob("*_part_552.nii.gz"):
@@ -132,7 +132,7 @@ def test_cads_with_missing_parts_is_refused_unless_it_is_meant(tmp_path):
 
 
 def test_what_may_hide_a_missing_part_is_not_called_annotated():
-    cads = get_task("cads")
+    cads = get_dataset("cads")
     names = sorted(cads.labels, key=cads.labels.get)
     places = [(group, value) for group, size in CADS_GROUPS.items() for value in range(1, size + 1)]
     values = dict(zip(places, names, strict=True))
@@ -146,7 +146,7 @@ def test_what_may_hide_a_missing_part_is_not_called_annotated():
 def test_annotated_goes_from_raw_to_the_loss(tmp_path, monkeypatch):
     annotated = {"chest_0": ("liver",), "chest_2": ("spleen",)}
     write_raw(CHEST, tmp_path / "raw", annotated=annotated)
-    assert check_dataset(tmp_path / "raw" / CHEST.folder).clean
+    assert check_raw_dataset(tmp_path / "raw" / CHEST.folder).clean
     prepare(CHEST, tmp_path / "raw", tmp_path / "chest")
     prepared = Prepared(tmp_path / "chest")
     assert prepared.partial and prepared.manifest.set_index("case").annotated.to_dict() == {"chest_0": "liver", "chest_1": "", "chest_2": "spleen"}
@@ -192,7 +192,7 @@ def test_validation_counts_known_classes_only():
 def test_bad_annotated_tables_are_found_by_doctor_and_stop_prepare(tmp_path, rows, code, word):
     write_raw(CHEST, tmp_path / "raw")
     (tmp_path / "raw" / CHEST.folder / "annotated.csv").write_text(rows)
-    report = check_dataset(tmp_path / "raw", quick=True)
+    report = check_raw_dataset(tmp_path / "raw", quick=True)
     assert report.table[["code", "severity"]].values.tolist() == [[code, "error"]] and word in report.table.what[0]
     with pytest.raises(ValueError, match=word):
         prepare(CHEST, tmp_path / "raw", tmp_path / "prepared")
@@ -200,7 +200,7 @@ def test_bad_annotated_tables_are_found_by_doctor_and_stop_prepare(tmp_path, row
 
 def test_a_mended_copy_keeps_what_is_known(tmp_path):
     write_raw(CHEST, tmp_path / "raw", annotated={"chest_0": ("liver",), "chest_9": ("spleen",)})
-    fix_dataset(tmp_path / "raw", tmp_path / "mended")
+    fix_raw_dataset(tmp_path / "raw", tmp_path / "mended")
     assert partial_cases(CHEST, tmp_path / "mended") == {"chest_0": ("liver",)}
 
 
@@ -326,7 +326,7 @@ def test_what_sets_must_have_in_common(sets, tmp_path):
 
 
 def test_regions_are_not_mixed(sets, tmp_path):
-    regions = task("nested", 903, ("spleen", "liver"), regions={"all": (1, 2), "liver": (2,)}, class_order=(1, 2))
+    regions = dataset("nested", 903, ("spleen", "liver"), regions={"all": (1, 2), "liver": (2,)}, class_order=(1, 2))
     write_raw(regions, tmp_path / "raw")
     prepare(regions, tmp_path / "raw", tmp_path / "nested")
     with pytest.raises(ValueError, match="nested has overlapping regions"):
@@ -334,10 +334,10 @@ def test_regions_are_not_mixed(sets, tmp_path):
 
 
 def test_command_line_trains_on_two_sets(sets, tmp_path, capsys):
-    settings = ["steps=2", "batch=2", "patch=(16,16,16)", "warmup=1", "augment=none", "checkpoint_every=2"]
+    settings = ["steps=2", "batch_size=2", "patch=(16,16,16)", "warmup=1", "augment=none", "checkpoint_every=2"]
     line = ["train", str(sets / "chest"), str(tmp_path / "model"), "--with", str(sets / "belly"), "--backbone", "unet"]
     line += ["--recipe", "smoke", "--network", "filters=(4,8,8)", "--device", "cpu", "--workers", "0", "--unchecked"]
-    cli.main([*line, "--sampling", "chest=2", "belly=1", "--heads", "own", "--set", *settings])
+    cli.main([*line, "--sampling", "chest=2", "belly=1", "--heads", "own", "--recipe-set", *settings])
     assert "wrote" in capsys.readouterr().out and set(read_card(tmp_path / "model").heads) == {"chest", "belly"}
     write_volume(tmp_path / "scan.nii.gz", scan(5)[0], np.eye(4))
     ask = ["predict", "-m", str(tmp_path / "model"), "-i", str(tmp_path / "scan.nii.gz"), "-o", str(tmp_path / "l.nii.gz")]
@@ -346,7 +346,7 @@ def test_command_line_trains_on_two_sets(sets, tmp_path, capsys):
     with pytest.raises(SystemExit, match="name one, got head None"):
         cli.main(ask)
     with pytest.raises(SystemExit, match="weights are for chest, the data sets are chest, belly"):
-        cli.main([*line[:2], str(tmp_path / "other"), *line[3:], "--sampling", "chest=2", "--set", *settings])
+        cli.main([*line[:2], str(tmp_path / "other"), *line[3:], "--sampling", "chest=2", "--recipe-set", *settings])
 
 
 # ---- memory
@@ -361,15 +361,15 @@ def literally(text: str) -> list[str]:
 def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path, monkeypatch, processes, fused):
     base = ["train", str(sets / "chest"), str(tmp_path / "model"), "--backbone", "mednext_v2_tiny", "--device", "cpu"]
     base += ["--network", "width=4", "--processes", str(processes)]
-    recipe = ["batch=8", "patch=32,32,32", "steps=2"]
+    recipe = ["batch_size=8", "patch=32,32,32", "steps=2"]
     monkeypatch.setattr(Prepared, "fingerprint", SimpleNamespace(shape=(64, 64, 64)), raising=False)
     monkeypatch.setattr(launch, "forecast", lambda *given: launch.Forecast(10**7, 1.0, 1e9, fused))
 
     def ask(*more: str, room: float) -> str:
         monkeypatch.setattr(launch, "available_memory", lambda device: int(room * processes))
-        options = cli.parser().parse_args([*base, "--recipe", "smoke", "--set", *recipe, *more])
-        built = get_recipe("smoke", **dict(cli.literal_pair(pair) for pair in options.set))
-        return cli.forecast_training(options, built, dict(cli.literal_pair(pair) for pair in options.network))
+        options = cli.parser().parse_args([*base, "--recipe", "smoke", "--recipe-set", *recipe, *more])
+        built = get_recipe("smoke", **dict(cli.parse_pair(pair) for pair in options.recipe_set))
+        return cli.forecast_training(options, built, dict(cli.parse_pair(pair) for pair in options.network))
 
     need = float(ask(room=1e12).split()[1]) * 1e9
     kinds = set()
@@ -383,13 +383,13 @@ def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path,
             assert "forecast:" in ask(*literally(text), room=share * need), text
             kinds |= {word.split("=")[0] for word in literally(text) if "=" in word}
     # Fused blocks keep their input alone, and sums are float32
-    assert kinds in ([{"batch"}, {"batch", "patch"}] if fused else [{"grad_checkpointing", "batch", "patch", "precision"}])
+    assert kinds in ([{"batch_size"}, {"batch_size", "patch"}] if fused else [{"grad_checkpointing", "batch_size", "patch", "precision"}])
 
 
 def test_checkpointing_auto_is_what_free_memory_allows(sets, tmp_path, monkeypatch):
-    data, recipe = run.read_data(sets / "chest"), replace(SHORT, patch=(32, 32, 32), batch=2)
+    data, recipe = run.read_data(sets / "chest"), replace(SHORT, patch=(32, 32, 32), batch_size=2)
     network, patch = run.network_for(data, "mednext_v2_tiny", recipe, {"width": 4})
-    options = dict(batch=2, in_channels=data.in_channels, num_classes=data.outputs, deep_supervision=recipe.deep_supervision)
+    options = dict(batch_size=2, in_channels=data.in_channels, num_classes=data.outputs, deep_supervision=recipe.deep_supervision)
     kinds = ("none", "expansion", "block")
     for free, device, expected in [
         *((estimate(network.arch, patch, grad_checkpointing=kind, **options).total_bytes / 0.8 + 9, "cuda", kind) for kind in kinds),
@@ -415,7 +415,7 @@ def test_every_mednext_can_recompute(name):
 
 
 def test_training_with_recomputing_gives_the_same_weights_and_a_plain_card(sets, tmp_path):
-    recipe, kinds = replace(SHORT, patch=(32, 32, 32), batch=1), ("none", "expansion", "block")
+    recipe, kinds = replace(SHORT, patch=(32, 32, 32), batch_size=1), ("none", "expansion", "block")
     for kind in kinds:
         options = dict(overrides={"width": 4, "grad_checkpointing": kind}, device="cpu", progress=False)
         train_model(sets / "chest", tmp_path / kind, "mednext_v2_tiny", recipe, tmp_path / f"{kind}.run", **split(options))

@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
-from ..core import fingerprint_of
+from ..core import short_hash
 
 # %% ../../nbs/data/50_augment.ipynb #voxels
 def voxels_by_class(
@@ -463,7 +463,7 @@ class PatchSampler:
         content = self.prepared.manifest.set_index("case").loc[self.cases, "sha256"].tolist()
         preset = [(kind.__name__, str(options)) for kind, options in AUGMENTATIONS[self.augment]]
         settings = (self.patch, self.batch_size, self.foreground, self.augment, preset, self.seed)
-        return fingerprint_of(self.split, self.cases, content, settings)
+        return short_hash(self.split, self.cases, content, settings)
 
     def shard(
         self,

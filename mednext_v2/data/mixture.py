@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .augment import PatchSampler, naming, vary
-from ..core import fingerprint_of
-from .datasets import Task, read_annotated
+from ..core import short_hash
+from .datasets import Dataset, read_annotated
 
 # %% ../../nbs/data/60_mixture.ipynb #space
 HEADS = ("shared", "own")
@@ -106,9 +106,9 @@ def joined_group(
     return next(iter(said), "unspecified")
 
 
-def check_rename(tasks: list[Task], rename: dict[str, dict[str, str]]) -> None:
+def check_rename(datasets: list[Dataset], rename: dict[str, dict[str, str]]) -> None:
     "ValueError for a new name of something that is not there"
-    known = {task.name: task.labels for task in tasks}
+    known = {dataset.name: dataset.labels for dataset in datasets}
     for name, pairs in rename.items():
         if name not in known:
             raise ValueError(f"rename: no data set {name!r}; there are: {', '.join(known)}")
@@ -120,30 +120,30 @@ def check_rename(tasks: list[Task], rename: dict[str, dict[str, str]]) -> None:
 
 # %% ../../nbs/data/60_mixture.ipynb #union-labels
 def union_labels(
-    tasks: list[Task],  # In the order that numbers the classes
+    datasets: list[Dataset],  # In the order that numbers the classes
     heads: str = "shared",  # Or "own": the labels of every data set stay its own
     rename: dict[str, dict[str, str]] | None = None,  # By data set, its label to another class name
 ) -> LabelSpace:
     "One list of classes for several data sets; ValueError if a name is organ in one and pathology in another"
-    tasks, rename, names = list(tasks), rename or {}, [task.name for task in tasks]
+    datasets, rename, names = list(datasets), rename or {}, [dataset.name for dataset in datasets]
     if heads not in HEADS:
         raise ValueError(f"heads must be one of {', '.join(HEADS)}, got {heads!r}")
-    if not tasks or len(set(names)) < len(names):
+    if not datasets or len(set(names)) < len(names):
         raise ValueError(f"each data set once, and at least one, got: {', '.join(names) or 'none'}")
-    check_rename(tasks, rename)
+    check_rename(datasets, rename)
     labels, said, members = {"background": 0}, {}, {}
-    for task in tasks:
-        members[task.name] = {}
-        for label in sorted(task.labels, key=task.labels.get):
-            name = rename.get(task.name, {}).get(label, label)
+    for dataset in datasets:
+        members[dataset.name] = {}
+        for label in sorted(dataset.labels, key=dataset.labels.get):
+            name = rename.get(dataset.name, {}).get(label, label)
             if name != "background":
-                name = f"{task.name}/{name}" if heads == "own" else name
+                name = f"{dataset.name}/{name}" if heads == "own" else name
                 # A data set that gives two labels one name speaks twice
-                said.setdefault(name, {})[f"{task.name} ({label})"] = task.groups[label]
-            members[task.name][label] = labels.setdefault(name, len(labels))
+                said.setdefault(name, {})[f"{dataset.name} ({label})"] = dataset.groups[label]
+            members[dataset.name][label] = labels.setdefault(name, len(labels))
     del labels["background"]
-    ignore = len(labels) + 1 if any(task.ignore is not None for task in tasks) else None
-    ends = {task.name: () if task.ignore is None else (ignore,) for task in tasks}
+    ignore = len(labels) + 1 if any(dataset.ignore is not None for dataset in datasets) else None
+    ends = {dataset.name: () if dataset.ignore is None else (ignore,) for dataset in datasets}
     tables = {name: (0, *known.values(), *ends[name]) for name, known in members.items()}
     groups = {name: joined_group(name, said[name]) for name in labels}
     return LabelSpace(labels, groups, members, tables, ignore, heads)
@@ -159,13 +159,13 @@ def look_alikes(space: LabelSpace) -> list[tuple[str, ...]]:
 
 # %% ../../nbs/data/60_mixture.ipynb #partial
 def consecutive_parts(
-    task: Task,
+    dataset: Dataset,
     sizes: dict,  # Part to its number of labels, in order of value, e.g. `convert.CADS_GROUPS`
 ) -> dict[str, tuple[str, ...]]:  # Part, as text, to its labels
     "Groups of labels that follow one another; ValueError if they are not all the labels together"
-    names = iter(sorted(task.labels, key=task.labels.get))
-    if sum(sizes.values()) != len(task.labels):
-        raise ValueError(f"{task.name} has {len(task.labels)} labels, the parts have {sum(sizes.values())}")
+    names = iter(sorted(dataset.labels, key=dataset.labels.get))
+    if sum(sizes.values()) != len(dataset.labels):
+        raise ValueError(f"{dataset.name} has {len(dataset.labels)} labels, the parts have {sum(sizes.values())}")
     return {str(part): tuple(next(names) for _ in range(size)) for part, size in sizes.items()}
 
 # %% ../../nbs/data/60_mixture.ipynb #heads
@@ -248,13 +248,13 @@ DIFFERENCES = ("channels", "modality", "spacing", "normalisation")
 
 def traits(prepared) -> dict:
     "What a data set says of the meaning of its voxels; of arrays in memory, nothing"
-    task, measured = getattr(prepared, "task", None), getattr(prepared, "fingerprint", None)
+    dataset, measured = getattr(prepared, "dataset", None), getattr(prepared, "fingerprint", None)
     found = {}
-    if task is not None:
-        found = {"channels": tuple(sorted(task.channels)), "modality": task.modality, "spacing": task.spacing}
+    if dataset is not None:
+        found = {"channels": tuple(sorted(dataset.channels)), "modality": dataset.modality, "spacing": dataset.spacing}
     if hasattr(measured, "normalisation"):
         known = measured.normalisation()
-        names = task.channels if task is not None else range(len(known["schemes"]))
+        names = dataset.channels if dataset is not None else range(len(known["schemes"]))
         scales = zip(names, known["schemes"], *(known[key] for key in ("low", "high", "mean", "std")))
         words = "{} {} ({:g} to {:g}, mean {:g}, std {:g})"
         each = [(words if scale[1] == "ct" else "{} {}").format(*scale) for scale in scales]
@@ -287,11 +287,11 @@ def check_labels(
     prepared,
 ) -> None:
     "ValueError if a data set is not the one that the label space was made for"
-    known, task = space.member(name), getattr(prepared, "task", None)
-    if task is None:
+    known, dataset = space.member(name), getattr(prepared, "dataset", None)
+    if dataset is None:
         return
     labels = {label: value for value, label in enumerate(known, start=1)}
-    if task.labels != labels or len(task.values) != len(space.tables[name]):
+    if dataset.labels != labels or len(dataset.values) != len(space.tables[name]):
         raise ValueError(
             f"data set {name} was prepared with other labels than those united here: unite the tasks of the prepared data, or prepare {name} again"
         )
@@ -299,11 +299,11 @@ def check_labels(
 
 def channel_order(samplers: dict[str, PatchSampler], name: str) -> list[int] | None:
     "Where a data set has the channels of the first one; None if they are in place, or paired by position"
-    tasks = [getattr(samplers[n].prepared, "task", None) for n in (next(iter(samplers)), name)]
-    if None in tasks or tasks[0].channels == tasks[1].channels:
+    datasets = [getattr(samplers[n].prepared, "dataset", None) for n in (next(iter(samplers)), name)]
+    if None in datasets or datasets[0].channels == datasets[1].channels:
         return None
     # Of two channels called CT, the second is the other's second
-    wanted, own = ([(name, task.channels[:i].count(name)) for i, name in enumerate(task.channels)] for task in tasks)
+    wanted, own = ([(name, dataset.channels[:i].count(name)) for i, name in enumerate(dataset.channels)] for dataset in datasets)
     return [own.index(channel) for channel in wanted] if set(own) == set(wanted) else None
 
 
@@ -314,8 +314,8 @@ def partial_masks(
     cases: dict[str, Collection[str]] | None,  # Case to its labels; the manifest's column if not given
 ) -> dict[str, np.ndarray]:  # Case to a mask (num_classes,); equal ones are one array
     "The cases that do not have all labels; ValueError for one that is not there, or a label that is not"
-    if cases is None and hasattr(prepared, "task") and "annotated" in prepared.manifest:
-        cases = read_annotated(prepared.manifest, prepared.task)
+    if cases is None and hasattr(prepared, "dataset") and "annotated" in prepared.manifest:
+        cases = read_annotated(prepared.manifest, prepared.dataset)
     if not cases:
         return {}
     known, masks = set(prepared.manifest.case), {}
@@ -378,7 +378,7 @@ class MixtureSampler:
         "A hash of all that decides the batches: every data set's own, shares, classes, who annotates what"
         members = [(name, sampler.fingerprint) for name, sampler in self.samplers.items()]
         masks = {name: {case: np.packbits(mask).tobytes().hex() for case, mask in cases.items()} for name, cases in self.masks.items()}
-        return fingerprint_of(members, self.shares, self.labels, masks, self.batch_size, self.allow)
+        return short_hash(members, self.shares, self.labels, masks, self.batch_size, self.allow)
 
     def member(self, step: int, index: int) -> tuple[str, tuple[int, int]]:
         "The data set of a patch, and the step and index of that patch in its own stream"
@@ -461,7 +461,7 @@ def mix(
     **options,  # Of `PatchSampler`: foreground, augment
 ) -> MixtureSampler:
     "A mixture of prepared data sets; the patches of one do not depend on which others there are"
-    labels = labels or union_labels([one.task for one in prepared.values()])
+    labels = labels or union_labels([one.dataset for one in prepared.values()])
     seeds = {name: np.random.SeedSequence([seed, zlib.crc32(name.encode())]) for name in prepared}
     samplers = {name: PatchSampler(one, split, patch, batch, seed=int(seeds[name].generate_state(1)[0]), **options) for name, one in prepared.items()}
     return MixtureSampler(samplers, weights, labels, annotated, allow=allow)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bounding_box', 'nonzero_box', 'target_shape', 'normalise', 'coarse_axis', 'resample_image', 'image_type', 'prepare',
-           'Prepared', 'view', 'fold_view', 'prepare_all']
+           'Prepared', 'link_view', 'fold_view', 'prepare_all']
 
 # %% ../../nbs/data/40_preprocess.ipynb #imports
 import hashlib
@@ -19,29 +19,29 @@ import pandas as pd
 from scipy import ndimage
 
 from mednext_v2.core import (
+    FolderKind,
     ItemsFailed,
-    Kind,
     as_csv,
     as_json,
     atomic_folder,
     build,
     check_output,
-    fingerprint_of,
-    for_all,
-    held,
+    map_items,
+    output_lock,
     parse_json,
     read_csv,
     read_json,
-    remove_left,
+    remove_leftover,
     sha256,
+    short_hash,
     stop_workers,
     write_csv,
     write_json,
     write_texts,
 )
+from .datasets import SPLITS, Case, Scan, Dataset, count_folds, get_dataset, join_labels, list_cases, partial_cases, read_case, read_splits
 from .scans import BadFile, stored_files
-from .storage import join, open_array, read_bytes, write_array
-from .datasets import SPLITS, Case, Scan, Task, count_folds, get_task, join_labels, list_cases, partial_cases, read_case, read_splits
+from .storage import join_path, open_array, read_bytes, write_array
 
 # %% ../../nbs/data/40_preprocess.ipynb #crop
 def bounding_box(
@@ -103,7 +103,7 @@ class Fingerprint:
         }
 
 # %% ../../nbs/data/40_preprocess.ipynb #fingerprint
-MEASURED_CASES = 500
+MAX_MEASURED_CASES = 500
 # By the channel's name, as nnU-Net 2.8.1 chooses; any other is z-scored
 SCHEMES = {"ct": "ct", "nonorm": "none", "rescale_to_0_1": "rescale_to_0_1", "rgb_to_0_1": "rgb_to_0_1"}
 
@@ -117,7 +117,7 @@ def target_shape(
     return tuple(max(1, round(n * old / new)) for n, old, new in zip(shape, spacing, target))
 
 # %% ../../nbs/data/40_preprocess.ipynb #spread
-def spread(
+def subsample_evenly(
     values: np.ndarray,  # Along the first axis
     most: int,
 ) -> np.ndarray:  # At most that many, evenly spaced
@@ -128,44 +128,44 @@ def spread(
 
 
 def measure_case(
-    task: Task,
+    dataset: Dataset,
     case: Case,
     limit: int,  # Labelled voxels used
 ) -> dict:
     "What one training case adds to the fingerprint"
-    whole = read_case(task, case)
+    whole = read_case(dataset, case)
     scan = crop_scan(whole)
-    labelled = (scan.label > 0) & (scan.label != (task.ignore or 0))
+    labelled = (scan.label > 0) & (scan.label != (dataset.ignore or 0))
     return {
         "spacing": scan.spacing,
-        "shape": target_shape(scan.label.shape, scan.spacing, task.spacing),
+        "shape": target_shape(scan.label.shape, scan.spacing, dataset.spacing),
         "kept": scan.label.size / whole.label.size,
-        "values": spread(scan.image[:, labelled].T, limit),
+        "values": subsample_evenly(scan.image[:, labelled].T, limit),
     }
 
 
 def fingerprint(
-    task: Task,
+    dataset: Dataset,
     raw: str | Path,  # Folder that holds the data set's folder
     workers: int = 1,  # Processes
     description: str = "",  # Before the progress bar; no bar if empty
 ) -> Fingerprint:
     "Measures training cases of a raw data set; ItemsFailed if one of them is unfit"
-    cases = [case for case in list_cases(task, raw) if case.split == "train"]
-    cases = spread(np.array(cases, dtype=object), MEASURED_CASES).tolist()
+    cases = [case for case in list_cases(dataset, raw) if case.split == "train"]
+    cases = subsample_evenly(np.array(cases, dtype=object), MAX_MEASURED_CASES).tolist()
     limit = 10**8 // len(cases)
-    measured = for_all(measure_case, {case.id: (task, case, limit) for case in cases}, workers, description)
-    return summarise(task, list(measured.values()))
+    measured = map_items(measure_case, {case.id: (dataset, case, limit) for case in cases}, workers, description)
+    return summarise_cases(dataset, list(measured.values()))
 
 
-def summarise(
-    task: Task,
+def summarise_cases(
+    dataset: Dataset,
     measured: list[dict],  # From `measure_case`
 ) -> Fingerprint:
     "The fingerprint of measured cases; ValueError if none has a labelled voxel"
     values = np.concatenate([each["values"] for each in measured]) if measured else np.zeros((0, 1))
     if not len(values):
-        raise ValueError(f"no training case of {task.name} has a labelled voxel: check its labelsTr")
+        raise ValueError(f"no training case of {dataset.name} has a labelled voxel: check its labelsTr")
     low, median, high = np.percentile(values, (0.5, 50, 99.5), axis=0)
     measures = {
         "mean": values.mean(axis=0, dtype=np.float64),
@@ -180,7 +180,7 @@ def summarise(
         cases=len(measured),
         spacing=tuple(np.median([each["spacing"] for each in measured], axis=0).tolist()),
         shape=tuple(int(n) for n in np.median([each["shape"] for each in measured], axis=0)),
-        schemes=tuple(SCHEMES.get(channel.casefold(), "zscore") for channel in task.channels),
+        schemes=tuple(SCHEMES.get(channel.casefold(), "zscore") for channel in dataset.channels),
         # nnU-Net's rule: a crop that takes a quarter of the volume away cut at tissue
         nonzero=bool(np.median([each["kept"] for each in measured]) < 0.75),
         **{name: tuple(float(v) for v in value) for name, value in measures.items()},
@@ -194,7 +194,7 @@ def tissue_mask(
     return ndimage.binary_fill_holes((image != 0).any(axis=0))
 
 
-def to_unit_range(channel: np.ndarray, scheme: str) -> None:
+def scale_to_unit(channel: np.ndarray, scheme: str) -> None:
     "Intensities of an image from 0 to 1, in place; ValueError for those that are no 8-bit colours where these are expected"
     if scheme == "rescale_to_0_1":
         channel -= channel.min()
@@ -222,7 +222,7 @@ def normalise(
         if scheme == "none":
             continue
         if scheme not in ("ct", "zscore"):
-            to_unit_range(channel, scheme)
+            scale_to_unit(channel, scheme)
             continue
         if scheme == "ct":
             np.clip(channel, known["low"][c], known["high"][c], out=channel)
@@ -253,7 +253,7 @@ def coarse_axis(
 
 # %% ../../nbs/data/40_preprocess.ipynb #interpolation
 @lru_cache(maxsize=256)
-def interpolation(
+def interpolation_matrix(
     old: int,  # Voxels along an axis
     new: int,  # Voxels wanted
     order: int,  # Of the spline: 0 nearest, 1 linear, 3 cubic
@@ -268,7 +268,7 @@ def interpolation(
     return matrix
 
 
-def along(
+def multiply_axis(
     matrix: np.ndarray,  # (new, old)
     volume: np.ndarray,  # float32 (X, Y, Z)
     axis: int,
@@ -279,11 +279,11 @@ def along(
     return matrix @ volume if axis == 1 else volume @ matrix.T
 
 
-def apply_matrices(matrices: list[np.ndarray], volume: np.ndarray) -> np.ndarray:
+def resample_axes(matrices: list[np.ndarray], volume: np.ndarray) -> np.ndarray:
     "All three axes, those that shrink first"
     for axis in sorted(range(3), key=lambda a: matrices[a].shape[0] / matrices[a].shape[1]):
         if not (matrices[axis].shape[0] == matrices[axis].shape[1] == volume.shape[axis]):
-            volume = along(matrices[axis], volume, axis)
+            volume = multiply_axis(matrices[axis], volume, axis)
     return volume
 
 # %% ../../nbs/data/40_preprocess.ipynb #resample-image
@@ -298,7 +298,7 @@ def resample_image(
     if image.shape[1:] == tuple(shape):
         return image
     orders = [0 if axis == coarse else order for axis in range(3)]
-    matrices = [interpolation(*sizes) for sizes in zip(image.shape[1:], shape, orders)]
+    matrices = [interpolation_matrix(*sizes) for sizes in zip(image.shape[1:], shape, orders)]
     result = np.empty((len(image), *shape), np.float32)
     for channel, out in zip(image, result):
         low, high = channel.min(), channel.max()
@@ -306,7 +306,7 @@ def resample_image(
             plane = tuple(axis for axis in range(3) if axis != coarse)
             nearest = matrices[coarse].argmax(axis=1)
             low, high = (np.take(each(channel, plane, keepdims=True), nearest, coarse) for each in (np.min, np.max))
-        np.clip(apply_matrices(matrices, channel), low, high, out=out)
+        np.clip(resample_axes(matrices, channel), low, high, out=out)
     return result
 
 # %% ../../nbs/data/40_preprocess.ipynb #resample-label
@@ -319,17 +319,17 @@ def resample_label(
     if label.shape == tuple(shape):
         return label
     orders = [0 if axis == coarse else 1 for axis in range(3)]
-    matrices = [interpolation(*sizes) for sizes in zip(label.shape, shape, orders)]
+    matrices = [interpolation_matrix(*sizes) for sizes in zip(label.shape, shape, orders)]
     result, best, all_labels = np.zeros(shape, label.dtype), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     for value, box in enumerate(ndimage.find_objects(label), start=1):
         if box is None:
             continue
         columns = [matrix[:, side] for matrix, side in zip(matrices, box)]
-        target = bounding_rows(columns)
+        target = nonzero_rows(columns)
         rows = [matrix[side] for matrix, side in zip(columns, target)]
         weight = (label[box] == value).astype(np.float32)
         for axis, matrix in enumerate(rows):
-            weight = along(matrix, weight, axis)
+            weight = multiply_axis(matrix, weight, axis)
         wins = (weight >= best[target]) & (weight > 0)
         result[target][wins] = value
         best[target][wins] = weight[wins]
@@ -338,7 +338,7 @@ def resample_label(
     return result
 
 
-def bounding_rows(matrices: list[np.ndarray]) -> tuple[slice, ...]:
+def nonzero_rows(matrices: list[np.ndarray]) -> tuple[slice, ...]:
     "Where each matrix has rows that are not all zero"
     sides = []
     for matrix in matrices:
@@ -372,7 +372,7 @@ def image_type(
     return IMAGE_TYPE if fits else np.float32
 
 # %% ../../nbs/data/40_preprocess.ipynb #foreground-places
-def foreground_places(
+def foreground_voxels(
     label: np.ndarray,  # Unsigned integers (X, Y, Z)
     ignore: int | None = None,  # A value that is no class
     most: int = 1_000,  # Kept per class, evenly spread over it
@@ -383,7 +383,7 @@ def foreground_places(
     rows = [np.zeros((0, 4), np.uint16)]
     for value, box in enumerate(ndimage.find_objects(label), start=1):
         if box is not None and value != ignore:
-            places = spread(np.argwhere(label[box] == value), most) + [side.start for side in box]
+            places = subsample_evenly(np.argwhere(label[box] == value), most) + [side.start for side in box]
             rows.append(np.column_stack([np.full(len(places), value), places]).astype(np.uint16))
     return np.concatenate(rows)
 
@@ -393,32 +393,32 @@ def file_hashes(case: Case) -> list[str]:
     return [sha256(file) for path in (*case.images, case.label) for file in stored_files(path)]
 
 
-def case_key(
-    task: Task,
+def case_hash(
+    dataset: Dataset,
     files: list[str],  # Of `file_hashes`
     fingerprint: Fingerprint,
 ) -> str:  # Sixteen hexadecimal digits
     "A hash of a case's raw files and of all that decides what becomes of them"
-    what = (task.channels, task.labels, task.values, task.spacing, fingerprint.normalisation(), np.dtype(IMAGE_TYPE).name)
-    return fingerprint_of(PREPARATION, files, what)
+    what = (dataset.channels, dataset.labels, dataset.values, dataset.spacing, fingerprint.normalisation(), np.dtype(IMAGE_TYPE).name)
+    return short_hash(PREPARATION, files, what)
 
 
 def prepare_case(
-    task: Task,
+    dataset: Dataset,
     case: Case,
     fingerprint: Fingerprint,
     folder: Path,  # Of all cases
 ) -> dict:  # Its row of the manifest
     "Reads, checks, crops, normalises, resamples and writes one case, unless its folder is there already"
     files = file_hashes(case)
-    key = case_key(task, files, fingerprint)
+    key = case_hash(dataset, files, fingerprint)
     target = folder / f"{case.id}.{key}"
     if not (target / "case.json").is_file():
-        raw = crop_scan(read_case(task, case))
-        scan = resample(replace(raw, image=normalise(raw.image, fingerprint)), task.spacing)
+        raw = crop_scan(read_case(dataset, case))
+        scan = resample(replace(raw, image=normalise(raw.image, fingerprint)), dataset.spacing)
         scan = replace(scan, image=scan.image.astype(image_type(scan.image, fingerprint.schemes)))
         with atomic_folder(target, PREPARED_CASE) as temporary:
-            row = write_case(task, scan, temporary)
+            row = write_case(dataset, scan, temporary)
             grid = {"raw_spacing": "x".join(f"{size:.6g}" for size in raw.spacing)}
             write_json(temporary / "case.json", row | grid, sort_keys=False)
     row = read_json(target / "case.json")
@@ -426,31 +426,31 @@ def prepare_case(
 
 
 def write_case(
-    task: Task,
+    dataset: Dataset,
     scan: Scan,  # Prepared
     folder: Path,
 ) -> dict:
     "Arrays of a case, and what the manifest says of them"
     arrays = {"image.b2nd": scan.image, "label.b2nd": scan.label}
     digests = [write_array(folder / name, array) for name, array in arrays.items()]
-    np.save(folder / "places.npy", foreground_places(scan.label, task.ignore))
-    counts = sum(np.bincount(slab.ravel(), minlength=len(task.values)) for slab in scan.label)
+    np.save(folder / "places.npy", foreground_voxels(scan.label, dataset.ignore))
+    counts = sum(np.bincount(slab.ravel(), minlength=len(dataset.values)) for slab in scan.label)
     return {
         "shape": "x".join(map(str, scan.label.shape)),
         "spacing": "x".join(f"{size:.6g}" for size in scan.spacing),
         "lowest": " ".join(repr(float(channel.min())) for channel in scan.image),
-        **{f"voxels_{name}": int(counts[value]) for name, value in task.labels.items()},
-        "sha256": fingerprint_of(*digests),
+        **{f"voxels_{name}": int(counts[value]) for name, value in dataset.labels.items()},
+        "sha256": short_hash(*digests),
     }
 
 
 FOLDS = "folds.json"  # For each fold of a data set with several, the split of every case
-PREPARED = Kind("prepared data set", (), ("cases", "fingerprint.json", FOLDS, "manifest.csv", "task.json"))
-PREPARED_CASE = Kind("prepared case", (), ("case.json", "image.b2nd", "label.b2nd", "places.npy"))
+PREPARED = FolderKind("prepared data set", (), ("cases", "fingerprint.json", FOLDS, "manifest.csv", "task.json"))
+PREPARED_CASE = FolderKind("prepared case", (), ("case.json", "image.b2nd", "label.b2nd", "places.npy"))
 
 # %% ../../nbs/data/40_preprocess.ipynb #prepare-part
 def prepare(
-    task: Task,
+    dataset: Dataset,
     raw: str | Path,  # Folder that holds the data set's folder
     out: str | Path,  # The prepared folder; its manifest is replaced when all cases are done
     workers: int = 1,  # Processes; the result does not depend on it
@@ -459,44 +459,44 @@ def prepare(
     "A raw data set as training reads it; ItemsFailed names every case that is unfit, after the others are done"
     out = Path(out)
     check_output(out, PREPARED)
-    with held(out):
-        return _prepare(task, raw, out, workers, progress)
+    with output_lock(out):
+        return _prepare(dataset, raw, out, workers, progress)
 
 # %% ../../nbs/data/40_preprocess.ipynb #prepare-part3
-def _prepare(task: Task, raw: str | Path, out: Path, workers: int, progress: bool) -> pd.DataFrame:
+def _prepare(dataset: Dataset, raw: str | Path, out: Path, workers: int, progress: bool) -> pd.DataFrame:
     "`prepare`, once the folder is held"
-    cases, partial = {case.id: case for case in list_cases(task, raw)}, partial_cases(task, raw)
+    cases, partial = {case.id: case for case in list_cases(dataset, raw)}, partial_cases(dataset, raw)
     failures = {}
     try:
-        measured = fingerprint(task, raw, workers, f"measuring {task.name}" if progress else "")
+        measured = fingerprint(dataset, raw, workers, f"measuring {dataset.name}" if progress else "")
     except ItemsFailed as error:  # The fit ones go on: what is prepared now need not be made again
         if not error.results:
             raise
         failures = error.failures
-        measured = summarise(task, list(error.results.values()))
-    jobs = {id: (task, case, measured, out / "cases") for id, case in cases.items() if id not in failures}
+        measured = summarise_cases(dataset, list(error.results.values()))
+    jobs = {id: (dataset, case, measured, out / "cases") for id, case in cases.items() if id not in failures}
     try:
-        rows = for_all(prepare_case, jobs, workers, f"preparing {task.name}" if progress else "")
+        rows = map_items(prepare_case, jobs, workers, f"preparing {dataset.name}" if progress else "")
     except ItemsFailed as error:
         failures, rows = failures | error.failures, error.results
     if failures:
         raise ItemsFailed({id: failures[id] for id in cases if id in failures}, rows)
-    check_splits({case: row.pop("scan") for case, row in rows.items()}, cases)
+    check_split_leakage({case: row.pop("scan") for case, row in rows.items()}, cases)
     manifest = pd.DataFrame(list(rows.values()))
     if partial:
         manifest["annotated"] = [join_labels(partial.get(case, ())) for case in manifest.case]
     # The order of regions counts
-    texts = {"fingerprint.json": as_json(asdict(measured)), "task.json": as_json(asdict(task), sort_keys=False)}
-    if (folds := count_folds(task, raw)) > 1:
-        splits = [read_splits(task, raw, fold) for fold in range(folds)]
+    texts = {"fingerprint.json": as_json(asdict(measured)), "task.json": as_json(asdict(dataset), sort_keys=False)}
+    if (folds := count_folds(dataset, raw)) > 1:
+        splits = [read_splits(dataset, raw, fold) for fold in range(folds)]
         texts[FOLDS] = as_json([{id: split for split, ids in one.items() for id in ids} for one in splits])
     texts["manifest.csv"] = as_csv(manifest)  # Says that all is there
     write_texts({out / name: text for name, text in texts.items()}, instead=[out / "manifest.csv", out / FOLDS])
-    remove_others(out / "cases", {f"{row.case}.{row.key}" for row in manifest.itertuples()})
+    remove_stale_cases(out / "cases", {f"{row.case}.{row.key}" for row in manifest.itertuples()})
     return manifest
 
 
-def check_splits(
+def check_split_leakage(
     scans: dict[str, str],  # Hash of a case's first image
     cases: dict[str, Case],
 ) -> None:
@@ -509,14 +509,14 @@ def check_splits(
             raise BadFile(case.images[0], what, "take one of the two out")
 
 
-def remove_others(
+def remove_stale_cases(
     folder: Path,
     names: set[str],  # To keep
 ) -> None:
     "Cases of an earlier preparation, and what a killed one left; what a living process writes stays, and what is no case"
     for path in folder.iterdir():
         if path.name.startswith(".tmp-"):
-            remove_left(path)
+            remove_leftover(path)
         elif path.name not in names and path.is_dir() and not PREPARED_CASE.fault(path):
             shutil.rmtree(path)
 
@@ -524,17 +524,17 @@ def remove_others(
 DESCRIPTIONS = ("manifest.csv", "fingerprint.json", "task.json")
 
 
-def check_manifest(manifest: pd.DataFrame, task: Task, path) -> None:
+def check_manifest(manifest: pd.DataFrame, dataset: Dataset, path) -> None:
     "ValueError names the file and what is wrong with its table"
     remedy = "do not edit it: prepare the data set again"
     if missing := [name for name in ("case", "split", "key", "lowest") if name not in manifest]:
         raise ValueError(f"{path} lacks the column {missing[0]}: {remedy}")
     for row in manifest.itertuples():
-        if row.split not in SPLITS or len(row.lowest.split()) != len(task.channels) or not all(map(is_number, row.lowest.split())):
+        if row.split not in SPLITS or len(row.lowest.split()) != len(dataset.channels) or not all(map(is_finite_number, row.lowest.split())):
             raise ValueError(f"{path}: the row of case {row.case} is damaged: {remedy}")
 
 
-def is_number(text: str) -> bool:
+def is_finite_number(text: str) -> bool:
     "Whether a text is a finite number"
     try:
         return bool(np.isfinite(float(text)))
@@ -553,22 +553,24 @@ class Prepared:
         files = {}
         for name in DESCRIPTIONS:
             try:
-                files[name] = read_bytes(join(folder, name))
+                files[name] = read_bytes(join_path(folder, name))
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{folder} is not a prepared data set, {name} is missing: prepare it first") from error
-        self.digest = fingerprint_of(*(hashlib.sha256(content).hexdigest() for content in files.values()))
-        self.task = build(Task, parse_json(files["task.json"], join(folder, "task.json")), join(folder, "task.json"))
-        self.fingerprint = build(Fingerprint, parse_json(files["fingerprint.json"], join(folder, "fingerprint.json")), join(folder, "fingerprint.json"))
+        self.digest = short_hash(*(hashlib.sha256(content).hexdigest() for content in files.values()))
+        self.dataset = build(Dataset, parse_json(files["task.json"], join_path(folder, "task.json")), join_path(folder, "task.json"))
+        self.fingerprint = build(
+            Fingerprint, parse_json(files["fingerprint.json"], join_path(folder, "fingerprint.json")), join_path(folder, "fingerprint.json")
+        )
         # Names such as 001 or NA are names
         text = {"key": str, "sha256": str, "lowest": str, "annotated": str}
-        self.manifest = read_csv(io.BytesIO(files["manifest.csv"]), join(folder, "manifest.csv"), **text).fillna(dict.fromkeys(text, ""))
-        check_manifest(self.manifest, self.task, join(folder, "manifest.csv"))
+        self.manifest = read_csv(io.BytesIO(files["manifest.csv"]), join_path(folder, "manifest.csv"), **text).fillna(dict.fromkeys(text, ""))
+        check_manifest(self.manifest, self.dataset, join_path(folder, "manifest.csv"))
         self._rows = {row.case: (row.key, row.lowest) for row in self.manifest.itertuples()}
 
     @property
     def spacing(self) -> tuple[float, float, float]:
         "Voxel size in mm"
-        return self.task.spacing
+        return self.dataset.spacing
 
     @property
     def partial(self) -> bool:
@@ -588,12 +590,12 @@ class Prepared:
         "Key and lowest values of a case; ValueError lists those that exist"
         if case not in self._rows:
             some = ", ".join(self.manifest.case[:5])
-            raise ValueError(f"{self.task.name} has no case {case!r}; it has: {some}, ...")
+            raise ValueError(f"{self.dataset.name} has no case {case!r}; it has: {some}, ...")
         return self._rows[case]
 
     def path(self, case: str, part: str) -> str | Path:
         "Where a part of a case lies"
-        return join(self.folder, "cases", f"{case}.{self.row(case)[0]}", part)
+        return join_path(self.folder, "cases", f"{case}.{self.row(case)[0]}", part)
 
     def image(self, case: str):
         "(C, X, Y, Z), normalised, half precision; read as it is sliced"
@@ -614,7 +616,7 @@ class Prepared:
         return {int(value): rows[rows[:, 0] == value, 1:] for value in np.unique(rows[:, 0])}
 
 # %% ../../nbs/data/40_preprocess.ipynb #folds
-def view(
+def link_view(
     prepared: str | Path,  # A prepared data set
     manifest: pd.DataFrame,  # Which of its cases it shows, and their splits
     out: str | Path,  # Gets the view, as links; left alone if it is there
@@ -643,20 +645,20 @@ def fold_view(
     if not 0 < fold < len(folds):
         raise ValueError(f"{prepared} has {len(folds)} fold(s), fold {fold} was asked for")
     splits = manifest.case.map(folds[fold])
-    return view(prepared, manifest.assign(split=splits)[splits.notna()], out)
+    return link_view(prepared, manifest.assign(split=splits)[splits.notna()], out)
 
 # %% ../../nbs/data/40_preprocess.ipynb #prepare-all
 def prepare_all(
-    tasks: tuple[str, ...],  # Names of tasks
+    datasets: tuple[str, ...],  # Names of tasks
     raw: Path,  # Folder of raw data sets, in nnU-Net's layout
     out: Path,  # Gets a folder a task
     workers: int = 1,
 ) -> pd.DataFrame:  # The manifests of all tasks, with a column `task`
     "Prepare several tasks; ItemsFailed, after all were tried, names the cases that are unfit"
     manifests, failures = {}, {}
-    for name in tasks:
+    for name in datasets:
         try:
-            manifests[name] = prepare(get_task(name), raw, out / name, workers, progress=True).assign(task=name)
+            manifests[name] = prepare(get_dataset(name), raw, out / name, workers, progress=True).assign(task=name)
         except ItemsFailed as error:
             failures |= {f"{name}, case {case}": reason for case, reason in error.failures.items()}
     stop_workers()

@@ -30,7 +30,7 @@ def local_path(
     return None if "://" in text else Path(text)
 
 
-def join(
+def join_path(
     base: str | Path,  # A folder, or a URL
     *parts: str,  # Names below it
 ) -> str | Path:  # A path for a folder, a string for a URL
@@ -40,7 +40,7 @@ def join(
     return "/".join([str(base).rstrip("/"), *(part.strip("/") for part in parts)])
 
 # %% ../../nbs/data/30_storage.ipynb #remote
-def remote(
+def open_filesystem(
     source: str,  # A URL
 ) -> tuple:  # fsspec's file system, and the path in it
     "The file system behind a URL; an ImportError names the package that its scheme needs"
@@ -57,7 +57,7 @@ def exists(source: str | Path) -> bool:
     "Whether there is a file or an object of this name"
     if (path := local_path(source)) is not None:
         return path.is_file()
-    filesystem, path = remote(source)
+    filesystem, path = open_filesystem(source)
     return filesystem.isfile(path)
 
 
@@ -65,7 +65,7 @@ def read_bytes(source: str | Path) -> bytes:
     "All bytes of a file or an object; FileNotFoundError if there is none"
     if (path := local_path(source)) is not None:
         return path.read_bytes()
-    filesystem, path = remote(source)
+    filesystem, path = open_filesystem(source)
     try:
         return filesystem.cat_file(path)
     except FileNotFoundError:
@@ -78,7 +78,7 @@ def write_bytes(target: str | Path, data: bytes) -> None:
         with atomic_file(path) as temporary:
             temporary.write_bytes(data)
         return
-    filesystem, path = remote(target)
+    filesystem, path = open_filesystem(target)
     filesystem.pipe_file(path, data)
 
 # %% ../../nbs/data/30_storage.ipynb #block-shape
@@ -119,7 +119,7 @@ def checksums(
     return found
 
 # %% ../../nbs/data/30_storage.ipynb #pack
-def storable(array: np.ndarray, name: str | Path) -> np.ndarray:
+def as_storable(array: np.ndarray, name: str | Path) -> np.ndarray:
     "The array in this machine's byte order and C order; ValueError if it is no array of numbers, or empty"
     array = np.asarray(array)
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
@@ -129,7 +129,7 @@ def storable(array: np.ndarray, name: str | Path) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
 
 
-def pack(
+def compress(
     array: np.ndarray,  # C order
     block: tuple[int, ...],
     path: Path | None = None,  # Where to write; in memory if not given
@@ -155,19 +155,19 @@ def write_array(
     "Stores an array, whole or not at all; ValueError for a wrong name, or for what cannot be stored"
     if not str(target).endswith(SUFFIX):
         raise ValueError(f"{target}: the name of a stored array ends in {SUFFIX}")
-    array = storable(array, target)
+    array = as_storable(array, target)
     block = block_shape(array.shape, chunks)
     if (path := local_path(target)) is None:
-        data = pack(array, block).to_cframe()
+        data = compress(array, block).to_cframe()
         write_bytes(target, data)
         return hashlib.sha256(data).hexdigest()
     with atomic_file(path) as temporary:
-        pack(array, block, temporary)
+        compress(array, block, temporary)
         return sha256(temporary)
 
 # %% ../../nbs/data/30_storage.ipynb #damaged
 @contextmanager
-def reading(source: str):
+def named_errors(source: str):
     "Turns what Blosc2 and fsspec raise over a damaged file into a ValueError that names it"
     try:
         yield
@@ -190,35 +190,35 @@ class Handle(NamedTuple):
     sums: np.ndarray  # uint32, the checksum of each block, in the grid of blocks
 
 
-def stamp_of(source: str) -> tuple:  # Inode, time and size; nothing for a URL
+def file_stamp(source: str) -> tuple:  # Inode, time and size; nothing for a URL
     "What changes when a file is written again; objects of a store are taken not to change"
     path = local_path(source)
     if path is None:
         return ()
-    with reading(source):
+    with named_errors(source):
         found = path.stat()
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def options_of(source: str, cache: str | None) -> dict:  # Of blosc2.open
+def open_options(source: str, cache: str | None) -> dict:  # Of blosc2.open
     "A file is mapped into memory; of an object only the ranges that a slice needs are fetched"
     import blosc2
 
     if local_path(source) is not None:
         return {"dparams": {"nthreads": 1}} | ({} if os.name == "nt" else {"mmap_mode": "r"})
-    remote(source)  # Says which package is missing, if one is
+    open_filesystem(source)  # Says which package is missing, if one is
     kept = {"cache_dir": cache, "shared_cache": True, "assume_immutable": True}
     kept = kept if cache else {"cache_policy": blosc2.CachePolicy.NONE}
     return {"lazy": True, "storage_options": {"use_listings_cache": False}, **kept}
 
 
 @lru_cache(maxsize=64)
-def opened(source: str, cache: str | None, stamp: tuple, process: int, thread: int) -> Handle:
+def open_handle(source: str, cache: str | None, stamp: tuple, process: int, thread: int) -> Handle:
     "The handle of this process and thread, opened at the first call; errors as those of `open_array`"
     import blosc2
 
-    with reading(source):
-        voxels = blosc2.open(str(local_path(source) or source), mode="r", **options_of(source, cache))
+    with named_errors(source):
+        voxels = blosc2.open(str(local_path(source) or source), mode="r", **open_options(source, cache))
         if "crc32c" not in voxels.vlmeta:
             raise ValueError("it has no checksums, so this library did not write it")
         header, *sums = np.frombuffer(voxels.vlmeta["crc32c"], "<u4")
@@ -228,7 +228,7 @@ def opened(source: str, cache: str | None, stamp: tuple, process: int, thread: i
         return Handle(voxels, np.array(sums, "<u4").reshape(grid))
 
 # %% ../../nbs/data/30_storage.ipynb #hull
-def expand(
+def expand_key(
     key,  # As between the brackets of an array: integers, slices, an ellipsis
     axes: int,
 ) -> tuple:  # An integer or a slice for each axis
@@ -242,7 +242,7 @@ def expand(
     return (*key[:at], *[slice(None)] * (axes - len(key) + 1), *key[at + 1 :])
 
 
-def hull(
+def enclosing_box(
     key: tuple,  # An integer or a slice for each axis, none of them empty or out of bounds
     shape: tuple[int, ...],
 ) -> tuple[list[tuple[int, int]], tuple]:  # First and last + 1 on each axis; what to take of that box
@@ -276,13 +276,13 @@ class StoredArray:
     size = property(lambda self: int(np.prod(self.shape, dtype=np.int64)))
 
     def _handle(self) -> Handle:
-        return opened(self.source, self.cache, stamp_of(self.source), os.getpid(), threading.get_ident())
+        return open_handle(self.source, self.cache, file_stamp(self.source), os.getpid(), threading.get_ident())
 
     def _box(self, handle: Handle, first: list[int], last: list[int]) -> np.ndarray:
         "Whole blocks, checked; `first` and `last` count blocks"
         ends = [min(i * side, size) for i, side, size in zip(last, self.chunks, self.shape)]
         box = tuple(slice(i * side, end) for i, side, end in zip(first, self.chunks, ends))
-        with reading(self.source):
+        with named_errors(self.source):
             voxels = handle.voxels[box]
         written = handle.sums[tuple(map(slice, first, last))]
         if (wrong := np.argwhere(checksums(voxels, self.chunks) != written)).size:
@@ -298,12 +298,12 @@ class StoredArray:
         handle = self._handle()
         if (tuple(handle.voxels.shape), handle.voxels.dtype) != (self.shape, self.dtype):
             raise ValueError(f"{self.source} was replaced by an array of shape {tuple(handle.voxels.shape)} and type {handle.voxels.dtype}: open it again")
-        key = expand(key, self.ndim)
+        key = expand_key(key, self.ndim)
         # NumPy's own rules and errors, on an array of this shape that occupies a single voxel
         like = np.broadcast_to(np.empty((), self.dtype), self.shape)[key]
         if like.size == 0:
             return like.copy()
-        bounds, inside = hull(key, self.shape)
+        bounds, inside = enclosing_box(key, self.shape)
         first = [low // side for (low, _), side in zip(bounds, self.chunks)]
         last = [-(-high // side) for (_, high), side in zip(bounds, self.chunks)]
         box = self._box(handle, first, last)

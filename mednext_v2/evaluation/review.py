@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import ndimage
 
 from ..core import atomic_file, read_csv
-from .metrics import class_values, conventions, description_folders, scoring_task
+from .metrics import class_values, conventions, description_folders, scored_dataset
 from ..data.scans import list_volumes, read_label, read_scan, same_grid
 
 # %% ../../nbs/evaluation/30_review.ipynb #slice
@@ -344,14 +344,14 @@ def score_rows(
 def illustrate(
     rows: list[dict],  # Of one case; get picture, where and mesh
     volumes: tuple,  # Prediction, truth and image (or None) as `Volume`
-    task,  # `Task`
+    dataset,  # `Dataset`
     meshes: set[int],  # Numbers of the rows that get surfaces
 ) -> None:
     "Draw the rows of a case, in place"
     guess, true, image = volumes
-    levels = np.full(true.voxels.shape, 60, np.uint8) if image is None else grey(image.voxels, task.modality)
+    levels = np.full(true.voxels.shape, 60, np.uint8) if image is None else grey(image.voxels, dataset.modality)
     for row in rows:
-        masks = [np.isin(volume.voxels, class_values(task)[row["label"]]) for volume in (guess, true)]
+        masks = [np.isin(volume.voxels, class_values(dataset)[row["label"]]) for volume in (guess, true)]
         if not (masks[0].any() or masks[1].any()):
             continue
         axis, index = telling_slice(*masks, true.spacing)
@@ -398,7 +398,7 @@ def check_extras() -> None:
 def page_data(
     scores: pd.DataFrame,  # Of one run
     rows: list[dict],  # Of `score_rows`, illustrated
-    task,  # `Task`
+    dataset,  # `Dataset`
     title: str,
     sort: str,  # Column whose lowest values come first
     tolerance: float | None,  # Of the NSD, if it is not the task's own
@@ -416,8 +416,8 @@ def page_data(
         sort=sort,
         columns=columns,
         rows=rows,
-        facts=list(conventions(task, tolerance).items()),
-        summary=f"{task.name}: {counted}, lowest {sort} first.",
+        facts=list(conventions(dataset, tolerance).items()),
+        summary=f"{dataset.name}: {counted}, lowest {sort} first.",
         colours={name: [int(colour[at : at + 2], 16) for at in (1, 3, 5)] for name, colour in colours.items()},
     )
 
@@ -428,7 +428,7 @@ def review(
     truths: str | Path,  # Folder with files of the same names
     images: str | Path | None,  # Folder of images, named as the cases, or with nnU-Net's `_0000`; None draws none
     out: str | Path,  # The HTML file
-    task=None,  # `Task`, its name, or a dataset.json; one beside the files if not given
+    dataset=None,  # `Dataset`, its name, or a dataset.json; one beside the files if not given
     title: str = "Evaluation",
     sort: str = "dsc",  # Column whose lowest values come first
     pictures: int = 240,  # How many of the worst rows get a slice
@@ -439,17 +439,17 @@ def review(
     check_extras()
     if not isinstance(scores, pd.DataFrame):
         scores = read_csv(scores)
-    task = scoring_task(task, *description_folders(predictions, truths))
+    dataset = scored_dataset(dataset, *description_folders(predictions, truths))
     rows = score_rows(scores, sort)
     files = [list_volumes(predictions), list_volumes(truths), list_volumes(images) if images else {}]
     chosen = [row for row in rows if row[sort] is not None][:pictures]
     for case in dict.fromkeys(row["case"] for row in chosen):
         part = [row for row in chosen if row["case"] == case]
         try:
-            illustrate(part, read_triple(case, files), task, set(range(meshes)))
+            illustrate(part, read_triple(case, files), dataset, set(range(meshes)))
         except (ValueError, OSError) as error:
             for row in part:
                 row["note"] = f"no picture: {error}"
     with atomic_file(out) as temporary:
-        temporary.write_text(page(page_data(scores, rows, task, title, sort, tolerance)), encoding="utf-8")
+        temporary.write_text(page(page_data(scores, rows, dataset, title, sort, tolerance)), encoding="utf-8")
     return Path(out)

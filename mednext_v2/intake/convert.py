@@ -19,23 +19,34 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from ..core import ItemsFailed, Kind, atomic_file, check_output, fingerprint_of, for_all, held, read_json, sha256, write_csv, write_json
+from ..core import ItemsFailed, FolderKind, atomic_file, check_output, short_hash, map_items, output_lock, read_json, sha256, write_csv, write_json
 from .dicom import draw_structures, find_series, label_values, newest_structure_set, read_series, structure_names
 from mednext_v2.data.scans import (
     BadFile,
     Volume,
     as_float32,
     check_finite,
-    distinct,
+    distinct_values,
     present_values,
     read_header,
     read_scan,
     same_grid,
-    smallest_type,
+    smallest_unsigned_type,
     stored_files,
     write_volume,
 )
-from ..data.datasets import ANNOTATED, Task, file_ending, join_labels, load_tasks, partial_cases, patient_of, raw_task, read_folds, write_dataset
+from mednext_v2.data.datasets import (
+    ANNOTATED,
+    Dataset,
+    file_ending,
+    join_labels,
+    load_datasets,
+    partial_cases,
+    find_patient,
+    raw_dataset,
+    read_fold,
+    write_description,
+)
 
 # %% ../../nbs/intake/20_convert.ipynb #origin
 @dataclass(frozen=True)
@@ -161,8 +172,8 @@ def relabel(
     lost = [int(value) for value in raw if value and not table[value]]
     notes = [f"raw value {', '.join(map(str, lost))} taken as background"] if lost else []
     if all(table[value] == value for value in raw):
-        return voxels.astype(smallest_type(max(table.values()))), notes
-    lookup = np.zeros(max(table) + 1, smallest_type(max(table.values())))
+        return voxels.astype(smallest_unsigned_type(max(table.values()))), notes
+    lookup = np.zeros(max(table) + 1, smallest_unsigned_type(max(table.values())))
     lookup[list(table)] = list(table.values())
     return np.stack([lookup[slab.astype(np.intp)] for slab in voxels]), notes
 
@@ -202,12 +213,12 @@ def read_channels(origin: Origin, tolerance: float | None) -> tuple[list[Volume]
     return volumes, notes
 
 
-def table_of(name: str, task: Task) -> dict[int, int]:
+def table_of(name: str, dataset: Dataset) -> dict[int, int]:
     "Publisher's values to ours; the same values where no table is written for a converter"
-    table = TABLES.get(name) or {value: value for value in task.values}
-    if strange := set(table.values()) - set(task.values):
+    table = TABLES.get(name) or {value: value for value in dataset.values}
+    if strange := set(table.values()) - set(dataset.values):
         raise ValueError(
-            f"data set {task.name} has labels {ranges(task.values)}, but converter {name} makes "
+            f"data set {dataset.name} has labels {ranges(dataset.values)}, but converter {name} makes "
             f"{ranges(strange)}: correct the labels or the source in datasets.yaml"
         )
     return table
@@ -215,7 +226,7 @@ def table_of(name: str, task: Task) -> dict[int, int]:
 
 def read_files(
     origin: Origin,
-    task: Task,
+    dataset: Dataset,
     name: str,  # Of the converter
     tolerance: float | None = None,  # mm; that of `same_grid` if not given
 ) -> Draft:
@@ -225,7 +236,7 @@ def read_files(
     if origin.label:
         volume = read_scan(origin.label[0])
         notes += moved(volume, volumes[0], origin.label[0], origin.images[0], tolerance)
-        label, more = relabel(volume.voxels, table_of(name, task), origin.label[0])
+        label, more = relabel(volume.voxels, table_of(name, dataset), origin.label[0])
         notes += more
     return Draft([volume.voxels for volume in volumes], volumes[0].affine, label, notes)
 
@@ -268,21 +279,21 @@ def merge_parts(
         volume = read_scan(part)
         notes += moved(volume, image, part, path, tolerance)
         for target, slab in zip(merged, volume.voxels):
-            held = distinct(slab)
-            if unknown := [value for value in held if value not in range(len(ranks[group]))]:
+            present = distinct_values(slab)
+            if unknown := [value for value in present if value not in range(len(ranks[group]))]:
                 raise ValueError(f"{part} has label {unknown[0]:g}, but group {group} has 0-{CADS_GROUPS[group]}: get it again")
-            seen.update(ranks[group][held.astype(np.intp)].tolist())
+            seen.update(ranks[group][present.astype(np.intp)].tolist())
             np.maximum(target, ranks[group][slab.astype(np.intp)], out=target)
         del volume, slab  # Before the next part is read
     kept = {0}
     for slab in merged:
-        kept.update(distinct(slab).tolist())
+        kept.update(distinct_values(slab).tolist())
         slab[...] = values[slab]
     return merged, notes, sorted(int(values[rank]) for rank in seen - kept)
 
 
 def cads_annotated(
-    task: Task,
+    dataset: Dataset,
     groups: tuple[int, ...],  # That a case has
 ) -> tuple[str, ...]:  # Empty if it has all
     "Labels of a case that lacks groups, but the cavities and wholes that lie under what may be missing"
@@ -290,22 +301,22 @@ def cads_annotated(
         return ()
     under = {(group, value) for level in (0, 1) for group, values in CADS_LEVELS[level].items() for value in values}
     places = [(group, value) for group, size in CADS_GROUPS.items() for value in range(1, size + 1)]
-    names = sorted(task.labels, key=task.labels.get)
+    names = sorted(dataset.labels, key=dataset.labels.get)
     return tuple(name for name, place in zip(names, places) if place[0] in groups and place not in under)
 
 
-def read_cads(origin: Origin, task: Task, name: str, tolerance: float | None = None) -> Draft:
+def read_cads(origin: Origin, dataset: Dataset, name: str, tolerance: float | None = None) -> Draft:
     "A CADS case; ValueError names the part that does not fit"
-    if len(task.labels) != sum(CADS_GROUPS.values()):
-        raise ValueError(f"data set {task.name} has {len(task.labels)} labels, CADS has 167: correct it")
+    if len(dataset.labels) != sum(CADS_GROUPS.values()):
+        raise ValueError(f"data set {dataset.name} has {len(dataset.labels)} labels, CADS has 167: correct it")
     groups = tuple(origin.facts.get("groups", CADS_GROUPS))
     (image,), notes = read_channels(origin, tolerance)
     label, more, hidden = merge_parts(origin.label, image, origin.images[0], tolerance, groups)
-    names = {value: label for label, value in task.labels.items()}
+    names = {value: label for label, value in dataset.labels.items()}
     notes += more + ([f"hidden under others: {', '.join(names[v] for v in hidden)}"] if hidden else [])
     if absent := [str(group) for group in CADS_GROUPS if group not in groups]:
         notes.append(f"without part {', '.join(absent)}")
-    return Draft([image.voxels], image.affine, label, notes, annotated=cads_annotated(task, groups))
+    return Draft([image.voxels], image.affine, label, notes, annotated=cads_annotated(dataset, groups))
 
 # %% ../../nbs/intake/20_convert.ipynb #cads-plan
 def read_test_list(
@@ -325,7 +336,7 @@ def read_test_list(
 
 def plan_cads(
     source: Path,
-    task: Task,
+    dataset: Dataset,
     test_list: str | Path | None = None,  # CADS' `image_ids_test_split.txt`, if it is not in `source`
     val_share: float = 0.01,  # Of the patients that are trained on; the paper's share is unknown
     partial: bool = False,  # Take cases that lack some of the nine parts, and say in annotated.csv what they have
@@ -355,7 +366,7 @@ def plan_cads(
             origin = Origin((image,), parts, "excluded" if excluded else "train")
             origin = with_parts_there(origin) if partial else origin
             plan.append({safe_id(f"{folder.name[:4]}_{id}"): origin})
-    return set_aside(unite(plan), task, val_share)
+    return set_aside(unite(plan), dataset, val_share)
 
 
 def with_parts_there(origin: Origin) -> Origin:
@@ -366,11 +377,11 @@ def with_parts_there(origin: Origin) -> Origin:
     return replace(origin, label=tuple(there.values()), facts={"groups": list(there)})
 
 
-def set_aside(plan: dict[str, Origin], task: Task, share: float) -> dict[str, Origin]:
+def set_aside(plan: dict[str, Origin], dataset: Dataset, share: float) -> dict[str, Origin]:
     "Some patients, drawn by a hash of their names so that further folders hardly change the draw, validate"
-    patients = {id: patient_of(task, id) for id, origin in plan.items() if origin.split == "train"}
-    drawn = sorted(set(patients.values()), key=lambda patient: fingerprint_of("val", patient))
-    if len(drawn) < 2 or task.split != "files":
+    patients = {id: find_patient(dataset, id) for id, origin in plan.items() if origin.split == "train"}
+    drawn = sorted(set(patients.values()), key=lambda patient: short_hash("val", patient))
+    if len(drawn) < 2 or dataset.split != "files":
         return plan
     chosen = set(drawn[: max(1, round(len(drawn) * share))])
     return {id: replace(o, split="val") if patients.get(id) in chosen else o for id, o in plan.items()}
@@ -393,7 +404,7 @@ TABLES = {
 
 def plan_toothfairy2(
     source: Path,
-    task: Task,
+    dataset: Dataset,
     fix_direction: bool = False,  # As for ToothFairy 3, if its headers turn out to be wrong too
 ) -> dict[str, Origin]:
     "Scans and labels as MetaImage"
@@ -404,7 +415,7 @@ def plan_toothfairy2(
 
 def plan_toothfairy3(
     source: Path,
-    task: Task,
+    dataset: Dataset,
     fix_direction: bool = True,  # Not if the publisher's `fix_orientation.py` was run on the files
 ) -> dict[str, Origin]:
     "Scans and labels as NIfTI"
@@ -413,9 +424,9 @@ def plan_toothfairy3(
     return {id: replace(origin, facts={"fix_direction": fix_direction}) for id, origin in plan.items()}
 
 
-def read_cbct(origin: Origin, task: Task, name: str, tolerance: float | None = None) -> Draft:
+def read_cbct(origin: Origin, dataset: Dataset, name: str, tolerance: float | None = None) -> Draft:
     "A ToothFairy case; its array is laid right, back and down where the header says left, back and up"
-    draft = read_files(origin, task, name, tolerance)
+    draft = read_files(origin, dataset, name, tolerance)
     declared = read_header(origin.images[0]).axes
     if origin.facts["fix_direction"] and declared == "LPS":
         draft.channels = [half_turn(voxels) for voxels in draft.channels]
@@ -429,16 +440,16 @@ def half_turn(voxels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(voxels[::-1, :, ::-1])
 
 # %% ../../nbs/intake/20_convert.ipynb #plans
-def plan_panther(source: Path, task: Task) -> dict[str, Origin]:
+def plan_panther(source: Path, dataset: Dataset) -> dict[str, Origin]:
     "Scans and labels of task 1 or 2; scans without labels are not used"
-    part = "PANTHER_Task2" if task.source == "panther_t2" else "PANTHER_Task1"
+    part = "PANTHER_Task2" if dataset.source == "panther_t2" else "PANTHER_Task1"
     root = source if source.name == part else source / part
     return pairs(root / "ImagesTr", "_0000.mha", root / "LabelsTr", ".mha")
 
 
 def plan_ctspine1k(
     source: Path,
-    task: Task,
+    dataset: Dataset,
     split_list: str | Path | None = None,  # The authors' `data_split.txt`, if it is not in `source`
 ) -> dict[str, Origin]:
     "Scans of all collections; ValueError without the authors' split, if the registry asks for one"
@@ -448,7 +459,7 @@ def plan_ctspine1k(
     plan = unite(pairs(volumes / name, ".nii.gz", labels / name, "_seg.nii.gz", prefix=f"{name}_") for name in sorted(names))
     inside = [source / "metadata" / "data_split.txt", source / "data_split.txt"]
     path = Path(split_list) if split_list else next((p for p in inside if p.is_file()), inside[0])
-    if not plan or (task.split != "files" and not path.is_file()):
+    if not plan or (dataset.split != "files" and not path.is_file()):
         return plan
     if not path.is_file():
         raise ValueError(
@@ -483,7 +494,7 @@ def read_spine_split(path: Path) -> dict[str, str]:
 
 def plan_amos(
     source: Path,
-    task: Task,
+    dataset: Dataset,
     modality: str = "both",  # "CT" | "MR" | "both"
 ) -> dict[str, Origin]:
     "Training, validation and test scans; ValueError for an unknown modality"
@@ -502,14 +513,14 @@ def plan_amos(
     return {id: plan[id] for id, kind in kinds.items() if modality in (kind, "both")}
 
 
-def plan_kits(source: Path, task: Task) -> dict[str, Origin]:
+def plan_kits(source: Path, dataset: Dataset) -> dict[str, Origin]:
     "One folder a case"
     root = next((p for p in (source / "dataset", source / "data", source) if [*p.glob("case_*")]), source)
     cases = sorted(p for p in root.glob("case_*") if p.is_dir())
     return {p.name: Origin((p / "imaging.nii.gz",), (p / "segmentation.nii.gz",)) for p in cases}
 
 
-def plan_lits(source: Path, task: Task) -> dict[str, Origin]:
+def plan_lits(source: Path, dataset: Dataset) -> dict[str, Origin]:
     "Volumes and segmentations by number, in any folders"
     found = {}
     for path in source.rglob("*.nii*"):
@@ -527,7 +538,7 @@ def plan_lits(source: Path, task: Task) -> dict[str, Origin]:
     return plan
 
 
-def plan_btcv(source: Path, task: Task) -> dict[str, Origin]:
+def plan_btcv(source: Path, dataset: Dataset) -> dict[str, Origin]:
     "Training scans, and test scans without labels"
     root = first_folder(source, "RawData", "Abdomen/RawData", ".")
     training = first_folder(root, "Training", ".")
@@ -540,7 +551,7 @@ def plan_btcv(source: Path, task: Task) -> dict[str, Origin]:
     return plan | pairs(testing, ".nii.gz", None, "", "test")
 
 # %% ../../nbs/intake/20_convert.ipynb #patients
-def plan_acdc(source: Path, task: Task) -> dict[str, Origin]:
+def plan_acdc(source: Path, dataset: Dataset) -> dict[str, Origin]:
     "The two labelled frames of each patient"
     root = first_folder(source, "database", "ACDC/database", "ACDC", ".")
     plan = {}
@@ -563,9 +574,9 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def plan_brats(source: Path, task: Task) -> dict[str, Origin]:
+def plan_brats(source: Path, dataset: Dataset) -> dict[str, Origin]:
     "One folder a case, a file for each channel"
-    tails = [channel.lower() for channel in task.channels]
+    tails = [channel.lower() for channel in dataset.channels]
     plan = {}
     for folder in sorted(p for p in source.rglob("BraTS*") if p.is_dir()):
         if not [*folder.glob(f"{folder.name}_*.nii.gz")]:
@@ -599,7 +610,7 @@ def read_slices(
     return np.stack(slices, axis=-1), [path.stem for path in paths]
 
 
-def read_slice_case(origin: Origin, task: Task, name: str, tolerance: float | None = None) -> Draft:
+def read_slice_case(origin: Origin, dataset: Dataset, name: str, tolerance: float | None = None) -> Draft:
     "A case of a folder of slices per channel; ValueError if the folders do not hold the same slices"
     volumes, stacks, reference = [], (*origin.images, *origin.label), []
     for folder in stacks:
@@ -616,7 +627,7 @@ def read_slice_case(origin: Origin, task: Task, name: str, tolerance: float | No
         raise ValueError(f"{origin.images[0].parent} has sequences of different sizes: get the case again")
     label, notes = None, []
     if origin.label:
-        label, notes = relabel(turned.pop().voxels, table_of(name, task), origin.label[0])
+        label, notes = relabel(turned.pop().voxels, table_of(name, dataset), origin.label[0])
     return Draft([volume.voxels for volume in turned], turned[0].affine, label, notes)
 
 
@@ -631,13 +642,13 @@ def upright(
 
 def plan_brainmetshare(
     source: Path,
-    task: Task,
+    dataset: Dataset,
     spacing: tuple[float, float, float] = (0.94, 0.94, 1.0),  # Column, row and slice distance, mm
 ) -> dict[str, Origin]:
     "Cases with a mask to train on, cases without to test"
     plan = []
     for folder in sorted(p for p in source.rglob("0") if p.is_dir()):
-        case, channels = folder.parent, [str(i) for i in range(len(task.channels))]
+        case, channels = folder.parent, [str(i) for i in range(len(dataset.channels))]
         masked = (case / "seg").is_dir()
         if not masked and "train" in case.parent.name:
             masked = True  # A labelled case that lost its mask is a fault, not a test case
@@ -713,7 +724,7 @@ def knee_mask(origin: Origin, one_hot: np.ndarray | None) -> tuple[np.ndarray, l
     return label, notes + ([f"the NIfTI mask differs in {differing} voxels"] if differing else [])
 
 
-def read_knee(origin: Origin, task: Task, name: str, tolerance: float | None = None) -> Draft:
+def read_knee(origin: Origin, dataset: Dataset, name: str, tolerance: float | None = None) -> Draft:
     "An SKM-TEA case; ValueError names the file and what it lacks"
     import h5py
 
@@ -728,10 +739,10 @@ def read_knee(origin: Origin, task: Task, name: str, tolerance: float | None = N
     if label is None or label.shape != echoes["echo1"].shape:
         raise ValueError(f"{path} has echoes of {echoes['echo1'].shape} voxels, but no label of that size")
     affine = axes_affine(origin.facts["axes"], origin.facts["spacing"])
-    channels = [upright(knee_channel(echoes, channel), affine) for channel in task.channels]
+    channels = [upright(knee_channel(echoes, channel), affine) for channel in dataset.channels]
     for channel in channels:
         check_finite(channel.voxels, path)
-    values, more = relabel(upright(label, affine).voxels, table_of(name, task), path)
+    values, more = relabel(upright(label, affine).voxels, table_of(name, dataset), path)
     return Draft([channel.voxels for channel in channels], channels[0].affine, values, notes + more)
 
 
@@ -746,7 +757,7 @@ def knee_channel(echoes: dict[str, np.ndarray], channel: str) -> np.ndarray:
 
 def plan_skm_tea(
     source: Path,
-    task: Task,
+    dataset: Dataset,
     annotations: str | Path | None = None,  # Folder of train.json, val.json, test.json, if not in `source`
 ) -> dict[str, Origin]:
     "Knees with the published split and axes; ValueError without the annotation files"
@@ -784,7 +795,7 @@ PASSED_OVER = ("BODY", "Horseshoe Kidney")  # Structures of single patients that
 
 def plan_pediatric(
     source: Path,
-    task: Task,
+    dataset: Dataset,
     others: str = "raise",  # Structures of unknown name: "raise" | "skip"
 ) -> dict[str, Origin]:
     "The CT series of a folder with all structure sets drawn on each"
@@ -803,21 +814,21 @@ def plan_pediatric(
     return plan
 
 
-def read_pediatric(origin: Origin, task: Task, name: str, tolerance: float | None = None) -> Draft:
+def read_pediatric(origin: Origin, dataset: Dataset, name: str, tolerance: float | None = None) -> Draft:
     "A case from DICOM; ValueError names the file or structure that is wrong"
     volume = read_series(origin.images)
     if not origin.label:
         return Draft([volume.voxels], volume.affine, None)
     chosen = newest_structure_set(origin.facts["structures"])
-    names = task.labels | dict.fromkeys(PASSED_OVER)
-    below = [task.labels[label] for label in ("skin", "bones") if label in task.labels]
+    names = dataset.labels | dict.fromkeys(PASSED_OVER)
+    below = [dataset.labels[label] for label in ("skin", "bones") if label in dataset.labels]
     label = draw_structures(chosen.path, volume, names, below, origin.facts["others"])
     drawn = label_values([n for n, count in structure_names(chosen.path).items() if count], names, "skip")
-    absent = [label for label, value in task.labels.items() if value not in drawn.values()]
+    absent = [label for label, value in dataset.labels.items() if value not in drawn.values()]
     notes = [f"not drawn: {', '.join(absent)}"] if absent else []
     if len(origin.label) > 1:
         notes.append(f"{chosen.path.name} is the newest of {len(origin.label)} structure sets")
-    values, more = relabel(label.voxels, table_of(name, task), chosen.path)
+    values, more = relabel(label.voxels, table_of(name, dataset), chosen.path)
     return Draft([volume.voxels], volume.affine, values, notes + more)
 
 # %% ../../nbs/intake/20_convert.ipynb #raw
@@ -831,36 +842,36 @@ def is_raw(folder: Path) -> bool:
     return described and bool(stems(folder / "imagesTr", f"_0000{ending}"))
 
 
-def check_names(folder: Path, task: Task) -> None:
+def check_names(folder: Path, dataset: Dataset) -> None:
     "ValueError if dataset.json gives a label of the registry another value"
     labels = read_json(folder / "dataset.json").get("labels", {})
     for name, value in labels.items():
-        ours = task.labels.get(re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"))
+        ours = dataset.labels.get(re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"))
         if isinstance(value, int) and ours not in (None, value):
             raise ValueError(
-                f"{folder / 'dataset.json'} has {name!r} as {value}, the data set {task.name} as {ours}: "
+                f"{folder / 'dataset.json'} has {name!r} as {value}, the data set {dataset.name} as {ours}: "
                 "correct the labels in datasets.yaml, or convert it under the name raw"
             )
 
 
 def plan_raw(
     source: Path,
-    task: Task,
+    dataset: Dataset,
     link: bool = True,  # Hard links to the source's files; else copies
     keep: bool = False,  # Every format of files, not only .nii.gz
 ) -> dict[str, Origin]:
     "The cases of a raw folder; ValueError if it contradicts the registry"
-    root = source if is_raw(source) else source / task.folder
+    root = source if is_raw(source) else source / dataset.folder
     if not is_raw(root):
         return {}
-    check_names(root, task)
+    check_names(root, dataset)
     ending, splits = file_ending(root), root / "splits_final.json"
-    validating = set(read_folds(splits)["val"]) if splits.is_file() else set()
+    validating = set(read_fold(splits)["val"]) if splits.is_file() else set()
     plan = {}
     for part in ("Tr", "Ts"):
         images, labels = root / f"images{part}", root / f"labels{part}"
         for id in sorted(stems(images, f"_0000{ending}") | stems(labels, ending), key=natural):
-            channels = tuple(images / f"{id}_{c:04d}{ending}" for c in range(len(task.channels)))
+            channels = tuple(images / f"{id}_{c:04d}{ending}" for c in range(len(dataset.channels)))
             truth = labels / f"{id}{ending}"
             label = () if part == "Ts" and not truth.is_file() else (truth,)
             split = "test" if part == "Ts" else "val" if id in validating else "train"
@@ -871,9 +882,9 @@ def plan_raw(
     return plan
 
 
-def read_raw(origin: Origin, task: Task, name: str, tolerance: float | None = None) -> Draft:
+def read_raw(origin: Origin, dataset: Dataset, name: str, tolerance: float | None = None) -> Draft:
     "A raw case, checked; its files are taken as they are if their format allows it"
-    draft = read_files(origin, task, name, tolerance)
+    draft = read_files(origin, dataset, name, tolerance)
     if origin.facts["as_is"]:
         paths = [(f"images{origin.facts['part']}", path) for path in origin.images]
         paths += [(f"labels{origin.facts['part']}", path) for path in origin.label]
@@ -957,11 +968,11 @@ def part_of(origin: Origin) -> str:
     return origin.facts.get("part", "Ts" if origin.split == "test" else "Tr")
 
 
-def case_key(origin: Origin, task: Task, name: str, source: Path, tolerance: float | None) -> str:
+def case_key(origin: Origin, dataset: Dataset, name: str, source: Path, tolerance: float | None) -> str:
     "A hash of all that the written case depends on"
     stats = [(str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns) for p in files_of(origin)]
     facts = [part_of(origin), origin.facts, tolerance]
-    return fingerprint_of(name, task.labels, task.channels, task.ignore, facts, stats)
+    return short_hash(name, dataset.labels, dataset.channels, dataset.ignore, facts, stats)
 
 
 def read_record(path: Path) -> dict:
@@ -993,7 +1004,7 @@ def write_draft(draft: Draft, origin: Origin, id: str, folder: Path) -> list[str
 def convert_case(
     id: str,
     origin: Origin,
-    task: Task,
+    dataset: Dataset,
     name: str,  # Of the converter
     source: Path,
     folder: Path,  # The data set's, to write to
@@ -1007,12 +1018,12 @@ def convert_case(
     except (FileNotFoundError, ValueError):
         forget(path, folder)
         raise
-    key = case_key(origin, task, name, source, tolerance)
-    head = {"case": id, "split": origin.split, "patient": origin.patient or patient_of(task, id)}
+    key = case_key(origin, dataset, name, source, tolerance)
+    head = {"case": id, "split": origin.split, "patient": origin.patient or find_patient(dataset, id)}
     if record.get("key") == key and all(sized(folder / file, size) for file, size in record["files"].items()):
         return record["row"] | head
     forget(path, folder)
-    draft = CONVERTERS[name].read(origin, task, name, tolerance)
+    draft = CONVERTERS[name].read(origin, dataset, name, tolerance)
     written = write_draft(draft, origin, id, folder)
     digests = [sha256(folder / file) for file in written]
     images = len(origin.images) if draft.links else len(draft.channels)
@@ -1053,20 +1064,20 @@ def choose(
     name: str,  # Key in the registry, or "raw"
     source: Path,
     registry: str | Path | None = None,
-) -> tuple[str, Task]:  # The converter's name, the task
+) -> tuple[str, Dataset]:  # The converter's name, the task
     "Who converts what; ValueError lists the known names"
     if name == "raw":
         if not is_raw(source):
             raise wrong_layout(source, "raw")
-        return "raw", raw_task(source, spacing=(1.0, 1.0, 1.0))  # Not needed here; files are read later
-    tasks = load_tasks(registry)
-    if name not in tasks or tasks[name].source not in CONVERTERS:
-        known = [task.name for task in tasks.values() if task.source in CONVERTERS]
+        return "raw", raw_dataset(source, spacing=(1.0, 1.0, 1.0))  # Not needed here; files are read later
+    datasets = load_datasets(registry)
+    if name not in datasets or datasets[name].source not in CONVERTERS:
+        known = [dataset.name for dataset in datasets.values() if dataset.source in CONVERTERS]
         raise ValueError(f"nothing converts {name!r}; known: {', '.join([*known, 'raw'])}")
-    task = tasks[name]
-    if task.source != "raw" or is_raw(source) or is_raw(source / task.folder) or name not in CONVERTERS:
-        return task.source, task
-    return name, task
+    dataset = datasets[name]
+    if dataset.source != "raw" or is_raw(source) or is_raw(source / dataset.folder) or name not in CONVERTERS:
+        return dataset.source, dataset
+    return name, dataset
 
 
 def wrong_layout(source: Path, name: str) -> ValueError:
@@ -1078,7 +1089,7 @@ def wrong_layout(source: Path, name: str) -> ValueError:
 
 def make_plan(
     name: str,
-    task: Task,
+    dataset: Dataset,
     source: Path,
     skip: tuple[str, ...],  # Cases to leave out
     unlabelled: str,  # Cases whose label is missing: "error" | "test"
@@ -1088,7 +1099,7 @@ def make_plan(
     if unknown := sorted(set(options) - set(options_of(name))):
         known = ", ".join(options_of(name)) or "none"
         raise ValueError(f"converter {name} has no option {', '.join(unknown)}; it has: {known}")
-    plan = CONVERTERS[name].plan(source, task, **options)
+    plan = CONVERTERS[name].plan(source, dataset, **options)
     if not plan:
         raise wrong_layout(source, name)
     if strange := sorted(set(skip) - set(plan)):
@@ -1130,7 +1141,7 @@ def write_annotated(
 def describe(
     rows: list[dict],
     name: str,
-    task: Task,
+    dataset: Dataset,
     source: Path,
     folder: Path,
     verbatim: bool,  # Whether dataset.json is the source's
@@ -1141,22 +1152,22 @@ def describe(
     there = {path.relative_to(folder).as_posix() for path in written}
     if strange := sorted(there - made):
         raise ValueError(f"{folder} holds {len(strange)} files that this conversion did not make, as {strange[0]}: move them away")
-    root = source if is_raw(source) else source / task.folder
+    root = source if is_raw(source) else source / dataset.folder
     ids = {split: [row["case"] for row in rows if row["split"] == split] for split in ("train", "val")}
     splits = folder / "splits_final.json"
     if name == "raw" and (root / splits.name).is_file():
         take(root / splits.name, splits, link=False)
-    elif task.split == "files" and ids["val"]:
+    elif dataset.split == "files" and ids["val"]:
         write_json(splits, [ids])
     else:
         splits.unlink(missing_ok=True)
     if verbatim:
         take(root / "dataset.json", folder / "dataset.json", link=False)
     else:
-        write_dataset(task, folder, training=len(ids["train"] + ids["val"]))
+        write_description(dataset, folder, training=len(ids["train"] + ids["val"]))
 
 
-CONVERTED = Kind("converted data set", (RECORDS,), ("*",))
+CONVERTED = FolderKind("converted data set", (RECORDS,), ("*",))
 
 # %% ../../nbs/intake/20_convert.ipynb #convert-part
 def convert(
@@ -1175,25 +1186,25 @@ def convert(
     source, out = Path(source), Path(out)
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is no folder: unpack the data set, and give the folder it is in")
-    converter, task = choose(name, source, registry)
-    folder = out / task.folder
+    converter, dataset = choose(name, source, registry)
+    folder = out / dataset.folder
     if folder.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{folder} lies in the source: convert into a folder outside of {source}")
     check_output(folder, CONVERTED)
     if name == "raw":
         options = options | {"keep": True}
-    plan = make_plan(converter, task, source, skip, unlabelled, options)
-    with held(folder):
+    plan = make_plan(converter, dataset, source, skip, unlabelled, options)
+    with output_lock(folder):
         (folder / RECORDS).mkdir(parents=True, exist_ok=True)
         tidy(folder, plan)
-        return convert_plan(plan, name, converter, task, source, folder, workers, tolerance, progress)
+        return convert_plan(plan, name, converter, dataset, source, folder, workers, tolerance, progress)
 
 # %% ../../nbs/intake/20_convert.ipynb #convert-plan
 def convert_plan(
     plan: dict[str, Origin],
     name: str,  # As `convert` got it
     converter: Converter,
-    task: Task,
+    dataset: Dataset,
     source: Path,
     folder: Path,  # The data set's; held
     workers: int,
@@ -1203,30 +1214,30 @@ def convert_plan(
     "Every case of a plan, then the files that describe them"
     import pandas as pd
 
-    jobs = {id: (id, origin, task, converter, source, folder, tolerance) for id, origin in plan.items() if origin.split != "excluded"}
+    jobs = {id: (id, origin, dataset, converter, source, folder, tolerance) for id, origin in plan.items() if origin.split != "excluded"}
     failed = None
     try:
-        rows = for_all(convert_case, jobs, workers, f"convert {task.name}" if progress else "")
+        rows = map_items(convert_case, jobs, workers, f"convert {dataset.name}" if progress else "")
     except ItemsFailed as error:
         failed, rows = error, error.results
     for id in set(plan) - set(jobs):
-        rows[id] = left_out(id, plan[id], task, source)
+        rows[id] = left_out(id, plan[id], dataset, source)
     table = pd.DataFrame([rows[id] for id in plan if id in rows], columns=COLUMNS)
     write_csv(folder / "provenance.csv", table)
     if failed:
         (folder / "dataset.json").unlink(missing_ok=True)
         raise failed
-    known = partial_cases(task, source.parent if is_raw(source) else source) if converter == "raw" else {}
+    known = partial_cases(dataset, source.parent if is_raw(source) else source) if converter == "raw" else {}
     write_annotated([rows[id] for id in jobs], folder, known)
-    describe(table.to_dict("records"), converter, task, source, folder, verbatim=name == "raw")
+    describe(table.to_dict("records"), converter, dataset, source, folder, verbatim=name == "raw")
     return table
 
 
 COLUMNS = ["case", "split", "patient", "files", "sha256", "label_sha256", "warnings"]
 
 
-def left_out(id: str, origin: Origin, task: Task, source: Path) -> dict:
+def left_out(id: str, origin: Origin, dataset: Dataset, source: Path) -> dict:
     "The row of a case that must not be used"
-    row = {"case": id, "split": "excluded", "patient": origin.patient or patient_of(task, id)}
+    row = {"case": id, "split": "excluded", "patient": origin.patient or find_patient(dataset, id)}
     row["files"] = named(replace(origin, label=()), source)
     return row | {"sha256": "", "label_sha256": "", "warnings": "not to be trained on by the published list"}

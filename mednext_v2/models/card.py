@@ -19,7 +19,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import __version__
-from ..core import GROUPS, SCHEMES, Kind, are_lengths, atomic_folder, build, frozen, is_patch, read_json, sha256, shown, write_json
+from mednext_v2.core import (
+    GROUPS,
+    SCHEMES,
+    FolderKind,
+    are_valid_lengths,
+    atomic_folder,
+    build,
+    lists_to_tuples,
+    is_valid_patch,
+    read_json,
+    sha256,
+    shorten,
+    write_json,
+)
 
 # %% ../../nbs/models/20_card.ipynb #check-card
 MOST_CHANNELS, MOST_CLASSES = 1024, 65_535  # Of a network's input; values that a label map of 16 bits holds
@@ -28,7 +41,7 @@ MOST_NUMBERS, MOST_ARGUMENT = 10_000, 4096  # In the overrides of a card: how ma
 
 def _refuse(name: str, rule: str, value):
     "ValueError for a field of a card"
-    raise ValueError(f"{name} must be {rule}, got {shown(value)}")
+    raise ValueError(f"{name} must be {rule}, got {shorten(value)}")
 
 
 def _check_classes(labels: dict, regions: dict, order: tuple, name: str) -> None:
@@ -101,7 +114,7 @@ def _check_heads(card) -> None:
         _check_classes(head["labels"], {}, (), f"{where}: labels")
         _check_groups(head["groups"], head["labels"], f"{where}: groups")
         _check_normalisation(head["normalisation"], card.in_channels, f"{where}: normalisation")
-        if len(head["spacing"]) != 3 or not all(map(_is_number, head["spacing"])) or not are_lengths(head["spacing"]):
+        if len(head["spacing"]) != 3 or not all(map(_is_number, head["spacing"])) or not are_valid_lengths(head["spacing"]):
             _refuse(f"{where}: spacing", "three positive lengths in mm", head["spacing"])
         places = range(card.num_classes)
         right = isinstance(outputs, (list, tuple)) and all(type(place) is int and place in places for place in outputs)
@@ -118,9 +131,9 @@ def check_card(
     "ValueError for the first field of a card that cannot be right; no memory is taken for what it describes"
     if not 1 <= card.in_channels <= MOST_CHANNELS:
         _refuse("in_channels", f"a number from 1 to {MOST_CHANNELS}", card.in_channels)
-    if len(card.spacing) != 3 or not are_lengths(card.spacing):
+    if len(card.spacing) != 3 or not are_valid_lengths(card.spacing):
         _refuse("spacing", "three positive lengths in mm", card.spacing)
-    if len(card.patch) != 3 or not is_patch(card.patch):
+    if len(card.patch) != 3 or not is_valid_patch(card.patch):
         _refuse("patch", "three positive whole numbers of voxels", card.patch)
     if card.heads and card.regions:
         _refuse("heads", "empty where there are regions", list(card.heads))
@@ -190,15 +203,15 @@ def read_card(
     path = Path(folder) / "card.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: a model folder holds card.json and model.safetensors")
-    values = read_json(path, remedy="copy the model folder again", most=MOST_CARD)
+    values = read_json(path, remedy="copy the model folder again", limit=MOST_CARD)
     if values.get("mirror_axes", ()) is None:  # Older versions wrote null for "not known"
         values["mirror_axes"] = ()
     if isinstance(values.get("overrides"), dict):  # Older versions kept how the network was trained, which weights do not depend on
         values["overrides"].pop("checkpointing", None)
-    return build(Card, frozen(values), str(path))
+    return build(Card, lists_to_tuples(values), str(path))
 
 # %% ../../nbs/models/20_card.ipynb #save
-MODEL_FOLDER = Kind("model folder", ("card.json", "model.safetensors"))
+MODEL_FOLDER = FolderKind("model folder", ("card.json", "model.safetensors"))
 
 
 def save_model(

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core import shown
+from ..core import shorten
 from ..network.scaling import PRESETS, count_flops, count_parameters, create_model
 from .stunet import check_volume, stunet
 from .card import Card, read_card, read_state
@@ -695,7 +695,7 @@ def check_network(
     deep_supervision: bool = False,  # Whether the auxiliary heads are wanted
 ) -> None:
     "ValueError unless the network that a card describes is that of its weights; no memory is taken for it"
-    place = f"{Path(folder) / 'card.json'}: backbone {shown(card.backbone)} with the overrides {shown(card.overrides)}"
+    place = f"{Path(folder) / 'card.json'}: backbone {shorten(card.backbone)} with the overrides {shorten(card.overrides)}"
     most = 2 * len(shapes) + 100, 2 * sum(map(prod, shapes.values())) + 10**6  # Auxiliary heads may be dropped
     try:
         with limited(*most, "larger than the weights beside it"), torch.device("meta") if card.backbone in BACKBONES else nullcontext():

@@ -29,7 +29,7 @@ def adapt_stem(
 
 # %% ../../nbs/models/40_transfer.ipynb #class-channels
 def class_channels(
-    what,  # A `Card` or a `Task`
+    what,  # A `Card` or a `Dataset`
     wanted: Collection[str] = (),  # Data sets whose own head comes first, where the card has several
 ) -> dict[str, int]:  # Class, background included where there is one, to output channel
     "Which output channel stands for which class; of several heads that know a class, the first one's"

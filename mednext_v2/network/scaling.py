@@ -166,16 +166,16 @@ def _plain_bytes(block: BlockSize, grn: str | None, size: int, grad_checkpointin
     return kept, everything - kept + 2 * expanded  # The gradients on both sides of an operation
 
 
-def _fused_bytes(block: BlockSize, grn: str | None, batch: int) -> tuple[int, int]:
+def _fused_bytes(block: BlockSize, grn: str | None, batch_size: int) -> tuple[int, int]:
     "The same of a batch in the fused form, in `float32`"
     channels, ratio, outside, inside = block
     entry, middle, expanded = channels * outside, channels * inside, ratio * channels * inside
     held, stays = expanded <= MAX_HELD, expanded <= MAX_KEPT
     chunk, down = row_chunks(inside, ratio * channels)[0].stop * ratio * channels, inside < outside
-    kept = batch * (entry + stays * middle)
-    end = batch * block.out_channels * inside
-    expanding = batch * (2 - stays) * middle + (middle + expanded + 2 * chunk if held and grn else 5 * chunk)
-    convolving = batch * (middle + (2 if down else 1) * entry)  # Zeros between voxels make the input of a stride as large as what comes in
+    kept = batch_size * (entry + stays * middle)
+    end = batch_size * block.out_channels * inside
+    expanding = batch_size * (2 - stays) * middle + (middle + expanded + 2 * chunk if held and grn else 5 * chunk)
+    convolving = batch_size * (middle + (2 if down else 1) * entry)  # Zeros between voxels make the input of a stride as large as what comes in
     weights = (6 if grn else 4) * ratio * channels**2  # The two of the expansion, scaled, and their gradients on the way
     return 4 * kept, 4 * (end + weights + max(expanding, convolving))
 
@@ -206,7 +206,7 @@ def _waiting(arch: Arch, patch: tuple[int, int, int], deep_supervision: bool) ->
 def estimate(
     arch: Arch,  # The network
     patch: tuple[int, int, int],  # Sides of a training patch
-    batch: int = 1,  # Patches per step
+    batch_size: int = 1,  # Patches per step
     precision: str = "fp32",  # `fp32`, or autocast to `bf16` or `fp16`
     grad_checkpointing: str = "none",  # `none`, `expansion` or `block`
     in_channels: int = 1,  # Channels of the image
@@ -223,24 +223,24 @@ def estimate(
     with torch.device("meta"):
         model = MedNeXt(arch, in_channels, num_classes, deep_supervision, grad_checkpointing)
     if fused == "cpu":
-        size, costs = 4, [_fused_bytes(block, arch.grn, batch) for block in blocks]
+        size, costs = 4, [_fused_bytes(block, arch.grn, batch_size) for block in blocks]
     else:
         kernels = [fused == "cuda" and has_kernels(block.channels, block.out_channels, block.ratio, precision, arch.kernel) for block in blocks]
         costs = [
-            [batch * cost for cost in (_kernel_bytes(block, size) if ours else _plain_bytes(block, arch.grn, size, grad_checkpointing))]
+            [batch_size * cost for cost in (_kernel_bytes(block, size) if ours else _plain_bytes(block, arch.grn, size, grad_checkpointing))]
             for block, ours in zip(blocks, kernels)
         ]
-    kept = [batch * in_channels * voxels * size, *(cost for cost, _ in costs)]
-    head = batch * arch.width * voxels * size
+    kept = [batch_size * in_channels * voxels * size, *(cost for cost, _ in costs)]
+    head = batch_size * arch.width * voxels * size
     # What is kept goes away block by block, from the last to the first
-    waiting = [batch * size * count for count in _waiting(arch, patch, deep_supervision)]
+    waiting = [batch_size * size * count for count in _waiting(arch, patch, deep_supervision)]
     # while the gradients of weights come
     sizes = [4 * count_parameters(module) for module in model.modules() if isinstance(module, MedNeXtBlock)]
     moments = (sum(kept[: place + 2]) + working + waiting[place] + sum(sizes[place + 1 :]) for place, (_, working) in enumerate(costs))
     parameters, activations, peak = count_parameters(model), sum(kept) + head, max(moments)
     return Estimate(
         parameters=parameters,
-        flops=batch * count_flops(model, patch),
+        flops=batch_size * count_flops(model, patch),
         weight_bytes=parameters * (4 if precision == "fp32" else 6),
         gradient_bytes=parameters * 4,
         optimizer_bytes=parameters * 8,

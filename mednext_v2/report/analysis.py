@@ -14,6 +14,7 @@ import pandas as pd
 
 from .tables import COLUMN, METRICS, MISSING, backbone_title, house_style
 from ..evaluation.statistics import choose, compare, declared_mean, seed_draws, shared_draws
+from ..study.paths import StudyPaths
 
 # %% ../../nbs/report/20_analysis.ipynb #effects
 EFFECT_COLUMNS = "init variant reference metric difference low high p n tasks seeds".split()
@@ -190,12 +191,11 @@ def report_effects(
 
     from IPython.display import HTML
 
-    from mednext_v2.core import root
     from mednext_v2.report.tables import caption, read_table, resampled, save_figure, save_table, table_html
 
     table = read_table(profile, "ablations")
     table = table[table.ablation == name]
-    found, folder = effects(table, reference), Path(out or root() / "results" / profile / name)
+    found, folder = effects(table, reference), Path(out or StudyPaths(profile).page(name))
     words = f"{text}. Paired differences in points, with 95 % bootstrap intervals over {resampled(table)} within tasks"
     words = caption(words, profile, table)
     for metric in METRICS:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import pandas as pd
 
 from .analysis import effects, group_gains
-from ..core import read_csv, root
+from ..core import read_csv
 from .tables import MISSING, backbone_title, counts, published
 from ..evaluation.statistics import choose, compare, compare_all, means, scratch_predicts
+from ..study.paths import StudyPaths
 
 # %% ../../nbs/report/30_claims.ipynb #evidence
 LEAST = {"seeds": 3, "cases": 12, "tasks": 2}
@@ -294,7 +295,7 @@ def ledger_markdown(
     profile: str,  # Whose `results/<profile>/claims/claims.csv` is read
 ) -> str:  # A table
     "The ledger of a profile for a page in Markdown; FileNotFoundError says how to make it"
-    path = root() / "results" / profile / "claims/claims.csv"
+    path = StudyPaths(profile).page("claims") / "claims.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `make repro PROFILE={profile}`")
     table = ledger_shown(read_csv(path).fillna({"of": "", "reported": MISSING}))

@@ -6,17 +6,19 @@
 __all__ = ['collect', 'collect_tables']
 
 # %% ../../nbs/report/15_collect.ipynb #imports
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from ..core import read_csv, root, write_csv, write_json
+from ..core import read_csv, rows_of, write_csv, write_json
 from ..data.preprocess import Prepared
 from .tables import summary
 from ..scoring.ablations import MODEL_COLUMNS, model_row
 from ..scoring.evaluate import SCORE_COLUMNS
-from ..study.plan import Plan
-from ..study.runs import Run, finetuning_runs, pretrained_folder
+from ..study.paths import StudyPaths
+from ..study.plan import StudyPlan
+from ..study.runs import finetuning_runs
 
 # %% ../../nbs/report/15_collect.ipynb #collect
 def collect(
@@ -33,42 +35,42 @@ def collect(
     write_csv(Path(out) / "scores.csv", scores)
     means = summary(scores, ["backbone", "init"])
     metrics: dict = {}
-    for row in means.itertuples():
+    for row in rows_of(means):
         metrics.setdefault(row.backbone, {})[row.init] = {"dsc": round(row.dsc, 4), "nsd": round(row.nsd, 4)}
     write_json(Path(out) / "metrics.json", metrics)
     return scores.reset_index(drop=True)
 
 # %% ../../nbs/report/15_collect.ipynb #main-models
-def main_models(profile: str, plan: Plan) -> list[dict]:
+def main_models(profile: str, plan: StudyPlan) -> list[dict]:
     "Rows of models.csv for the main runs"
-    base, data, rows = root(), root() / "data/prepared" / profile, []
-    counts = {name: len(Prepared(data / name).ids("train")) for name in (*plan.corpora, *plan.tasks)}
+    paths, rows = StudyPaths(profile), []
+    counts = {name: len(Prepared(paths.prepared / name).ids("train")) for name in (*plan.corpora, *plan.tasks)}
 
     def add(role: str, task: str, folder: Path, curves: Path) -> None:
         rows.append(model_row(folder, curves, ablation="", variant="", profile=profile, role=role, task=task, scans=counts[task]))
 
     for backbone in plan.backbones:
         for corpus in plan.corpora:
-            run, part = Run(profile, backbone, "scratch", corpus), f"pretrain/{corpus}-{backbone}"
-            add("pretrain", corpus, pretrained_folder(profile, corpus, backbone), base / "runs" / profile / part / run.name)
+            model = paths.pretrained(corpus, backbone)
+            add("pretrain", corpus, model, paths.curves("pretrain", corpus, backbone) / model.name)
         for init in plan.inits:
             for run in finetuning_runs(plan, backbone, init):
-                folder = base / "models" / profile / "finetune" / init / backbone / run.name
-                add("finetune", run.task, folder, base / "runs" / profile / f"finetune/{init}-{backbone}" / run.name)
+                model = paths.models("finetune", init, backbone) / run.name
+                add("finetune", run.task, model, paths.curves("finetune", init, backbone) / run.name)
     for name in plan.released:
-        tuned = next(path for path in (base / "models" / profile / "released" / name).iterdir() if path.name != "parent")
-        for run in finetuning_runs(plan, tuned.name, name):
-            add("finetune", run.task, tuned / run.name, base / "runs" / profile / "evaluate" / name / "curves" / run.name)
+        models = next(path for path in paths.models("released", name).iterdir() if path.name != "parent")
+        for run in finetuning_runs(plan, models.name, name):
+            add("finetune", run.task, models / run.name, paths.evaluated(name) / "curves" / run.name)
     return rows
 
 # %% ../../nbs/report/15_collect.ipynb #collect-tables
-def collect_tables(profile: str, plan: Plan) -> dict[str, pd.DataFrame]:  # By name: ablations, models, features
+def collect_tables(profile: str, plan: StudyPlan) -> dict[str, pd.DataFrame]:  # By name: ablations, models, features
     "Write ablations.csv, models.csv and features.csv of a profile from what its stages left"
-    runs, out = root() / "runs" / profile, root() / "results" / profile
+    paths = StudyPaths(profile)
 
-    def gather(pattern: str, columns: list[str]) -> pd.DataFrame:
-        parts = [read_csv(path) for path in sorted(runs.glob(pattern))]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+    def gather(pattern: str, columns: Sequence[str]) -> pd.DataFrame:
+        parts = [read_csv(path) for path in sorted(paths.runs().glob(pattern))]
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(columns))
 
     models = pd.DataFrame(main_models(profile, plan))[MODEL_COLUMNS]
     models = pd.concat([models, gather("ablate/*/models.csv", MODEL_COLUMNS)], ignore_index=True)
@@ -78,5 +80,5 @@ def collect_tables(profile: str, plan: Plan) -> dict[str, pd.DataFrame]:  # By n
         "features": gather("features/features.csv", ["profile", "variant", "step"]),
     }
     for name, table in tables.items():
-        write_csv(out / f"{name}.csv", table)
+        write_csv(paths.results / f"{name}.csv", table)
     return tables

@@ -38,13 +38,14 @@ def settings(profile: str) -> dict:
 
 def trainings(profile: str) -> pd.DataFrame:  # stage, backbone, overrides, recipe, corpus or task, runs
     "All trainings that a profile asks for, those that differ in task and seed alone counted together"
-    from mednext_v2.scoring.ablations import Variant, own_pretraining
-    from mednext_v2.study.runs import Plan, finetuning_runs
+    from mednext_v2.scoring.ablations import Variant, pretraining_key
+    from mednext_v2.study.plan import StudyPlan
+    from mednext_v2.study.runs import finetuning_runs
     from mednext_v2.zoo.catalogue import get_entry
 
     values, rows = settings(profile), []
     axes = values["axes"]
-    plan = build(Plan, {"profile": profile, "seeds": values["seeds"], **axes}, f"profile {profile}")
+    plan = build(StudyPlan, {"profile": profile, "seeds": values["seeds"], **axes}, f"profile {profile}")
     tuned = len(finetuning_runs(plan, "", ""))  # Of one backbone and start
 
     def add(stage: str, backbone: str, overrides: dict, recipe: dict, runs: int) -> None:
@@ -63,7 +64,7 @@ def trainings(profile: str) -> pd.DataFrame:  # stage, backbone, overrides, reci
         count = len(described.get("tasks", axes["tasks"])) * len(described.get("seeds", values["seeds"]))
         own = {}
         for variant in (build(Variant, one or {}) for one in described["variants"].values()):
-            if "pretrained" in inits and (key := own_pretraining(variant, SimpleNamespace(**axes))):
+            if "pretrained" in inits and (key := pretraining_key(variant, SimpleNamespace(**axes))):
                 own[key] = variant
             add(f"ablate {name}", variant.backbone, variant.overrides, values["recipes"]["finetune"] | variant.finetune, count * len(inits))
         for variant in own.values():
@@ -83,7 +84,7 @@ def reference_rate() -> float:
     row = published_compute().set_index("model").loc[REFERENCE]
     side = int(row.patch)
     steps = row.epochs * 250
-    return cost(row.backbone, (side,) * 3).flops * row.batch * steps / row.a100_hours
+    return cost(row.backbone, (side,) * 3).flops * row.batch_size * steps / row.a100_hours
 
 
 def network_cost(
@@ -103,7 +104,7 @@ def network_cost(
         network = create(backbone, 1, 3, recipe.deep_supervision, patch=recipe.patch, **overrides)
     if not hasattr(network, "arch"):
         return size.parameters, size.flops, float("nan")
-    share = max(1, recipe.batch // processes // recipe.accumulate)
+    share = max(1, recipe.batch_size // processes // recipe.grad_accum_steps)
     found = estimate(network.arch, recipe.patch, share, recipe.precision, network.grad_checkpointing, deep_supervision=recipe.deep_supervision)
     return size.parameters, size.flops, found.total_bytes / 1e9
 
@@ -117,11 +118,11 @@ def plan_table(profile: str) -> pd.DataFrame:  # One row per stage, network and 
         recipe = build(Recipe, one.recipe)
         pretrains = recipe.steps == values["recipes"]["pretrain"]["steps"]
         processes = values["compute"]["pretrain_processes" if pretrains else "processes"]
-        key = repr((one.backbone, one.overrides, recipe.patch, recipe.batch, processes))
+        key = repr((one.backbone, one.overrides, recipe.patch, recipe.batch_size, processes))
         if key not in known:
             known[key] = network_cost(one.backbone, one.overrides, recipe, processes)
         parameters, flops, memory = known[key]
-        hours = flops * recipe.batch * recipe.steps / reference_rate()
+        hours = flops * recipe.batch_size * recipe.steps / reference_rate()
         rows.append(
             dict(
                 stage=one.stage,
@@ -129,7 +130,7 @@ def plan_table(profile: str) -> pd.DataFrame:  # One row per stage, network and 
                 runs=one.runs,
                 steps=recipe.steps,
                 patch="x".join(map(str, recipe.patch)),
-                batch=recipe.batch,
+                batch=recipe.batch_size,
                 parameters=parameters,
                 gpus=processes,
                 gpu_memory_gb=memory,

@@ -18,6 +18,7 @@ import pandas as pd
 
 from ..core import atomic_file, read_csv, root, write_csv
 from ..evaluation.statistics import compare, mean_interval
+from ..study.paths import StudyPaths
 
 # %% ../../nbs/report/10_tables.ipynb #published
 PUBLISHED_COLUMNS = "model backbone pretraining init patch metric value source known".split()
@@ -53,7 +54,7 @@ def read_table(
     "A table of a profile; ValueError for an unknown one, FileNotFoundError says how to make it"
     if name not in TABLES:
         raise ValueError(f"no table is called {name!r}; there are: {', '.join(TABLES)}")
-    path = root() / "results" / profile / f"{name}.csv"
+    path = StudyPaths(profile).results / f"{name}.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `make repro PROFILE={profile}`")
     table = read_csv(path)  # A case named 001 keeps its name
@@ -498,7 +499,7 @@ COOL = ("#4CC9F0", "#57CC99", "#B388EB", "#F4A6C0", "#3A86FF", "#C7A17A", "#80ED
 
 # %% ../../nbs/report/10_tables.ipynb #label-colours
 def label_colours(
-    task,  # `Task`
+    task,  # `Dataset`
 ) -> dict[str, str]:  # Colour of every label
     "Warm colours for pathology and cool ones for organs, in the order of the task"
     palettes = {"pathology": iter(WARM * 99), "organ": iter(COOL * 99)}
@@ -507,7 +508,7 @@ def label_colours(
 
 def best_slice(
     labels: np.ndarray,  # Label map (X, Y, Z)
-    task,  # `Task`: pathology is preferred, if there is any
+    task,  # `Dataset`: pathology is preferred, if there is any
 ) -> int:  # Index along Z
     "The axial slice that shows most: the largest cut through pathology if there is any, else most classes"
     sick = [value for label, value in task.labels.items() if task.groups[label] == "pathology"]

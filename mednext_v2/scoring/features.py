@@ -13,16 +13,17 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional as F
 
 from ..data.preprocess import Prepared
-from ..inference.predictor import evaluating
+from ..inference.windows import eval_mode
 from ..models.registry import load_model
 from ..network.blocks import MedNeXtBlock
 
 # %% ../../nbs/scoring/40_features.ipynb #feature-statistics
 def feature_statistics(
-    maps: "torch.Tensor",  # Activations (N, C, X, Y, Z)
+    maps: torch.Tensor,  # Activations (N, C, X, Y, Z)
 ) -> dict[str, float]:
     "Cosine distance, effective rank and share of dead channels; the first two without dead ones, NaN if all are"
     flat = maps.detach().double().transpose(0, 1).flatten(1)  # (C, N voxels)
@@ -42,18 +43,22 @@ def feature_statistics(
 FEATURE_COLUMNS = "layer depth channels cosine_distance effective_rank dead_share".split()
 
 
-def look_at_channels(
-    model,  # A MedNeXt
-    images: "torch.Tensor",  # (N, C, X, Y, Z)
-    look: Callable,  # Called with the name of a block and its expanded activations, in the order of the forward pass
+def visit_channels(
+    model: nn.Module,  # A MedNeXt
+    images: torch.Tensor,  # (N, C, X, Y, Z)
+    visit: Callable[[str, torch.Tensor], None],  # Called with the name of a block and its expanded activations, in the order of the forward pass
 ) -> None:
-    "Run a network and look at what each block projects; ValueError for a network without such blocks"
+    "Run a network and visit what each block projects; ValueError for a network without such blocks"
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, MedNeXtBlock)}
     if not blocks:
-        raise ValueError(f"{type(model).__name__} has no MedNeXt block whose channels could be looked at")
-    handles = [block.conv3.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0])) for name, block in blocks.items()]
+        raise ValueError(f"{type(model).__name__} has no MedNeXt block whose channels could be shown")
+
+    def visitor(name: str) -> Callable:
+        return lambda _, inputs: visit(name, inputs[0])
+
+    handles = [block.conv3.register_forward_pre_hook(visitor(name)) for name, block in blocks.items()]
     try:
-        with evaluating(model):
+        with eval_mode(model):
             model(images)
     finally:
         for handle in handles:
@@ -61,36 +66,52 @@ def look_at_channels(
 
 
 def network_features(
-    model,  # A MedNeXt
-    images: "torch.Tensor",  # (N, C, X, Y, Z)
+    model: nn.Module,  # A MedNeXt
+    images: torch.Tensor,  # (N, C, X, Y, Z)
 ) -> pd.DataFrame:  # One row per block, from input to output: FEATURE_COLUMNS
     "Statistics of the expanded channels of every block; ValueError for a network without such blocks"
-    rows = []
+    rows: list[dict] = []
 
-    def look(name: str, maps) -> None:
-        rows.append(dict(layer=name, depth=len(rows), channels=maps.shape[1]) | feature_statistics(maps))
+    def visit(name: str, maps: torch.Tensor) -> None:
+        rows.append(dict(layer=name, depth=len(rows), channels=maps.shape[1], **feature_statistics(maps)))
 
-    look_at_channels(model, images, look)
+    visit_channels(model, images, visit)
     return pd.DataFrame(rows, columns=FEATURE_COLUMNS)
 
 # %% ../../nbs/scoring/40_features.ipynb #channel-maps
 def channel_maps(
-    model,  # A MedNeXt
-    image: "torch.Tensor",  # (1, C, X, Y, Z)
+    model: nn.Module,  # A MedNeXt
+    image: torch.Tensor,  # (1, C, X, Y, Z)
     layer: str = "bottleneck.0",  # Name of a block, as in `network_features`
 ) -> np.ndarray:  # (channels, X, Y), uint8
     "Size of the expanded activations of a block in the middle slice, relative to the largest; ValueError names the blocks"
     seen = {}
 
-    def look(name: str, maps) -> None:
+    def visit(name: str, maps: torch.Tensor) -> None:
         seen[name] = maps if name == layer else None
 
-    look_at_channels(model, image, look)
+    visit_channels(model, image, visit)
     if layer not in seen:
         raise ValueError(f"there is no block {layer!r}; there are: {', '.join(seen)}")
     maps = seen[layer][0].float().abs()
     maps = maps[..., maps.shape[-1] // 2]
     return (255 * maps / maps.max().clamp_min(1e-12)).round().byte().numpy(force=True)
+
+# %% ../../nbs/scoring/40_features.ipynb #middle-patches
+def middle_patches(
+    prepared: Prepared,
+    patch: tuple[int, ...],  # Voxels
+    count: int,
+) -> list[torch.Tensor]:  # (C, *patch)
+    "The middle of the first validation cases, or of training cases if there are none"
+    found = []
+    for case in (*prepared.ids("val"), *prepared.ids("train"))[:count]:
+        image = torch.from_numpy(np.asarray(prepared.image(case), np.float32))
+        low = [max(0, (size - side) // 2) for size, side in zip(image.shape[1:], patch)]
+        image = image[(slice(None), *(slice(begin, begin + side) for begin, side in zip(low, patch)))]
+        pads = [n for size, side in zip(reversed(image.shape[1:]), reversed(patch)) for n in (0, side - size)]
+        found.append(F.pad(image, pads))
+    return found
 
 # %% ../../nbs/scoring/40_features.ipynb #snapshot-features
 def snapshot_features(
@@ -98,7 +119,7 @@ def snapshot_features(
     data: Path,  # Folder of prepared tasks
     profile: str,
     patches: int = 2,  # Validation patches that every snapshot is shown
-) -> tuple[pd.DataFrame, dict]:  # profile, variant, step, then as `network_features`; and `channel_maps` by variant
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:  # profile, variant, step, then as `network_features`; and `channel_maps` by variant
     "Feature statistics of every snapshot of every variant, and channel maps of the last ones"
     rows, maps = [], {}
     for folder in sorted(path for path in models.glob("*/*") if (path / "snapshots").is_dir()):
@@ -116,19 +137,3 @@ def snapshot_features(
     table = pd.concat(rows, ignore_index=True)
     first = ["profile", "variant", "step"]
     return table[[*first, *table.columns.difference(first, sort=False)]], maps
-
-# %% ../../nbs/scoring/40_features.ipynb #middle-patches
-def middle_patches(
-    prepared,  # `Prepared`
-    patch: tuple[int, int, int],
-    count: int,
-) -> list:  # Tensors (C, *patch)
-    "The middle of the first validation cases, or of training cases if there are none"
-    found = []
-    for case in (*prepared.ids("val"), *prepared.ids("train"))[:count]:
-        image = torch.from_numpy(np.asarray(prepared.image(case), np.float32))
-        low = [max(0, (size - side) // 2) for size, side in zip(image.shape[1:], patch)]
-        image = image[(slice(None), *(slice(begin, begin + side) for begin, side in zip(low, patch)))]
-        pads = [n for size, side in zip(reversed(image.shape[1:]), reversed(patch)) for n in (0, side - size)]
-        found.append(F.pad(image, pads))
-    return found

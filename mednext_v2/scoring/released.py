@@ -13,8 +13,9 @@ import pandas as pd
 from ..finetuning import parent_folder
 from ..models.card import read_card
 from .evaluate import evaluate_runs
-from ..study.plan import Plan
+from ..study.plan import StudyPlan
 from ..study.runs import finetuning_runs, resources_of, train_runs
+from ..training.recipe import Recipe
 from ..zoo.catalogue import RECEIPT, cache_folder
 
 # %% ../../nbs/scoring/20_released.ipynb #released
@@ -30,9 +31,9 @@ def released_model(
 
 # %% ../../nbs/scoring/20_released.ipynb #run-released
 def run_released(
-    plan: Plan,
+    plan: StudyPlan,
     name: str,  # Of `axes.released`
-    recipe,  # The trainer's Recipe
+    recipe: Recipe,
     data: Path,  # Folder of prepared tasks
     raw: Path,  # Folder of the raw data sets that they were made from
     models: Path,  # Gets `parent` and a folder of fine-tuned models, named by the backbone

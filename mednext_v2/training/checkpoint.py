@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import atomic_file, fingerprint_of
+from ..core import atomic_file, short_hash
 from .recipe import Recipe
 
 # %% ../../nbs/training/30_checkpoint.ipynb #same
@@ -50,14 +50,14 @@ def code_digest(
     package, files = Path(mednext_v2.__file__).parent, []
     for part in parts:
         files += sorted((package / part).rglob("*.py")) if (package / part).is_dir() else [package / f"{part}.py"]
-    return fingerprint_of([path.read_text(encoding="utf-8") for path in files])
+    return short_hash([path.read_text(encoding="utf-8") for path in files])
 
 # %% ../../nbs/training/30_checkpoint.ipynb #fused-parts
 def fused_parts(model: nn.Module) -> str:
     "Which parts of a network compute in their fused form: all, none, or a hash of their names"
     switches = {name: module.fused for name, module in model.named_modules() if hasattr(module, "fused")}
     if len(set(switches.values())) == 2:
-        return fingerprint_of(switches)
+        return short_hash(switches)
     return "all" if any(switches.values()) else "none"
 
 
@@ -72,7 +72,7 @@ def identity(
     shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
     return {
         **{f"recipe.{name}": str(value) for name, value in dataclasses.asdict(recipe).items() if name not in FREE},
-        "network": fingerprint_of(shapes),
+        "network": short_hash(shapes),
         "initial weights": weights_digest(model),
         "data": str(getattr(sampler, "fingerprint", "unknown")),
         "code": code_digest(STEP_MODULES),

@@ -412,7 +412,7 @@ class Step:
 
     network: str  # Of `registry.BACKBONES`
     patch: tuple[int, int, int]
-    batch: int = 1  # Patches per process and backward
+    batch_size: int = 1  # Patches per process and backward
     precision: str = "fp32"
     grad_checkpointing: str = "none"
     in_channels: int = 1
@@ -438,7 +438,7 @@ class Step:
         from mednext_v2.network.scaling import PRECISIONS, Estimate, count_flops, count_parameters, estimate
 
         with torch.device("meta"):
-            model, image = self.create(), torch.empty(self.batch, self.in_channels, *self.patch)
+            model, image = self.create(), torch.empty(self.batch_size, self.in_channels, *self.patch)
         if hasattr(model, "arch"):
             options = {k: v for k, v in asdict(self).items() if k not in ("network", "overrides")}
             return estimate(model.arch, **options, fused=fused)
@@ -456,7 +456,7 @@ class Step:
         del outputs
         return Estimate(
             parameters,
-            self.batch * count_flops(model, self.patch),
+            self.batch_size * count_flops(model, self.patch),
             parameters * (4 if share == 1 else 6),
             parameters * 4,
             parameters * 8,
@@ -474,7 +474,7 @@ def with_patch(
     patch = tuple(min(own, side * stride) for own in step.patch)
     if all(own <= stride for own in patch):
         patch = (min(step.patch[0], 2 * stride), *patch[1:])
-    return replace(step, patch=patch, batch=1)
+    return replace(step, patch=patch, batch_size=1)
 
 
 def dry_step(
@@ -494,7 +494,7 @@ def dry_step(
     for fields in (small, small, step, step):
         if fields is step and not resident:
             resident = torch.cuda.memory_reserved(device) if gpu else psutil.Process().memory_info().rss
-        shape, start = (fields["batch"], fields["in_channels"], *fields["patch"]), time.perf_counter()
+        shape, start = (fields["batch_size"], fields["in_channels"], *fields["patch"]), time.perf_counter()
         image = torch.randn(shape, device=device)
         label = torch.randint(fields["num_classes"], (shape[0], 1, *shape[2:]), device=device)
         half = torch.float16 if fields["precision"] == "fp16" else torch.bfloat16
@@ -591,11 +591,11 @@ def suggest(
     patches = list(smaller_patches(step.patch, model.stride))
     kinds = {
         "grad_checkpointing": recompute,
-        "batch": [step.batch >> n for n in range(1, step.batch.bit_length())],
+        "batch_size": [step.batch_size >> n for n in range(1, step.batch_size.bit_length())],
         "patch": patches,
         "precision": ["bf16"] if step.precision == "fp32" else [],
     }
-    least = {name: kinds[name][-1] for name in ("grad_checkpointing", "batch") if kinds[name]}
+    least = {name: kinds[name][-1] for name in ("grad_checkpointing", "batch_size") if kinds[name]}
     alone = [[{name: value} for value in values] for name, values in kinds.items()]
     together = [{**least, "patch": patch} for patch in (step.patch, *patches)]
 

@@ -24,19 +24,19 @@ class Recipe:
     "How to train; ValueError for values that cannot work"
 
     steps: int  # Optimizer steps in all
-    batch: int = 2  # Patches a step
+    batch_size: int = 2  # Patches a step
     patch: tuple[int, int, int] = (128, 128, 128)  # Voxels
     lr: float = 1e-3  # At its peak
     warmup: int = 0  # Steps of linear rise to the peak
-    power: float = 0.9  # Of the poly decay that follows
+    poly_power: float = 0.9  # Of the poly decay that follows
     optimizer: str = "adamw"  # Or sgd: Nesterov, momentum 0.99
     weight_decay: float = 3e-5
     eps: float = 1e-4  # Of AdamW; PyTorch's own default is 1e-8
-    clip: float = 12.0  # Largest norm of the gradient
+    max_grad_norm: float = 12.0  # Largest norm of the gradient
     foreground: float = 0.33  # Share of the patches centred on a class
     augment: str = "nnunet"  # none, light, nnunet or nnunet_elastic
     precision: str = "fp32"  # Or bf16 or fp16: autocast, weights stay float32
-    accumulate: int = 1  # Parts that a batch is put through the network in
+    grad_accum_steps: int = 1  # Parts that a batch is put through the network in
     deep_supervision: bool = True  # Loss on every resolution of the decoder
     weighting: str = "mednext"  # Of these losses, or nnunet: the coarsest counts 0
     batch_dice: bool = True  # One Dice a class over the batch (or its part), not one a patch
@@ -65,9 +65,9 @@ class Recipe:
             return whole(value) or isinstance(value, float) and math.isfinite(value)
 
         rules = {
-            "a positive whole number": (("steps", "batch", "accumulate", "checkpoint_every"), lambda v: whole(v) and v > 0),
+            "a positive whole number": (("steps", "batch_size", "grad_accum_steps", "checkpoint_every"), lambda v: whole(v) and v > 0),
             "a whole number, 0 or more": (("warmup", "validate_every", "patience", "snapshots"), lambda v: whole(v) and v >= 0),
-            "a positive number": (("lr", "power", "eps", "clip"), lambda v: real(v) and v > 0),
+            "a positive number": (("lr", "poly_power", "eps", "max_grad_norm"), lambda v: real(v) and v > 0),
             "a number, 0 or more": (("weight_decay",), lambda v: real(v) and v >= 0),
             "a share from 0 to 1": (("foreground",), lambda v: real(v) and 0 <= v <= 1),
             "a share below 1": (("ema", "smooth"), lambda v: real(v) and 0 <= v < 1),
@@ -80,7 +80,7 @@ class Recipe:
             "adamw or sgd": (("optimizer",), lambda v: v in ("adamw", "sgd")),
             "fp32, bf16 or fp16": (("precision",), lambda v: v in ("fp32", "bf16", "fp16")),
             "last or best": (("keep",), lambda v: v in ("last", "best")),
-            f"a divisor of batch = {self.batch}": (("accumulate",), lambda v: self.batch % v == 0),
+            f"a divisor of batch_size = {self.batch_size}": (("grad_accum_steps",), lambda v: self.batch_size % v == 0),
             f"below steps = {self.steps}": (("warmup",), lambda v: v < self.steps),
         }
         for rule, (names, holds) in rules.items():
@@ -92,14 +92,14 @@ class Recipe:
 
 # %% ../../nbs/training/20_recipe.ipynb #named
 EPOCH = 250  # Steps, as nnU-Net counts
-AT_SCALE = dict(batch=2, patch=(128, 128, 128), weight_decay=3e-5, clip=12.0, augment="nnunet", validate_every=10 * EPOCH)
+AT_SCALE = dict(batch_size=2, patch=(128, 128, 128), weight_decay=3e-5, max_grad_norm=12.0, augment="nnunet", validate_every=10 * EPOCH)
 
 RECIPES = {
     "pretrain": dict(AT_SCALE, steps=1500 * EPOCH, lr=1e-3, warmup=50 * EPOCH, precision="bf16"),
     "finetune": dict(AT_SCALE, steps=300 * EPOCH, lr=1e-3, warmup=50 * EPOCH, precision="bf16", patch=(192, 192, 192)),
     "v1": dict(AT_SCALE, steps=1000 * EPOCH, lr=1e-3, precision="fp16"),
     "nnunet": dict(AT_SCALE, steps=1000 * EPOCH, lr=1e-2, optimizer="sgd", precision="fp16", weighting="nnunet"),
-    "mini": dict(
+    "quick": dict(
         steps=600, patch=(32, 32, 32), lr=1e-2, warmup=30, foreground=0.5, augment="light", present_only=True, validate_every=100, checkpoint_every=100
     ),
     "smoke": dict(steps=4, patch=(32, 32, 32), lr=1e-3, warmup=1, augment="light", checkpoint_every=2),
@@ -126,7 +126,7 @@ def learning_rate(
         return recipe.lr * (step + 1) / recipe.warmup
     # 2) Decay over what is left
     progress = (step - recipe.warmup) / (recipe.steps - recipe.warmup)
-    return recipe.lr * (1 - progress) ** recipe.power
+    return recipe.lr * (1 - progress) ** recipe.poly_power
 
 # %% ../../nbs/training/20_recipe.ipynb #optimizer
 def parameter_groups(recipe: Recipe, model: nn.Module) -> list[dict]:  # With `share`: of the learning rate

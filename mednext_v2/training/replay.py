@@ -14,13 +14,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core import Kind, atomic_folder, build, read_json, write_json
+from ..core import FolderKind, atomic_folder, build, read_json, write_json
 from .losses import deep_supervision_loss
 from ..data.mixture import LabelSpace, select_outputs
 from .recipe import Recipe
 
 # %% ../../nbs/training/40_replay.ipynb #bundle
-BUNDLE = Kind("bundle", ("bundle.json", "bundle.pt"), ("last.pt",))
+BUNDLE = FolderKind("bundle", ("bundle.json", "bundle.pt"), ("last.pt",))
 
 
 def write_bundle(

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ..models.transfer import freeze
 from ..data.augment import PatchSampler, patch_loader
 from .checkpoint import check_identity, identity, read_checkpoint, save_checkpoint, set_aside
-from ..core import Resources, atomic_file, check_output, find_device, held, peak_bytes, write_json
+from ..core import Resources, atomic_file, check_output, find_device, output_lock, peak_bytes, write_json
 from .replay import write_bundle
 from .losses import deep_supervision_loss, finest, sum_over_processes
 from ..data.mixture import LabelSpace, MixtureSampler, known_only, mix, select_outputs
@@ -81,7 +81,7 @@ def check_environment(
     yes, no = ("1", "true", "yes", "y", "t", "on"), ("", "no", "none")
     wrong = {
         # `accelerate launch` sets 1 and no where it was told nothing
-        "GRADIENT_ACCUMULATION_STEPS": lambda v: v not in ("", "1", str(recipe.accumulate)),
+        "GRADIENT_ACCUMULATION_STEPS": lambda v: v not in ("", "1", str(recipe.grad_accum_steps)),
         "MIXED_PRECISION": lambda v: v not in (*no, PRECISION[recipe.precision]),
         "DYNAMO_BACKEND": lambda v: v not in no,
         "USE_CPU": lambda v: v in yes and not cpu,
@@ -194,12 +194,12 @@ def tune(
 # %% ../../nbs/training/50_trainer.ipynb #step
 def loss_options(recipe: Recipe, sampler=None, engine=None) -> dict:
     "What `deep_supervision_loss` needs to know of recipe, data set and processes"
-    task = getattr(sampler, "labels", None) or getattr(getattr(sampler, "prepared", None), "task", None)
+    dataset = getattr(sampler, "labels", None) or getattr(getattr(sampler, "prepared", None), "dataset", None)
     options = {"present_only": recipe.present_only, "batch_dice": recipe.batch_dice, "weights": recipe.weighting}
-    if getattr(task, "regions", None):
-        options["regions"] = tuple(task.regions.values())
-    if getattr(task, "ignore", None) is not None:
-        options["ignore"] = task.ignore
+    if getattr(dataset, "regions", None):
+        options["regions"] = tuple(dataset.regions.values())
+    if getattr(dataset, "ignore", None) is not None:
+        options["ignore"] = dataset.ignore
     if engine is not None and engine.num_processes > 1:
         options["reduce"] = sum_over_processes
     return options
@@ -216,7 +216,7 @@ def train_step(
 ) -> tuple[float, float]:  # Loss, and norm of the gradient before clipping
     "Forward and backward in the recipe's parts, then one step; nothing is changed if a number is not finite"
     optimizer.zero_grad()
-    parts = list(zip(*(tensor.chunk(recipe.accumulate) for tensor in batch)))
+    parts = list(zip(*(tensor.chunk(recipe.grad_accum_steps) for tensor in batch)))
     loss = 0.0
     for number, (image, label, *rest) in enumerate(parts, 1):
         # Gradients are exchanged between processes once, after the last part
@@ -229,7 +229,7 @@ def train_step(
             part = deep_supervision_loss(outputs, label, **options, **more) / len(parts)
             engine.backward(part)
             loss += part.detach()
-    norm = engine.clip_grad_norm_(model.parameters(), recipe.clip)
+    norm = engine.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     loss, norm = engine.reduce(loss, "mean").item(), norm.item()
     if math.isfinite(loss) and (math.isfinite(norm) or recipe.precision == "fp16"):
@@ -266,10 +266,10 @@ class PatchValidation:
     def __init__(
         self,
         batches: list[tuple[Tensor, ...]],  # Images (B, C, *patch), labels (B, 1, *patch), perhaps annotated (B, C)
-        task=None,  # Whose regions and ignored value count; the `LabelSpace` of a mixture of data sets
+        dataset=None,  # Whose regions and ignored value count; the `LabelSpace` of a mixture of data sets
     ):
-        self.batches, self.space = batches, task if isinstance(task, LabelSpace) else None
-        self.options = {"regions": tuple(getattr(task, "regions", {}).values()), "ignore": getattr(task, "ignore", None)}
+        self.batches, self.space = batches, dataset if isinstance(dataset, LabelSpace) else None
+        self.options = {"regions": tuple(getattr(dataset, "regions", {}).values()), "ignore": getattr(dataset, "ignore", None)}
 
     def scores(self, model: nn.Module, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
         "Logits, label and annotated of a batch, on the network's device"
@@ -324,11 +324,11 @@ def patch_validation(
 ) -> PatchValidation:  # For `fit(validate=...)`
     "Validation on fixed patches of the validation split, each centred on a class; of a mixture, equally many a set"
     if labels is None:
-        sampler = PatchSampler(prepared, "val", recipe.patch, recipe.batch, 1.0, "none", seed)
-        return PatchValidation([sampler.batch(step) for step in range(batches)], getattr(prepared, "task", None))
+        sampler = PatchSampler(prepared, "val", recipe.patch, recipe.batch_size, 1.0, "none", seed)
+        return PatchValidation([sampler.batch(step) for step in range(batches)], getattr(prepared, "dataset", None))
     sets = {name: one for name, one in prepared.items() if one.ids("val")} or prepared
     options = dict(labels=labels, split="val", seed=seed, allow=allow, foreground=1.0, augment="none")
-    sampler = mix(sets, recipe.patch, recipe.batch, dict.fromkeys(sets, 1), **options)
+    sampler = mix(sets, recipe.patch, recipe.batch_size, dict.fromkeys(sets, 1), **options)
     return PatchValidation([sampler.batch(step) for step in range(batches * len(sets))], labels)
 
 
@@ -343,8 +343,8 @@ def training_sampler(
     "The sampler that a recipe describes"
     options = dict(foreground=recipe.foreground, augment=recipe.augment, seed=seed)
     if labels is None:
-        return PatchSampler(prepared, "train", recipe.patch, recipe.batch, **options)
-    return mix(prepared, recipe.patch, recipe.batch, weights, labels, allow=allow, **options)
+        return PatchSampler(prepared, "train", recipe.patch, recipe.batch_size, **options)
+    return mix(prepared, recipe.patch, recipe.batch_size, weights, labels, allow=allow, **options)
 
 # %% ../../nbs/training/50_trainer.ipynb #state
 PREEMPTED = 75  # Exit code of a run that was told to end and has saved: start it again to go on (EX_TEMPFAIL)
@@ -394,7 +394,7 @@ class Progress:
     skipped: int = 0  # Steps that the scaler passed over
     seconds: float = 0.0  # That training took, over all starts
 
-    def look(self, dice: float, smooth: float) -> bool:
+    def update_best(self, dice: float, smooth: float) -> bool:
         "Take in a validation; whether it is the best so far"
         if math.isnan(dice):
             return False
@@ -601,21 +601,21 @@ def check_run(recipe: Recipe, model: nn.Module, sampler) -> None:
         raise ValueError(f"recipe: patch {recipe.patch} must be divisible by {shown}, the network's stride")
     if all(size <= stride for size, stride in zip(recipe.patch, strides)) and max(strides) > 1:
         raise ValueError(f"recipe: patch {recipe.patch} leaves one voxel at the network's stride, {shown}: enlarge it")
-    names = {"patch": "patch", "batch": "batch_size", "foreground": "foreground", "augment": "augment"}
+    names = {"patch": "patch", "batch_size": "batch_size", "foreground": "foreground", "augment": "augment"}
     pairs = [(name, getattr(sampler, attribute, None), "sampler") for name, attribute in names.items()]
     pairs.append(("deep_supervision", getattr(model, "deep_supervision", None), "network"))
     for name, found, owner in pairs:
         if found is not None and found != getattr(recipe, name):
             raise ValueError(f"recipe: {name} is {getattr(recipe, name)!r}, but the {owner} has {found!r}")
-    task = getattr(getattr(sampler, "prepared", None), "task", None)
-    space, name = getattr(sampler, "labels", None), getattr(task, "name", "the mixture")
-    wanted = len(space.outputs) if space else getattr(task, "num_classes", None)
+    dataset = getattr(getattr(sampler, "prepared", None), "dataset", None)
+    space, name = getattr(sampler, "labels", None), getattr(dataset, "name", "the mixture")
+    wanted = len(space.outputs) if space else getattr(dataset, "num_classes", None)
     heads = getattr(model, "num_classes", None)
     if wanted and heads and wanted > heads:
-        raise ValueError(f"task {name} has {wanted} classes, but the network has {heads} outputs")
-    covered = set().union(*task.regions.values()) if getattr(task, "regions", None) else set()
-    if covered and (lost := sorted(set(task.labels.values()) - covered)):
-        raise ValueError(f"task {name}: label {lost} is in no region, so that nothing would be learnt of it")
+        raise ValueError(f"data set {name} has {wanted} classes, but the network has {heads} outputs")
+    covered = set().union(*dataset.regions.values()) if getattr(dataset, "regions", None) else set()
+    if covered and (lost := sorted(set(dataset.labels.values()) - covered)):
+        raise ValueError(f"data set {name}: label {lost} is in no region, so that nothing would be learnt of it")
 
 
 def set_step(
@@ -669,7 +669,7 @@ def averaged(model: nn.Module, average: Average | None) -> Iterator[None]:
         model.load_state_dict(own)
 
 
-def look(validate: Callable | None, model: nn.Module, engine, due: bool) -> float:  # NaN if there is nothing to do
+def validated(validate: Callable | None, model: nn.Module, engine, due: bool) -> float:  # NaN if there is nothing to do
     "Validation in evaluation mode and without gradients"
     if validate is None or not due:
         return math.nan
@@ -684,9 +684,10 @@ def check_processes(recipe: Recipe, engine, who: dict, state: dict | None) -> No
     "ValueError if the batch cannot be dealt out, or if the processes are not about to train the same run"
     from accelerate.utils import gather_object
 
-    parts = engine.num_processes * recipe.accumulate
-    if recipe.batch % parts:
-        raise ValueError(f"recipe: batch {recipe.batch} must be divisible by {parts}, processes x accumulate = {engine.num_processes} x {recipe.accumulate}")
+    parts = engine.num_processes * recipe.grad_accum_steps
+    if recipe.batch_size % parts:
+        product = f"processes x grad_accum_steps = {engine.num_processes} x {recipe.grad_accum_steps}"
+        raise ValueError(f"recipe: batch_size {recipe.batch_size} must be divisible by {parts}, {product}")
     everyone = gather_object([{**who, "checkpoint of step": str(state["progress"]["step"]) if state else "none"}])
     for rank, other in enumerate(everyone):
         if differing := [name for name, value in everyone[0].items() if other.get(name) != value]:
@@ -846,7 +847,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(resources, name) for name in ("compiled", "channels_last", "augment_on_device")}
     who = identity(recipe, model, sampler, seed, **settings)
-    with held(folder) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
+    with output_lock(folder) if int(os.environ.get("RANK", 0)) == 0 else nullcontext():
         engine = make_engine(recipe, model, resources.device, resources.parallel, trackers=display.trackers, folder=folder)
         session = Session(recipe, model, engine, folder, who, resume)
         tune(session.network, engine.device, resources.compiled, resources.channels_last)
@@ -868,9 +869,9 @@ def fit(
                     session.average.update(session.network)
                 due = is_due(at.step, recipe.validate_every, recipe)
                 with averaged(session.network, session.average if due else None):
-                    dice = look(validate, session.model, engine, due)
+                    dice = validated(validate, session.model, engine, due)
                     report.picture(validate, dice, display.pictures)
-                    if at.look(dice, recipe.smooth):
+                    if at.update_best(dice, recipe.smooth):
                         session.save_best()
                 if recipe.snapshots and is_due(at.step, max(1, recipe.steps // recipe.snapshots), recipe):
                     session.save_snapshot()
