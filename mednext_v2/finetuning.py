@@ -12,18 +12,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 
 from .core import Resources, check_output, short_hash, output_lock, read_csv, read_json, write_json
 from .evaluation.cases import predict_cases, record_scores, score_cases, write_scores
-from .training.run import TrainingData, forecast_fit, network_for, pictures_by_default, start_from, train_in_processes
+from .training.monitor import Display
+from .training.run import TrainingData, TrainSettings, build_network, forecast_cost, load_start, pictures_by_default, train_in_processes
 from .models.transfer import Start
-from .training.trainer import Display
 
 if TYPE_CHECKING:
     from mednext_v2.data.datasets import Case, Dataset
+    from mednext_v2.data.preprocess import Prepared
     from mednext_v2.models.card import Card
     from mednext_v2.training.recipe import Recipe
 
@@ -132,7 +133,8 @@ def unprepared_data(dataset: "Dataset", raw: Path) -> TrainingData:  # That hold
     files = [case.images[0] for case in list_cases(dataset, raw.parent) if case.split == "train"]
     shapes = [target_shape(shape, spacing, dataset.spacing) for spacing, shape in zip(*read_grids(files))]
     shape = tuple(pd.DataFrame(shapes).median().astype(int))
-    return TrainingData({dataset.name: SimpleNamespace(dataset=dataset, fingerprint=SimpleNamespace(shape=shape))})
+    known = SimpleNamespace(dataset=dataset, fingerprint=SimpleNamespace(shape=shape))  # All of a `Prepared` that a forecast reads
+    return TrainingData({dataset.name: cast("Prepared", known)})
 
 # %% ../nbs/60_finetuning.ipynb #remember
 def build_request(plan: "FinetunePlan") -> dict:
@@ -198,7 +200,7 @@ class FinetunePlan:
     def check_start(self, data: TrainingData) -> None:
         "Load the parent's weights into a network; ValueError if they do not fit"
         if self.start.model:
-            start_from(self.start, network_for(data, **self.network, parent=self.start.model)[0], data, self.out / "run")
+            load_start(self.start, build_network(data, **self.network, parent=self.start.model)[0], data, self.out / "run")
 
 # %% ../nbs/60_finetuning.ipynb #print-step
 def print_step(text: str) -> None:
@@ -247,17 +249,8 @@ def fit_model(plan: FinetunePlan, resources: Resources) -> None:
     prepared = plan.out / "prepared"
     if not (prepared / "manifest.csv").is_file():  # Written last
         prepare(plan.dataset, plan.raw.parent, prepared, max(1, resources.workers), progress=True)
-    network = plan.network | {"recipe": asdict(plan.recipe)}
-    train_in_processes(
-        resources,
-        plan.start,
-        Display(pictures=pictures_by_default()),
-        data=str(prepared),
-        out=str(plan.out / "model"),
-        folder=str(plan.out / "run"),
-        seed=plan.seed,
-        **network,
-    )
+    settings = TrainSettings(prepared, plan.out / "model", folder=plan.out / "run", start=plan.start, seed=plan.seed, **plan.network)
+    train_in_processes(settings, resources, Display(pictures=pictures_by_default()))
 
 # %% ../nbs/60_finetuning.ipynb #score-model
 def score_model(plan: FinetunePlan, options: FinetuneOptions, resources: Resources) -> pd.DataFrame:  # As `score_cases` gives it
@@ -327,7 +320,7 @@ def finetune(
             report(plan.describe())
             plan.check_start(data)
             if options.forecast:
-                report(forecast_fit(data, **plan.network, parent=plan.start.model, device=resources.device, processes=resources.processes))
+                report(forecast_cost(data, **plan.network, parent=plan.start.model, device=resources.device, processes=resources.processes))
             write_json(out / "plan.json", request, sort_keys=False)
             fit_model(plan, resources)
         return score_model(plan, options, resources)

@@ -399,7 +399,7 @@ def test_a_whole_scan_of_a_few_microns_is_refused(desk, capsys, command):
     with pytest.raises(SystemExit) as ended:
         place = [desk.raw, out] if command == "prepare" else ["-m", desk.model, "-i", desk.image, "-o", out, "--device", "cpu"]
         cli.main([command, *map(str, place), *words])
-    assert "look at its voxel size and at the unit" in str(ended.value.code) and CASE in str(ended.value.code)
+    assert "check its voxel size and the unit" in str(ended.value.code) and CASE in str(ended.value.code)
 
 
 # ---- what changed is done anew, what is not ours stays

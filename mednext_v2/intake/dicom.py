@@ -28,17 +28,19 @@ def read_header(
     "The header of a DICOM file; ValueError if it is damaged, deflated, or pydicom is not installed"
     try:
         import pydicom
+        from pydicom.errors import InvalidDicomError
+        from pydicom.filereader import read_file_meta_info
     except ImportError as error:
         raise ValueError(f"reading {path} needs pydicom: pip install 'mednext_v2[convert]'") from error
     try:
-        meta = pydicom.filereader.read_file_meta_info(path)
+        meta = read_file_meta_info(path)
         if meta.get("TransferSyntaxUID") == DEFLATED:
             raise ValueError(f"{path} is deflated DICOM, which is not read: rewrite it with gdcmconv --raw")
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(keywords))
         for keyword in keywords:  # pydicom parses a value when asked for it: now, so that the error is ours
             header.get(keyword)
         return header
-    except pydicom.errors.InvalidDicomError:
+    except InvalidDicomError:
         return None
     except FileNotFoundError:
         raise
@@ -327,11 +329,12 @@ def stack(
 def slice_values(one: Slice) -> np.ndarray:  # (rows, columns), HU
     "Rescaled pixels; ValueError if they cannot be decoded or do not fit the header"
     import pydicom
+    from pydicom.uid import RLELossless
 
     try:
         dataset = pydicom.dcmread(one.path)
         syntax = dataset.file_meta.TransferSyntaxUID
-        if not syntax.is_compressed or syntax == pydicom.uid.RLELossless:
+        if not syntax.is_compressed or syntax == RLELossless:
             values = dataset.pixel_array
             if one.whole:
                 values = values.astype(np.int32) + int(one.intercept)
@@ -351,6 +354,15 @@ def slice_values(one: Slice) -> np.ndarray:  # (rows, columns), HU
     return values
 
 
+def to_ras(
+    voxels: np.ndarray,  # (i, j, k), in any orientation
+    affine: np.ndarray,  # (4, 4), voxel index to mm in RAS
+) -> Volume:
+    "The volume turned to RAS"
+    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(voxels, affine, dtype=voxels.dtype))
+    return Volume(np.ascontiguousarray(image.dataobj), image.affine)
+
+
 def read_series(
     paths: Sequence[str | Path],  # The files of one series, in any order
 ) -> Volume:  # int16 or float32 voxels in RAS order, HU for CT
@@ -363,8 +375,7 @@ def read_series(
         voxels[:, :, index] = slice_values(one).T
     if whole and -(2**15) <= voxels.min() and voxels.max() < 2**15:
         voxels = voxels.astype(np.int16)
-    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(voxels, affine, dtype=voxels.dtype))
-    return Volume(np.ascontiguousarray(image.dataobj), image.affine)
+    return to_ras(voxels, affine)
 
 # %% ../../nbs/intake/10_dicom.ipynb #plain-name
 SIDES = {**dict.fromkeys(("l", "lt", "lef", "left"), "left"), **dict.fromkeys(("r", "rt", "rig", "right"), "right")}
