@@ -12,14 +12,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pandas as pd
 
 from .core import Resources, check_output, short_hash, output_lock, read_csv, read_json, write_json
 from .evaluation.cases import predict_cases, record_scores, score_cases, write_scores
-from .training.run import TrainingData, forecast_fit, network_for, pictures_by_default, start_from, train_in_processes
+from .training.run import TrainingData, TrainSettings, build_network, forecast_cost, load_start, pictures_by_default, train_in_processes
 from .models.transfer import Start
-from .training.trainer import Display
+from .training.monitor import Display
 
 # %% ../nbs/60_finetuning.ipynb #raw-folder
 def raw_folder(
@@ -132,7 +133,7 @@ def planned_data(
     files = [case.images[0] for case in list_cases(dataset, raw.parent) if case.split == "train"]
     shapes = [target_shape(shape, spacing, dataset.spacing) for spacing, shape in zip(*read_grids(files))]
     shape = tuple(pd.DataFrame(shapes).median().astype(int))
-    return TrainingData({dataset.name: SimpleNamespace(dataset=dataset, fingerprint=SimpleNamespace(shape=shape))})
+    return TrainingData({dataset.name: cast(Any, SimpleNamespace(dataset=dataset, fingerprint=SimpleNamespace(shape=shape)))})
 
 # %% ../nbs/60_finetuning.ipynb #remember
 def request_of(
@@ -177,7 +178,7 @@ class FinetunePlan:
     dataset: object  # A `Dataset`, with the voxel size to train at
     raw: Path
     out: Path
-    network: dict  # backbone, recipe and overrides, as `run.network_for` takes them
+    network: dict  # backbone, recipe and overrides, as `run.build_network` takes them
     start: Start  # The parent as a model folder
     seed: int = 0
 
@@ -194,7 +195,7 @@ class FinetunePlan:
     def rehearse(self, data: TrainingData) -> None:
         "Start a network from the parent's weights and leave it; ValueError if they do not fit"
         if self.start.model:
-            start_from(self.start, network_for(data, **self.network, parent=self.start.model)[0], data, self.out / "run")
+            load_start(self.start, build_network(data, **self.network, parent=self.start.model)[0], data, self.out / "run")
 
 
 def make_plan(
@@ -232,17 +233,8 @@ def fit_model(plan: FinetunePlan, resources: Resources) -> None:
     prepared = plan.out / "prepared"
     if not (prepared / "manifest.csv").is_file():  # Written last
         prepare(plan.dataset, plan.raw.parent, prepared, max(1, resources.workers), progress=True)
-    network = plan.network | {"recipe": asdict(plan.network["recipe"])}
-    train_in_processes(
-        resources,
-        plan.start,
-        Display(pictures=pictures_by_default()),
-        data=str(prepared),
-        out=str(plan.out / "model"),
-        folder=str(plan.out / "run"),
-        seed=plan.seed,
-        **network,
-    )
+    settings = TrainSettings(prepared, plan.out / "model", folder=plan.out / "run", start=plan.start, seed=plan.seed, **plan.network)
+    train_in_processes(settings, resources, Display(pictures=pictures_by_default()))
 
 
 def score_model(plan: FinetunePlan, command: str, say: Callable[[str], None], resources: Resources) -> pd.DataFrame:  # As `score_cases` gives it
@@ -305,7 +297,7 @@ def finetune(
             say(plan.describe())
             plan.rehearse(data)
             if check:
-                say(forecast_fit(data, **plan.network, parent=plan.start.model, device=resources.device, processes=resources.processes))
+                say(forecast_cost(data, **plan.network, parent=plan.start.model, device=resources.device, processes=resources.processes))
             write_json(out / "plan.json", request, sort_keys=False)
             fit_model(plan, resources)
         return score_model(plan, command, say, resources)
