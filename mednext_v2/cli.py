@@ -12,7 +12,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -231,10 +231,10 @@ def parse_sampling(
 # %% ../nbs/90_cli.ipynb #train
 def forecast_training(options: argparse.Namespace, recipe: "Recipe", overrides: dict) -> str:
     "Forecast the memory and time of a training"
-    from mednext_v2.training.run import forecast_fit, read_data
+    from mednext_v2.training.run import forecast_cost, read_data
 
     data = read_data([options.data, *options.others], options.heads)
-    return forecast_fit(data, options.backbone, recipe, overrides, options.parent, options.device, options.processes)
+    return forecast_cost(data, options.backbone, recipe, overrides, options.parent, options.device, options.processes)
 
 
 def exit_ended(ended: "RunEnded") -> NoReturn:
@@ -246,9 +246,9 @@ def exit_ended(ended: "RunEnded") -> NoReturn:
 def train(options: argparse.Namespace) -> str:
     "Train a network on prepared data"
     from mednext_v2.training.launch import RunEnded
-    from mednext_v2.training.run import pictures_by_default, train_in_processes
+    from mednext_v2.training.run import TrainSettings, pictures_by_default, train_in_processes
     from mednext_v2.training.recipe import get_recipe
-    from mednext_v2.training.trainer import Display
+    from mednext_v2.training.monitor import Display
     from mednext_v2.core import check_output
     from mednext_v2.models.card import MODEL_FOLDER, read_card
 
@@ -260,22 +260,20 @@ def train(options: argparse.Namespace) -> str:
     if not options.unchecked:
         print(forecast_training(options, recipe, overrides), file=sys.stderr)
     try:
-        train_in_processes(
-            resources_from_options(options),
-            start_from_options(options),
-            Display(pictures=pictures_by_default()),
-            data=[str(path) for path in (options.data, *options.others)],
-            out=str(options.out),
+        settings = TrainSettings(
+            data=(options.data, *options.others),
+            out=options.out,
             backbone=options.backbone,
-            recipe=asdict(recipe),
-            folder=str(options.folder or f"{options.out}.run"),
+            recipe=recipe,
+            folder=options.folder or f"{options.out}.run",
             overrides=overrides,
+            start=start_from_options(options),
             seed=options.seed,
             sampling=parse_sampling(options.sampling),
             heads=options.heads,
-            allow=options.allow,
-            resume=options.resume,
+            allow=tuple(options.allow),
         )
+        train_in_processes(settings, resources_from_options(options), Display(pictures=pictures_by_default()), options.resume)
     except RunEnded as ended:
         exit_ended(ended)
     return f"wrote {options.out}"
@@ -287,22 +285,28 @@ def finetune(options: argparse.Namespace) -> str:
 
     from mednext_v2.training.launch import RunEnded
     from mednext_v2.finetuning import finetune as finetune_dataset
-    from mednext_v2.finetuning import review_scores
+    from mednext_v2.finetuning import FinetuneOptions, review_scores
+    from mednext_v2.training.recipe import get_recipe
     from mednext_v2.evaluation.statistics import means
 
-    unchanged = ("backbone", "recipe", "registry", "seed", "seed_task", "spacing")
     try:
         table = finetune_dataset(
             options.data,
             start_from_options(options),
             options.out,
-            changes=dict(parse_pair(pair) for pair in options.recipe_set),
+            recipe=get_recipe(options.recipe, **dict(parse_pair(pair) for pair in options.recipe_set)),
+            backbone=options.backbone,
             overrides=dict(parse_pair(pair) for pair in options.network),
+            spacing=options.spacing,
+            seed=options.seed,
             resources=resources_from_options(options),
-            check=not options.unchecked,
-            reading=checkpoint_options(options),
-            command=shlex.join(["mednextv2", *sys.argv[1:]]),
-            **{name: getattr(options, name) for name in unchanged},
+            options=FinetuneOptions(
+                forecast=not options.unchecked,
+                seed_task=options.seed_task,
+                registry=options.registry,
+                checkpoint=checkpoint_options(options),
+                command=shlex.join(["mednextv2", *sys.argv[1:]]),
+            ),
         )
     except RunEnded as ended:
         exit_ended(ended)

@@ -23,7 +23,7 @@ from data_toys_dicom import turned_affine
 from mednext_v2.core import ItemsFailed
 from mednext_v2.data.datasets import get_dataset, list_cases, load_datasets, raw_dataset, read_case
 from mednext_v2.data.scans import Volume
-from mednext_v2.intake.convert import CONVERTERS, convert, merge_parts, options_of, table_of
+from mednext_v2.intake.convert import CONVERTERS, convert, merge_parts, options_of, value_table
 
 NAMES = list(WRITERS)
 get_dataset = functools.cache(get_dataset)
@@ -398,7 +398,7 @@ def test_an_own_registry_names_an_own_set(tmp_path):
 def test_tables_make_every_label_of_the_registry():
     for dataset in load_datasets().values():
         for name in {dataset.source, dataset.name} & set(CONVERTERS) - {"cads", "raw"}:
-            made = set(table_of(name, dataset).values())
+            made = set(value_table(name, dataset).values())
             assert made == set(dataset.values), dataset.name
 
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 from torch import nn
 
+from mednext_v2.core import Resources
 from mednext_v2.training.recipe import get_recipe
 
 
@@ -14,10 +15,10 @@ def engine():
     "Makes an engine for a small network"
 
     def make(precision="fp32", **options):
-        from mednext_v2.training.trainer import make_engine
+        from mednext_v2.training.engine import make_engine
 
         recipe = get_recipe("smoke", precision=precision, grad_accum_steps=2)
-        return make_engine(recipe, nn.Conv3d(1, 1, 1), **{"device": "cpu"} | options)
+        return make_engine(recipe, nn.Conv3d(1, 1, 1), Resources(**{"device": "cpu"} | options))
 
     return make
 
@@ -45,7 +46,7 @@ def test_a_variable_against_the_recipe_is_refused_by_name(name, value, engine, m
 
 
 def test_the_cpu_is_not_taken_for_a_gpu_unasked(monkeypatch):
-    from mednext_v2.training.trainer import check_environment
+    from mednext_v2.training.engine import check_environment
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "yes")
     check_environment(get_recipe("smoke"), cpu=True, parallel="ddp")
@@ -86,11 +87,12 @@ import mednext_v2
 for module in pkgutil.iter_modules(mednext_v2.__path__):
     importlib.import_module("mednext_v2." + module.name)
 from mednext_v2.models.registry import create
-from mednext_v2.core import Kind, atomic_folder, peak_bytes, write_json
+from mednext_v2.core import FolderKind, atomic_folder, peak_bytes, write_json
 from mednext_v2.inference.windows import sliding_window
 from mednext_v2.training.recipe import get_recipe
 from mednext_v2.core import Resources
-from mednext_v2.training.trainer import Display, fit
+from mednext_v2.training.monitor import Display
+from mednext_v2.training.trainer import fit
 
 class Toy:
     "Steps of noise"
@@ -109,7 +111,7 @@ assert (folder / "run" / "last.pt").is_file()
 scores = sliding_window(model.eval(), torch.randn(1, 40, 33, 32), (32, 32, 32))
 assert scores.shape[-3:] == (40, 33, 32)
 for number in range(2):  # A folder that is there is replaced
-    with atomic_folder(folder / "made", Kind("number", ("number.json",))) as temporary:
+    with atomic_folder(folder / "made", FolderKind("number", ("number.json",))) as temporary:
         write_json(temporary / "number.json", number)
 assert (folder / "made" / "number.json").read_text() == "1\\n" and peak_bytes() > 0
 left = [str(path) for path in folder.rglob(".tmp-*")]

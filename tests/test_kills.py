@@ -29,7 +29,8 @@ from mednext_v2.models.card import MODEL_FOLDER, Card, save_model
 from mednext_v2.models.registry import create
 from mednext_v2.training import launch, trainer
 from mednext_v2.training.checkpoint import identity
-from mednext_v2.training.trainer import Display, training_sampler
+from mednext_v2.training.monitor import Display
+from mednext_v2.training.trainer import training_sampler
 from test_hostile import CARD
 from test_training_sets import CHEST, write_raw
 from training_toys import fit, toy_cases, toy_model, toy_recipe, toy_run

@@ -22,7 +22,7 @@ import torch
 import mednext_v2
 from mednext_v2.data.augment import PatchSampler
 from mednext_v2.network.scaling import create_model
-from mednext_v2.training.trainer import PatchValidation, patch_validation
+from mednext_v2.training.validation import PatchValidation, patch_validation
 from training_toys import fit, toy_cases, toy_recipe
 
 SLOW = 300  # Seconds that a start may take on a crowded machine

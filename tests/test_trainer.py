@@ -18,23 +18,17 @@ import pandas as pd
 import pytest
 import torch
 
+from mednext_v2.core import Resources
 from mednext_v2.models.registry import create
 from mednext_v2.training import checkpoint
 from mednext_v2.training.checkpoint import read_checkpoint, save_checkpoint, weights_digest
+from mednext_v2.training.engine import make_engine
 from mednext_v2.training.losses import deep_supervision_loss
+from mednext_v2.training.monitor import log_curves
 from mednext_v2.training.recipe import RECIPES, Recipe, get_recipe, learning_rate, make_optimizer
-from mednext_v2.training.trainer import (
-    PREEMPTED,
-    PatchValidation,
-    check_run,
-    curves,
-    loss_options,
-    make_engine,
-    patch_validation,
-    set_step,
-    train_step,
-    training_sampler,
-)
+from mednext_v2.training.state import PREEMPTED
+from mednext_v2.training.trainer import check_run, loss_options, prepare_step, train_step, training_sampler
+from mednext_v2.training.validation import PatchValidation, patch_validation
 from training_toys import fit, readers, toy_cases, toy_model, toy_recipe, toy_run
 
 
@@ -150,7 +144,7 @@ def test_it_learns(tmp_path):
 
 def one_step(recipe, model, batch):
     "Loss and norm of one step, by the engine"
-    engine = make_engine(recipe, model, "cpu")
+    engine = make_engine(recipe, model, Resources("cpu"))
     model, optimizer = engine.prepare(model, make_optimizer(recipe, model))
     return train_step(recipe, engine, model, optimizer, batch, loss_options(recipe))
 
@@ -522,7 +516,7 @@ def test_history_counts_every_step_once(tmp_path):
 def test_curves_need_no_repository_and_make_none(tmp_path, monkeypatch):
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     monkeypatch.chdir(tmp_path)
-    with curves(tmp_path / "run", [dict(step=1, loss=2.0, val_dice=math.nan)]) as log:
+    with log_curves(tmp_path / "run", [dict(step=1, loss=2.0, val_dice=math.nan)]) as log:
         log(dict(step=2, loss=1.0, val_dice=0.5))
     tables = {p.stem: pd.read_csv(p, sep="\t") for p in (tmp_path / "run").rglob("*.tsv")}
     assert tables["loss"].values.tolist() == [[1, 2.0], [2, 1.0]] and tables["val_dice"].values.tolist() == [[2, 0.5]]
@@ -769,7 +763,7 @@ def test_frozen_parts_do_not_move_and_are_free_again(tmp_path):
 def test_early_layers_learn_more_slowly():
     recipe, model = toy_recipe(layer_decay=0.5), toy_model()
     optimizer = make_optimizer(recipe, model)
-    set_step(optimizer, 1.0, 0, 1)
+    prepare_step(optimizer, 1.0, 0, 1)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     named = {name: rates[id(p)] for name, p in model.named_parameters()}
     assert named["heads.0.conv.conv.weight"] == 1 and named["input_block.conv1.conv.weight"] == min(named.values()) < 0.1

@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import nibabel
@@ -28,8 +28,8 @@ from mednext_v2.models.transfer import Start, class_channels
 from mednext_v2.network.scaling import estimate
 from mednext_v2.training import launch, run, trainer
 from mednext_v2.training.recipe import Recipe, get_recipe
-from mednext_v2.training.run import read_data, train_model
-from mednext_v2.training.trainer import patch_validation
+from mednext_v2.training.run import TrainSettings, read_data, train_model
+from mednext_v2.training.validation import PatchValidation, patch_validation
 from training_toys import split
 
 SMALL = {"filters": (4, 8, 8)}
@@ -103,8 +103,10 @@ def sets(tmp_path_factory):
     return folder
 
 
-def train(data, out, recipe=SHORT, **options):
-    return train_model(data, out, "unet", recipe, f"{out}.run", **split(dict(overrides=SMALL) | options))
+def train(data, out, recipe=SHORT, backbone="unet", **options):
+    options = split(dict(overrides=SMALL) | options)
+    settings = {field.name: options.pop(field.name) for field in fields(TrainSettings) if field.name in options}
+    return train_model(TrainSettings(data, out, backbone, recipe, f"{out}.run", **settings), **options)
 
 
 # ---- cases that lack labels
@@ -174,9 +176,9 @@ def test_validation_counts_known_classes_only():
     echo = torch.nn.Identity()
     echo.weight = torch.nn.Parameter(torch.zeros(1))
     annotated = torch.tensor([[True, True, True], [True, False, True]])
-    assert trainer.PatchValidation([(scores, label, annotated)], space)(echo) == 1
+    assert PatchValidation([(scores, label, annotated)], space)(echo) == 1
     everything = torch.ones_like(annotated)
-    assert trainer.PatchValidation([(scores, label, everything)], space)(echo) < 0.9
+    assert PatchValidation([(scores, label, everything)], space)(echo) < 0.9
 
 
 @pytest.mark.parametrize(
@@ -388,7 +390,7 @@ def test_a_suggestion_that_is_followed_to_the_letter_is_accepted(sets, tmp_path,
 
 def test_checkpointing_auto_is_what_free_memory_allows(sets, tmp_path, monkeypatch):
     data, recipe = run.read_data(sets / "chest"), replace(SHORT, patch=(32, 32, 32), batch_size=2)
-    network, patch = run.network_for(data, "mednext_v2_tiny", recipe, {"width": 4})
+    network, patch = run.build_network(data, "mednext_v2_tiny", recipe, {"width": 4})
     options = dict(batch_size=2, in_channels=data.in_channels, num_classes=data.outputs, deep_supervision=recipe.deep_supervision)
     kinds = ("none", "expansion", "block")
     for free, device, expected in [
@@ -397,13 +399,13 @@ def test_checkpointing_auto_is_what_free_memory_allows(sets, tmp_path, monkeypat
         (estimate(network.arch, patch, fused="cpu", **options).total_bytes / 0.8 + 9, "cpu", "none"),
     ]:
         monkeypatch.setattr(launch, "available_memory", lambda device: int(free))
-        found = run.network_for(data, "mednext_v2_tiny", recipe, {"width": 4, "grad_checkpointing": "auto"}, device=device)
+        found = run.build_network(data, "mednext_v2_tiny", recipe, {"width": 4, "grad_checkpointing": "auto"}, device=device)
         assert found[0].grad_checkpointing == expected
     monkeypatch.undo()
     others = dict(overrides={"width": 4, "grad_checkpointing": "auto"}, device="cpu", progress=False)
-    train_model(sets / "chest", tmp_path / "model", "mednext_v2_tiny", recipe, tmp_path / "run", **split(others))
+    train(sets / "chest", tmp_path / "model", recipe, "mednext_v2_tiny", **others)
     assert read_card(tmp_path / "model").overrides == {"width": 4}
-    run.network_for(data, "unet", recipe, SMALL | {"grad_checkpointing": "auto"})  # Has no such choice
+    run.build_network(data, "unet", recipe, SMALL | {"grad_checkpointing": "auto"})  # Has no such choice
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name.startswith("mednext")])
@@ -418,7 +420,7 @@ def test_training_with_recomputing_gives_the_same_weights_and_a_plain_card(sets,
     recipe, kinds = replace(SHORT, patch=(32, 32, 32), batch_size=1), ("none", "expansion", "block")
     for kind in kinds:
         options = dict(overrides={"width": 4, "grad_checkpointing": kind}, device="cpu", progress=False)
-        train_model(sets / "chest", tmp_path / kind, "mednext_v2_tiny", recipe, tmp_path / f"{kind}.run", **split(options))
+        train(sets / "chest", tmp_path / kind, recipe, "mednext_v2_tiny", **options)
         assert read_card(tmp_path / kind).overrides == {"width": 4}
     plain, *others = (read_state(tmp_path / kind) for kind in kinds)
     assert all(torch.equal(value, other[name]) for other in others for name, value in plain.items())

@@ -10,8 +10,9 @@ from mednext_v2.core import Resources
 from mednext_v2.data.augment import ArrayCases
 from mednext_v2.models.registry import create
 from mednext_v2.training import trainer
+from mednext_v2.training.monitor import Display
 from mednext_v2.training.recipe import Recipe
-from mednext_v2.training.trainer import Display, training_sampler
+from mednext_v2.training.trainer import training_sampler
 
 
 def toy_cases(train: int = 3, size: int = 20) -> ArrayCases:

@@ -12,10 +12,11 @@ import hashlib
 import os
 import signal
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -543,6 +544,14 @@ def naming(
         where = f"step {step}, patch {index}" + (f", case {case}" if case else "")
         raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
 
+# %% ../../nbs/data/50_augment.ipynb #protocol
+class Sampler(Protocol):
+    "What a training asks for its patches"
+
+    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
+        "Images (B, C, *patch), labels (B, 1, *patch), and of a mixture which classes are annotated (B, num_classes)"
+        ...
+
 # %% ../../nbs/data/50_augment.ipynb #loader
 @dataclass(frozen=True)
 class Failed:
@@ -587,7 +596,7 @@ def end_workers(ahead) -> None:
 PATIENCE = 600  # Seconds that a batch may take: a worker whose shared memory is full lives on and sends nothing
 
 
-def batches(loader: DataLoader, sampler, device: torch.device, on_device: bool) -> Iterator:
+def batches(loader: DataLoader, sampler, device: torch.device, on_device: bool) -> Generator[tuple[Tensor, ...], None, None]:
     "The loader's batches on the device, in order; ends its workers when it is left"
     ahead, send = iter(loader), partial(Tensor.to, device=device, non_blocking=True)
     stop = partial(end_workers, ahead)
@@ -623,7 +632,7 @@ def patch_loader(
     prefetch: int = 2,  # Batches that each worker is ahead
     augment_on_device: bool = False,  # Cut in the workers, vary on the device; needs a `PatchSampler`
     method: str | None = None,  # How workers start: fork, spawn, forkserver; PyTorch's choice if not given
-) -> Iterator[tuple[Tensor, Tensor]]:  # Images (B, C, *patch) and labels (B, 1, *patch), step by step
+) -> Generator[tuple[Tensor, ...], None, None]:  # Images (B, C, *patch) and labels (B, 1, *patch), step by step
     "The batches of a run from a step on, the same whoever makes them; RuntimeError names step and case"
     for name, value, least in (("start", start, 0), ("steps", steps, start), ("workers", workers, 0)):
         if value < least:

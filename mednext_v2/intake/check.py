@@ -64,8 +64,8 @@ FAULTS = {  # Code: severity, what to do
     "dataset-elsewhere": ("warning", "put the files into imagesTr and labelsTr to have them checked"),
     "labels-values": ("error", "number the labels 0, 1, 2, ... without gaps, and the files accordingly"),
     "labels-task": ("error", "correct dataset.json or the registry, so that names and values agree"),
-    "num-training": ("error", "restore the missing cases, or correct numTraining (fix does)"),
-    "file-ending": ("error", "convert the file, or correct file_ending in dataset.json (fix does)"),
+    "num-training": ("error", "restore the missing cases, or correct numTraining (doctor --fix does)"),
+    "file-ending": ("error", "convert the file, or correct file_ending in dataset.json (doctor --fix does)"),
     "stray-file": ("warning", "remove the file, or name it CASE_0000 (image) or CASE (label)"),
     "label-missing": ("error", "restore the label, or take the case out"),
     "image-missing": ("error", "restore the image, or remove the label"),
@@ -77,7 +77,7 @@ FAULTS = {  # Code: severity, what to do
     "splits-absent": ("warning", "add the case to a split, or it is never used"),
     "splits-overlap": ("error", "remove the case from one of the two"),
     "annotated-csv": ("error", "correct annotated.csv (columns case and annotated; labels of dataset.json), or remove it"),
-    "annotated-unknown": ("error", "correct the name in annotated.csv, or remove the row (fix does)"),
+    "annotated-unknown": ("error", "correct the name in annotated.csv, or remove the row (doctor --fix does)"),
     "case-shared": ("error", "remove the case from training, or rename it if it is another scan"),
 }
 
@@ -87,8 +87,8 @@ FAULTS |= {
     "spacing-odd": ("warning", "look whether the voxel sizes are right and the scan belongs here"),
     "orientation-odd": ("warning", "nothing if the orientation is right: all are turned to RAS"),
     "shape-mismatch": ("error", "resample one to the other"),
-    "affine-mismatch": ("error", "resample one to the other (fix aligns what is within half a voxel)"),
-    "affine-rounding": ("warning", "copy the affine of the image (fix does)"),
+    "affine-mismatch": ("error", "resample one to the other (doctor --fix aligns what is within half a voxel)"),
+    "affine-rounding": ("warning", "copy the affine of the image (doctor --fix does)"),
     "axes-differ": ("warning", "store both with the same axes: nnU-Net does not turn them"),
 }
 
@@ -96,8 +96,8 @@ FAULTS |= {
 FAULTS |= {
     "label-nan": ("error", "draw or export the label again"),
     "label-fraction": ("error", "export again without interpolation (order 0)"),
-    "label-rounding": ("error", "round to whole numbers (fix does)"),
-    "label-float": ("warning", "store labels as uint8 (fix does)"),
+    "label-rounding": ("error", "round to whole numbers (doctor --fix does)"),
+    "label-float": ("warning", "store labels as uint8 (doctor --fix does)"),
     "label-undeclared": ("error", "correct the file, or declare the value in dataset.json"),
     "label-empty": ("warning", "nothing if the scan is healthy; otherwise restore the label"),
     "class-absent": ("warning", "nothing can be learnt for it: take it out of dataset.json or add cases"),
@@ -863,7 +863,7 @@ def find_sets(
     if dataset is None:
         return inside
     if data / dataset.folder not in inside:
-        raise FileNotFoundError(f"{data} does not hold {dataset.folder}: give another folder or task")
+        raise FileNotFoundError(f"{data} does not hold {dataset.folder}: give another folder or data set")
     return [data / dataset.folder]
 
 

@@ -11,16 +11,18 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
 
-from ..core import ItemsFailed, FolderKind, atomic_file, check_output, short_hash, map_items, output_lock, read_json, sha256, write_csv, write_json
-from .dicom import draw_structures, find_series, label_values, newest_structure_set, read_series, structure_names
+from mednext_v2.core import ItemsFailed, FolderKind, atomic_file, check_output, short_hash, map_items, output_lock, read_json, sha256, write_csv, write_json
+from mednext_v2.intake.dicom import draw_structures, find_series, label_values, newest_structure_set, read_series, structure_names, to_ras
 from mednext_v2.data.scans import (
     BadFile,
     Volume,
@@ -48,9 +50,12 @@ from mednext_v2.data.datasets import (
     write_description,
 )
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 # %% ../../nbs/intake/20_convert.ipynb #origin
 @dataclass(frozen=True)
-class Origin:
+class CaseSource:
     "Where one case comes from; a folder stands for the slices in it"
 
     images: tuple[Path, ...]  # One per channel, or one that holds several
@@ -59,17 +64,33 @@ class Origin:
     patient: str = ""  # If the publisher says so; else the registry's pattern on the case id
     facts: dict = field(default_factory=dict)  # What else the reader has to know, in plain values
 
+    @property
+    def part(self) -> str:
+        "Whether the case goes into imagesTr or imagesTs"
+        return self.facts.get("part", "Ts" if self.split == "test" else "Tr")
+
 
 @dataclass
-class Draft:
-    "A case as arrays in RAS order, ready to be written; or files to be taken as they are"
+class CaseArrays:
+    "A case in RAS order, ready to be written; or files to be taken as they are"
 
     channels: list[np.ndarray]  # (X, Y, Z) each
-    affine: np.ndarray | None  # (4, 4), voxel index to mm
-    label: np.ndarray | None  # uint8 (X, Y, Z); None where none is published
+    affine: np.ndarray  # (4, 4), voxel index to mm
+    label: np.ndarray | None  # (X, Y, Z), unsigned; None where none is published
     notes: list[str] = field(default_factory=list)  # What a user should know of this case
     links: dict[str, Path] = field(default_factory=dict)  # Instead of arrays: written name to file
     annotated: tuple[str, ...] = ()  # Labels that were looked for, if not all were
+
+
+@dataclass(frozen=True)
+class Conversion:
+    "What all cases of one conversion share"
+
+    dataset: Dataset
+    converter: str  # A key of `CONVERTERS`
+    source: Path  # The folder that was given
+    folder: Path  # The data set's, to write to
+    tolerance: float | None = None  # mm that corners of image and label may lie apart; that of `same_grid` if not given
 
 # %% ../../nbs/intake/20_convert.ipynb #names
 def safe_id(name: str) -> str:
@@ -77,110 +98,90 @@ def safe_id(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")
 
 
-def natural(name: str) -> list:
-    "Key that sorts `slice10` after `slice9`"
+def natural_key(name: str) -> list[int | str]:
+    "Sorts `slice10` after `slice9`"
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def first_folder(
-    source: Path,
-    *names: str,  # Below `source`; "." is `source` itself
-) -> Path | None:
-    "The first of some folders that exists"
-    return next((source / name for name in names if (source / name).is_dir()), None)
+def first_folder(source: Path, *names: str) -> Path:
+    "The first of some folders below `source` that exists, or else `source` itself"
+    return next((source / name for name in names if (source / name).is_dir()), source)
 
 
-def stems(folder: Path | None, tail: str) -> set[str]:
-    "Names in a folder that end in `tail`, without it; hidden files are not counted"
-    found = folder.iterdir() if folder and folder.is_dir() else ()
-    names = [p.name for p in found if p.name.endswith(tail) and not p.name.startswith(".")]
-    return {name[: len(name) - len(tail)] for name in names}
-
-
-def pairs(
-    images: Path,  # Folder of images, named stem + `image_tail`
-    image_tail: str,
-    labels: Path | None,  # Folder of labels, named stem + `label_tail`; None where none are published
-    label_tail: str,
-    split: str = "train",
-    prefix: str = "",  # Before the stem, in a case's id
-) -> dict[str, Origin]:  # By case id
-    "Cases of two folders; one that lacks image or label is planned with the path it should have"
-    return unite(
-        {safe_id(prefix + stem): Origin((images / f"{stem}{image_tail}",), (labels / f"{stem}{label_tail}",) if labels else (), split)}
-        for stem in sorted(stems(images, image_tail) | stems(labels, label_tail), key=natural)
-    )
-
-
-def unite(plans) -> dict[str, Origin]:
+def merge_plans(plans: Iterable[dict[str, CaseSource]]) -> dict[str, CaseSource]:
     "Several plans as one; ValueError if two cases would have one id"
-    united = {}
+    merged = {}
     for plan in plans:
-        for id, origin in plan.items():
-            if id in united:
-                raise ValueError(f"{united[id].images[0]} and {origin.images[0]} would both be case {id}: rename one")
-            united[id] = origin
-    return united
+        for id, case in plan.items():
+            if id in merged:
+                raise ValueError(f"{merged[id].images[0]} and {case.images[0]} would both be case {id}: rename one")
+            merged[id] = case
+    return merged
+
+# %% ../../nbs/intake/20_convert.ipynb #pairs
+def names_like(
+    root: Path,
+    template: str,  # A file below `root`; `*`, in the file's own name, stands for the case
+) -> set[str]:
+    "What `*` stands for in the files that are there; hidden files are not counted"
+    folder, _, name = template.rpartition("/")
+    before, after = name.split("*")
+    names = os.listdir(root / folder) if (root / folder).is_dir() else []
+    return {n[len(before) : len(n) - len(after)] for n in names if n.startswith(before) and n.endswith(after) and not n.startswith(".")}
+
+
+def pair_files(
+    root: Path,
+    image: str,  # Template of the images
+    label: str = "",  # Template of the labels; empty where none are published
+    split: str = "train",
+    id: str = "*",  # Template of the case ids
+) -> dict[str, CaseSource]:
+    "Cases of an image and a label each; one that lacks either is planned with the path it should have"
+    templates = [template for template in (image, label) if template]
+    names = sorted(set().union(*(names_like(root, template) for template in templates)), key=natural_key)
+    files = {name: [(root / template.replace("*", name),) for template in templates] for name in names}
+    return merge_plans({safe_id(id.replace("*", name)): CaseSource(*paths, split=split)} for name, paths in files.items())
 
 # %% ../../nbs/intake/20_convert.ipynb #guard
-def files_of(origin: Origin) -> list[Path]:
+def files_of(case: CaseSource) -> list[Path]:
     "Every file that a case is made of, those in its folders too"
     listed = []
-    for path in (*origin.images, *origin.label):
+    for path in (*case.images, *case.label):
         inside = path.rglob("*") if path.is_dir() else stored_files(path)
         listed += sorted(p for p in inside if not p.is_dir() and not p.name.startswith("."))
     return listed
 
 
-def guard(
-    origin: Origin,
+def check_files(
+    case: CaseSource,
     source: Path,  # The folder that was given
 ) -> None:
     "FileNotFoundError if files of a case are missing, ValueError if one leads out of `source`"
-    missing = [path for path in (*origin.images, *origin.label) if not path.exists()]
+    missing = [path for path in (*case.images, *case.label) if not path.exists()]
     if missing:
         more = "".join(f", {path.name}" for path in missing[1:])
         raise FileNotFoundError(f"{missing[0]}{more} is missing: get it again, or leave the case out (skip)")
-    for path in (*origin.images, *origin.label, *files_of(origin)):
+    for path in (*case.images, *case.label, *files_of(case)):
         if not path.resolve().is_relative_to(source.resolve()):
             raise ValueError(f"{path} is a link to a place outside of {source}, which is not followed: put the file itself there")
 
 # %% ../../nbs/intake/20_convert.ipynb #grid
-def moved(
-    volume: Volume,
+def read_on_grid(
+    path: Path,
     reference: Volume,
-    path: Path,  # What to call the two in an error
-    other: Path,
+    other: Path,  # The reference's file
     tolerance: float | None = None,  # mm; that of `same_grid` if not given
-) -> list[str]:  # A note if the volume was moved, else nothing
-    "A volume is taken to lie where the reference does; BadFile with both names if the two differ by more than the tolerance"
+) -> tuple[Volume, list[str]]:  # And a note if it lay elsewhere
+    "A volume that is taken to lie where the reference does; BadFile with both names if the two differ by more than the tolerance"
+    volume = read_scan(path)
     distance = same_grid(volume, reference, tolerance, (path, other))
-    return [f"{path.name} moved by {distance:.2g} mm onto the image"] if distance > 1e-5 else []
+    return volume, [f"{path.name} moved by {distance:.2g} mm onto the image"] if distance > 1e-5 else []
 
 # %% ../../nbs/intake/20_convert.ipynb #relabel
-def relabel(
-    voxels: np.ndarray,  # (X, Y, Z), a publisher's values
-    table: dict[int, int],  # Publisher's value to ours
-    path: Path,  # What to call it in an error
-) -> tuple[np.ndarray, list[str]]:  # Smallest unsigned type (X, Y, Z), notes
-    "Our values; ValueError for one that the table lacks"
-    raw = present_values(voxels)
-    unknown = [value for value in raw if value not in table]
-    if unknown:
-        values = ", ".join(f"{value:g}" for value in unknown[:5])
-        raise ValueError(f"{path} has label {values}, which is not declared (known: {ranges(table)}): correct the file, or leave the case out (skip)")
-    lost = [int(value) for value in raw if value and not table[value]]
-    notes = [f"raw value {', '.join(map(str, lost))} taken as background"] if lost else []
-    if all(table[value] == value for value in raw):
-        return voxels.astype(smallest_unsigned_type(max(table.values()))), notes
-    lookup = np.zeros(max(table) + 1, smallest_unsigned_type(max(table.values())))
-    lookup[list(table)] = list(table.values())
-    return np.stack([lookup[slab.astype(np.intp)] for slab in voxels]), notes
-
-
-def ranges(values) -> str:
+def short_ranges(values: Iterable[int]) -> str:
     "Whole numbers in short: `0-18, 21-28`"
-    runs = []
+    runs: list[list[int]] = []
     for value in sorted(values):
         if runs and value == runs[-1][1] + 1:
             runs[-1][1] = value
@@ -189,59 +190,62 @@ def ranges(values) -> str:
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
-def compact(
-    voxels: np.ndarray,  # (X, Y, Z), an image
-    path: str | Path = "the image",  # What to call it in an error
-) -> np.ndarray:
-    "Small whole numbers as they are or as int16, others as float32; BadFile where that cannot tell values apart"
-    if voxels.dtype.kind in "iu" and voxels.dtype.itemsize <= 2:
-        return voxels
-    low, high = voxels.min(), voxels.max()
-    if -32768 <= low and high <= 32767 and all((slab == np.rint(slab)).all() for slab in voxels):
-        return voxels.astype(np.int16)
-    return as_float32(voxels, path)
+def relabel(
+    voxels: np.ndarray,  # (X, Y, Z), a publisher's values
+    table: dict[int, int],  # Publisher's value to ours
+    path: Path,  # What to call it in an error
+) -> tuple[np.ndarray, list[str]]:  # Smallest unsigned type (X, Y, Z), notes
+    "Our values; ValueError for one that the table lacks"
+    raw = present_values(voxels)
+    if unknown := [value for value in raw if value not in table]:
+        values = ", ".join(f"{value:g}" for value in unknown[:5])
+        raise ValueError(f"{path} has label {values}, which is not declared (known: {short_ranges(table)}): correct the file, or leave the case out (skip)")
+    lost = [int(value) for value in raw if value and not table[value]]
+    notes = [f"raw value {', '.join(map(str, lost))} taken as background"] if lost else []
+    kind = smallest_unsigned_type(max(table.values()))
+    if all(table[value] == value for value in raw):
+        return voxels.astype(kind), notes
+    lookup = np.zeros(max(table) + 1, kind)
+    lookup[list(table)] = list(table.values())
+    return np.stack([lookup[slab.astype(np.intp)] for slab in voxels]), notes
 
 # %% ../../nbs/intake/20_convert.ipynb #read-files
-def read_channels(origin: Origin, tolerance: float | None) -> tuple[list[Volume], list[str]]:  # Channels on one grid, notes
-    "The images of a case; ValueError if one cannot be read, has NaN, or lies elsewhere than the first"
-    volumes, notes = [], []
-    for path in origin.images:
-        volume = read_scan(path)
-        if volumes:
-            notes += moved(volume, volumes[0], path, origin.images[0], tolerance)
-        volumes.append(volume)
-    return volumes, notes
+TABLES: dict[str, dict[int, int]] = {}  # By converter, publisher's values to ours; filled below
 
 
-def table_of(name: str, dataset: Dataset) -> dict[int, int]:
+def value_table(name: str, dataset: Dataset) -> dict[int, int]:
     "Publisher's values to ours; the same values where no table is written for a converter"
     table = TABLES.get(name) or {value: value for value in dataset.values}
     if strange := set(table.values()) - set(dataset.values):
         raise ValueError(
-            f"data set {dataset.name} has labels {ranges(dataset.values)}, but converter {name} makes "
-            f"{ranges(strange)}: correct the labels or the source in datasets.yaml"
+            f"data set {dataset.name} has labels {short_ranges(dataset.values)}, but converter {name} makes "
+            f"{short_ranges(strange)}: correct the labels or the source in datasets.yaml"
         )
     return table
 
 
-def read_files(
-    origin: Origin,
-    dataset: Dataset,
-    name: str,  # Of the converter
-    tolerance: float | None = None,  # mm; that of `same_grid` if not given
-) -> Draft:
-    "A case of one file per channel and one for the label"
-    volumes, notes = read_channels(origin, tolerance)
-    label = None
-    if origin.label:
-        volume = read_scan(origin.label[0])
-        notes += moved(volume, volumes[0], origin.label[0], origin.images[0], tolerance)
-        label, more = relabel(volume.voxels, table_of(name, dataset), origin.label[0])
-        notes += more
-    return Draft([volume.voxels for volume in volumes], volumes[0].affine, label, notes)
+def label_of(label: Volume, path: Path, job: Conversion) -> tuple[np.ndarray, list[str]]:  # (X, Y, Z), notes
+    "A publisher's label map with our values"
+    return relabel(label.voxels, value_table(job.converter, job.dataset), path)
+
+
+def read_files(case: CaseSource, job: Conversion) -> CaseArrays:
+    "A case of one file per channel and one for the label; ValueError if one cannot be read, has NaN, or lies elsewhere than the first"
+    first, notes, label = read_scan(case.images[0]), [], None
+    channels = [first.voxels]
+    for path in (*case.images[1:], *case.label):
+        volume, shifted = read_on_grid(path, first, case.images[0], job.tolerance)
+        notes += shifted
+        if path in case.label:
+            label, more = label_of(volume, path, job)
+            notes += more
+        else:
+            channels.append(volume.voxels)
+    return CaseArrays(channels, first.affine, label, notes)
 
 # %% ../../nbs/intake/20_convert.ipynb #cads-ranks
 CADS_GROUPS = {551: 17, 552: 24, 553: 18, 554: 21, 555: 24, 556: 15, 557: 9, 558: 29, 559: 10}
+CADS_VALUES = [(group, value) for group, size in CADS_GROUPS.items() for value in range(1, size + 1)]  # In the order of the registry's labels
 # By group, the values in it that are not painted on level 2; a higher level lies on top
 CADS_LEVELS = {
     0: {559: (1, 2, 3, 4, 5, 6, 7, 9)},  # Tissues and cavities
@@ -252,15 +256,14 @@ CADS_LEVELS = {
 
 def cads_ranks() -> tuple[dict[int, np.ndarray], np.ndarray]:
     "For each group the rank of its values (uint8), and the merged value of each rank (uint8)"
-    places = [(group, value) for group, size in CADS_GROUPS.items() for value in range(1, size + 1)]
-    level = dict.fromkeys(places, 2)
+    level = dict.fromkeys(CADS_VALUES, 2)
     for height, groups in CADS_LEVELS.items():
         level |= {(group, value): height for group, values in groups.items() for value in values}
-    order = sorted(range(len(places)), key=lambda i: (level[places[i]], -i))
+    order = sorted(range(len(CADS_VALUES)), key=lambda i: (level[CADS_VALUES[i]], -i))
     ranks = {group: np.zeros(size + 1, np.uint8) for group, size in CADS_GROUPS.items()}
-    values = np.zeros(len(places) + 1, np.uint8)
+    values = np.zeros(len(CADS_VALUES) + 1, np.uint8)
     for rank, i in enumerate(order, start=1):
-        group, value = places[i]
+        group, value = CADS_VALUES[i]
         ranks[group][value], values[rank] = rank, i + 1
     return ranks, values
 
@@ -276,8 +279,8 @@ def merge_parts(
     ranks, values = cads_ranks()
     merged, notes, seen = np.zeros(image.voxels.shape, np.uint8), [], set()
     for group, part in zip(groups, parts, strict=True):
-        volume = read_scan(part)
-        notes += moved(volume, image, part, path, tolerance)
+        volume, shifted = read_on_grid(part, image, path, tolerance)
+        notes += shifted
         for target, slab in zip(merged, volume.voxels):
             present = distinct_values(slab)
             if unknown := [value for value in present if value not in range(len(ranks[group]))]:
@@ -291,7 +294,7 @@ def merge_parts(
         slab[...] = values[slab]
     return merged, notes, sorted(int(values[rank]) for rank in seen - kept)
 
-
+# %% ../../nbs/intake/20_convert.ipynb #cads-read
 def cads_annotated(
     dataset: Dataset,
     groups: tuple[int, ...],  # That a case has
@@ -300,290 +303,251 @@ def cads_annotated(
     if len(groups) == len(CADS_GROUPS):
         return ()
     under = {(group, value) for level in (0, 1) for group, values in CADS_LEVELS[level].items() for value in values}
-    places = [(group, value) for group, size in CADS_GROUPS.items() for value in range(1, size + 1)]
-    names = sorted(dataset.labels, key=dataset.labels.get)
-    return tuple(name for name, place in zip(names, places) if place[0] in groups and place not in under)
+    names = sorted(dataset.labels, key=lambda name: dataset.labels[name])
+    return tuple(name for name, place in zip(names, CADS_VALUES) if place[0] in groups and place not in under)
 
 
-def read_cads(origin: Origin, dataset: Dataset, name: str, tolerance: float | None = None) -> Draft:
+def read_cads(case: CaseSource, job: Conversion) -> CaseArrays:
     "A CADS case; ValueError names the part that does not fit"
-    if len(dataset.labels) != sum(CADS_GROUPS.values()):
-        raise ValueError(f"data set {dataset.name} has {len(dataset.labels)} labels, CADS has 167: correct it")
-    groups = tuple(origin.facts.get("groups", CADS_GROUPS))
-    (image,), notes = read_channels(origin, tolerance)
-    label, more, hidden = merge_parts(origin.label, image, origin.images[0], tolerance, groups)
-    names = {value: label for label, value in dataset.labels.items()}
-    notes += more + ([f"hidden under others: {', '.join(names[v] for v in hidden)}"] if hidden else [])
+    if len(job.dataset.labels) != len(CADS_VALUES):
+        raise ValueError(f"data set {job.dataset.name} has {len(job.dataset.labels)} labels, CADS has 167: correct it")
+    groups = tuple(case.facts.get("groups", CADS_GROUPS))
+    image = read_scan(case.images[0])
+    label, notes, hidden = merge_parts(case.label, image, case.images[0], job.tolerance, groups)
+    names = {value: label for label, value in job.dataset.labels.items()}
+    notes += [f"hidden under others: {', '.join(names[v] for v in hidden)}"] if hidden else []
     if absent := [str(group) for group in CADS_GROUPS if group not in groups]:
         notes.append(f"without part {', '.join(absent)}")
-    return Draft([image.voxels], image.affine, label, notes, annotated=cads_annotated(dataset, groups))
+    return CaseArrays([image.voxels], image.affine, label, notes, annotated=cads_annotated(job.dataset, groups))
 
 # %% ../../nbs/intake/20_convert.ipynb #cads-plan
+def find_list(given: str | Path | None, *usual: Path) -> Path:
+    "The list that a user gave, or else the first of the usual places that has one, or else the first"
+    return Path(given) if given else next((path for path in usual if path.is_file()), usual[0])
+
+
 def read_test_list(
     path: Path,  # CADS' `image_ids_test_split.txt`, or one id a line
 ) -> set[tuple[str, str]]:  # (folder, id); the folder is empty in a plain list
     "The published test images; ValueError if there are none"
-    folder, found = "", set()
+    folder, listed = "", set()
     for line in path.read_text(encoding="utf-8").splitlines():
         if match := re.match(r"Dataset:\s*(\S+)", line):
             folder = match[1]
         elif re.fullmatch(r"\s*[A-Za-z0-9][\w.+-]*\s*", line):
-            found.add((folder, line.strip().removesuffix(".nii.gz").removesuffix("_0000")))
-    if not found:
+            listed.add((folder, line.strip().removesuffix(".nii.gz").removesuffix("_0000")))
+    if not listed:
         raise ValueError(f"{path} names no image: get CADS' resources/info/image_ids_test_split.txt")
-    return found
+    return listed
 
 
+def hold_out_validation(plan: dict[str, CaseSource], dataset: Dataset, share: float) -> dict[str, CaseSource]:
+    "Some patients validate; a hash of their names chooses them, so that further folders hardly change the choice"
+    patients = {id: find_patient(dataset, id) for id, case in plan.items() if case.split == "train"}
+    order = sorted(set(patients.values()), key=lambda patient: short_hash("val", patient))
+    if len(order) < 2 or dataset.split != "files":
+        return plan
+    chosen = set(order[: max(1, round(len(order) * share))])
+    return {id: replace(case, split="val") if patients.get(id) in chosen else case for id, case in plan.items()}
+
+# %% ../../nbs/intake/20_convert.ipynb #plan-cads
 def plan_cads(
     source: Path,
     dataset: Dataset,
-    test_list: str | Path | None = None,  # CADS' `image_ids_test_split.txt`, if it is not in `source`
-    val_share: float = 0.01,  # Of the patients that are trained on; the paper's share is unknown
+    test_list: str | Path | None = None,  # The list of test images, if it is not in `source`
+    val_share: float = 0.01,  # Of the patients, to validate
     partial: bool = False,  # Take cases that lack some of the nine parts, and say in annotated.csv what they have
-) -> dict[str, Origin]:
+) -> dict[str, CaseSource]:
     "The cases of CADS; ValueError without its list of test images"
     folders = [p for p in sorted(source.iterdir()) if re.fullmatch(r"\d{4}_\w+", p.name) and p.is_dir()]
     if not folders:
         return {}
     name = "image_ids_test_split.txt"
-    inside = [source / name, source / "resources" / "info" / name]
-    path = Path(test_list) if test_list else next((p for p in inside if p.is_file()), None)
-    if path is None or not path.is_file():
+    path = find_list(test_list, source / name, source / "resources" / "info" / name)
+    if not path.is_file():
         raise ValueError(
-            f"{path or source / name} is missing: CADS' test images must not be trained on. Get "
+            f"{path} is missing: CADS' test images must not be trained on. Get "
             f"resources/info/{name} of github.com/murong-xu/CADS, and put it into {source} or give it as "
             "test_list"
         )
-    tested, plan = read_test_list(path), []
+    tested, plans = read_test_list(path), []
     for folder in folders:
-        images, segmentations = folder / "images", folder / "segmentations"
-        found = {stem.removesuffix("_0000"): images / f"{stem}.nii.gz" for stem in stems(images, ".nii.gz")}
-        ids = {*found, *stems(segmentations, "")}
-        for id in sorted(ids, key=natural):
-            parts = tuple(segmentations / id / f"{id}_part_{group}.nii.gz" for group in CADS_GROUPS)
-            excluded = (folder.name, id) in tested or ("", id) in tested
-            image = found.get(id, images / f"{id}_0000.nii.gz")
-            origin = Origin((image,), parts, "excluded" if excluded else "train")
-            origin = with_parts_there(origin) if partial else origin
-            plan.append({safe_id(f"{folder.name[:4]}_{id}"): origin})
-    return set_aside(unite(plan), dataset, val_share)
-
-
-def with_parts_there(origin: Origin) -> Origin:
-    "A case without the parts that it lacks; as it is if it has all, or none"
-    there = {group: path for group, path in zip(CADS_GROUPS, origin.label) if path.exists()}
-    if len(there) in (0, len(CADS_GROUPS)):
-        return origin
-    return replace(origin, label=tuple(there.values()), facts={"groups": list(there)})
-
-
-def set_aside(plan: dict[str, Origin], dataset: Dataset, share: float) -> dict[str, Origin]:
-    "Some patients, drawn by a hash of their names so that further folders hardly change the draw, validate"
-    patients = {id: find_patient(dataset, id) for id, origin in plan.items() if origin.split == "train"}
-    drawn = sorted(set(patients.values()), key=lambda patient: short_hash("val", patient))
-    if len(drawn) < 2 or dataset.split != "files":
-        return plan
-    chosen = set(drawn[: max(1, round(len(drawn) * share))])
-    return {id: replace(o, split="val") if patients.get(id) in chosen else o for id, o in plan.items()}
+        images = {stem.removesuffix("_0000"): f"{stem}.nii.gz" for stem in names_like(folder, "images/*.nii.gz")}
+        for id in sorted({*images, *names_like(folder, "segmentations/*")}, key=natural_key):
+            parts = {group: folder / "segmentations" / id / f"{id}_part_{group}.nii.gz" for group in CADS_GROUPS}
+            there = {group: part for group, part in parts.items() if part.exists()} if partial else {}
+            facts = {"groups": list(there)} if 0 < len(there) < len(parts) else {}
+            split = "excluded" if {(folder.name, id), ("", id)} & tested else "train"
+            image = folder / "images" / images.get(id, f"{id}_0000.nii.gz")
+            plans.append({safe_id(f"{folder.name[:4]}_{id}"): CaseSource((image,), tuple((there if facts else parts).values()), split, facts=facts)})
+    return hold_out_validation(merge_plans(plans), dataset, val_share)
 
 # %% ../../nbs/intake/20_convert.ipynb #tables
-def closed(*raw) -> dict[int, int]:
+def numbered(*raw: int) -> dict[int, int]:
     "A table that numbers publisher's values 1, 2, 3, ... in the order given"
     return {0: 0} | {value: i for i, value in enumerate(raw, start=1)}
 
 
 TEETH = [10 * quadrant + tooth for quadrant in (1, 2, 3, 4) for tooth in range(1, 9)]
-TABLES = {
-    "toothfairy2": closed(*range(1, 11), *TEETH) | dict.fromkeys((19, 20, 29, 30, 39, 40), 0),
-    "toothfairy3": closed(*range(1, 11), *TEETH, 103, 104, 105, *(100 + tooth for tooth in TEETH)),
+TABLES |= {
+    "toothfairy2": numbered(*range(1, 11), *TEETH) | dict.fromkeys((19, 20, 29, 30, 39, 40), 0),
+    "toothfairy3": numbered(*range(1, 11), *TEETH, 103, 104, 105, *(100 + tooth for tooth in TEETH)),
     "brainmetshare": {0: 0, 1: 1, 255: 1},
     # As nnU-Net's conversion: oedema, necrosis, enhancing, so that regions nest by value
     "brats": {0: 0, 2: 1, 1: 2, 4: 3},
 }
+
+# %% ../../nbs/intake/20_convert.ipynb #toothfairy
+def plan_teeth(root: Path, ending: str, fix_direction: bool) -> dict[str, CaseSource]:
+    "Scans and labels in nnU-Net's folders"
+    plan = pair_files(root, f"imagesTr/*_0000{ending}", f"labelsTr/*{ending}")
+    return {id: replace(case, facts={"fix_direction": fix_direction}) for id, case in plan.items()}
 
 
 def plan_toothfairy2(
     source: Path,
     dataset: Dataset,
     fix_direction: bool = False,  # As for ToothFairy 3, if its headers turn out to be wrong too
-) -> dict[str, Origin]:
+) -> dict[str, CaseSource]:
     "Scans and labels as MetaImage"
-    root = first_folder(source, "Dataset112_ToothFairy2", ".")
-    plan = pairs(root / "imagesTr", "_0000.mha", root / "labelsTr", ".mha")
-    return {id: replace(origin, facts={"fix_direction": fix_direction}) for id, origin in plan.items()}
+    return plan_teeth(first_folder(source, "Dataset112_ToothFairy2"), ".mha", fix_direction)
 
 
 def plan_toothfairy3(
     source: Path,
     dataset: Dataset,
     fix_direction: bool = True,  # Not if the publisher's `fix_orientation.py` was run on the files
-) -> dict[str, Origin]:
+) -> dict[str, CaseSource]:
     "Scans and labels as NIfTI"
-    root = first_folder(source, "ToothFairy3", ".")
-    plan = pairs(root / "imagesTr", "_0000.nii.gz", root / "labelsTr", ".nii.gz")
-    return {id: replace(origin, facts={"fix_direction": fix_direction}) for id, origin in plan.items()}
+    return plan_teeth(first_folder(source, "ToothFairy3"), ".nii.gz", fix_direction)
 
 
-def read_cbct(origin: Origin, dataset: Dataset, name: str, tolerance: float | None = None) -> Draft:
+def read_teeth(case: CaseSource, job: Conversion) -> CaseArrays:
     "A ToothFairy case; its array is laid right, back and down where the header says left, back and up"
-    draft = read_files(origin, dataset, name, tolerance)
-    declared = read_header(origin.images[0]).axes
-    if origin.facts["fix_direction"] and declared == "LPS":
-        draft.channels = [half_turn(voxels) for voxels in draft.channels]
-        draft.label = None if draft.label is None else half_turn(draft.label)
-        draft.notes.append("direction corrected: the voxels run right, back and down")
-    return draft
-
-
-def half_turn(voxels: np.ndarray) -> np.ndarray:
-    "Turned about the patient's front-to-back axis, in place"
-    return np.ascontiguousarray(voxels[::-1, :, ::-1])
+    arrays = read_files(case, job)
+    if case.facts["fix_direction"] and read_header(case.images[0]).axes == "LPS":
+        arrays.channels = [np.ascontiguousarray(voxels[::-1, :, ::-1]) for voxels in arrays.channels]
+        arrays.label = None if arrays.label is None else np.ascontiguousarray(arrays.label[::-1, :, ::-1])
+        arrays.notes.append("direction corrected: the voxels run right, back and down")
+    return arrays
 
 # %% ../../nbs/intake/20_convert.ipynb #plans
-def plan_panther(source: Path, dataset: Dataset) -> dict[str, Origin]:
+def plan_panther(source: Path, dataset: Dataset) -> dict[str, CaseSource]:
     "Scans and labels of task 1 or 2; scans without labels are not used"
     part = "PANTHER_Task2" if dataset.source == "panther_t2" else "PANTHER_Task1"
-    root = source if source.name == part else source / part
-    return pairs(root / "ImagesTr", "_0000.mha", root / "LabelsTr", ".mha")
+    return pair_files(source if source.name == part else source / part, "ImagesTr/*_0000.mha", "LabelsTr/*.mha")
 
 
-def plan_ctspine1k(
-    source: Path,
-    dataset: Dataset,
-    split_list: str | Path | None = None,  # The authors' `data_split.txt`, if it is not in `source`
-) -> dict[str, Origin]:
-    "Scans of all collections; ValueError without the authors' split, if the registry asks for one"
-    root = first_folder(source, "raw_data", ".")
-    volumes, labels = root / "volumes", root / "labels"
-    names = {p.name for top in (volumes, labels) if top.is_dir() for p in top.iterdir() if p.is_dir()}
-    plan = unite(pairs(volumes / name, ".nii.gz", labels / name, "_seg.nii.gz", prefix=f"{name}_") for name in sorted(names))
-    inside = [source / "metadata" / "data_split.txt", source / "data_split.txt"]
-    path = Path(split_list) if split_list else next((p for p in inside if p.is_file()), inside[0])
-    if not plan or (dataset.split != "files" and not path.is_file()):
-        return plan
-    if not path.is_file():
-        raise ValueError(
-            f"{path} is missing: it holds the authors' split. Get it from github.com/MIRACLE-Center/CTSpine1K, and put it there or give it as split_list"
-        )
-    published = read_spine_split(path)
-    splits = {id: published.get(spine_name(origin.images[0].name), "excluded") for id, origin in plan.items()}
-    if set(splits.values()) == {"excluded"}:
-        raise ValueError(f"{path} lists none of the {len(plan)} scans in {root}: get this release's list")
-    return {id: replace(origin, split=splits[id]) for id, origin in plan.items()}
+def plan_kits(source: Path, dataset: Dataset) -> dict[str, CaseSource]:
+    "One folder a case"
+    root = next((p for p in (source / "dataset", source / "data", source) if [*p.glob("case_*")]), source)
+    cases = sorted(p for p in root.glob("case_*") if p.is_dir())
+    return {p.name: CaseSource((p / "imaging.nii.gz",), (p / "segmentation.nii.gz",)) for p in cases}
 
 
+def plan_lits(source: Path, dataset: Dataset) -> dict[str, CaseSource]:
+    "Volumes and segmentations by number, in any folders"
+    files, plan = {}, {}
+    for path in source.rglob("*.nii*"):
+        if match := re.fullmatch(r"(test-volume|volume|segmentation)-(\d+)\.nii(\.gz)?", path.name):
+            files[match[1], int(match[2])] = path
+    for kind, number in sorted(files):
+        if kind == "test-volume":
+            plan[f"{kind}-{number}"] = CaseSource((files[kind, number],), (), "test")
+        else:
+            pair = [files.get((k, number), files[kind, number].with_name(f"{k}-{number}.nii")) for k in ("volume", "segmentation")]
+            plan[f"volume-{number}"] = CaseSource((pair[0],), (pair[1],))
+    return plan
+
+
+def plan_btcv(source: Path, dataset: Dataset) -> dict[str, CaseSource]:
+    "Training scans, and test scans without labels"
+    root = first_folder(source, "RawData", "Abdomen/RawData")
+    training = pair_files(first_folder(root, "Training"), "img/img*.nii.gz", "label/label*.nii.gz", id="img*")
+    return training | pair_files(root, "Testing/img/*.nii.gz", split="test")
+
+# %% ../../nbs/intake/20_convert.ipynb #spine
 def spine_name(file: str) -> str:
     "How a scan is called in the list: without folder, ending, `_seg` and `_ct`"
-    stem = Path(file).name.removesuffix(".gz").removesuffix(".nii")
-    return stem.removesuffix("_seg").removesuffix("_ct")
+    return Path(file).name.removesuffix(".gz").removesuffix(".nii").removesuffix("_seg").removesuffix("_ct")
 
 
 def read_spine_split(path: Path) -> dict[str, str]:
-    "Split by scan: the public test set validates, the private one tests; ValueError if it has no blocks"
+    "Split by scan; ValueError if the list has no blocks"
     blocks = {"trainset": "train", "test_public": "val", "test_private": "test"}
-    split, found = "", {}
+    split, splits = "", {}
     for word in re.split(r"[\s,;:\[\]'\"]+", path.read_text(encoding="utf-8")):
         if word in blocks:
             split = blocks[word]
         elif word and not split:
             raise ValueError(f"{path} starts with {word[:40]!r}, not with 'trainset:': get it again")
         elif word:
-            found[spine_name(word)] = split
-    return found
+            splits[spine_name(word)] = split
+    return splits
 
 
+def plan_ctspine1k(
+    source: Path,
+    dataset: Dataset,
+    split_list: str | Path | None = None,  # The authors' `data_split.txt`, if it is not in `source`
+) -> dict[str, CaseSource]:
+    "Scans of all collections; ValueError without the authors' split, if the registry asks for one"
+    root = first_folder(source, "raw_data")
+    names = {p.name for top in (root / "volumes", root / "labels") if top.is_dir() for p in top.iterdir() if p.is_dir()}
+    plan = merge_plans(pair_files(root, f"volumes/{name}/*.nii.gz", f"labels/{name}/*_seg.nii.gz", id=f"{name}_*") for name in sorted(names))
+    path = find_list(split_list, source / "metadata" / "data_split.txt", source / "data_split.txt")
+    if not plan or (dataset.split != "files" and not path.is_file()):
+        return plan
+    if not path.is_file():
+        remedy = "Get it from github.com/MIRACLE-Center/CTSpine1K, and put it there or give it as split_list"
+        raise ValueError(f"{path} is missing: it holds the authors' split. {remedy}")
+    published = read_spine_split(path)
+    splits = {id: published.get(spine_name(case.images[0].name), "excluded") for id, case in plan.items()}
+    if set(splits.values()) == {"excluded"}:
+        raise ValueError(f"{path} lists none of the {len(plan)} scans in {root}: get this release's list")
+    return {id: replace(case, split=splits[id]) for id, case in plan.items()}
+
+# %% ../../nbs/intake/20_convert.ipynb #patients
 def plan_amos(
     source: Path,
     dataset: Dataset,
     modality: str = "both",  # "CT" | "MR" | "both"
-) -> dict[str, Origin]:
+) -> dict[str, CaseSource]:
     "Training, validation and test scans; ValueError for an unknown modality"
-    root = first_folder(source, "amos22", ".")
-    parts = [(part, root / f"images{part}", root / f"labels{part}") for part in ("Tr", "Va", "Ts")]
-    split = {"Tr": "train", "Va": "val", "Ts": "test"}
-    plan = unite(
-        pairs(images, ".nii.gz", labels if labels.is_dir() else None, ".nii.gz", split[part])
-        for part, images, labels in parts
-        if images.is_dir() or labels.is_dir()
-    )
     if modality not in ("CT", "MR", "both"):
         raise ValueError(f"modality is CT, MR or both, got {modality!r}")
-    number = {id: int(match[1]) for id in plan if (match := re.search(r"(\d+)$", id))}
-    kinds = {id: "CT" if value <= 500 else "MR" for id, value in number.items()}
+    root, plans = first_folder(source, "amos22"), []
+    for part, split in (("Tr", "train"), ("Va", "val"), ("Ts", "test")):
+        labelled = (root / f"labels{part}").is_dir()
+        plans.append(pair_files(root, f"images{part}/*.nii.gz", f"labels{part}/*.nii.gz" if labelled else "", split))
+    plan = merge_plans(plans)
+    kinds = {id: "CT" if int(match[1]) <= 500 else "MR" for id in plan if (match := re.search(r"(\d+)$", id))}
     return {id: plan[id] for id, kind in kinds.items() if modality in (kind, "both")}
 
 
-def plan_kits(source: Path, dataset: Dataset) -> dict[str, Origin]:
-    "One folder a case"
-    root = next((p for p in (source / "dataset", source / "data", source) if [*p.glob("case_*")]), source)
-    cases = sorted(p for p in root.glob("case_*") if p.is_dir())
-    return {p.name: Origin((p / "imaging.nii.gz",), (p / "segmentation.nii.gz",)) for p in cases}
-
-
-def plan_lits(source: Path, dataset: Dataset) -> dict[str, Origin]:
-    "Volumes and segmentations by number, in any folders"
-    found = {}
-    for path in source.rglob("*.nii*"):
-        if match := re.fullmatch(r"(test-volume|volume|segmentation)-(\d+)\.nii(\.gz)?", path.name):
-            found[match[1], int(match[2])] = path
-    plan = {}
-    for kind, number in sorted(found):
-        if kind == "test-volume":
-            plan[f"test-volume-{number}"] = Origin((found[kind, number],), (), "test")
-            continue
-        beside = found[kind, number]
-        image = found.get(("volume", number), beside.with_name(f"volume-{number}.nii"))
-        label = found.get(("segmentation", number), beside.with_name(f"segmentation-{number}.nii"))
-        plan[f"volume-{number}"] = Origin((image,), (label,))
-    return plan
-
-
-def plan_btcv(source: Path, dataset: Dataset) -> dict[str, Origin]:
-    "Training scans, and test scans without labels"
-    root = first_folder(source, "RawData", "Abdomen/RawData", ".")
-    training = first_folder(root, "Training", ".")
-    found = {}
-    for kind in ("img", "label"):
-        for stem in stems(training / kind, ".nii.gz"):
-            found.setdefault(stem.removeprefix(kind), training)
-    plan = {f"img{number}": Origin((training / "img" / f"img{number}.nii.gz",), (training / "label" / f"label{number}.nii.gz",)) for number in sorted(found)}
-    testing = root / "Testing" / "img"
-    return plan | pairs(testing, ".nii.gz", None, "", "test")
-
-# %% ../../nbs/intake/20_convert.ipynb #patients
-def plan_acdc(source: Path, dataset: Dataset) -> dict[str, Origin]:
+def plan_acdc(source: Path, dataset: Dataset) -> dict[str, CaseSource]:
     "The two labelled frames of each patient"
-    root = first_folder(source, "database", "ACDC/database", "ACDC", ".")
-    plan = {}
+    root, plan = first_folder(source, "database", "ACDC/database", "ACDC"), {}
     for part, split in (("training", "train"), ("testing", "test")):
         for folder in sorted((root / part).glob("patient*")):
-            frames = re.findall(r"^(ED|ES)\s*:\s*(\d+)", read_text(folder / "Info.cfg"), re.MULTILINE)
+            info = folder / "Info.cfg"
+            text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
+            frames = re.findall(r"^(ED|ES)\s*:\s*(\d+)", text, re.MULTILINE)
             if not frames:  # Planned with the file that is at fault, so that the patient fails by name
-                plan[folder.name] = Origin((folder / "Info.cfg",), (), split, folder.name)
+                plan[folder.name] = CaseSource((info,), (), split, folder.name)
             for phase, frame in frames:
                 stem = f"{folder.name}_frame{int(frame):02d}"
                 truth = folder / f"{stem}_gt.nii.gz"
                 label = () if split == "test" and not truth.is_file() else (truth,)
-                facts = {"phase": phase}
-                plan[stem] = Origin((folder / f"{stem}.nii.gz",), label, split, folder.name, facts)
+                plan[stem] = CaseSource((folder / f"{stem}.nii.gz",), label, split, folder.name, {"phase": phase})
     return plan
 
 
-def read_text(path: Path) -> str:
-    "A small text file, or nothing if it is absent"
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def plan_brats(source: Path, dataset: Dataset) -> dict[str, Origin]:
+def plan_brats(source: Path, dataset: Dataset) -> dict[str, CaseSource]:
     "One folder a case, a file for each channel"
-    tails = [channel.lower() for channel in dataset.channels]
-    plan = {}
-    for folder in sorted(p for p in source.rglob("BraTS*") if p.is_dir()):
-        if not [*folder.glob(f"{folder.name}_*.nii.gz")]:
-            continue
-        images = tuple(folder / f"{folder.name}_{tail}.nii.gz" for tail in tails)
-        plan[folder.name] = Origin(images, (folder / f"{folder.name}_seg.nii.gz",))
-    return plan
+    folders = [p for p in sorted(source.rglob("BraTS*")) if p.is_dir() and [*p.glob(f"{p.name}_*.nii.gz")]]
+    files = {p.name: [p / f"{p.name}_{tail.lower()}.nii.gz" for tail in (*dataset.channels, "seg")] for p in folders}
+    return {id: CaseSource(tuple(paths[:-1]), tuple(paths[-1:])) for id, paths in files.items()}
 
 # %% ../../nbs/intake/20_convert.ipynb #slices
 def read_slices(
@@ -592,7 +556,7 @@ def read_slices(
     "A volume from its slices in natural order; ValueError names a picture that cannot be read or differs"
     from PIL import Image
 
-    paths = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: natural(p.name))
+    paths = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: natural_key(p.name))
     slices = []
     for path in paths:
         try:
@@ -609,54 +573,38 @@ def read_slices(
         raise ValueError(f"{folder} has no slices: get the case again")
     return np.stack(slices, axis=-1), [path.stem for path in paths]
 
-
-def read_slice_case(origin: Origin, dataset: Dataset, name: str, tolerance: float | None = None) -> Draft:
-    "A case of a folder of slices per channel; ValueError if the folders do not hold the same slices"
-    volumes, stacks, reference = [], (*origin.images, *origin.label), []
-    for folder in stacks:
-        voxels, names = read_slices(folder)
-        reference = reference or names
-        if odd := sorted(set(names) ^ set(reference), key=natural):
-            raise ValueError(f"{folder} and {stacks[0]} differ in slice {odd[0]}: get the case again")
-        volumes.append(voxels)
-    size = np.array(origin.facts["spacing"])
-    affine = np.eye(4)
-    affine[:3, :3] = np.array([[0, -1, 0], [-1, 0, 0], [0, 0, 1]]) * size[[1, 0, 2]]
-    turned = [upright(voxels, affine) for voxels in volumes]
-    if any(volume.voxels.shape != turned[0].voxels.shape for volume in turned):
-        raise ValueError(f"{origin.images[0].parent} has sequences of different sizes: get the case again")
-    label, notes = None, []
-    if origin.label:
-        label, notes = relabel(turned.pop().voxels, table_of(name, dataset), origin.label[0])
-    return Draft([volume.voxels for volume in turned], turned[0].affine, label, notes)
-
-
-def upright(
-    voxels: np.ndarray,  # In any orientation
-    affine: np.ndarray,  # (4, 4), voxel index to mm in RAS
-) -> Volume:
-    "The volume turned to RAS"
-    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(voxels, affine, dtype=voxels.dtype))
-    return Volume(np.ascontiguousarray(np.asanyarray(image.dataobj)), image.affine)
-
-
+# %% ../../nbs/intake/20_convert.ipynb #slice-case
 def plan_brainmetshare(
     source: Path,
     dataset: Dataset,
     spacing: tuple[float, float, float] = (0.94, 0.94, 1.0),  # Column, row and slice distance, mm
-) -> dict[str, Origin]:
+) -> dict[str, CaseSource]:
     "Cases with a mask to train on, cases without to test"
-    plan = []
-    for folder in sorted(p for p in source.rglob("0") if p.is_dir()):
-        case, channels = folder.parent, [str(i) for i in range(len(dataset.channels))]
-        masked = (case / "seg").is_dir()
-        if not masked and "train" in case.parent.name:
-            masked = True  # A labelled case that lost its mask is a fault, not a test case
-        label = (case / "seg",) if masked else ()
-        images = tuple(case / channel for channel in channels)
-        facts = {"spacing": tuple(float(size) for size in spacing)}
-        plan.append({safe_id(case.name): Origin(images, label, "train" if masked else "test", facts=facts)})
-    return unite(plan)
+    facts, plans = {"spacing": tuple(float(size) for size in spacing)}, []
+    for case in (p.parent for p in sorted(source.rglob("0")) if p.is_dir()):
+        # A labelled case that lost its mask is a fault, not a test case
+        label = (case / "seg",) if (case / "seg").is_dir() or "train" in case.parent.name else ()
+        images = tuple(case / str(channel) for channel in range(len(dataset.channels)))
+        plans.append({safe_id(case.name): CaseSource(images, label, "train" if label else "test", facts=facts)})
+    return merge_plans(plans)
+
+
+def read_slice_case(case: CaseSource, job: Conversion) -> CaseArrays:
+    "A case of a folder of slices per channel; ValueError if the folders do not hold the same slices"
+    volumes, folders, reference = [], (*case.images, *case.label), []
+    size = np.array(case.facts["spacing"])
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[0, -1, 0], [-1, 0, 0], [0, 0, 1]]) * size[[1, 0, 2]]
+    for folder in folders:
+        voxels, names = read_slices(folder)
+        reference = reference or names
+        if different := sorted(set(names) ^ set(reference), key=natural_key):
+            raise ValueError(f"{folder} and {folders[0]} differ in slice {different[0]}: get the case again")
+        volumes.append(to_ras(voxels, affine))
+    if any(volume.voxels.shape != volumes[0].voxels.shape for volume in volumes):
+        raise ValueError(f"{case.images[0].parent} has sequences of different sizes: get the case again")
+    label, notes = label_of(volumes.pop(), case.label[0], job) if case.label else (None, [])
+    return CaseArrays([volume.voxels for volume in volumes], volumes[0].affine, label, notes)
 
 # %% ../../nbs/intake/20_convert.ipynb #hdf5
 def read_array(
@@ -684,8 +632,7 @@ def axes_affine(
     spacing: tuple[float, float, float],  # mm
 ) -> np.ndarray:  # (4, 4)
     "Voxel index to mm, from the names of the axes; the origin is not published"
-    affine = np.eye(4)
-    affine[:3, :3] = 0
+    affine = np.diag([0.0, 0, 0, 1])
     for column, (ends, size) in enumerate(zip(axes, spacing)):
         row, sign = AXES[ends[1]]
         affine[row, column] = sign * size
@@ -693,20 +640,23 @@ def axes_affine(
         raise ValueError(f"axes {axes} do not span space: correct the annotation file")
     return affine
 
-
+# %% ../../nbs/intake/20_convert.ipynb #knee-mask
 def stored_voxels(path: Path) -> np.ndarray:
     "The voxels of a NIfTI file as they are stored, whatever the header says; ValueError if it cannot be read"
     try:
-        voxels = np.asanyarray(nibabel.load(path).dataobj)
-    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+        voxels = np.asanyarray(nibabel.Nifti1Image.from_filename(path).dataobj)
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
         raise ValueError(f"{path} cannot be read ({error}): get it again") from error
     if voxels.ndim != 3:
         raise ValueError(f"{path} has shape {voxels.shape}: one 3D volume is needed")
     return voxels
 
 
-def knee_mask(origin: Origin, one_hot: np.ndarray | None) -> tuple[np.ndarray, list[str]]:
-    "The label as the publisher stores it (rows, columns, slices), and notes; ValueError if there is none"
+def knee_mask(
+    case: CaseSource,
+    one_hot: np.ndarray | None,  # (rows, columns, slices, classes)
+) -> tuple[np.ndarray | None, list[str]]:
+    "The label as the publisher stores it (rows, columns, slices), and notes"
     label, notes = None, []
     if one_hot is not None:
         if (one_hot.astype(bool).sum(axis=-1) > 1).any():
@@ -714,36 +664,36 @@ def knee_mask(origin: Origin, one_hot: np.ndarray | None) -> tuple[np.ndarray, l
         label = np.zeros(one_hot.shape[:3], np.uint8)
         for channel in range(one_hot.shape[3]):
             label[one_hot[..., channel] > 0] = channel + 1
-    if not origin.label:
+    if not case.label:
         return label, notes
-    stored = stored_voxels(origin.label[0]).transpose(1, 0, 2)
-    stored = stored[..., ::-1] if origin.facts["axes"][2] == "RL" else stored
+    stored = stored_voxels(case.label[0]).transpose(1, 0, 2)
+    stored = stored[..., ::-1] if case.facts["axes"][2] == "RL" else stored
     if label is None:
         return stored, [*notes, "label from the NIfTI mask"]
     differing = int((stored != label).sum()) if stored.shape == label.shape else label.size
     return label, notes + ([f"the NIfTI mask differs in {differing} voxels"] if differing else [])
 
-
-def read_knee(origin: Origin, dataset: Dataset, name: str, tolerance: float | None = None) -> Draft:
+# %% ../../nbs/intake/20_convert.ipynb #knee
+def read_knee(case: CaseSource, job: Conversion) -> CaseArrays:
     "An SKM-TEA case; ValueError names the file and what it lacks"
     import h5py
 
-    path = origin.images[0]
+    path = case.images[0]
     try:
         with h5py.File(path, "r") as file:
             echoes = {echo: read_array(path, file, echo) for echo in ("echo1", "echo2")}
             one_hot = read_array(path, file, "seg") if "seg" in file else None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error}): get it again") from error
-    label, notes = knee_mask(origin, one_hot)
+    label, notes = knee_mask(case, one_hot)
     if label is None or label.shape != echoes["echo1"].shape:
         raise ValueError(f"{path} has echoes of {echoes['echo1'].shape} voxels, but no label of that size")
-    affine = axes_affine(origin.facts["axes"], origin.facts["spacing"])
-    channels = [upright(knee_channel(echoes, channel), affine) for channel in dataset.channels]
+    affine = axes_affine(case.facts["axes"], case.facts["spacing"])
+    channels = [to_ras(knee_channel(echoes, channel), affine) for channel in job.dataset.channels]
     for channel in channels:
         check_finite(channel.voxels, path)
-    values, more = relabel(upright(label, affine).voxels, table_of(name, dataset), path)
-    return Draft([channel.voxels for channel in channels], channels[0].affine, values, notes + more)
+    values, more = label_of(to_ras(label, affine), path, job)
+    return CaseArrays([channel.voxels for channel in channels], channels[0].affine, values, notes + more)
 
 
 def knee_channel(echoes: dict[str, np.ndarray], channel: str) -> np.ndarray:
@@ -754,21 +704,20 @@ def knee_channel(echoes: dict[str, np.ndarray], channel: str) -> np.ndarray:
         return np.sqrt(sum(echo.astype(np.float32) ** 2 for echo in echoes.values()))
     raise ValueError(f"channel {channel!r} is not known of SKM-TEA: name it echo1, echo2 or rss")
 
-
+# %% ../../nbs/intake/20_convert.ipynb #plan-knee
 def plan_skm_tea(
     source: Path,
     dataset: Dataset,
     annotations: str | Path | None = None,  # Folder of train.json, val.json, test.json, if not in `source`
-) -> dict[str, Origin]:
+) -> dict[str, CaseSource]:
     "Knees with the published split and axes; ValueError without the annotation files"
-    root = first_folder(source, "skm-tea", "v1-release", ".")
+    root = first_folder(source, "skm-tea", "v1-release")
     files = sorted((root / "image_files").glob("*.h5"))
     if not files:
         return {}
-    found = sorted(root.glob("annotations/*/train.json"), key=lambda p: natural(str(p)))
-    folder = found[-1].parent if found else root / "annotations" / "v1.0.0"
-    folder = Path(annotations) if annotations else folder
-    known = {}
+    usual = sorted(root.glob("annotations/*/train.json"), key=lambda p: natural_key(str(p)), reverse=True)
+    folder = find_list(annotations, *(path.parent for path in usual[:1]), root / "annotations" / "v1.0.0")
+    known, plan = {}, {}
     for split in ("train", "val", "test"):
         path = folder / f"{split}.json"
         if not path.is_file():
@@ -776,17 +725,14 @@ def plan_skm_tea(
                 f"{path} is missing: it holds the split and how the axes lie. Get annotations/v1.0.0 of "
                 "github.com/StanfordMIMI/skm-tea, and put it there or give its folder as annotations"
             )
-        for scan in read_json(path, remedy="get it again")["images"]:
-            known[scan["scan_id"]] = (split, scan)
-    masks, plan = root / "segmentation_masks" / "dicom-track", {}
+        known |= {scan["scan_id"]: (split, scan) for scan in read_json(path, remedy="get it again")["images"]}
     for path in files:
         if path.stem not in known:
             raise ValueError(f"{path} is in none of the files in {folder}: get one version of both")
         split, scan = known[path.stem]
-        mask = masks / f"{path.stem}.nii.gz"
+        mask = root / "segmentation_masks" / "dicom-track" / f"{path.stem}.nii.gz"
         facts = {"axes": tuple(scan["orientation"]), "spacing": tuple(scan["voxel_spacing"])}
-        label = (mask,) if mask.is_file() else ()
-        plan[safe_id(path.stem)] = Origin((path,), label, split, str(scan["subject_id"]), facts)
+        plan[safe_id(path.stem)] = CaseSource((path,), (mask,) if mask.is_file() else (), split, str(scan["subject_id"]), facts)
     return plan
 
 # %% ../../nbs/intake/20_convert.ipynb #pediatric
@@ -797,39 +743,38 @@ def plan_pediatric(
     source: Path,
     dataset: Dataset,
     others: str = "raise",  # Structures of unknown name: "raise" | "skip"
-) -> dict[str, Origin]:
+) -> dict[str, CaseSource]:
     "The CT series of a folder with all structure sets drawn on each"
     try:
-        found = [one for one in find_series(source) if one.modality in ("CT", "")]
+        scans = [scan for scan in find_series(source) if scan.modality in ("CT", "")]
     except FileNotFoundError:
         return {}
-    cases, plan = [one.case for one in found], {}
-    for number, one in enumerate(found):
-        id = one.case if cases.count(one.case) == 1 else f"{one.case}_{cases[: number + 1].count(one.case)}"
+    cases, plan = [scan.case for scan in scans], {}
+    for number, scan in enumerate(scans):
+        id = scan.case if cases.count(scan.case) == 1 else f"{scan.case}_{cases[: number + 1].count(scan.case)}"
         # What is absent is planned under a name that cannot exist, so that the case fails by name
-        images = one.paths or (source / f"CT series {one.uid} of {one.case}",)
-        label = tuple(each.path for each in one.structures) or (source / f"RTSTRUCT of {id}",)
-        facts = {"structures": one.structures, "others": others}
-        plan[id] = Origin(images, label, patient=one.patient, facts=facts)
+        images = scan.paths or (source / f"CT series {scan.uid} of {scan.case}",)
+        label = tuple(each.path for each in scan.structures) or (source / f"RTSTRUCT of {id}",)
+        plan[id] = CaseSource(images, label, patient=scan.patient, facts={"structures": scan.structures, "others": others})
     return plan
 
 
-def read_pediatric(origin: Origin, dataset: Dataset, name: str, tolerance: float | None = None) -> Draft:
+def read_pediatric(case: CaseSource, job: Conversion) -> CaseArrays:
     "A case from DICOM; ValueError names the file or structure that is wrong"
-    volume = read_series(origin.images)
-    if not origin.label:
-        return Draft([volume.voxels], volume.affine, None)
-    chosen = newest_structure_set(origin.facts["structures"])
-    names = dataset.labels | dict.fromkeys(PASSED_OVER)
-    below = [dataset.labels[label] for label in ("skin", "bones") if label in dataset.labels]
-    label = draw_structures(chosen.path, volume, names, below, origin.facts["others"])
+    volume, labels = read_series(case.images), job.dataset.labels
+    if not case.label:
+        return CaseArrays([volume.voxels], volume.affine, None)
+    chosen = newest_structure_set(case.facts["structures"])
+    names = labels | dict.fromkeys(PASSED_OVER)
+    below = [labels[label] for label in ("skin", "bones") if label in labels]
+    label = draw_structures(chosen.path, volume, names, below, case.facts["others"])
     drawn = label_values([n for n, count in structure_names(chosen.path).items() if count], names, "skip")
-    absent = [label for label, value in dataset.labels.items() if value not in drawn.values()]
+    absent = [label for label, value in labels.items() if value not in drawn.values()]
     notes = [f"not drawn: {', '.join(absent)}"] if absent else []
-    if len(origin.label) > 1:
-        notes.append(f"{chosen.path.name} is the newest of {len(origin.label)} structure sets")
-    values, more = relabel(label.voxels, table_of(name, dataset), chosen.path)
-    return Draft([volume.voxels], volume.affine, values, notes + more)
+    if len(case.label) > 1:
+        notes.append(f"{chosen.path.name} is the newest of {len(case.label)} structure sets")
+    values, more = label_of(label, chosen.path, job)
+    return CaseArrays([volume.voxels], volume.affine, values, notes + more)
 
 # %% ../../nbs/intake/20_convert.ipynb #raw
 def is_raw(folder: Path) -> bool:
@@ -839,13 +784,12 @@ def is_raw(folder: Path) -> bool:
     except ValueError:
         return False
     described = (folder / "dataset.json").is_file() and (folder / "labelsTr").is_dir()
-    return described and bool(stems(folder / "imagesTr", f"_0000{ending}"))
+    return described and bool(names_like(folder, f"imagesTr/*_0000{ending}"))
 
 
 def check_names(folder: Path, dataset: Dataset) -> None:
     "ValueError if dataset.json gives a label of the registry another value"
-    labels = read_json(folder / "dataset.json").get("labels", {})
-    for name, value in labels.items():
+    for name, value in read_json(folder / "dataset.json").get("labels", {}).items():
         ours = dataset.labels.get(re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"))
         if isinstance(value, int) and ours not in (None, value):
             raise ValueError(
@@ -859,40 +803,37 @@ def plan_raw(
     dataset: Dataset,
     link: bool = True,  # Hard links to the source's files; else copies
     keep: bool = False,  # Every format of files, not only .nii.gz
-) -> dict[str, Origin]:
+) -> dict[str, CaseSource]:
     "The cases of a raw folder; ValueError if it contradicts the registry"
     root = source if is_raw(source) else source / dataset.folder
     if not is_raw(root):
         return {}
     check_names(root, dataset)
-    ending, splits = file_ending(root), root / "splits_final.json"
+    ending, splits, plan = file_ending(root), root / "splits_final.json", {}
     validating = set(read_fold(splits)["val"]) if splits.is_file() else set()
-    plan = {}
     for part in ("Tr", "Ts"):
-        images, labels = root / f"images{part}", root / f"labels{part}"
-        for id in sorted(stems(images, f"_0000{ending}") | stems(labels, ending), key=natural):
-            channels = tuple(images / f"{id}_{c:04d}{ending}" for c in range(len(dataset.channels)))
-            truth = labels / f"{id}{ending}"
-            label = () if part == "Ts" and not truth.is_file() else (truth,)
-            split = "test" if part == "Ts" else "val" if id in validating else "train"
+        facts = {"part": part, "link": link, "as_is": keep or ending == ".nii.gz"}
+        ids = names_like(root, f"images{part}/*_0000{ending}") | names_like(root, f"labels{part}/*{ending}")
+        for id in sorted(ids, key=natural_key):
             if id in plan:
                 raise ValueError(f"{root} has case {id} in imagesTr and in imagesTs: take it out of one")
-            facts = {"part": part, "link": link, "as_is": keep or ending == ".nii.gz"}
-            plan[id] = Origin(channels, label, split, facts=facts)
+            images = tuple(root / f"images{part}" / f"{id}_{c:04d}{ending}" for c in range(len(dataset.channels)))
+            truth = root / f"labels{part}" / f"{id}{ending}"
+            label = () if part == "Ts" and not truth.is_file() else (truth,)
+            split = "test" if part == "Ts" else "val" if id in validating else "train"
+            plan[id] = CaseSource(images, label, split, facts=facts)
     return plan
 
-
-def read_raw(origin: Origin, dataset: Dataset, name: str, tolerance: float | None = None) -> Draft:
+# %% ../../nbs/intake/20_convert.ipynb #raw-read
+def read_raw(case: CaseSource, job: Conversion) -> CaseArrays:
     "A raw case, checked; its files are taken as they are if their format allows it"
-    draft = read_files(origin, dataset, name, tolerance)
-    if origin.facts["as_is"]:
-        paths = [(f"images{origin.facts['part']}", path) for path in origin.images]
-        paths += [(f"labels{origin.facts['part']}", path) for path in origin.label]
-        draft.links = {f"{folder}/{path.name}": path for folder, path in paths}
-    return draft
+    arrays, part = read_files(case, job), case.part
+    if case.facts["as_is"]:
+        arrays.links = {f"images{part}/{path.name}": path for path in case.images} | {f"labels{part}/{path.name}": path for path in case.label}
+    return arrays
 
 
-def take(
+def link_or_copy(
     path: Path,
     target: Path,
     link: bool,  # A hard link, where the file system can
@@ -915,8 +856,8 @@ class Converter:
     "How one published form becomes raw"
 
     layout: str  # What `source` has to look like
-    plan: Callable  # `plan(source, task, **options)`: the cases, by name alone
-    read: Callable = read_files  # `read(origin, task, name, tolerance)`: one case as arrays
+    plan: Callable[..., dict[str, CaseSource]]  # `plan(source, dataset, **options)`: the cases, by name alone
+    read: Callable[[CaseSource, Conversion], CaseArrays] = read_files
 
 
 CONVERTERS = {
@@ -932,8 +873,8 @@ CONVERTERS = {
         plan_skm_tea,
         read_knee,
     ),
-    "toothfairy2": Converter("Dataset112_ToothFairy2 with imagesTr/<id>_0000.mha and labelsTr/<id>.mha", plan_toothfairy2, read_cbct),
-    "toothfairy3": Converter("ToothFairy3 with imagesTr/<id>_0000.nii.gz and labelsTr/<id>.nii.gz", plan_toothfairy3, read_cbct),
+    "toothfairy2": Converter("Dataset112_ToothFairy2 with imagesTr/<id>_0000.mha and labelsTr/<id>.mha", plan_toothfairy2, read_teeth),
+    "toothfairy3": Converter("ToothFairy3 with imagesTr/<id>_0000.nii.gz and labelsTr/<id>.nii.gz", plan_toothfairy3, read_teeth),
     "brainmetshare": Converter(
         "mets_stanford_release_train/<case>/{0,1,2,3,seg} with one picture a slice; test cases lack seg", plan_brainmetshare, read_slice_case
     ),
@@ -951,7 +892,7 @@ CONVERTERS = {
     "raw": Converter("DatasetNNN_Name with dataset.json, imagesTr/<case>_0000.nii.gz and labelsTr/<case>.nii.gz", plan_raw, read_raw),
 }
 
-
+# %% ../../nbs/intake/20_convert.ipynb #options
 def options_of(
     name: str,  # Of a converter
 ) -> dict[str, object]:  # Default by name
@@ -959,20 +900,44 @@ def options_of(
     parameters = list(inspect.signature(CONVERTERS[name].plan).parameters.values())[2:]
     return {parameter.name: parameter.default for parameter in parameters}
 
-# %% ../../nbs/intake/20_convert.ipynb #case
+# %% ../../nbs/intake/20_convert.ipynb #write-case
+def compact(
+    voxels: np.ndarray,  # (X, Y, Z), an image
+    path: str | Path = "the image",  # What to call it in an error
+) -> np.ndarray:
+    "Small whole numbers as they are or as int16, others as float32; BadFile where that cannot tell values apart"
+    if voxels.dtype.kind in "iu" and voxels.dtype.itemsize <= 2:
+        return voxels
+    low, high = voxels.min(), voxels.max()
+    if -32768 <= low and high <= 32767 and all((slab == np.rint(slab)).all() for slab in voxels):
+        return voxels.astype(np.int16)
+    return as_float32(voxels, path)
+
+
+def write_case(arrays: CaseArrays, case: CaseSource, id: str, folder: Path) -> list[str]:
+    "The files of a case, images first; their names below the folder"
+    for target, path in arrays.links.items():
+        link_or_copy(path, folder / target, case.facts.get("link", False))
+    if arrays.links:
+        return list(arrays.links)
+    names = [f"images{case.part}/{id}_{channel:04d}.nii.gz" for channel in range(len(arrays.channels))]
+    for number, (name, voxels) in enumerate(zip(names, arrays.channels)):
+        source = case.images[min(number, len(case.images) - 1)]
+        write_volume(folder / name, compact(voxels, source), arrays.affine)
+    if arrays.label is not None:
+        names.append(f"labels{case.part}/{id}.nii.gz")
+        write_volume(folder / names[-1], arrays.label, arrays.affine)
+    return names
+
+# %% ../../nbs/intake/20_convert.ipynb #records
 RECORDS = ".convert"
 
 
-def part_of(origin: Origin) -> str:
-    "Whether a case goes into imagesTr or imagesTs"
-    return origin.facts.get("part", "Ts" if origin.split == "test" else "Tr")
-
-
-def case_key(origin: Origin, dataset: Dataset, name: str, source: Path, tolerance: float | None) -> str:
+def case_key(case: CaseSource, job: Conversion) -> str:
     "A hash of all that the written case depends on"
-    stats = [(str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns) for p in files_of(origin)]
-    facts = [part_of(origin), origin.facts, tolerance]
-    return short_hash(name, dataset.labels, dataset.channels, dataset.ignore, facts, stats)
+    stats = [(str(p.relative_to(job.source)), p.stat().st_size, p.stat().st_mtime_ns) for p in files_of(case)]
+    facts = [case.part, case.facts, job.tolerance]
+    return short_hash(job.converter, job.dataset.labels, job.dataset.channels, job.dataset.ignore, facts, stats)
 
 
 def read_record(path: Path) -> dict:
@@ -984,87 +949,69 @@ def read_record(path: Path) -> dict:
         return {}
 
 
-def write_draft(draft: Draft, origin: Origin, id: str, folder: Path) -> list[str]:
-    "The files of a case, images first; their names below the folder"
-    part = part_of(origin)
-    if draft.links:
-        for target, path in draft.links.items():
-            take(path, folder / target, origin.facts.get("link", False))
-        return list(draft.links)
-    names = [f"images{part}/{id}_{channel:04d}.nii.gz" for channel in range(len(draft.channels))]
-    for number, (name, voxels) in enumerate(zip(names, draft.channels)):
-        source = origin.images[min(number, len(origin.images) - 1)]
-        write_volume(folder / name, compact(voxels, source), draft.affine)
-    if draft.label is not None:
-        names.append(f"labels{part}/{id}.nii.gz")
-        write_volume(folder / names[-1], draft.label, draft.affine)
-    return names
-
-
-def convert_case(
-    id: str,
-    origin: Origin,
-    dataset: Dataset,
-    name: str,  # Of the converter
-    source: Path,
-    folder: Path,  # The data set's, to write to
-    tolerance: float | None,  # mm
-) -> dict:  # Its row of the provenance table
-    "Writes one case, unless its record says that it is done; ValueError or FileNotFoundError if it cannot"
-    path = folder / RECORDS / f"{id}.json"
-    record = read_record(path)
-    try:
-        guard(origin, source)
-    except (FileNotFoundError, ValueError):
-        forget(path, folder)
-        raise
-    key = case_key(origin, dataset, name, source, tolerance)
-    head = {"case": id, "split": origin.split, "patient": origin.patient or find_patient(dataset, id)}
-    if record.get("key") == key and all(sized(folder / file, size) for file, size in record["files"].items()):
-        return record["row"] | head
-    forget(path, folder)
-    draft = CONVERTERS[name].read(origin, dataset, name, tolerance)
-    written = write_draft(draft, origin, id, folder)
-    digests = [sha256(folder / file) for file in written]
-    images = len(origin.images) if draft.links else len(draft.channels)
-    row = head | {
-        "files": named(origin, source),
-        "sha256": ";".join(digests[:images]),
-        "label_sha256": ";".join(digests[images:]),
-        "warnings": "; ".join(draft.notes),
-        "annotated": join_labels(draft.annotated),
-    }
-    sizes = {file: (folder / file).stat().st_size for file in written}
-    write_json(path, {"key": key, "files": sizes, "row": row}, sort_keys=False)
-    return row
-
-
-def named(origin: Origin, source: Path) -> str:
-    "The files of a case below the source, separated by `;`; many of one folder as `folder/*`"
-    names = [path.relative_to(source).as_posix() for path in (*origin.images, *origin.label)]
-    folders = [name.rpartition("/")[0] for name in names]
-    crowded = {folder for folder in folders if folders.count(folder) > 9}
-    return ";".join(dict.fromkeys(f"{f}/*" if f in crowded else name for name, f in zip(names, folders)))
-
-
-def sized(path: Path, size: int) -> bool:
-    "Whether a file is there with that size"
-    return path.is_file() and path.stat().st_size == size
-
-
-def forget(path: Path, folder: Path) -> None:
+def remove_written(path: Path, folder: Path) -> None:
     "Takes away a record and the files that it lists"
     for file in read_record(path).get("files", ()):
         if (folder / file).resolve().is_relative_to(folder.resolve()):
             (folder / file).unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
+
+def source_names(paths: Iterable[Path], source: Path) -> str:
+    "Files below the source, separated by `;`; many of one folder as `folder/*`"
+    names = [path.relative_to(source).as_posix() for path in paths]
+    folders = [name.rpartition("/")[0] for name in names]
+    crowded = {folder for folder in folders if folders.count(folder) > 9}
+    return ";".join(dict.fromkeys(f"{f}/*" if f in crowded else name for name, f in zip(names, folders)))
+
+# %% ../../nbs/intake/20_convert.ipynb #case
+def base_row(id: str, case: CaseSource, dataset: Dataset) -> dict[str, str]:
+    "The first columns of a case's row in the record of provenance"
+    return {"case": id, "split": case.split, "patient": case.patient or find_patient(dataset, id)}
+
+
+def convert_case(id: str, case: CaseSource, job: Conversion) -> dict:  # Its row of the provenance table
+    "Writes one case, unless its record says that it is done; ValueError or FileNotFoundError if it cannot"
+    path = job.folder / RECORDS / f"{id}.json"
+    record = read_record(path)
+    try:
+        check_files(case, job.source)
+    except (FileNotFoundError, ValueError):
+        remove_written(path, job.folder)
+        raise
+    key, row = case_key(case, job), base_row(id, case, job.dataset)
+    written = {job.folder / file: size for file, size in record.get("files", {}).items()}
+    if record.get("key") == key and all(file.is_file() and file.stat().st_size == size for file, size in written.items()):
+        return record["row"] | row
+    remove_written(path, job.folder)
+    arrays = CONVERTERS[job.converter].read(case, job)
+    files = write_case(arrays, case, id, job.folder)
+    digests = [sha256(job.folder / file) for file in files]
+    images = len(case.images) if arrays.links else len(arrays.channels)
+    row |= {
+        "files": source_names((*case.images, *case.label), job.source),
+        "sha256": ";".join(digests[:images]),
+        "label_sha256": ";".join(digests[images:]),
+        "warnings": "; ".join(arrays.notes),
+        "annotated": join_labels(arrays.annotated),
+    }
+    sizes = {file: (job.folder / file).stat().st_size for file in files}
+    write_json(path, {"key": key, "files": sizes, "row": row}, sort_keys=False)
+    return row
+
 # %% ../../nbs/intake/20_convert.ipynb #convert
-def choose(
+def wrong_layout(source: Path, name: str) -> ValueError:
+    "An error that says what was expected and what was found"
+    names = sorted((p.name for p in source.iterdir()), key=natural_key)
+    listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return ValueError(f"{source} is not {name} as published: expected {CONVERTERS[name].layout}; found {listed or 'nothing'}")
+
+
+def choose_converter(
     name: str,  # Key in the registry, or "raw"
     source: Path,
     registry: str | Path | None = None,
-) -> tuple[str, Dataset]:  # The converter's name, the task
+) -> tuple[str, Dataset]:  # The converter's name, the data set
     "Who converts what; ValueError lists the known names"
     if name == "raw":
         if not is_raw(source):
@@ -1080,47 +1027,37 @@ def choose(
     return name, dataset
 
 
-def wrong_layout(source: Path, name: str) -> ValueError:
-    "An error that says what was expected and what was found"
-    found = sorted((p.name for p in source.iterdir()), key=natural)
-    listed = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
-    return ValueError(f"{source} is not {name} as published: expected {CONVERTERS[name].layout}; found {listed or 'nothing'}")
-
-
 def make_plan(
-    name: str,
-    dataset: Dataset,
-    source: Path,
+    job: Conversion,
     skip: tuple[str, ...],  # Cases to leave out
     unlabelled: str,  # Cases whose label is missing: "error" | "test"
     options: dict,
-) -> dict[str, Origin]:
+) -> dict[str, CaseSource]:
     "The cases to convert; ValueError for a wrong folder or option"
-    if unknown := sorted(set(options) - set(options_of(name))):
-        known = ", ".join(options_of(name)) or "none"
-        raise ValueError(f"converter {name} has no option {', '.join(unknown)}; it has: {known}")
-    plan = CONVERTERS[name].plan(source, dataset, **options)
+    known = options_of(job.converter)
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"converter {job.converter} has no option {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
+    plan = CONVERTERS[job.converter].plan(job.source, job.dataset, **options)
     if not plan:
-        raise wrong_layout(source, name)
+        raise wrong_layout(job.source, job.converter)
     if strange := sorted(set(skip) - set(plan)):
-        raise ValueError(f"skip names {', '.join(strange[:5])}, which is no case of {source}")
-    plan = {id: origin for id, origin in plan.items() if id not in skip}
+        raise ValueError(f"skip names {', '.join(strange[:5])}, which is no case of {job.source}")
     if unlabelled not in ("error", "test"):
         raise ValueError(f"unlabelled is error or test, got {unlabelled!r}")
-    if unlabelled == "test":
-        for id, origin in plan.items():
-            if origin.label and not any(path.exists() for path in origin.label):
-                plan[id] = replace(origin, label=(), split="test")
+    plan = {id: case for id, case in plan.items() if id not in skip}
+    for id, case in plan.items():
+        if unlabelled == "test" and case.label and not any(path.exists() for path in case.label):
+            plan[id] = replace(case, label=(), split="test")
     return plan
 
-
-def tidy(folder: Path, plan: dict[str, Origin]) -> None:
+# %% ../../nbs/intake/20_convert.ipynb #describe
+def remove_leftovers(folder: Path, plan: dict[str, CaseSource]) -> None:
     "Takes away what a killed run left half written, and cases that are not planned any more"
     for path in folder.glob("*/.tmp-*"):
         path.unlink()
     for path in folder.glob(f"{RECORDS}/*.json"):
         if path.stem not in plan or plan[path.stem].split == "excluded":
-            forget(path, folder)
+            remove_written(path, folder)
 
 
 def write_annotated(
@@ -1138,36 +1075,65 @@ def write_annotated(
         (folder / ANNOTATED).unlink(missing_ok=True)
 
 
-def describe(
+def write_descriptions(
     rows: list[dict],
-    name: str,
-    dataset: Dataset,
-    source: Path,
-    folder: Path,
+    job: Conversion,
     verbatim: bool,  # Whether dataset.json is the source's
 ) -> None:
     "dataset.json and, where a split is published, splits_final.json; ValueError for files of unknown origin"
+    folder, dataset = job.folder, job.dataset
     made = {f for path in folder.glob(f"{RECORDS}/*.json") for f in read_record(path).get("files", ())}
-    written = [path for top in ("images", "labels") for path in folder.glob(f"{top}T[rs]/*")]
-    there = {path.relative_to(folder).as_posix() for path in written}
+    there = {path.relative_to(folder).as_posix() for top in ("images", "labels") for path in folder.glob(f"{top}T[rs]/*")}
     if strange := sorted(there - made):
         raise ValueError(f"{folder} holds {len(strange)} files that this conversion did not make, as {strange[0]}: move them away")
-    root = source if is_raw(source) else source / dataset.folder
+    root = job.source if is_raw(job.source) else job.source / dataset.folder
     ids = {split: [row["case"] for row in rows if row["split"] == split] for split in ("train", "val")}
     splits = folder / "splits_final.json"
-    if name == "raw" and (root / splits.name).is_file():
-        take(root / splits.name, splits, link=False)
+    if job.converter == "raw" and (root / splits.name).is_file():
+        link_or_copy(root / splits.name, splits, link=False)
     elif dataset.split == "files" and ids["val"]:
         write_json(splits, [ids])
     else:
         splits.unlink(missing_ok=True)
     if verbatim:
-        take(root / "dataset.json", folder / "dataset.json", link=False)
+        link_or_copy(root / "dataset.json", folder / "dataset.json", link=False)
     else:
         write_description(dataset, folder, training=len(ids["train"] + ids["val"]))
 
-
+# %% ../../nbs/intake/20_convert.ipynb #convert-plan
 CONVERTED = FolderKind("converted data set", (RECORDS,), ("*",))
+COLUMNS = ["case", "split", "patient", "files", "sha256", "label_sha256", "warnings"]
+
+
+def convert_plan(
+    plan: dict[str, CaseSource],
+    job: Conversion,
+    verbatim: bool,  # Whether dataset.json is the source's
+    workers: int,
+    progress: bool,
+) -> "pd.DataFrame":  # As `convert` returns it
+    "Every case of a plan, then the files that describe them; the folder is locked"
+    import pandas as pd
+
+    jobs = {id: (id, case, job) for id, case in plan.items() if case.split != "excluded"}
+    failed = None
+    try:
+        rows = map_items(convert_case, jobs, workers, f"convert {job.dataset.name}" if progress else "")
+    except ItemsFailed as error:
+        failed, rows = error, error.results
+    for id in set(plan) - set(jobs):
+        rows[id] = base_row(id, plan[id], job.dataset) | {"files": source_names(plan[id].images, job.source), "sha256": "", "label_sha256": ""}
+        rows[id]["warnings"] = "not to be trained on by the published list"
+    table = pd.DataFrame([rows[id] for id in plan if id in rows], columns=COLUMNS)
+    write_csv(job.folder / "provenance.csv", table)
+    if failed:
+        (job.folder / "dataset.json").unlink(missing_ok=True)
+        raise failed
+    raw = job.source.parent if is_raw(job.source) else job.source
+    known = partial_cases(job.dataset, raw) if job.converter == "raw" else {}
+    write_annotated([rows[id] for id in jobs], job.folder, known)
+    write_descriptions(table.to_dict("records"), job, verbatim)
+    return table
 
 # %% ../../nbs/intake/20_convert.ipynb #convert-part
 def convert(
@@ -1181,63 +1147,21 @@ def convert(
     unlabelled: str = "error",  # What a case without its label is: "error" | "test"
     tolerance: float | None = None,  # How far corners of image and label may lie apart, mm; 0.1 or a tenth of a voxel
     **options,  # Of the converter, see `options_of`
-):  # pandas table: case, split, patient, files, sha256, label_sha256, warnings
-    "A published data set in nnU-Net's raw layout; ItemsFailed names the cases that could not be converted"
+) -> "pd.DataFrame":  # Columns case, split, patient, files, sha256, label_sha256, warnings
+    """A published data set in nnU-Net's raw layout: images of (X, Y, Z) voxels in RAS order, labels as the registry numbers them.
+
+    Run again, it converts only what has changed. ItemsFailed names the cases that could not be converted; ValueError or FileNotFoundError
+    says what is wrong with the folder, the name or an option."""
     source, out = Path(source), Path(out)
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is no folder: unpack the data set, and give the folder it is in")
-    converter, dataset = choose(name, source, registry)
-    folder = out / dataset.folder
-    if folder.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{folder} lies in the source: convert into a folder outside of {source}")
-    check_output(folder, CONVERTED)
-    if name == "raw":
-        options = options | {"keep": True}
-    plan = make_plan(converter, dataset, source, skip, unlabelled, options)
-    with output_lock(folder):
-        (folder / RECORDS).mkdir(parents=True, exist_ok=True)
-        tidy(folder, plan)
-        return convert_plan(plan, name, converter, dataset, source, folder, workers, tolerance, progress)
-
-# %% ../../nbs/intake/20_convert.ipynb #convert-plan
-def convert_plan(
-    plan: dict[str, Origin],
-    name: str,  # As `convert` got it
-    converter: Converter,
-    dataset: Dataset,
-    source: Path,
-    folder: Path,  # The data set's; held
-    workers: int,
-    tolerance: float | None,  # mm
-    progress: bool,
-):  # As `convert` returns it
-    "Every case of a plan, then the files that describe them"
-    import pandas as pd
-
-    jobs = {id: (id, origin, dataset, converter, source, folder, tolerance) for id, origin in plan.items() if origin.split != "excluded"}
-    failed = None
-    try:
-        rows = map_items(convert_case, jobs, workers, f"convert {dataset.name}" if progress else "")
-    except ItemsFailed as error:
-        failed, rows = error, error.results
-    for id in set(plan) - set(jobs):
-        rows[id] = left_out(id, plan[id], dataset, source)
-    table = pd.DataFrame([rows[id] for id in plan if id in rows], columns=COLUMNS)
-    write_csv(folder / "provenance.csv", table)
-    if failed:
-        (folder / "dataset.json").unlink(missing_ok=True)
-        raise failed
-    known = partial_cases(dataset, source.parent if is_raw(source) else source) if converter == "raw" else {}
-    write_annotated([rows[id] for id in jobs], folder, known)
-    describe(table.to_dict("records"), converter, dataset, source, folder, verbatim=name == "raw")
-    return table
-
-
-COLUMNS = ["case", "split", "patient", "files", "sha256", "label_sha256", "warnings"]
-
-
-def left_out(id: str, origin: Origin, dataset: Dataset, source: Path) -> dict:
-    "The row of a case that must not be used"
-    row = {"case": id, "split": "excluded", "patient": origin.patient or find_patient(dataset, id)}
-    row["files"] = named(replace(origin, label=()), source)
-    return row | {"sha256": "", "label_sha256": "", "warnings": "not to be trained on by the published list"}
+    converter, dataset = choose_converter(name, source, registry)
+    job = Conversion(dataset, converter, source, out / dataset.folder, tolerance)
+    if job.folder.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{job.folder} lies in the source: convert into a folder outside of {source}")
+    check_output(job.folder, CONVERTED)
+    plan = make_plan(job, skip, unlabelled, options | ({"keep": True} if name == "raw" else {}))
+    with output_lock(job.folder):
+        (job.folder / RECORDS).mkdir(parents=True, exist_ok=True)
+        remove_leftovers(job.folder, plan)
+        return convert_plan(plan, job, name == "raw", workers, progress)

@@ -7,7 +7,7 @@ __all__ = ['TrainingRun', 'train_runs']
 
 # %% ../../nbs/study/30_runs.ipynb #imports
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,9 @@ from ..models.transfer import Start
 from .paths import scratch
 from .plan import StudyPlan
 from ..training.checkpoint import TRAINING_ROOMS, code_digest
+from ..training.monitor import Display
 from ..training.recipe import Recipe
-from ..training.run import train_in_processes
-from ..training.trainer import Display
+from ..training.run import TrainSettings, train_in_processes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,19 +124,18 @@ def train_one(
     if before and is_made(folder.name, before, curves):
         shutil.copytree(before, out)
         return read_csv(curves / "history.csv")
-    history = train_in_processes(
-        resources,
-        Start(str(parent) if parent else None, run.init),
-        Display(title=run.label),
-        data=str(run_data(run, data)),
-        out=str(out),
+    settings = TrainSettings(
+        data=run_data(run, data),
+        out=out,
         backbone=run.backbone,
-        recipe=asdict(recipe),
-        folder=str(folder),
+        recipe=recipe,
+        folder=folder,
         overrides=overrides,
+        start=Start(None if parent is None else str(parent), run.init),
         seed=run.seed,
         provenance=f"profile {run.profile}: ",
     )
+    history = train_in_processes(settings, resources, Display(title=run.label))
     shutil.copytree(folder / "live", curves, dirs_exist_ok=True)
     for name in ("history.csv", "run.json"):
         shutil.copy(folder / name, curves)
