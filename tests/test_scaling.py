@@ -203,7 +203,7 @@ def kept_for_backward(model, volume):
 
 @pytest.mark.parametrize("grad_checkpointing", ["none", "expansion", "block"])
 @pytest.mark.parametrize("grn", ["mean", None])
-@pytest.mark.parametrize("batch, patch", [(1, (32, 32, 32)), (2, (32, 16, 32))])
+@pytest.mark.parametrize("batch_size, patch", [(1, (32, 32, 32)), (2, (32, 16, 32))])
 def test_activations_are_what_autograd_keeps(grad_checkpointing, grn, batch_size, patch):
     arch = replace(PRESETS["tiny"], width=4, grn=grn)
     options = dict(grad_checkpointing=grad_checkpointing, deep_supervision=True, in_channels=2)
@@ -242,7 +242,7 @@ GRID = [
 
 
 @pytest.mark.parametrize("grn", ["mean", None])
-@pytest.mark.parametrize("width, ratios, depths, patch, batch", GRID)
+@pytest.mark.parametrize("width, ratios, depths, patch, batch_size", GRID)
 def test_the_estimate_of_a_fused_step_is_within_15_percent(width, ratios, depths, patch, batch_size, grn):
     arch = Arch(width, depths, ratios, grn=grn)
     cost = estimate(arch, patch, batch_size, deep_supervision=True, fused="cpu")
@@ -251,7 +251,7 @@ def test_the_estimate_of_a_fused_step_is_within_15_percent(width, ratios, depths
 
 
 @pytest.mark.parametrize("grad_checkpointing", ["none", "expansion", "block"])
-@pytest.mark.parametrize("width, ratios, depths, patch, batch", GRID[::3])
+@pytest.mark.parametrize("width, ratios, depths, patch, batch_size", GRID[::3])
 def test_the_estimate_of_a_plain_step_is_within_15_percent(width, ratios, depths, patch, batch_size, grad_checkpointing):
     arch = Arch(width, depths, ratios)
     cost = estimate(arch, patch, batch_size, grad_checkpointing=grad_checkpointing, deep_supervision=True)
