@@ -27,9 +27,9 @@ from mednext_v2.data.augment import (
     RandSpatiald,
     augment_patch,
     augmentation,
-    batches,
     crop,
     first_voxel,
+    iterate_batches,
     needed_margin,
     patch_loader,
     random_displacement,
@@ -199,7 +199,7 @@ def test_dead_worker_is_explained():
             yield
 
     with pytest.raises(RuntimeError, match=r"^waiting for step 7: .* use fewer workers \(DataLoader worker"):
-        next(batches(Loader(), None, torch.device("cpu"), False))
+        next(iterate_batches(Loader(), None, torch.device("cpu"), False))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -510,7 +510,7 @@ def test_an_undeclared_value_names_step_data_set_and_case(workers):
     weights = {"belly": 1, "chest": 1, "trunk": 2}
     source = mixture(weights, sets=SETS | {"trunk": broken}, batch=1, augment="none")
     step = next(s for s in range(9) if source.member(s, 0)[0] == "trunk")
-    message = f"^step {step}, patch 0, data set trunk: case trunk0: .* values 5 to 5, its task has 0 to 2$"
+    message = f"^step {step}, patch 0, data set trunk: case trunk0: .* values 5 to 5, its data set has 0 to 2$"
     with pytest.raises(RuntimeError, match=message):
         list(patch_loader(source, step, 9, workers))
 
