@@ -94,9 +94,9 @@ def naive_expansion(self, x):
     from torch.nn.functional import gelu
 
     x = gelu(self.conv2(self.norm(x)))
-    loudness = torch.norm(x, p=2, dim=(2, 3, 4), keepdim=True)
-    response = loudness / (loudness.mean(dim=1, keepdim=True) + 1e-6)
-    return self.conv3(self.grn_gamma * (x * response) + self.grn_beta + x)
+    channel_norm = torch.norm(x, p=2, dim=(2, 3, 4), keepdim=True)
+    relative_norm = channel_norm / (channel_norm.mean(dim=1, keepdim=True) + 1e-6)
+    return self.conv3(self.grn_gamma * (x * relative_norm) + self.grn_beta + x)
 
 
 def network(side: str, case: dict):
@@ -143,7 +143,7 @@ def infer(model, x) -> None:
 
 def child_memory(side: str, part: str) -> dict:
     "What two steps add to the peak, and what operators of a third read, write and keep alive"
-    from mednext_v2.network.scaling import Meter
+    from mednext_v2.network.scaling import MemoryMeter
 
     model, x = network(side, PARTS[part]), batch(PARTS[part])
     before = peak_mib()
@@ -151,7 +151,7 @@ def child_memory(side: str, part: str) -> dict:
         step(model, x)
     added = peak_mib() - before
     model.zero_grad()
-    with Meter() as meter:
+    with MemoryMeter() as meter:
         step(model, x)
     return {"before_mib": before, "added_mib": added, "alive_mib": meter.peak / 2**20, "moved_mib": meter.moved / 2**20}
 
@@ -171,13 +171,13 @@ def child_peaks() -> dict:
     "What one thread of this machine can do: FLOPs a second of a large product, bytes a second of a large copy"
     import torch
 
-    from mednext_v2.network.fused import products
+    from mednext_v2.network.fused import linear
 
     torch.set_num_threads(1)
     a, source = torch.randn(2048, 2048), torch.ones(2**27)
     target, found = torch.empty_like(source), {"flops": [], "bytes": []}
     for _ in range(6):
-        for name, amount, function in (("flops", 2 * 2048**3, lambda: products(a, a)), ("bytes", 2 * source.nbytes, lambda: target.copy_(source))):
+        for name, amount, function in (("flops", 2 * 2048**3, lambda: linear(a, a)), ("bytes", 2 * source.nbytes, lambda: target.copy_(source))):
             begin = time.process_time()
             function()
             found[name].append(amount / (time.process_time() - begin))

@@ -60,7 +60,7 @@ def child_axis(axis: str) -> dict:
     "Seconds of each value, and its memory; the first round warms up and is left out"
     import torch
 
-    from mednext_v2.network.scaling import Meter
+    from mednext_v2.network.scaling import MemoryMeter
 
     sizes = [AROUND | {axis: value} for value in AXES[axis][1]]
     made = [step_of(**size) for size in sizes]
@@ -74,7 +74,7 @@ def child_axis(axis: str) -> dict:
                 function()
                 one[kind] += [clock() - begin] * (repeat > 0)
     for (step, _), one in zip(made, found):
-        with Meter() as meter:
+        with MemoryMeter() as meter:
             step()
         one["alive_mib"] = meter.peak / 2**20
     return {"values": AXES[axis][1], "found": found}

@@ -59,12 +59,12 @@ def expand_product():
     from mednext_v2.network import fused
 
     x, wide = volume_of(CHANNELS, SIDE), CHANNELS * RATIO
-    rows, weight, bias = fused.tokens(x)[0], torch.randn(wide, CHANNELS), torch.randn(wide)
-    cuts = fused.parts(len(rows), wide)
+    rows, weight, bias = fused.to_tokens(x)[0], torch.randn(wide, CHANNELS), torch.randn(wide)
+    cuts = fused.row_chunks(len(rows), wide)
     return {
-        "oneDNN, in portions": portion_by_portion(cuts, lambda cut: fused.products(rows[cut], weight, bias)),
+        "oneDNN, in portions": portion_by_portion(cuts, lambda cut: fused.linear(rows[cut], weight, bias)),
         "MKL, in portions": portion_by_portion(cuts, lambda cut: torch.addmm(bias, rows[cut], weight.t())),
-        "oneDNN, all rows at once": lambda: fused.products(rows, weight, bias),
+        "oneDNN, all rows at once": lambda: fused.linear(rows, weight, bias),
         "a convolution of kernel 1": lambda: F.conv3d(x, weight.view(wide, CHANNELS, 1, 1, 1), bias),
     }
 
@@ -76,11 +76,11 @@ def expand_and_activate():
     from mednext_v2.network import fused
 
     wide = CHANNELS * RATIO
-    rows, weight, bias = fused.tokens(volume_of(CHANNELS, SIDE))[0], torch.randn(wide, CHANNELS), torch.randn(wide)
-    cuts = fused.parts(len(rows), wide)
+    rows, weight, bias = fused.to_tokens(volume_of(CHANNELS, SIDE))[0], torch.randn(wide, CHANNELS), torch.randn(wide)
+    cuts = fused.row_chunks(len(rows), wide)
     return {
-        "GELU in oneDNN's product": portion_by_portion(cuts, lambda cut: fused.products(rows[cut], weight, bias, gelu=True)),
-        "a product, then GELU": portion_by_portion(cuts, lambda cut: F.gelu(fused.products(rows[cut], weight, bias))),
+        "GELU in oneDNN's product": portion_by_portion(cuts, lambda cut: fused.linear(rows[cut], weight, bias, gelu=True)),
+        "a product, then GELU": portion_by_portion(cuts, lambda cut: F.gelu(fused.linear(rows[cut], weight, bias))),
     }
 
 
@@ -91,12 +91,12 @@ def sums_over_rows():
     from mednext_v2.network import fused
 
     channels, wide = 2 * CHANNELS, 2 * CHANNELS * RATIO
-    cuts = fused.parts(SIDE**3, wide)
+    cuts = fused.row_chunks(SIDE**3, wide)
     narrow, broad = torch.randn(cuts[0].stop, channels), torch.randn(cuts[0].stop, wide)
     return {
-        "MKL": portion_by_portion(cuts, lambda _: fused.outer_products(broad, narrow)),
-        "oneDNN": portion_by_portion(cuts, lambda _: fused.products(broad.t(), narrow.t())),
-        "oneDNN, transposed": portion_by_portion(cuts, lambda _: fused.products(narrow.t(), broad.t())),
+        "MKL": portion_by_portion(cuts, lambda _: fused.transposed_product(broad, narrow)),
+        "oneDNN": portion_by_portion(cuts, lambda _: fused.linear(broad.t(), narrow.t())),
+        "oneDNN, transposed": portion_by_portion(cuts, lambda _: fused.linear(narrow.t(), broad.t())),
     }
 
 
@@ -106,7 +106,7 @@ def norm_statistics():
     from mednext_v2.network import fused
 
     x = volume_of(CHANNELS, SIDE)
-    rows = fused.tokens(x)[0]
+    rows = fused.to_tokens(x)[0]
     return {
         "moments: one pass, shifted": lambda: fused.moments(rows, 1e-5),
         "var_mean": lambda: torch.var_mean(rows, 0),
@@ -213,10 +213,10 @@ def block_step(**settings):
 
 
 def portions():
-    from mednext_v2.network.fused import EXPANDED
+    from mednext_v2.network.fused import CHUNK_VALUES
 
-    sizes = [EXPANDED, *(2**power for power in (14, 16, 20, 22) if 2**power != EXPANDED)]
-    return {f"{size * 4 // 1024} KiB at a time": block_step(EXPANDED=size) for size in sizes}
+    sizes = [CHUNK_VALUES, *(2**power for power in (14, 16, 20, 22) if 2**power != CHUNK_VALUES)]
+    return {f"{size * 4 // 1024} KiB at a time": block_step(CHUNK_VALUES=size) for size in sizes}
 
 
 def holding():

@@ -285,22 +285,28 @@ def finetune(options: argparse.Namespace) -> str:
 
     from mednext_v2.training.launch import RunEnded
     from mednext_v2.finetuning import finetune as finetune_dataset
-    from mednext_v2.finetuning import review_scores
+    from mednext_v2.finetuning import FinetuneOptions, review_scores
+    from mednext_v2.training.recipe import get_recipe
     from mednext_v2.evaluation.statistics import means
 
-    unchanged = ("backbone", "recipe", "registry", "seed", "seed_task", "spacing")
     try:
         table = finetune_dataset(
             options.data,
             start_from_options(options),
             options.out,
-            changes=dict(parse_pair(pair) for pair in options.recipe_set),
+            recipe=get_recipe(options.recipe, **dict(parse_pair(pair) for pair in options.recipe_set)),
+            backbone=options.backbone,
             overrides=dict(parse_pair(pair) for pair in options.network),
+            spacing=options.spacing,
+            seed=options.seed,
             resources=resources_from_options(options),
-            check=not options.unchecked,
-            reading=checkpoint_options(options),
-            command=shlex.join(["mednextv2", *sys.argv[1:]]),
-            **{name: getattr(options, name) for name in unchanged},
+            options=FinetuneOptions(
+                forecast=not options.unchecked,
+                seed_task=options.seed_task,
+                registry=options.registry,
+                checkpoint=checkpoint_options(options),
+                command=shlex.join(["mednextv2", *sys.argv[1:]]),
+            ),
         )
     except RunEnded as ended:
         exit_ended(ended)

@@ -14,23 +14,23 @@ from .core import root
 
 # %% ../nbs/85_rooms.ipynb #rooms
 ROOMS = {
-    "core": "paths, parameters, files written whole or not at all, work over many items",
-    "network": "the paper's contribution, readable alone: GRN, blocks, MedNeXt, how it scales and how fast it is",
-    "models": "the networks that are compared, model folders and their cards, weights passed on by class name",
+    "core": "paths, parameters, atomic writes, work on many items",
+    "network": "the paper's contribution, readable alone: GRN, blocks, MedNeXt, its scaling and its speed",
+    "models": "the networks that are compared, model folders and their cards, transfer of weights by class name",
     "data": "what a file holds, what a data set is, how scans become patches",
-    "training": "losses, recipes, the loop, checkpoints, one process or many machines",
-    "inference": "windows and label maps",
+    "training": "losses, recipes, the training loop, checkpoints, one process or many machines",
+    "inference": "sliding windows and label maps",
     "evaluation": "scores, their intervals and tests, a page of the worst cases",
-    "zoo": "weights of others: reading them, fetching them, their licences",
-    "intake": "before there are data: published forms of data sets, and what may be wrong with them",
-    "study": "the seed scans, the plan of an experiment, its trainings side by side",
+    "zoo": "weights of other programs: how they are read and downloaded, their licences",
+    "intake": "published forms of data sets, and faults in raw data",
+    "study": "the seed scans, the plan of an experiment, its trainings",
     "finetuning": "from raw data to a model and its scores in one command",
     "scoring": "scores of many models, ablations, public models, features",
     "stages": "what dvc.yaml runs: notebooks, profiles, the README",
     "report": "tables, figures and claims",
-    "rooms": "this plan",
+    "rooms": "this table",
     "cli": "the command line",
-    "public": "what `from mednext_v2 import …` gives",
+    "public": "the names of `from mednext_v2 import …`",
 }
 
 
@@ -49,11 +49,11 @@ def modules() -> dict[str, Path]:
     return {name: path for name, path in names.items() if not name.endswith("_modidx")}
 
 
-def imported(
+def imported_modules(
     source: str,  # Python
     module: str = "",  # Whose source it is, for imports from `.`
 ) -> set[str]:
-    "The modules of this package that some code imports, at its top or within a function"
+    "The modules of this package that some code imports, at its top or inside a function"
     known, package = modules(), module.split(".")
     if not known.get(module, Path()).name == "__init__.py":
         package = package[:-1]
@@ -68,21 +68,21 @@ def imported(
 
 
 @lru_cache
-def graph() -> dict[str, frozenset[str]]:
-    "What each module imports; `__init__` of the package itself apart"
-    return {name: frozenset(imported(path.read_text(encoding="utf-8"), name)) for name, path in modules().items() if name != "mednext_v2"}
+def import_graph() -> dict[str, frozenset[str]]:
+    "The modules that each module imports, without the `__init__` of the package"
+    return {name: frozenset(imported_modules(path.read_text(encoding="utf-8"), name)) for name, path in modules().items() if name != "mednext_v2"}
 
 
-def all_imported(
+def reachable_modules(
     start: set[str],  # Modules
 ) -> set[str]:
-    "They, what they import, what that imports, and so on"
+    "Some modules and everything that they import, directly or not"
     seen: set[str] = set()
     rest = list(start)
     while rest:
         if (module := rest.pop()) not in seen:
             seen.add(module)
-            rest += graph()[module]
+            rest += import_graph()[module]
     return seen
 
 # %% ../nbs/85_rooms.ipynb #floor-plan
@@ -96,10 +96,10 @@ def chapters() -> dict[str, list[Path]]:
 
 
 def floor_plan() -> str:
-    "A Markdown table of the rooms, the top floor last: what each is for, its chapters, the rooms that it imports from"
+    "A Markdown table of the rooms, the lowest first: what each is for, its chapters, and the rooms that it imports from"
     lines = ["| room | for | chapters | imports from |", "|---|---|---|---|"]
     for room, paths in chapters().items():
-        below = {room_of(other) for module, others in graph().items() if room_of(module) == room for other in others} - {room}
+        below = {room_of(other) for module, others in import_graph().items() if room_of(module) == room for other in others} - {room}
         known = [name for name in ROOMS if name in below]
         named = ", ".join(f"[{path.stem.split('_', 1)[1]}]({path.relative_to(root() / 'nbs').as_posix()})" for path in paths)
         lines.append(f"| `{room}` | {ROOMS[room]} | {named} | {'all' if len(known) > 9 else ', '.join(known)} |")

@@ -15,7 +15,7 @@ import pytest
 
 from mednext_v2.core import build, params, read_yaml
 from mednext_v2.public import stub
-from mednext_v2.rooms import ROOMS, all_imported, chapters, floor_plan, graph, imported, room_of
+from mednext_v2.rooms import ROOMS, chapters, floor_plan, import_graph, imported_modules, reachable_modules, room_of
 from mednext_v2.stages import compose_params, notebook_parameters, profiles, readme
 from mednext_v2.study.plan import StudyPlan
 from mednext_v2.training.checkpoint import STEP_MODULES, TRAINING_ROOMS, code_digest
@@ -76,10 +76,10 @@ def test_library_and_readme_are_in_step_with_the_notebooks(tmp_path):
     assert (ROOT / "README.md").read_text(encoding="utf-8").strip() == readme().strip(), "run `make readme`"
 
 
-@pytest.mark.parametrize("module", graph())
+@pytest.mark.parametrize("module", import_graph())
 def test_imports_go_downwards(module):
     floors, order = list(ROOMS), [exports(path) for path in CHAPTERS]
-    for other in graph()[module]:
+    for other in import_graph()[module]:
         assert floors.index(room_of(other)) <= floors.index(room_of(module)), f"{module} imports {other} from a floor above"
         if room_of(other) == room_of(module) and other.count(".") > 1:
             before, after = (order.index(name.removeprefix("mednext_v2.")) for name in (other, module))
@@ -92,13 +92,13 @@ def test_names_for_editors_are_those_of_the_package():
 
 def test_public_names_stay_few():
     """A name is public because a user types it or another room calls it."""
-    found = {name: sum(not word.startswith("_") for word in getattr(import_module(name), "__all__", ())) for name in graph()}
+    found = {name: sum(not word.startswith("_") for word in getattr(import_module(name), "__all__", ())) for name in import_graph()}
     assert sum(found.values()) <= 326, f"more public names than agreed: {found}"
 
 
 def test_the_plan_in_the_readme_is_the_one_of_the_code():
     assert floor_plan().replace("](", "](nbs/") in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert {room_of(module) for module in graph()} == set(ROOMS) and all(chapters().values())
+    assert {room_of(module) for module in import_graph()} == set(ROOMS) and all(chapters().values())
 
 
 def test_the_linter_finds_nothing():
@@ -178,8 +178,8 @@ def test_stage_depends_on_every_module_its_notebook_uses(name):
     declared = {str(dep) for dep in STAGES[name]["deps"] if str(dep).startswith("mednext_v2/")}
     used = set()
     for path in notebooks_of(STAGES[name]):
-        used |= imported("\n".join(line for line in "\n".join(cells(path)).splitlines() if not line.startswith("%")))
-    needed = {f"mednext_v2/{room_of(module)}" + (".py" if (ROOT / f"mednext_v2/{room_of(module)}.py").exists() else "") for module in all_imported(used)}
+        used |= imported_modules("\n".join(line for line in "\n".join(cells(path)).splitlines() if not line.startswith("%")))
+    needed = {f"mednext_v2/{room_of(module)}" + (".py" if (ROOT / f"mednext_v2/{room_of(module)}.py").exists() else "") for module in reachable_modules(used)}
     assert needed <= declared, f"{name} does not declare {sorted(needed - declared)}"
     assert declared <= needed | {"mednext_v2/core.py"}, f"{name} declares more than it uses: {sorted(declared - needed)}"
     assert all((ROOT / dep).exists() for dep in declared)

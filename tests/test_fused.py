@@ -158,11 +158,11 @@ def test_large_samples_and_many_portions_are_the_same(cls, grn, monkeypatch):
     x = torch.randn(2, 3, 8, 7, 6)
     expected = run(use_fused(copy.deepcopy(block).double(), on=False), x.double())
     most = max(value.abs().max() for value in expected[1])
-    for held, kept in ((fused.HELD, fused.KEPT), (fused.HELD, 0), (0, 0)):
-        monkeypatch.setattr(fused, "HELD", held)
-        monkeypatch.setattr(fused, "KEPT", kept)
-        for portion in (fused.EXPANDED, 6 * 64):
-            monkeypatch.setattr(fused, "EXPANDED", portion)
+    for held, kept in ((fused.MAX_HELD, fused.MAX_KEPT), (fused.MAX_HELD, 0), (0, 0)):
+        monkeypatch.setattr(fused, "MAX_HELD", held)
+        monkeypatch.setattr(fused, "MAX_KEPT", kept)
+        for portion in (fused.CHUNK_VALUES, 6 * 64):
+            monkeypatch.setattr(fused, "CHUNK_VALUES", portion)
             found = run(use_fused(block), x)
             assert error(found[0], expected[0]) < 1e-5
             assert all((a.double() - b).abs().max() < 1e-5 * most for a, b in zip(found[1], expected[1]))
@@ -189,13 +189,13 @@ def test_products_in_every_shape_and_without_onednn(rows, columns, out, onednn, 
     a, weight, bias = torch.randn(rows, columns), torch.randn(out, columns), torch.randn(out)
     for w in (weight, weight.t().contiguous().t()):
         expected = a.double() @ w.double().t() + bias
-        assert error([fused.products(a, w, bias)], [expected]) < 1e-6
-        assert error([fused.products(a, w, bias, gelu=True)], [nn.functional.gelu(expected)]) < 1e-6
-    assert error([fused.outer_products(a, a @ weight.t())], [a.double().t() @ (a @ weight.t()).double()]) < 1e-5
+        assert error([fused.linear(a, w, bias)], [expected]) < 1e-6
+        assert error([fused.linear(a, w, bias, gelu=True)], [nn.functional.gelu(expected)]) < 1e-6
+    assert error([fused.transposed_product(a, a @ weight.t())], [a.double().t() @ (a @ weight.t()).double()]) < 1e-5
 
 
 def test_a_block_keeps_its_input_alone(monkeypatch):
-    monkeypatch.setattr(fused, "KEPT", 0)
+    monkeypatch.setattr(fused, "MAX_KEPT", 0)
     model, kept = random_network(), {}
     x = torch.randn(1, 1, 32, 32, 32)
 

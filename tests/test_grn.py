@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mednext_v2.network.grn import GRN3d, convert_grn, global_response_norm, response
+from mednext_v2.network.grn import GRN3d, convert_grn, global_response_norm, relative_norm
 
 
 @pytest.fixture(autouse=True)
@@ -18,22 +18,22 @@ def random_inputs(channels=6, size=(4, 3, 5), batch=2, dtype=torch.float64):
     return x, gamma, beta
 
 
-def by_hand(x, gamma, beta, stat, eps=1e-6):
+def by_hand(x, gamma, beta, reduction, eps=1e-6):
     "The formula written out over plain Python numbers, one sample and channel at a time"
     out = torch.empty_like(x)
     for n, sample in enumerate(x):
-        loudness = [sum(v * v for v in channel.flatten().tolist()) ** 0.5 for channel in sample]
-        total = sum(loudness) / (len(loudness) if stat == "mean" else 1)
-        for c, g in enumerate(loudness):
+        norms = [sum(v * v for v in channel.flatten().tolist()) ** 0.5 for channel in sample]
+        total = sum(norms) / (len(norms) if reduction == "mean" else 1)
+        for c, g in enumerate(norms):
             v = sample[c]
             out[n, c] = gamma.flatten()[c] * v * (g / (total + eps)) + beta.flatten()[c] + v
     return out
 
 
-@pytest.mark.parametrize("stat", ["mean", "sum"])
-def test_equals_the_formula_written_out(stat):
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_equals_the_formula_written_out(reduction):
     x, gamma, beta = random_inputs()
-    torch.testing.assert_close(global_response_norm(x, gamma, beta, stat), by_hand(x, gamma, beta, stat))
+    torch.testing.assert_close(global_response_norm(x, gamma, beta, reduction), by_hand(x, gamma, beta, reduction))
 
 
 def test_equals_monai_where_conventions_match():
@@ -48,19 +48,19 @@ def test_equals_monai_where_conventions_match():
     torch.testing.assert_close(global_response_norm(x, gamma, beta, "mean"), block(x))
 
 
-@pytest.mark.parametrize("stat", ["mean", "sum"])
-def test_gradients_are_those_of_the_function(stat):
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_are_those_of_the_function(reduction):
     inputs = [t.requires_grad_() for t in random_inputs(channels=3, size=(2, 2, 2))]
-    assert torch.autograd.gradcheck(lambda *a: global_response_norm(*a, stat, 1e-6), inputs)
+    assert torch.autograd.gradcheck(lambda *a: global_response_norm(*a, reduction, 1e-6), inputs)
 
 
-@pytest.mark.parametrize("stat", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("silent", [[1], [0, 1, 2]])
-def test_silent_channels_have_finite_gradients(stat, silent):
+def test_silent_channels_have_finite_gradients(reduction, silent):
     x, gamma, beta = random_inputs(channels=3, dtype=torch.float32)
     x[:, silent] = 0
     inputs = [t.requires_grad_() for t in (x, gamma, beta)]
-    out = global_response_norm(*inputs, stat)
+    out = global_response_norm(*inputs, reduction)
     out.square().sum().backward()
     assert out.isfinite().all()
     assert all(t.grad.isfinite().all() for t in inputs)
@@ -69,7 +69,7 @@ def test_silent_channels_have_finite_gradients(stat, silent):
 
 
 def test_the_slope_at_silence_is_that_of_the_identity():
-    # With no response, y = x + beta: a small signal passes with slope 1 for the silent channel
+    # With a relative norm of zero, y = x + beta: a small signal passes with slope 1 for the silent channel
     x = torch.ones(1, 2, 2, 2, 2, dtype=torch.float64)
     x[:, 0] = 0
     gamma, beta = torch.full((2, 1, 2, 1, 1, 1), 0.5, dtype=torch.float64)
@@ -91,14 +91,14 @@ def test_gamma_learns_from_the_first_step():
     assert (layer.gamma.grad.abs() > 0).all() and (layer.beta.grad.abs() > 0).all()
 
 
-@pytest.mark.parametrize("stat", ["mean", "sum"])
-def test_response_ignores_brightness_and_the_order_of_voxels(stat):
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_relative_norm_ignores_brightness_and_the_order_of_voxels(reduction):
     x, *_ = random_inputs()
     order = torch.randperm(x[0, 0].numel())
     shuffled = x.flatten(2)[..., order].view_as(x)
-    torch.testing.assert_close(response(x * 1e4, stat, 0), response(x, stat, 0))
-    torch.testing.assert_close(response(x.flip(2, 3, 4), stat), response(x, stat))
-    torch.testing.assert_close(response(shuffled, stat), response(x, stat))
+    torch.testing.assert_close(relative_norm(x * 1e4, reduction, 0), relative_norm(x, reduction, 0))
+    torch.testing.assert_close(relative_norm(x.flip(2, 3, 4), reduction), relative_norm(x, reduction))
+    torch.testing.assert_close(relative_norm(shuffled, reduction), relative_norm(x, reduction))
 
 
 def test_shuffled_voxels_give_the_shuffled_output():
@@ -120,17 +120,17 @@ def test_samples_of_a_batch_do_not_meet():
     torch.testing.assert_close(global_response_norm(x, gamma, beta), alone)
 
 
-def test_responses_average_one_or_add_up_to_one():
+def test_relative_norms_average_one_or_add_up_to_one():
     x, *_ = random_inputs()
-    torch.testing.assert_close(response(x, "mean", 0).mean(1), torch.ones_like(x[:, 0, :1, :1, :1]))
-    torch.testing.assert_close(response(x, "sum", 0).sum(1), torch.ones_like(x[:, 0, :1, :1, :1]))
+    torch.testing.assert_close(relative_norm(x, "mean", 0).mean(1), torch.ones_like(x[:, 0, :1, :1, :1]))
+    torch.testing.assert_close(relative_norm(x, "sum", 0).sum(1), torch.ones_like(x[:, 0, :1, :1, :1]))
 
 
 @pytest.mark.parametrize("source, target", [("mean", "sum"), ("sum", "mean")])
-@pytest.mark.parametrize("loudness", [1.0, 1e-7])  # At 1e-7 the outcome hangs on eps
-def test_conversion_keeps_the_function(source, target, loudness):
+@pytest.mark.parametrize("brightness", [1.0, 1e-7])  # At 1e-7 the outcome hangs on eps
+def test_conversion_keeps_the_function(source, target, brightness):
     x, gamma, beta = random_inputs(channels=24)
-    x *= loudness
+    x *= brightness
     converted, eps = convert_grn(gamma, 1e-6, source, target)
     expected = global_response_norm(x, gamma, beta, source, 1e-6)
     actual = global_response_norm(x, converted, beta, target, eps)
@@ -153,8 +153,8 @@ def test_half_precision_statistics_do_not_overflow():
     out = global_response_norm(x, one, zero)
     assert out.dtype == torch.float16
     torch.testing.assert_close(out, 2 * x)
-    # The sum form's small responses must not vanish either
-    assert response(torch.ones(1, 4096, 2, 2, 2, dtype=torch.float16), "sum").min() > 2e-4
+    # The sum form's small relative norms must not vanish either
+    assert relative_norm(torch.ones(1, 4096, 2, 2, 2, dtype=torch.float16), "sum").min() > 2e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -174,7 +174,7 @@ def test_autocast_agrees_with_float32(dtype):
     narrow = x.to(dtype)
     with torch.autocast("cpu", dtype):
         out = layer(narrow)
-        assert response(narrow).dtype == torch.float32
+        assert relative_norm(narrow).dtype == torch.float32
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), layer(narrow.float()), rtol=8e-3, atol=8e-3)
 

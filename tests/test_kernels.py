@@ -136,7 +136,7 @@ def test_kernels_lower_the_estimate_where_they_fit_alone():
 
 def test_kernels_are_not_offered_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not kernels.available("cuda") and not kernels.available("cpu")
+    assert not kernels.kernels_run_on("cuda") and not kernels.kernels_run_on("cpu")
     assert [kernels.fused_form(device) for device in ("cpu", "cuda", "meta")] == ["cpu", None, None]
 
 

@@ -218,9 +218,9 @@ def test_autocast_agrees_with_float32(dtype):
     assert (narrow.float() - wide).abs().max() < 0.05 * wide.abs().max()
 
 
-@pytest.mark.parametrize("stat", ["mean", "sum"])
-def test_a_few_steps_learn_a_shape(stat):
-    model = MedNeXt(dataclasses.replace(TINY, grn=stat), 1, 2)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_few_steps_learn_a_shape(reduction):
+    model = MedNeXt(dataclasses.replace(TINY, grn=reduction), 1, 2)
     grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, 16)] * 3, indexing="ij"))
     label = (grid.square().sum(0) < 0.5).long()[None]
     x = label[:, None].float() + 0.5 * torch.randn(1, 1, 16, 16, 16)

@@ -7,7 +7,7 @@ import torch
 
 from mednext_v2.network.fused import use_fused
 from mednext_v2.network.mednext import Arch, MedNeXt
-from mednext_v2.network.scaling import PRESETS, Meter, count_flops, count_parameters, create_model, estimate, overview, scale, walk
+from mednext_v2.network.scaling import PRESETS, MemoryMeter, count_flops, count_parameters, create_model, estimate, list_blocks, overview, scale
 
 MINI = Arch(width=4, depths=(1, 2, 1, 2, 1), ratios=(2, 3, 4, 2, 3))
 ONE, TINY, BASE = (1,) * 9, PRESETS["tiny"].ratios, PRESETS["base"].ratios
@@ -184,7 +184,7 @@ def test_walk_describes_the_blocks_that_are_there():
         if hasattr(module, "conv3"):
             module.register_forward_hook(note)
     model(torch.zeros(1, 1, 16, 8, 12))
-    assert seen == walk(MINI, (16, 8, 12))
+    assert seen == list_blocks(MINI, (16, 8, 12))
 
 
 def kept_for_backward(model, volume):
@@ -203,7 +203,7 @@ def kept_for_backward(model, volume):
 
 @pytest.mark.parametrize("grad_checkpointing", ["none", "expansion", "block"])
 @pytest.mark.parametrize("grn", ["mean", None])
-@pytest.mark.parametrize("batch, patch", [(1, (32, 32, 32)), (2, (32, 16, 32))])
+@pytest.mark.parametrize("batch_size, patch", [(1, (32, 32, 32)), (2, (32, 16, 32))])
 def test_activations_are_what_autograd_keeps(grad_checkpointing, grn, batch_size, patch):
     arch = replace(PRESETS["tiny"], width=4, grn=grn)
     options = dict(grad_checkpointing=grad_checkpointing, deep_supervision=True, in_channels=2)
@@ -228,7 +228,7 @@ def peak_of_a_step(arch, patch, batch_size=1, fused=False, grad_checkpointing="n
     "Bytes at the worst moment of a step, with gradients and, on top, the weights"
     model, volume = MedNeXt(arch, 1, 3, True, grad_checkpointing), torch.randn(batch_size, 1, *patch)
     use_fused(model, fused)
-    with Meter() as memory:
+    with MemoryMeter() as memory:
         outputs = model(volume)
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
     return memory.peak + 4 * count_parameters(model)
@@ -242,7 +242,7 @@ GRID = [
 
 
 @pytest.mark.parametrize("grn", ["mean", None])
-@pytest.mark.parametrize("width, ratios, depths, patch, batch", GRID)
+@pytest.mark.parametrize("width, ratios, depths, patch, batch_size", GRID)
 def test_the_estimate_of_a_fused_step_is_within_15_percent(width, ratios, depths, patch, batch_size, grn):
     arch = Arch(width, depths, ratios, grn=grn)
     cost = estimate(arch, patch, batch_size, deep_supervision=True, fused="cpu")
@@ -251,7 +251,7 @@ def test_the_estimate_of_a_fused_step_is_within_15_percent(width, ratios, depths
 
 
 @pytest.mark.parametrize("grad_checkpointing", ["none", "expansion", "block"])
-@pytest.mark.parametrize("width, ratios, depths, patch, batch", GRID[::3])
+@pytest.mark.parametrize("width, ratios, depths, patch, batch_size", GRID[::3])
 def test_the_estimate_of_a_plain_step_is_within_15_percent(width, ratios, depths, patch, batch_size, grad_checkpointing):
     arch = Arch(width, depths, ratios)
     cost = estimate(arch, patch, batch_size, grad_checkpointing=grad_checkpointing, deep_supervision=True)

@@ -11,16 +11,16 @@ from mednext_v2.core import root
 from mednext_v2.evaluation.statistics import (
     bootstrap,
     bootstrap_interval,
-    choose,
     compare,
     compare_all,
     holm,
     mean_interval,
     means,
-    paired,
+    pair_cases,
     rank_stability,
     scratch_predicts,
     seed_spread,
+    select_method,
     shared_draws,
 )
 
@@ -199,12 +199,12 @@ def test_compare_pairs_only_what_both_scored():
     scores = make_scores(share_nan=0)
     scores.loc[(scores.backbone == "one") & (scores.label == "x") & (scores.case == "0"), "dsc"] = np.nan
     scores = scores[~((scores.backbone == "two") & (scores.case == "1"))]
-    pairs = paired(scores, {"backbone": "one"}, {"backbone": "two"})
+    pairs = pair_cases(scores, {"backbone": "one"}, {"backbone": "two"})
     assert len(pairs) == 12 - 2 - 1  # Case 1 of both tasks, and case 0 of the task whose only class is lost
     with pytest.raises(ValueError, match="no row of backbone three"):
-        choose(scores, {"backbone": "three"})
+        select_method(scores, {"backbone": "three"})
     with pytest.raises(ValueError, match="share no scored case"):
-        paired(scores[(scores.backbone == "one") == (scores.task == "a")], {"backbone": "one"}, {"backbone": "two"})
+        pair_cases(scores[(scores.backbone == "one") == (scores.task == "a")], {"backbone": "one"}, {"backbone": "two"})
 
 
 def test_equal_methods_do_not_differ():
@@ -218,7 +218,7 @@ def test_wilcoxon_raises_as_many_false_alarms_as_it_says():
     generator, alarms, trials = np.random.default_rng(0), 0, 100
     for _ in range(trials):
         sides = [one_task(generator.normal(size=20), backbone=name) for name in ("one", "two")]
-        pairs = paired(pd.concat(sides), {"backbone": "one"}, {"backbone": "two"})
+        pairs = pair_cases(pd.concat(sides), {"backbone": "one"}, {"backbone": "two"})
         alarms += scipy.stats.wilcoxon(pairs.a - pairs.b).pvalue < 0.05
     assert alarms / trials < 0.05 + 3.3 * np.sqrt(0.05 * 0.95 / trials)
 
@@ -381,7 +381,7 @@ def test_a_difference_over_seeds_equals_a_loop_over_draws():
     scores = make_scores(seeds=(0, 1, 2), share_nan=0, cases=5)
     one, other = {"backbone": "one"}, {"backbone": "two"}
     found, generator, drawn = compare(scores, one, other), np.random.default_rng(5), []
-    sides = [choose(scores, method).groupby(["task", "case", "seed"]).dsc.mean() for method in (one, other)]
+    sides = [select_method(scores, method).groupby(["task", "case", "seed"]).dsc.mean() for method in (one, other)]
     for _ in range(1500):
         by_task = []
         for task in ("a", "b"):
@@ -390,7 +390,7 @@ def test_a_difference_over_seeds_equals_a_loop_over_draws():
             by_task.append(a.mean() - b.mean())
         drawn.append(np.mean(by_task))
     assert [found["low"], found["high"]] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.03)
-    assert found["difference"] == pytest.approx(paired(scores, one, other).groupby("task")[["a", "b"]].mean().mean().diff().b * -1)
+    assert found["difference"] == pytest.approx(pair_cases(scores, one, other).groupby("task")[["a", "b"]].mean().mean().diff().b * -1)
 
 
 def test_one_seed_changes_nothing_and_seeds_may_differ_in_number():

@@ -11,11 +11,15 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel
 import numpy as np
 
 from ..data.scans import Volume
+
+if TYPE_CHECKING:
+    import pydicom
 
 # %% ../../nbs/intake/10_dicom.ipynb #read-header
 DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -24,7 +28,7 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 def read_header(
     path: str | Path,
     keywords: Sequence[str],  # The DICOM keywords to keep
-):  # A pydicom Dataset without pixels; None if the file is no DICOM
+) -> "pydicom.Dataset | None":  # Without pixels; None if the file is no DICOM
     "The header of a DICOM file; ValueError if it is damaged, deflated, or pydicom is not installed"
     try:
         import pydicom
@@ -45,12 +49,12 @@ def read_header(
     except FileNotFoundError:
         raise
     except ValueError as error:
-        raise error if str(path) in str(error) else damaged(path, error) from error
+        raise error if str(path) in str(error) else unreadable(path, error) from error
     except Exception as error:  # Damaged bytes make pydicom raise almost anything
-        raise damaged(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def damaged(path: str | Path, error: Exception) -> ValueError:
+def unreadable(path: str | Path, error: Exception) -> ValueError:
     "The error for a file that starts as DICOM and cannot be read"
     reason = " ".join(str(error).split())[:120] or type(error).__name__
     return ValueError(f"{path} cannot be read as DICOM ({reason}): replace it with a whole file")
@@ -87,8 +91,8 @@ class Series:
         return re.sub(r"[^A-Za-z0-9]+", "-", self.patient).strip("-")[:64] or "unnamed"
 
 # %% ../../nbs/intake/10_dicom.ipynb #structure-set
-def moment_of(
-    header,  # Dataset of an RTSTRUCT
+def date_of(
+    header: "pydicom.Dataset",  # Of an RTSTRUCT
 ) -> tuple[str, str]:  # Date and time as digits, which sort as text
     "When a structure set was made, or else when its file was; empty words if the file does not tell"
     for kind in ("StructureSet", "InstanceCreation"):
@@ -99,10 +103,7 @@ def moment_of(
     return "", ""
 
 
-def structure_set(
-    path: Path,
-    header,  # Its Dataset
-) -> StructureSet:
+def parse_structure_set(path: Path, header: "pydicom.Dataset") -> StructureSet:
     "What an RTSTRUCT says of itself"
     frames = header.get("ReferencedFrameOfReferenceSequence") or []
     series = [
@@ -113,7 +114,7 @@ def structure_set(
     ]
     frame = next((str(frame.get("FrameOfReferenceUID", "")) for frame in frames), "")
     uid, patient = str(header.get("SOPInstanceUID", "")), str(header.get("PatientID") or "")
-    return StructureSet(path, patient, next(filter(None, series), ""), uid, moment_of(header), frame)
+    return StructureSet(path, patient, next(filter(None, series), ""), uid, date_of(header), frame)
 
 
 def newest_structure_set(
@@ -140,7 +141,7 @@ KEYWORDS = (
 ).split()
 
 
-def dicom_headers(folder: str | Path) -> Iterator[tuple]:  # Path and Dataset
+def dicom_headers(folder: str | Path) -> Iterator[tuple[Path, "pydicom.Dataset"]]:
     "The DICOM files below a folder, whatever their names; links to folders are not followed"
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder} is no folder: give the one that holds the DICOM files")
@@ -160,29 +161,29 @@ def find_series(
     images, structures = {}, []
     for path, header in dicom_headers(folder):
         if header.get("Modality") == "RTSTRUCT":
-            structures.append(structure_set(path, header))
+            structures.append(parse_structure_set(path, header))
         else:
             images.setdefault(str(header.SeriesInstanceUID), []).append((path, header))
     if not images and not structures:
         raise FileNotFoundError(f"{folder} holds no DICOM file: unpack archives, or give another folder")
-    found = {uid: series_of(uid, files) for uid, files in images.items()}
+    found = {uid: make_series(uid, files) for uid, files in images.items()}
     drawn = {}
     for one in structures:
-        drawn.setdefault(series_drawn_on(one, found.values()), []).append(one)
+        drawn.setdefault(find_own_series(one, found.values()), []).append(one)
     for uid, sets in drawn.items():
         base = found.get(uid) or Series(uid, sets[0].patient, "", "", "", sets[0].frame)
         found[uid] = Series(**{**vars(base), "structures": tuple(sets)})
     return sorted(found.values(), key=lambda one: (one.patient, one.study, one.uid))
 
 
-def series_of(uid: str, files: list[tuple]) -> Series:
+def make_series(uid: str, files: list[tuple[Path, "pydicom.Dataset"]]) -> Series:
     "A series from its files and headers"
     words = ("PatientID", "StudyInstanceUID", "Modality", "SeriesDescription", "FrameOfReferenceUID")
     values = [str(files[0][1].get(word) or "") for word in words]
     return Series(uid, *values, paths=tuple(path for path, _ in files))
 
 
-def series_drawn_on(one: StructureSet, series: Iterable[Series]) -> str:
+def find_own_series(one: StructureSet, series: Iterable[Series]) -> str:
     "The identifier of the series that a structure set belongs to, by its frame of reference if it names none"
     if one.series:
         return one.series
@@ -227,7 +228,7 @@ def read_slice(path: str | Path) -> Slice:
         raise ValueError(f"{path} holds several frames: convert it with dcm2niix, or split it into slices")
     if int(header.get("SamplesPerPixel") or 1) > 1:
         raise ValueError(f"{path} is a colour image: take it out of the series")
-    values = {word: numbers_of(header, word) for word in (*GEOMETRY, *RESCALE)}
+    values = {word: header_numbers(header, word) for word in (*GEOMETRY, *RESCALE)}
     wrong = [word for word, count in GEOMETRY.items() if values[word].shape != (count,)]
     if header.get("Modality") == "CT":  # Other modalities have no unit to be rescaled to
         wrong += [word for word in RESCALE if values[word].shape != (1,)]
@@ -244,7 +245,7 @@ def read_slice(path: str | Path) -> Slice:
     return Slice(Path(path), *words, size, spacing, along, corner, float(slope), float(intercept))
 
 
-def numbers_of(header, keyword: str) -> np.ndarray:  # (n,); empty if absent, or if one is NaN or infinite
+def header_numbers(header: "pydicom.Dataset", keyword: str) -> np.ndarray:  # (n,); empty if absent, or if one is NaN or infinite
     "The numbers of a header's element"
     stored = header.get(keyword)
     numbers = np.array([] if stored is None or stored == "" else stored, dtype=float).reshape(-1)
@@ -301,7 +302,7 @@ def check_tilt(
         )
 
 # %% ../../nbs/intake/10_dicom.ipynb #stack
-def stack(
+def stack_slices(
     paths: Sequence[str | Path],  # Slices of one series, in any order
 ) -> tuple[list[Slice], np.ndarray]:  # In order, and (4, 4): column, row and slice to mm in RAS
     "The slices along their normal, and the grid they form; ValueError if they form none"
@@ -347,7 +348,7 @@ def slice_values(one: Slice) -> np.ndarray:  # (rows, columns), HU
     except ImportError as error:
         raise ValueError(f"reading {one.path} needs SimpleITK: pip install 'mednext_v2[convert]'") from error
     except Exception as error:  # Decoders raise almost anything at damaged bytes
-        raise damaged(one.path, error) from error
+        raise unreadable(one.path, error) from error
     if values.shape != tuple(one.size[::-1]):
         text = f"{values.shape} pixels, its header says {one.size[::-1].tolist()}"
         raise ValueError(f"{one.path} holds {text}: replace it with a whole file")
@@ -367,7 +368,7 @@ def read_series(
     paths: Sequence[str | Path],  # The files of one series, in any order
 ) -> Volume:  # int16 or float32 voxels in RAS order, HU for CT
     "A series as a volume; ValueError names what is missing, mixed, uneven, tilted or damaged"
-    slices, affine = stack(paths)
+    slices, affine = stack_slices(paths)
     columns, rows = slices[0].size
     whole = all(one.whole for one in slices)
     voxels = np.empty((columns, rows, len(slices)), dtype=np.int32 if whole else np.float32)
@@ -421,8 +422,8 @@ def structure_names(
     return counts
 
 # %% ../../nbs/intake/10_dicom.ipynb #curves
-def curve_points(
-    item,  # Of a ContourSequence
+def contour_points(
+    item: "pydicom.Dataset",  # Of a ContourSequence
     path: str | Path,  # For the error
     name: str,
 ) -> np.ndarray:  # (points, 3), mm, RAS
@@ -440,7 +441,7 @@ def curve_points(
     return points * [-1.0, -1.0, 1.0]
 
 # %% ../../nbs/intake/10_dicom.ipynb #fill
-def fill(
+def fill_polygons(
     curves: Sequence[np.ndarray],  # Each (points, 2), in pixels; closed by itself
     shape: tuple[int, int],
 ) -> np.ndarray:  # bool, of that shape
@@ -483,13 +484,13 @@ def label_values(
     return {name: value for name, value in values.items() if value is not None}
 
 # %% ../../nbs/intake/10_dicom.ipynb #planes
-def slice_axis(curves: Iterable[np.ndarray]) -> int:  # Curves in voxel indices
+def flat_axis(curves: Iterable[np.ndarray]) -> int:  # Curves in voxel indices
     "The axis along which the curves are flat"
     extents = [np.ptp(curve, axis=0) for curve in curves]
     return int(np.argmin(np.median(extents, axis=0))) if extents else 2
 
 
-def planes_of(
+def sort_by_slice(
     curves: Sequence[np.ndarray],  # (points, 3), voxel indices
     axis: int,  # Across the slices
     count: int,  # Slices
@@ -527,16 +528,16 @@ def draw_structures(
     drawn = []  # Value, name and curves
     for name, items in found:
         if name in values:
-            corners = [curve_points(item, path, name) for item in items]
+            corners = [contour_points(item, path, name) for item in items]
             curves = [points @ to_index[:3, :3].T + to_index[:3, 3] for points in corners if len(points) > 2]
             drawn.append((values[name], name, curves))
     shape = volume.voxels.shape
     label = np.zeros(shape, dtype=np.uint8 if max(values.values(), default=0) < 256 else np.uint16)
-    axis = slice_axis([curve for *_, curves in drawn for curve in curves])
+    axis = flat_axis([curve for *_, curves in drawn for curve in curves])
     face = tuple(np.delete(shape, axis))
     rank = [*order, *sorted(set(values.values()) - set(order))]
     for value, name, curves in sorted(drawn, key=lambda one: rank.index(one[0])):
-        planes = planes_of(curves, axis, shape[axis], f"{path}, structure {name!r}")
+        planes = sort_by_slice(curves, axis, shape[axis], f"{path}, structure {name!r}")
         for index, flat in planes.items():
-            np.moveaxis(label, axis, 0)[index][fill(flat, face)] = value
+            np.moveaxis(label, axis, 0)[index][fill_polygons(flat, face)] = value
     return Volume(label, volume.affine)

@@ -6,22 +6,25 @@
 __all__ = ['MedNeXtBlock', 'DownBlock', 'UpBlock']
 
 # %% ../../nbs/network/40_blocks.ipynb #imports
-import mednext_v2.network.kernels  # noqa: F401, fills `BACKENDS` for GPUs
+from collections.abc import Callable
+
+import mednext_v2.network.kernels  # noqa: F401, enters the kernels for GPUs in `BACKENDS`
 import torch
 import torch.nn.functional as F
-from .fused import BACKENDS, can_fuse, pointwise, transformed
-from .grn import STATS, global_response_norm
+from .fused import BACKENDS, FusableBlock, can_fuse, in_transform, pointwise
+from .grn import REDUCTIONS, global_response_norm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# %% ../../nbs/network/40_blocks.ipynb #block
-CHECKPOINTING = ("none", "expansion", "block")
+# %% ../../nbs/network/40_blocks.ipynb #checkpointing
+CHECKPOINTING = ("none", "expansion", "block")  # What backward recomputes
 
-# %% ../../nbs/network/40_blocks.ipynb #med-ne-xt-block
-class MedNeXtBlock(nn.Module):
+# %% ../../nbs/network/40_blocks.ipynb #block
+class MedNeXtBlock(FusableBlock):
     "Depthwise, norm, expand, GELU, GRN, compress, plus input; keeps `(X, Y, Z)`; ValueError for an unknown choice"
 
-    convolution, stride = nn.Conv3d, 1
+    convolution: type[nn.Conv3d] | type[nn.ConvTranspose3d] = nn.Conv3d
+    stride = 1
     fused = True  # Without its expanded tensors, where `can_fuse` allows; `use_fused(model, False)` turns it off
 
     def __init__(
@@ -30,18 +33,17 @@ class MedNeXtBlock(nn.Module):
         out_channels: int | None = None,  # Channels that go out; as many if not given
         ratio: int = 4,  # Expanded channels per incoming channel
         kernel: int = 3,  # Size of the depthwise kernel, odd
-        grn: str | None = "mean",  # Convention of GRN, `mean` or `sum`; None leaves it out (v1)
+        grn: str | None = "mean",  # Reduction of GRN, `mean` or `sum`; None leaves it out (v1)
         grad_checkpointing: str = "none",  # What backward recomputes: nothing, the `expansion` or the `block`
     ):
         super().__init__()
-        if grn not in (None, *STATS):
-            raise ValueError(f"grn must be one of {', '.join(STATS)} or None, got {grn!r}")
+        if grn not in (None, *REDUCTIONS):
+            raise ValueError(f"grn must be one of {', '.join(REDUCTIONS)} or None, got {grn!r}")
         if grad_checkpointing not in CHECKPOINTING:
             raise ValueError(f"grad_checkpointing must be one of {', '.join(CHECKPOINTING)}, got {grad_checkpointing!r}")
         out_channels, expanded = out_channels or channels, ratio * channels
         self.grn, self.grad_checkpointing = grn, grad_checkpointing
-        sampling = dict(stride=self.stride, padding=kernel // 2)
-        self.conv1 = self.convolution(channels, channels, kernel, groups=channels, **sampling)
+        self.conv1 = self.convolution(channels, channels, kernel, groups=channels, stride=self.stride, padding=kernel // 2)
         self.norm = nn.GroupNorm(channels, channels)
         self.conv2 = nn.Conv3d(channels, expanded, 1)
         if grn:
@@ -61,9 +63,9 @@ class MedNeXtBlock(nn.Module):
     def _block(self, x: Tensor) -> Tensor:
         return self._run(self._expansion, self.conv1(x), "expansion") + self.res_conv(x)
 
-    def _run(self, function, x: Tensor, part: str) -> Tensor:
-        # Transforms of `torch.func` cannot do a part again
-        if self.grad_checkpointing != part or not torch.is_grad_enabled() or transformed():
+    def _run(self, function: Callable[[Tensor], Tensor], x: Tensor, part: str) -> Tensor:
+        # Transforms of `torch.func` cannot compute a part again
+        if self.grad_checkpointing != part or not torch.is_grad_enabled() or in_transform():
             return function(x)
         # Nothing in a block is random, so there is no generator state to keep
         return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
@@ -83,14 +85,15 @@ class DownBlock(MedNeXtBlock):
 class UpBlock(MedNeXtBlock):
     "A block that doubles the resolution: `(N, C, X, Y, Z)` to `(N, out_channels, 2X, 2Y, 2Z)`"
 
-    convolution, stride = nn.ConvTranspose3d, 2
+    convolution = nn.ConvTranspose3d
+    stride = 2
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(super().forward(x), (1, 0) * 3)
 
 # %% ../../nbs/network/40_blocks.ipynb #out-block
 class OutBlock(nn.Module):
-    "Scores per class: `(N, C, X, Y, Z)` to `(N, num_classes, X, Y, Z)`"
+    "Logits per class: `(N, C, X, Y, Z)` to `(N, num_classes, X, Y, Z)`"
 
     fused = True
 

@@ -7,68 +7,69 @@ __all__ = ['use_fused']
 
 # %% ../../nbs/network/20_fused.ipynb #imports
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .grn import global_response_norm
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd import forward_ad
 
 # %% ../../nbs/network/20_fused.ipynb #tokens
-def tokens(
+def to_tokens(
     x: Tensor,  # Shape `(N, C, X, Y, Z)`
 ) -> Tensor:  # Shape `(N, X * Y * Z, C)`; a view if `x` is channels last
     "Voxels as rows"
     return x.permute(0, 2, 3, 4, 1).reshape(x.shape[0], -1, x.shape[1])
 
 
-def volume(
+def from_tokens(
     rows: Tensor,  # Shape `(N, X * Y * Z, C)`
-    size: tuple[int, ...],  # `(X, Y, Z)`
+    size: Sequence[int],  # `(X, Y, Z)`
 ) -> Tensor:  # Shape `(N, C, X, Y, Z)`, a view, channels last
-    "The inverse of `tokens`"
+    "The inverse of `to_tokens`"
     return rows.view(rows.shape[0], *size, rows.shape[2]).permute(0, 4, 1, 2, 3)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    "`x` in memory format `channels_last_3d`; itself if it is"
+    "`x` in memory format `channels_last_3d`; `x` itself if it already is"
     return x.contiguous(memory_format=torch.channels_last_3d)
 
-# %% ../../nbs/network/20_fused.ipynb #products
+# %% ../../nbs/network/20_fused.ipynb #linear
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-NARROW = 128  # Columns below which MKL sums over rows faster
-LITTLE = 2**20  # Multiplications that take less time than oneDNN to get ready
+MIN_ONEDNN_COLUMNS = 128  # Narrower matrices are summed over their rows faster by MKL
+MIN_ONEDNN_MULTIPLICATIONS = 2**20  # Fewer take less time than oneDNN needs to start
 
 
-def products(
+def linear(
     rows: Tensor,  # Shape `(S, C)`
     weight: Tensor,  # Shape `(out, C)`
     bias: Tensor | None = None,  # Shape `(out,)`
-    gelu: bool = False,  # With the exact GELU behind it?
+    gelu: bool = False,  # Apply the exact GELU to the result?
 ) -> Tensor:  # Shape `(S, out)`
     "`F.linear`, without gradients"
-    if ONEDNN and rows.dtype == torch.float32 and len(rows) * weight.numel() > LITTLE:
+    if ONEDNN and rows.dtype == torch.float32 and len(rows) * weight.numel() > MIN_ONEDNN_MULTIPLICATIONS:
         return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "gelu" if gelu else "none", [], "none")
     result = F.linear(rows, weight, bias)
     return torch.ops.aten.gelu.out(result, out=result) if gelu else result
 
 
-def outer_products(
+def transposed_product(
     a: Tensor,  # Shape `(S, A)`
     b: Tensor,  # Shape `(S, B)`
 ) -> Tensor:  # Shape `(A, B)`
-    "Sum over rows, as in the gradient of a weight"
-    return products(a.t(), b.t()) if min(a.shape[1], b.shape[1]) >= NARROW else torch.mm(a.t(), b)
+    "`a.T @ b`, the sum over rows that the gradient of a weight needs"
+    return linear(a.t(), b.t()) if min(a.shape[1], b.shape[1]) >= MIN_ONEDNN_COLUMNS else torch.mm(a.t(), b)
 
 # %% ../../nbs/network/20_fused.ipynb #moments
-GRN_EPS = 1e-6  # As `global_response_norm` has it
-EXPANDED = 2**18  # Expanded values worked on at a time: 1 MiB, about what stays in a core's cache
+CHUNK_VALUES = 2**18  # Expanded values worked on at a time: 1 MiB, about what stays in a core's cache
 
 
-def parts(count: int, wide: int) -> list[slice]:
-    "Rows in portions of about `EXPANDED` values"
-    step = max(EXPANDED // wide, 64)
+def row_chunks(count: int, wide: int) -> list[slice]:
+    "Slices of `count` rows, each of about `CHUNK_VALUES` values where a row has `wide`"
+    step = max(CHUNK_VALUES // wide, 64)
     return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
 
 
@@ -76,69 +77,108 @@ def moments(
     rows: Tensor,  # Shape `(S, C)`
     eps: float,  # Added to the variance
 ) -> tuple[Tensor, Tensor]:  # Mean and inverse standard deviation, each `(C,)`
-    "What group norm with one group a channel takes off and multiplies by; ten times as fast as `var_mean`"
+    "What group norm with one group per channel subtracts and multiplies by; ten times as fast as `var_mean`"
     count, channels = rows.shape
     mean = rows[:: count // 256 | 1].mean(0)  # An odd step meets all planes of a volume
+    variance = torch.zeros_like(mean)
     for _ in range(2):
-        off, square = torch.zeros_like(mean), torch.zeros_like(mean)
-        for cut in parts(count, channels):
-            centered = rows[cut] - mean
-            off += centered.sum(0)
+        offset, square = torch.zeros_like(mean), torch.zeros_like(mean)
+        for chunk in row_chunks(count, channels):
+            centered = rows[chunk] - mean
+            offset += centered.sum(0)
             square += centered.mul_(centered).sum(0)
-        off /= count
-        variance = (square / count - off.square()).clamp_(min=0)
-        mean = mean + off
-        if not (off.square() > 10 * variance).any():
+        offset /= count
+        variance = (square / count - offset.square()).clamp_(min=0)
+        mean = mean + offset
+        if not (offset.square() > 10 * variance).any():
             break
     return mean, (variance + eps).rsqrt()
 
-# %% ../../nbs/network/20_fused.ipynb #expansion
-HELD = 2**23  # Expanded values of a sample that are held between two passes: 32 MiB
-KEPT = 2**22  # Expanded values of a sample whose rows behind the depthwise convolution are kept for backward
+# %% ../../nbs/network/20_fused.ipynb #grn
+GRN_EPS = 1e-6  # As in `global_response_norm`
 
 
-def small(
-    rows: int,
-    wide: int,  # Expanded channels
-    most: int,  # `HELD` or `KEPT`
-) -> bool:
-    "Has an expanded sample no more values than that?"
-    return rows * wide <= most
+def relative_norms(
+    norms: Tensor,  # Channel norms, shape `(..., wide)`
+    reduction: str,  # Over the channels: `mean` or `sum`
+) -> tuple[Tensor, Tensor]:  # What they are divided by, and the relative norms
+    "`grn.relative_norm` for norms that are already computed"
+    divisor = (norms.mean(-1, True) if reduction == "mean" else norms.sum(-1, True)) + GRN_EPS
+    return divisor, norms / divisor
 
 
-def responses(
-    norms: Tensor,  # Of the expanded channels, shape `(..., wide)`
-    mean_stat: bool,  # Divide by their mean? Else by their sum
-) -> tuple[Tensor, Tensor]:  # What they are divided by, and GRN's response `r`
-    "GRN's norms beside each other"
-    below = (norms.mean(-1, True) if mean_stat else norms.sum(-1, True)) + GRN_EPS
-    return below, norms / below
-
-
-def response_gradients(
-    norms: Tensor,  # Shape `(..., wide)`, like all that follow
-    along: Tensor,  # Sums over voxels of the activation times its gradient behind GRN
+def relative_norm_gradients(
+    norms: Tensor,  # Shape `(..., wide)`, as all that follow
+    products: Tensor,  # Sums over voxels of the activation times its gradient behind GRN
     gamma: Tensor,  # Shape `(wide,)`
-    mean_stat: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # Gradient of `gamma`; what pulls an activation along itself; what GRN multiplies it by
-    "Gradients through the norms of channels"
-    below, ratio = responses(norms, mean_stat)
-    shared = gamma * along * ratio
-    d_norms = (gamma * along - (shared.mean(-1, True) if mean_stat else shared.sum(-1, True))) / below
-    # A silent channel has no direction in which its norm grows
-    return ratio * along, torch.where(norms > 0, d_norms / norms, 0), 1 + gamma * ratio
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # Gradient of `gamma`; share of an activation in its own gradient; factor by which GRN scales it
+    "Gradients through the channel norms"
+    divisor, relative = relative_norms(norms, reduction)
+    shared = gamma * products * relative
+    d_norms = (gamma * products - (shared.mean(-1, True) if reduction == "mean" else shared.sum(-1, True))) / divisor
+    # The norm of a channel of zeros has no direction in which it grows
+    return relative * products, torch.where(norms > 0, d_norms / norms, 0), 1 + gamma * relative
+
+# %% ../../nbs/network/20_fused.ipynb #weights
+MAX_HELD = 2**23  # Expanded values of a sample that are held between two passes: 32 MiB
+MAX_KEPT = 2**22  # Expanded values of a sample whose depthwise convolution is kept for backward
 
 
-def _expander(d: Tensor, mean: Tensor, rstd: Tensor, weights: tuple) -> tuple[Tensor, Callable[..., tuple[Tensor, Tensor]]]:
-    "The weights of `conv2` with those of the norm folded in, and what makes rows of a portion: normalised, and expanded"
-    norm_w, norm_b, w1, b1 = weights[:4]
-    weight, bias = w1 * norm_w, torch.addmv(b1, w1, norm_b)
+class Weights(NamedTuple):
+    "Parameters of a block behind its depthwise convolution, or their gradients"
 
-    def expanded(cut: slice, gelu: bool = False) -> tuple[Tensor, Tensor]:
-        hat = (d[cut] - mean).mul_(rstd)
-        return hat, products(hat, weight, bias, gelu)
+    norm_weight: Tensor  # Shape `(C,)`
+    norm_bias: Tensor
+    w1: Tensor  # Of `conv2`, shape `(wide, C)`
+    b1: Tensor
+    gamma: Tensor | None  # Of GRN, shape `(wide,)`; None without GRN
+    beta: Tensor | None
+    w2: Tensor  # Of `conv3`, shape `(out, wide)`
+    b2: Tensor
 
-    return weight, expanded
+    def add_(self, other: "Weights") -> "Weights":
+        "The sum, in place"
+        for total, part in zip(self, other):
+            if total is not None and part is not None:
+                total.add_(part)
+        return self
+
+
+ExpandRows = Callable[..., tuple[Tensor, Tensor]]  # `(chunk, gelu=False)`: normalised rows and expanded rows
+
+
+def fold_norm(
+    d: Tensor,  # Shape `(S, C)`: a sample behind the depthwise convolution
+    mean: Tensor,  # Of `d`
+    rstd: Tensor,  # Of `d`
+    weights: Weights,
+) -> tuple[Tensor, ExpandRows]:
+    "The weight of `conv2` with that of the norm folded in, and a function that normalises and expands a chunk of rows"
+    weight, bias = weights.w1 * weights.norm_weight, torch.addmv(weights.b1, weights.w1, weights.norm_bias)
+
+    def expand_rows(chunk: slice, gelu: bool = False) -> tuple[Tensor, Tensor]:
+        normalised = (d[chunk] - mean).mul_(rstd)
+        return normalised, linear(normalised, weight, bias, gelu)
+
+    return weight, expand_rows
+
+# %% ../../nbs/network/20_fused.ipynb #expand
+def channel_norms(
+    norms: Tensor,  # Zeros, shape `(wide,)`; filled in place
+    expand_rows: ExpandRows,
+    chunks: list[slice],
+    hold: bool,  # Keep the expanded rows?
+) -> list[Tensor]:  # Expanded rows of each chunk behind GELU; empty unless held
+    "First pass of GRN: the norm of each expanded channel"
+    held = []
+    for chunk in chunks:
+        _, v = expand_rows(chunk, gelu=True)
+        norms += (v * v if hold else v.mul_(v)).sum(0)
+        if hold:
+            held.append(v)
+    norms.sqrt_()
+    return held
 
 
 def expand(
@@ -147,95 +187,128 @@ def expand(
     out: Tensor,  # Shape `(S, out)`: where the result goes
     mean: Tensor,  # Of `d`
     rstd: Tensor,  # Of `d`
-    weights: tuple,  # Of norm, `conv2`, GRN (None without) and `conv3`
-    mean_stat: bool,  # Divide GRN's norms by their mean? Else by their sum
-) -> Tensor | None:  # Norms of the expanded channels, for `expand_gradients`
+    weights: Weights,
+    reduction: str,  # Of GRN
+) -> Tensor | None:  # Channel norms, which `expand_gradients` needs; None without GRN
     "Norm, expand, GELU, GRN, compress, plus the shortcut"
     gamma, beta, w2, b2 = weights[4:]
-    w1n, expanded = _expander(d, mean, rstd, weights)
-    cuts, keep, held, norms = parts(len(d), len(w1n)), small(len(d), len(w1n), HELD), {}, None
-    if gamma is not None:
-        norms = d.new_zeros(len(w1n))
-        for place, cut in enumerate(cuts):
-            _, v = expanded(cut, gelu=True)
-            norms += (v * v if keep else v.mul_(v)).sum(0)
-            if keep:
-                held[place] = v
-        norms.sqrt_()
-        _, ratio = responses(norms, mean_stat)
-        w2, b2 = w2 * (1 + gamma * ratio), torch.addmv(b2, w2, beta)
-    for place, cut in enumerate(cuts):
-        v = held.pop(place) if held else expanded(cut, gelu=True)[1]
-        out[cut] = products(v, w2, b2)
+    wide = len(weights.w1)
+    _, expand_rows = fold_norm(d, mean, rstd, weights)
+    chunks, held, norms = row_chunks(len(d), wide), [], None
+    if gamma is not None and beta is not None:
+        norms = d.new_zeros(wide)
+        held = channel_norms(norms, expand_rows, chunks, hold=len(d) * wide <= MAX_HELD)
+        _, relative = relative_norms(norms, reduction)
+        w2, b2 = w2 * (1 + gamma * relative), torch.addmv(b2, w2, beta)
+    for chunk in chunks:
+        v = held.pop(0) if held else expand_rows(chunk, gelu=True)[1]
+        out[chunk] = linear(v, w2, b2)
         if shortcut is not None:
-            out[cut] += shortcut[cut]
+            out[chunk] += shortcut[chunk]
     return norms
 
+# %% ../../nbs/network/20_fused.ipynb #grn-gradients
+class GRNGradients(NamedTuple):
+    "What the first pass of backward gives the second"
 
-def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    gamma: Tensor
+    beta: Tensor
+    w2: Tensor
+    scaled_w2: Tensor  # `w2` with GRN's factor folded in
+    own_share: Tensor  # Of an activation in its own gradient, shape `(wide,)`
+    held: list[tuple[Tensor, Tensor]]  # Normalised and expanded rows of each chunk; empty unless held
+
+
+def add_to(total: Tensor | None, part: Tensor) -> Tensor:
+    "The sum, in place but for the first part"
     return part if total is None else total.add_(part)
 
 
+def grn_gradients(
+    grad: Tensor,  # Shape `(S, out)`: of the result
+    d_b2: Tensor,  # Gradient of the last bias
+    expand_rows: ExpandRows,
+    norms: Tensor,
+    weights: Weights,
+    reduction: str,
+) -> GRNGradients:
+    "First pass of backward: gradients of GRN and of `conv3`"
+    _, _, _, _, gamma, beta, w2, _ = weights
+    held, d_w2, hold = [], None, len(grad) * len(norms) <= MAX_HELD
+    for chunk in row_chunks(len(grad), len(norms)):
+        normalised, v = expand_rows(chunk, gelu=not hold)
+        if hold:  # A second GELU costs less than one more tensor in memory
+            held.append((normalised, v))
+            v = F.gelu(v)
+        d_w2 = add_to(d_w2, transposed_product(grad[chunk], v))
+    assert d_w2 is not None and gamma is not None and beta is not None  # A sample has a voxel, and a block with norms has GRN
+    shared = w2 * d_w2
+    d_gamma, own_share, factor = relative_norm_gradients(norms, shared.sum(0), gamma, reduction)
+    d_beta = torch.mv(w2.t(), d_b2)
+    d_w2.mul_(factor).add_(torch.outer(d_b2, beta, out=shared))
+    return GRNGradients(d_gamma, d_beta, d_w2, torch.mul(w2, factor, out=shared), own_share, held)
+
+# %% ../../nbs/network/20_fused.ipynb #norm-gradients
+def norm_gradients(
+    d_d: Tensor,  # Gradient of `d`, shape `(S, C)`; corrected in place
+    d: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weights: Weights,
+    d_w1: Tensor,  # Gradient of `w1` as if it stood behind the norm; corrected in place
+    d_b1: Tensor,
+    spare: Tensor,  # Shape of `w1`; overwritten
+) -> tuple[Tensor, Tensor]:  # Of weight and bias of the norm
+    "Last part of backward: through the mean and the deviation that the norm takes from its input"
+    d_bias, d_weight = torch.mv(weights.w1.t(), d_b1), torch.mul(weights.w1, d_w1, out=spare).sum(0)
+    d_w1.mul_(weights.norm_weight).add_(torch.outer(d_b1, weights.norm_bias, out=spare))
+    # The norm removes the mean of the gradient, and its component along the input
+    slope = -weights.norm_weight * d_weight * rstd.square() / len(d)
+    level = -weights.norm_weight * d_bias * rstd / len(d) - slope * mean
+    for chunk in row_chunks(len(d), len(d_b1)):
+        d_d[chunk].addcmul_(d[chunk], slope).add_(level)
+    return d_weight, d_bias
+
+# %% ../../nbs/network/20_fused.ipynb #expand-gradients
 def expand_gradients(
     grad: Tensor,  # Shape `(S, out)`: of the result
     d_d: Tensor,  # Shape `(S, C)`: where the gradient of `d` goes
-    d: Tensor,  # As `expand` had it, like all that follow
+    d: Tensor,  # As in `expand`, like all that follow
     mean: Tensor,
     rstd: Tensor,
     norms: Tensor | None,
-    weights: tuple,
-    mean_stat: bool,
-) -> tuple:  # Of `weights`, None for what is not there
+    weights: Weights,
+    reduction: str,
+) -> Weights:  # Gradients; None for what is not there
     "Exact gradients of `expand`; that of the shortcut is `grad` itself"
-    norm_w, norm_b, w1, b1, gamma, beta, w2, b2 = weights
-    count, wide = len(d), len(w1)
-    cuts, keep, held = parts(count, wide), small(count, wide, HELD), {}
-    w1n, expanded = _expander(d, mean, rstd, weights)
+    w1n, expand_rows = fold_norm(d, mean, rstd, weights)
     d_b2 = grad.sum(0)
-    d_gamma = d_beta = pull = None
-    d_w1 = d_w2 = None  # Sums over voxels of a gradient times what the weights multiply; finished in place
-
-    if gamma is not None:
-        for place, cut in enumerate(cuts):
-            hat, v = expanded(cut, gelu=not keep)
-            if keep:  # A GELU again takes less than a tensor more in memory
-                held[place], v = (hat, v), F.gelu(v)
-            d_w2 = _plus(d_w2, outer_products(grad[cut], v))
-        # At the bottleneck weights are larger than volumes, so three products of their size take turns in one tensor
-        spare = w2 * d_w2
-        d_gamma, pull, factor = response_gradients(norms, spare.sum(0), gamma, mean_stat)
-        d_beta = torch.mv(w2.t(), d_b2)
-        d_w2.mul_(factor).add_(torch.outer(d_b2, beta, out=spare))
-        w2 = torch.mul(w2, factor, out=spare)
+    grn = None if norms is None else grn_gradients(grad, d_b2, expand_rows, norms, weights, reduction)
+    held, d_w2, w2 = (grn.held, grn.w2, grn.scaled_w2) if grn else ([], None, weights.w2)
     back, back_d = w2.t(), (w1n * rstd).t()
-    d_b1 = torch.zeros_like(b1)
-    for place, cut in enumerate(cuts):
-        hat, u = held.pop(place) if held else expanded(cut)
+    d_w1, d_b1 = None, torch.zeros_like(weights.b1)
+    for chunk in row_chunks(len(d), len(weights.w1)):
+        normalised, u = held.pop(0) if held else expand_rows(chunk)
         v = F.gelu(u)
-        dv = products(grad[cut], back)
-        if gamma is None:
-            d_w2 = _plus(d_w2, outer_products(grad[cut], v))
+        dv = linear(grad[chunk], back)
+        if grn is None:
+            d_w2 = add_to(d_w2, transposed_product(grad[chunk], v))
         else:
-            dv.addcmul_(v, pull)
+            dv.addcmul_(v, grn.own_share)
         du = torch.ops.aten.gelu_backward.grad_input(dv, u, grad_input=v)
-        d_w1 = _plus(d_w1, outer_products(du, hat))
+        d_w1 = add_to(d_w1, transposed_product(du, normalised))
         d_b1 += du.sum(0)
-        d_d[cut] = products(du, back_d)
-    out, out_hat = torch.mv(w1.t(), d_b1), torch.mul(w1, d_w1, out=w1n).sum(0)
-    d_w1.mul_(norm_w).add_(torch.outer(d_b1, norm_b, out=w1n))
-    # What the norm takes off: the mean of the gradient, and what goes along its input
-    slope = -norm_w * out_hat * rstd.square() / count
-    level = -norm_w * out * rstd / count - slope * mean
-    for cut in cuts:
-        d_d[cut].addcmul_(d[cut], slope).add_(level)
-    return out_hat, out, d_w1, d_b1, d_gamma, d_beta, d_w2, d_b2
+        d_d[chunk] = linear(du, back_d)
+    assert d_w1 is not None and d_w2 is not None  # A sample has a voxel
+    d_weight, d_bias = norm_gradients(d_d, d, mean, rstd, weights, d_w1, d_b1, w1n)
+    return Weights(d_weight, d_bias, d_w1, d_b1, grn and grn.gamma, grn and grn.beta, d_w2, d_b2)
 
 # %% ../../nbs/network/20_fused.ipynb #depthwise
-def spread_out(
+def insert_zeros(
     x: Tensor,  # Shape `(N, C, X, Y, Z)`
-    size: tuple[int, ...] | list[int],  # Sides of the result: `2X - 1` or `2X`, and so on
+    size: Sequence[int],  # Sides of the result: `2X - 1` or `2X`, and so on
 ) -> Tensor:  # Channels last
-    "Zeros between neighbours"
+    "Zeros between neighbouring voxels"
     y = x.new_zeros(len(x), *size, x.shape[1])
     y[:, ::2, ::2, ::2] = x.permute(0, 2, 3, 4, 1)
     return y.permute(0, 4, 1, 2, 3)
@@ -248,21 +321,22 @@ def depthwise(
     kind: str,  # `same`, `down` (stride 2) or `up` (transposed, stride 2)
 ) -> Tensor:  # Channels last
     "Depthwise convolution, padded by `K // 2`"
-    options = {"padding": weight.shape[-1] // 2, "groups": x.shape[1]}
+    padding, groups = weight.shape[-1] // 2, x.shape[1]
     if kind == "up":
-        wide = spread_out(x, [2 * side - 1 for side in x.shape[2:]])
-        return channels_last(F.conv3d(wide, weight.flip(2, 3, 4), bias, **options))
-    return channels_last(F.conv3d(x, weight, bias, stride=2 if kind == "down" else 1, **options))
+        wide = insert_zeros(x, [2 * side - 1 for side in x.shape[2:]])
+        return channels_last(F.conv3d(wide, weight.flip(2, 3, 4), bias, padding=padding, groups=groups))
+    return channels_last(F.conv3d(x, weight, bias, stride=2 if kind == "down" else 1, padding=padding, groups=groups))
 
-
+# %% ../../nbs/network/20_fused.ipynb #depthwise-gradients
 def _weight_gradient(x: Tensor, grad: Tensor, kernel: int, stride: int) -> Tensor:
+    "Of a depthwise convolution, plane by plane of its kernel"
     channels, depth, out_depth, pad = x.shape[1], x.shape[2], grad.shape[2], kernel // 2
     result, like = x.new_zeros(kernel, channels, 1, kernel, kernel), x.new_empty(channels, 1, kernel, kernel)
     options = ([stride] * 2, [pad] * 2, [1] * 2, False, [0] * 2, channels, [False, True, False])
     # Planes of one sample lie one after the other, so that none is copied
     for planes, grads in zip(x.transpose(1, 2), grad.transpose(1, 2)):
         for k in range(kernel):
-            # Of the outputs whose plane `k` lies inside
+            # Outputs whose plane `k` lies inside
             first, last = max(0, -((k - pad) // stride)), min(out_depth - 1, (depth - 1 + pad - k) // stride)
             if last >= first:
                 a = planes[first * stride + k - pad : last * stride + k - pad + 1 : stride]
@@ -272,207 +346,221 @@ def _weight_gradient(x: Tensor, grad: Tensor, kernel: int, stride: int) -> Tenso
 
 def depthwise_gradients(
     grad: Tensor,  # Of the result, channels last
-    x: Tensor,  # As `depthwise` had it
+    x: Tensor,  # As in `depthwise`
     weight: Tensor,
     kind: str,
 ) -> tuple[Tensor, Tensor]:  # Of `x` and `weight`
     "Exact gradients of `depthwise`"
-    kernel, options = weight.shape[-1], {"padding": weight.shape[-1] // 2, "groups": x.shape[1]}
+    kernel, padding, groups = weight.shape[-1], weight.shape[-1] // 2, x.shape[1]
     if kind == "up":
-        return channels_last(F.conv3d(grad, weight, stride=2, **options)), _weight_gradient(grad, x, kernel, 2)
-    wide = spread_out(grad, x.shape[2:]) if kind == "down" else grad
-    d_x = channels_last(F.conv3d(wide, weight.flip(2, 3, 4), **options))
+        return channels_last(F.conv3d(grad, weight, stride=2, padding=padding, groups=groups)), _weight_gradient(grad, x, kernel, 2)
+    wide = insert_zeros(grad, x.shape[2:]) if kind == "down" else grad
+    d_x = channels_last(F.conv3d(wide, weight.flip(2, 3, 4), padding=padding, groups=groups))
     del wide
     return d_x, _weight_gradient(x, grad, kernel, 2 if kind == "down" else 1)
 
-# %% ../../nbs/network/20_fused.ipynb #block
-def _seen(x: Tensor, kind: str) -> Tensor:
-    "Rows of `x` that a shortcut reads"
-    return tokens(x[:, :, ::2, ::2, ::2] if kind == "down" else x)
-
-
-def transformed() -> bool:
-    "Is this inside of a transform of `torch.func`, or of forward-mode differentiation? Compilers, which see to that themselves, hear no"
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def needs_plain(
-    grad: Tensor,  # That a backward is given
-) -> bool:
-    "Is the gradient to be differentiated again, or transformed? RuntimeError for many in one, as autograd batches them"
-    if torch._C._functorch.is_legacy_batchedtensor(grad):
-        raise RuntimeError("a fused block takes no batched gradients (is_grads_batched, vectorize): call use_fused(model, False) before")
-    return torch.is_grad_enabled() or transformed()
-
-
+# %% ../../nbs/network/20_fused.ipynb #plain-form
 def plain_branch(
     x: Tensor,  # Shape `(N, C, X, Y, Z)`
-    weight: Tensor,  # Of the depthwise convolution, as `bias`
+    weight: Tensor,  # Of the depthwise convolution, as is `bias`
     bias: Tensor,
     kind: str,
     eps: float,  # Of the norm
-    mean_stat: bool,  # GRN's convention
-    *weights: Tensor | None,  # As `expand` takes them
+    reduction: str,  # Of GRN
+    *weights: Tensor | None,  # The fields of `Weights`
 ) -> Tensor:  # Shape `(N, out, ...)`
-    "A block but for its shortcut, out of operations that PyTorch can differentiate as often as asked"
-    scale, shift, first, first_bias, gamma, beta, second, second_bias = weights
+    "A block without its shortcut, from operations that PyTorch can differentiate any number of times"
+    scale, shift, w1, b1, gamma, beta, w2, b2 = Weights(*weights)  # pyright: ignore[reportArgumentType]  # autograd hands them over as a flat list
     convolution = F.conv_transpose3d if kind == "up" else F.conv3d
-    sampling = dict(stride=1 if kind == "same" else 2, padding=weight.shape[-1] // 2)
-    y = F.group_norm(convolution(x, weight, bias, groups=x.shape[1], **sampling), x.shape[1], scale, shift, eps)
-    y = F.gelu(F.conv3d(y, first[..., None, None, None], first_bias))
-    if gamma is not None:
-        gamma, beta = gamma.view(1, -1, 1, 1, 1), beta.view(1, -1, 1, 1, 1)
-        y = global_response_norm(y, gamma, beta, "mean" if mean_stat else "sum")
-    return F.conv3d(y, second[..., None, None, None], second_bias)
+    y = convolution(x, weight, bias, groups=x.shape[1], stride=1 if kind == "same" else 2, padding=weight.shape[-1] // 2)
+    y = F.gelu(F.conv3d(F.group_norm(y, x.shape[1], scale, shift, eps), w1[..., None, None, None], b1))
+    if gamma is not None and beta is not None:
+        y = global_response_norm(y, gamma.view(1, -1, 1, 1, 1), beta.view(1, -1, 1, 1, 1), reduction)
+    return F.conv3d(y, w2[..., None, None, None], b2)
 
 
-def plain_form(x, res_weight, res_bias, weight, bias, kind, eps, mean_stat, *weights) -> Tensor:
-    "What `Block` gives, out of operations that PyTorch can differentiate as often as asked"
-    y = plain_branch(x, weight, bias, kind, eps, mean_stat, *weights)
+def plain_form(
+    x: Tensor,
+    res_weight: Tensor | None,  # Of the shortcut's convolution, shape `(out, C)`; None: `x` itself is added
+    res_bias: Tensor | None,
+    *others,  # Further arguments of `plain_branch`
+) -> Tensor:
+    "A whole block, from operations that PyTorch can differentiate any number of times"
+    y, kind = plain_branch(x, *others), others[2]
     if res_weight is None:
         return y + x
     if kind == "up":
         return y + F.conv_transpose3d(x, res_weight.t()[..., None, None, None], res_bias, stride=2)
     return y + F.conv3d(x, res_weight[..., None, None, None], res_bias, stride=2 if kind == "down" else 1)
 
+# %% ../../nbs/network/20_fused.ipynb #transforms
+def in_transform() -> bool:
+    "Is this called within a transform of `torch.func` or forward-mode differentiation? False for compilers, which handle these themselves"
+    if torch.compiler.is_compiling():
+        return False
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def needs_plain_form(
+    grad: Tensor,  # What a backward is given
+) -> bool:
+    "Will the gradient be differentiated again, or transformed? RuntimeError for batched gradients"
+    if is_legacy_batchedtensor(grad):
+        raise RuntimeError("a fused block takes no batched gradients (is_grads_batched, vectorize): call use_fused(model, False) first")
+    return torch.is_grad_enabled() or in_transform()
+
 
 def plain_gradients(
     function: Callable[..., Tensor],  # Of the inputs
     inputs: Sequence[Tensor | None],
     grad: Tensor,  # Of its result
-) -> list[Tensor | None]:  # Of each input; None where none is asked for
-    "Gradients that can themselves be differentiated, by doing it all again in the plain form"
+) -> list[Tensor | None]:  # Of each input; None where none is required
+    "Gradients that can be differentiated again: the function is computed once more"
     with torch.enable_grad():
         # Views, for an input may have been computed from another one
         own = [value if value is None else value.view_as(value) for value in inputs]
-        asked = [value is not None and value.requires_grad for value in own]
-        wanted = [value for value, ask in zip(own, asked) if ask]
-        found = iter(torch.autograd.grad(function(*own), wanted, grad, create_graph=True))
-    return [next(found) if ask else None for ask in asked]
+        required = [value for value in own if value is not None and value.requires_grad]
+        gradients = iter(torch.autograd.grad(function(*own), required, grad, create_graph=True))
+    return [next(gradients) if value is not None and value.requires_grad else None for value in own]
+
+# %% ../../nbs/network/20_fused.ipynb #block
+def shortcut_rows(x: Tensor, kind: str) -> Tensor:
+    "Rows of `x` that a shortcut reads"
+    return to_tokens(x[:, :, ::2, ::2, ::2] if kind == "down" else x)
 
 
+def shortcut_gradients(
+    grad: Tensor,  # Of the block's result, channels last
+    x: Tensor,  # The block's input
+    d_x: Tensor,  # Gradient of `x`; the shortcut's part is added in place
+    res_weight: Tensor,
+    kind: str,
+) -> Tensor:  # Of `res_weight`
+    "Gradients of a shortcut with weights"
+    d_res_weight, inputs = torch.zeros_like(res_weight), shortcut_rows(x, kind)
+    rows = to_tokens(grad[:, :, ::2, ::2, ::2] if kind == "up" else grad)
+    part = d_x[:, :, ::2, ::2, ::2] if kind == "down" else d_x
+    for n in range(len(rows)):
+        d_res_weight += transposed_product(rows[n], inputs[n])
+        part[n] += from_tokens(linear(rows[n], res_weight.t())[None], part.shape[2:])[0]
+    return d_res_weight
+
+
+def compute_block(
+    x: Tensor,
+    res_weight: Tensor | None,
+    res_bias: Tensor | None,
+    d: Tensor,  # Behind the depthwise convolution, as tokens
+    kind: str,
+    eps: float,
+    reduction: str,
+    weights: Weights,
+    size: Sequence[int],  # Sides of the result
+) -> tuple[Tensor, list[Tensor | None]]:  # The result as tokens; mean, inverse deviation and channel norms of each sample
+    "A block behind its depthwise convolution, sample by sample"
+    y, inputs, statistics = d.new_empty(*d.shape[:2], len(weights.w2)), shortcut_rows(x, kind), []
+    if kind == "up" and res_bias is not None:  # The shortcut's bias reaches every voxel, its weights every other one
+        weights = weights._replace(b2=weights.b2 + res_bias)
+    for n in range(len(d)):
+        mean, rstd = moments(d[n], eps)
+        shortcut = None if kind == "up" else inputs[n] if res_weight is None else linear(inputs[n], res_weight, res_bias)
+        statistics += [mean, rstd, expand(d[n], shortcut, y[n], mean, rstd, weights, reduction)]
+        if kind == "up" and res_weight is not None:
+            even = from_tokens(y[n : n + 1], size)[:, :, ::2, ::2, ::2]
+            even += from_tokens(linear(inputs[n], res_weight)[None], x.shape[2:])
+    return y, statistics
+
+# %% ../../nbs/network/20_fused.ipynb #block-function
 class Block(torch.autograd.Function):
     "A whole block, `(N, C, X, Y, Z)` to `(N, out, ...)`, channels last; gradients are exact"
 
     @staticmethod
     @custom_fwd(device_type="cpu")
-    def forward(ctx, x, res_weight, res_bias, weight, bias, kind, eps, mean_stat, *weights):
-        d = depthwise(x, weight, bias, kind)
-        size, d, seen = d.shape[2:], tokens(d), _seen(x, kind)
-        y = d.new_empty(*d.shape[:2], len(weights[-2]))
-        # On the way up, the shortcut has its bias everywhere, and more at every other voxel
-        summed = (*weights[:-1], weights[-1] + res_bias) if kind == "up" else weights
-        stats = []
-        for n in range(len(d)):
-            mean, rstd = moments(d[n], eps)
-            given = None if kind == "up" else seen[n] if res_weight is None else products(seen[n], res_weight, res_bias)
-            stats += [mean, rstd, expand(d[n], given, y[n], mean, rstd, summed, mean_stat)]
-            if kind == "up":
-                even = volume(y[n : n + 1], size)[:, :, ::2, ::2, ::2]
-                even += volume(products(seen[n], res_weight)[None], x.shape[2:])
-        held = d if small(d.shape[1], len(weights[2]), KEPT) else None
-        ctx.save_for_backward(x, res_weight, res_bias, weight, bias, held, *weights, *stats)
-        ctx.kind, ctx.eps, ctx.mean_stat = kind, eps, mean_stat
-        return volume(y, size)
+    def forward(ctx, x, res_weight, res_bias, weight, bias, kind, eps, reduction, *weights):
+        weights, d = Weights(*weights), depthwise(x, weight, bias, kind)
+        size, d = d.shape[2:], to_tokens(d)
+        y, statistics = compute_block(x, res_weight, res_bias, d, kind, eps, reduction, weights, size)
+        kept = d if d.shape[1] * len(weights.w1) <= MAX_KEPT else None
+        ctx.save_for_backward(x, res_weight, res_bias, weight, bias, kept, *weights, *statistics)
+        ctx.kind, ctx.eps, ctx.reduction = kind, eps, reduction
+        return from_tokens(y, size)
 
     @staticmethod
     @custom_bwd(device_type="cpu")
     def backward(ctx, grad):
         x, res_weight, res_bias, weight, bias, d, *rest = ctx.saved_tensors
-        weights, stats, kind = rest[:8], rest[8:], ctx.kind
-        if needs_plain(grad):
+        weights, statistics, kind = Weights(*rest[:8]), rest[8:], ctx.kind
+        if needs_plain_form(grad):
 
-            def again(*given):
-                return plain_form(*given[:5], kind, ctx.eps, ctx.mean_stat, *given[5:])
+            def again(*values: Tensor) -> Tensor:
+                return plain_form(*values[:5], kind, ctx.eps, ctx.reduction, *values[5:])
 
             found = plain_gradients(again, (x, res_weight, res_bias, weight, bias, *weights), grad)
             return *found[:5], None, None, None, *found[5:]
         grad = channels_last(grad)
-        size, rows = grad.shape[2:], tokens(grad)
-        if d is None:
-            d = tokens(depthwise(x, weight, bias, kind))
+        rows = to_tokens(grad)
+        d = to_tokens(depthwise(x, weight, bias, kind)) if d is None else d
         d_d, totals = torch.empty_like(d), None
         for n in range(len(d)):
-            mean, rstd, norms = stats[3 * n : 3 * n + 3]
-            found = expand_gradients(rows[n], d_d[n], d[n], mean, rstd, norms, weights, ctx.mean_stat)
-            totals = found if totals is None else [a if a is None else a.add_(b) for a, b in zip(totals, found)]
+            mean, rstd, norms = statistics[3 * n : 3 * n + 3]
+            found = expand_gradients(rows[n], d_d[n], d[n], mean, rstd, norms, weights, ctx.reduction)
+            totals = found if totals is None else totals.add_(found)
+        assert totals is not None  # A batch has a sample
         del d
-        d_x, d_weight = depthwise_gradients(volume(d_d, size), x, weight, kind)
+        d_x, d_weight = depthwise_gradients(from_tokens(d_d, grad.shape[2:]), x, weight, kind)
         d_res_weight = d_res_bias = None
         if res_weight is None:
             d_x += grad
-        else:
-            # Its bias is added to every voxel, as the last bias is
-            d_res_weight, d_res_bias, seen = torch.zeros_like(res_weight), totals[-1].clone(), _seen(x, kind)
-            rows = tokens(grad[:, :, ::2, ::2, ::2]) if kind == "up" else rows
-            part = d_x[:, :, ::2, ::2, ::2] if kind == "down" else d_x
-            for n in range(len(rows)):
-                d_res_weight += outer_products(rows[n], seen[n])
-                part[n] += volume(products(rows[n], res_weight.t())[None], part.shape[2:])[0]
-        # The norm takes every mean off, so the bias before it has no gradient
+        else:  # Its bias is added to every voxel, as the last bias is
+            d_res_weight, d_res_bias = shortcut_gradients(grad, x, d_x, res_weight, kind), totals.b2.clone()
+        # The norm removes every mean, so the bias before it has no gradient
         return d_x, d_res_weight, d_res_bias, d_weight, torch.zeros_like(bias), None, None, None, *totals
 
-# %% ../../nbs/network/20_fused.ipynb #can-fuse
-BACKENDS: dict[str, Callable[[nn.Module, Tensor], Tensor | None]] = {}  # What computes a block, by kind of device
+# %% ../../nbs/network/20_fused.ipynb #fusable
+Convolution = nn.Conv3d | nn.ConvTranspose3d
+CONVOLUTIONS = (nn.Conv3d, nn.ConvTranspose3d)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def ordinary(*values: Tensor) -> bool:
-    "May ways of our own be taken? Not if somebody records or transforms what is done, or a tensor has its own class"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
+class FusableBlock(nn.Module):
+    "The parts of a block that its fused form reads"
+
+    fused: bool
+    conv1: Convolution
+    norm: nn.GroupNorm
+    conv2: nn.Conv3d
+    conv3: nn.Conv3d
+    res_conv: Convolution | nn.Identity
+    grn: str | None
+    grn_gamma: nn.Parameter  # Only with `grn`
+    grn_beta: nn.Parameter
+
+
+BACKENDS: dict[str, Callable[[FusableBlock, Tensor], Tensor | None]] = {}  # What computes a block, by type of device
+
+
+def runs_eagerly(*values: Tensor | None) -> bool:
+    "Nobody compiles, traces or transforms the computation, and no tensor has a class of its own"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform():  # pyright: ignore[reportPrivateImportUsage]  # Documented
         return False
     return all(type(value) in (Tensor, nn.Parameter) for value in values)
 
-
+# %% ../../nbs/network/20_fused.ipynb #pointwise
 def pointwise(
-    conv: nn.Module,  # A convolution with kernel 1, transposed or not
+    conv: Convolution,  # Transposed or not
     x: Tensor,  # Shape `(N, C, X, Y, Z)`
 ) -> Tensor:  # Channels last
-    "`conv(x)` as a product of rows; by `conv` itself where it is something else, or where that is not the faster way"
-    plain = type(conv) in (nn.Conv3d, nn.ConvTranspose3d) and conv.groups == 1 and conv.bias is not None and not any(conv.padding)
+    "`conv(x)` as a product of rows where its kernel is 1 and that is the faster way; else by `conv` itself"
+    plain = type(conv) in CONVOLUTIONS and conv.groups == 1 and conv.bias is not None and not any(conv.padding)
     plain = plain and conv.kernel_size == conv.stride == (1, 1, 1) and not any(getattr(conv, name) for name in HOOKS)
-    if not plain or x.device.type != "cpu" or not ordinary(x, conv.weight, conv.bias):
+    if not plain or x.device.type != "cpu" or not runs_eagerly(x, conv.weight, conv.bias):
         return conv(x)
     weight = conv.weight.flatten(1).t() if isinstance(conv, nn.ConvTranspose3d) else conv.weight.flatten(1)
-    return volume(F.linear(tokens(x), weight, conv.bias), x.shape[2:])
+    return from_tokens(F.linear(to_tokens(x), weight, conv.bias), x.shape[2:])
 
-
-def can_fuse(
-    block: nn.Module,  # A `MedNeXtBlock`
-    x: Tensor,  # Its input
-) -> bool:
-    "Does the fused form do what the plain one would?"
-    if x.device.type not in BACKENDS or not ordinary(x, *block.parameters()):
-        return False
-    if x.dtype not in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type):
-        return False
-    inner = (block.conv1, block.norm, block.conv2, block.conv3, block.res_conv)
-    # A subclass or a parametrisation may do anything in its `forward`
-    convolutions = (nn.Conv3d, nn.ConvTranspose3d)
-    known = (convolutions, (nn.GroupNorm,), (nn.Conv3d,), (nn.Conv3d,), (*convolutions, nn.Identity))
-    if any(type(part) not in types for part, types in zip(inner, known)):
-        return False
-    if any(getattr(part, name) for part in inner for name in HOOKS):
-        return False
-    pointwise = all(part.kernel_size == (1, 1, 1) and part.bias is not None for part in inner[2:4])
-    normal = block.norm.num_groups == block.norm.num_channels and block.norm.affine
-    kind = _kind(block.conv1)
-    return pointwise and normal and kind is not None and _fits(block.res_conv, kind)
-
-
-def _fits(shortcut: nn.Module, kind: str) -> bool:
-    "Is a shortcut nothing, or a convolution of kernel 1 as its block has it?"
-    if isinstance(shortcut, nn.Identity):
-        return kind == "same"
-    usual = shortcut.kernel_size == (1,) * 3 and shortcut.padding == (0,) * 3 and shortcut.groups == 1 and shortcut.bias is not None
-    known = (nn.ConvTranspose3d if kind == "up" else nn.Conv3d, (1 if kind == "same" else 2,) * 3)
-    return usual and known == (type(shortcut), shortcut.stride) and not any(shortcut.output_padding)
-
-
-def _kind(conv: nn.Module) -> str | None:
-    "What `depthwise` calls it, if it can do it"
+# %% ../../nbs/network/20_fused.ipynb #can-fuse
+def block_kind(conv: Convolution) -> str | None:
+    "What `depthwise` calls this convolution: `same`, `down` or `up`; None if it cannot compute it"
     kernel = conv.kernel_size[0]
     usual = kernel % 2 == 1 and conv.kernel_size == (kernel,) * 3 and conv.padding == (kernel // 2,) * 3
     usual &= conv.groups == conv.in_channels == conv.out_channels and conv.padding_mode == "zeros"
@@ -480,24 +568,54 @@ def _kind(conv: nn.Module) -> str | None:
     kinds = {(nn.Conv3d, 1): "same", (nn.Conv3d, 2): "down", (nn.ConvTranspose3d, 2): "up"}
     return kinds.get((type(conv), conv.stride[0])) if usual and conv.stride == (conv.stride[0],) * 3 else None
 
+
+def _shortcut_fits(shortcut: Convolution | nn.Identity, kind: str) -> bool:
+    "Is a shortcut the identity, or a convolution of kernel 1 as its block has it?"
+    if isinstance(shortcut, nn.Identity):
+        return kind == "same"
+    usual = shortcut.kernel_size == (1,) * 3 and shortcut.padding == (0,) * 3 and shortcut.groups == 1 and shortcut.bias is not None
+    expected = (nn.ConvTranspose3d if kind == "up" else nn.Conv3d, (1 if kind == "same" else 2,) * 3)
+    return usual and expected == (type(shortcut), shortcut.stride) and not any(shortcut.output_padding)
+
+
+def can_fuse(
+    block: FusableBlock,
+    x: Tensor,  # Its input
+) -> bool:
+    "Does the fused form give what the plain one would?"
+    if x.device.type not in BACKENDS or not runs_eagerly(x, *block.parameters()):
+        return False
+    if x.dtype not in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type):
+        return False
+    inner = (block.conv1, block.norm, block.conv2, block.conv3, block.res_conv)
+    # A subclass or a parametrisation may do anything in its `forward`
+    known = (CONVOLUTIONS, (nn.GroupNorm,), (nn.Conv3d,), (nn.Conv3d,), (*CONVOLUTIONS, nn.Identity))
+    if any(type(part) not in types for part, types in zip(inner, known)):
+        return False
+    if any(getattr(part, name) for part in inner for name in HOOKS):
+        return False
+    pointwise = all(part.kernel_size == (1, 1, 1) and part.bias is not None for part in (block.conv2, block.conv3))
+    per_channel = block.norm.num_groups == block.norm.num_channels and block.norm.affine
+    kind = block_kind(block.conv1)
+    return pointwise and per_channel and kind is not None and _shortcut_fits(block.res_conv, kind)
+
 # %% ../../nbs/network/20_fused.ipynb #fused-block
 def fused_block(
-    block: nn.Module,  # A `MedNeXtBlock` that `can_fuse`
+    block: FusableBlock,  # For which `can_fuse` is true
     x: Tensor,  # Shape `(N, C, X, Y, Z)`
 ) -> Tensor:  # What the plain form gives, channels last
-    "`block(x)` without its expanded tensors; in autocast the sums are `float32`"
+    "`block(x)` without its expanded tensors; in autocast sums are `float32`"
     result = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     with torch.autocast("cpu", enabled=False):
         x = channels_last(x if x.dtype == torch.float64 else x.to(block.conv2.weight.dtype))
-        norm, gamma, beta = block.norm, None, None
-        if block.grn:
-            gamma, beta = block.grn_gamma.flatten(), block.grn_beta.flatten()
-        first, second, kind, shortcut = block.conv2, block.conv3, _kind(block.conv1), block.res_conv
-        res = (None, None) if isinstance(shortcut, nn.Identity) else (shortcut.weight.flatten(1), shortcut.bias)
-        if kind == "up":
-            res = res[0].t(), res[1]
+        norm, first, second, shortcut, kind = block.norm, block.conv2, block.conv3, block.res_conv, block_kind(block.conv1)
+        gamma, beta = (block.grn_gamma.flatten(), block.grn_beta.flatten()) if block.grn else (None, None)
+        res_weight = res_bias = None
+        if not isinstance(shortcut, nn.Identity):
+            res_weight, res_bias = shortcut.weight.flatten(1), shortcut.bias
+            res_weight = res_weight.t() if kind == "up" else res_weight
         y = Block.apply(
-            *(x, *res, block.conv1.weight, block.conv1.bias, kind, norm.eps, block.grn == "mean"),
+            *(x, res_weight, res_bias, block.conv1.weight, block.conv1.bias, kind, norm.eps, block.grn),
             *(norm.weight, norm.bias, first.weight.flatten(1), first.bias, gamma, beta, second.weight.flatten(1), second.bias),
         )
         return y.to(result)
@@ -510,10 +628,10 @@ def use_fused(
     model: nn.Module,  # Network with `MedNeXtBlock`s, at any depth
     on: bool = True,  # Fused, or plain?
 ) -> nn.Module:  # The same network
-    "Switches all its blocks; ValueError if it has none"
+    "Turn the fused form of all blocks of a network on or off; ValueError if it has none"
     blocks = [module for module in model.modules() if hasattr(module, "fused")]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no blocks that can be fused")
     for block in blocks:
-        block.fused = on
+        block.fused = on  # pyright: ignore[reportArgumentType]  # PyTorch's types know no class attributes
     return model

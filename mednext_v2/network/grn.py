@@ -9,63 +9,67 @@ __all__ = ['GRN3d', 'convert_grn']
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/network/10_grn.ipynb #response
-STATS = ("mean", "sum")
+# %% ../../nbs/network/10_grn.ipynb #relative-norm
+REDUCTIONS = ("mean", "sum")
 
 
-def response(
+def check_reduction(reduction: str) -> None:
+    "ValueError unless `reduction` is one of `REDUCTIONS`"
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def relative_norm(
     x: Tensor,  # Activations, shape `(N, C, *space)`
-    stat: str = "mean",  # What a channel is compared with: the `mean` or the `sum` over channels
-    eps: float = 1e-6,  # Keeps the ratio finite when every channel is silent
+    reduction: str = "mean",  # Over the channels: `mean` or `sum`
+    eps: float = 1e-6,  # Keeps the ratio finite when every channel is zero
 ) -> Tensor:  # Shape `(N, C, 1, ...)`, `float32` or wider
-    "Loudness of each channel relative to the others, eq. 1 and 2 of ConvNeXt-V2; ValueError for another `stat`"
-    if stat not in STATS:
-        raise ValueError(f"stat must be one of {', '.join(STATS)}, got {stat!r}")
+    "L2 norm of each channel relative to all channels, eq. 1 and 2 of ConvNeXt-V2; ValueError for another reduction"
+    check_reduction(reduction)
     space, wide = tuple(range(2, x.ndim)), torch.promote_types(x.dtype, torch.float32)
-    loudness = torch.linalg.vector_norm(x, dim=space, keepdim=True, dtype=wide)
-    over_channels = loudness.mean if stat == "mean" else loudness.sum
-    return loudness / (over_channels(dim=1, keepdim=True) + eps)
+    channel_norm = torch.linalg.vector_norm(x, dim=space, keepdim=True, dtype=wide)
+    over_channels = channel_norm.mean if reduction == "mean" else channel_norm.sum
+    return channel_norm / (over_channels(dim=1, keepdim=True) + eps)
 
-# %% ../../nbs/network/10_grn.ipynb #global-response-norm
+# %% ../../nbs/network/10_grn.ipynb #global-relative-norm-norm
 def global_response_norm(
     x: Tensor,  # Activations, shape `(N, C, *space)`
     gamma: Tensor,  # Gain, shape `(1, C, 1, ...)`
     beta: Tensor,  # Offset, same shape
-    stat: str = "mean",  # `mean` or `sum`, see `response`
-    eps: float = 1e-6,  # See `response`
+    reduction: str = "mean",  # `mean` or `sum`, as in `relative_norm`
+    eps: float = 1e-6,  # As in `relative_norm`
 ) -> Tensor:  # Shape and dtype of `x`
-    "`gamma * x * response(x) + beta + x`, computed in `float32` or wider; ValueError if the shapes do not fit"
+    "`gamma * x * relative_norm(x) + beta + x`, eq. 3 of ConvNeXt-V2 in `float32` or wider; ValueError if shapes do not fit"
     expected = (1, x.shape[1]) + (1,) * (x.ndim - 2)
     if gamma.shape != expected or beta.shape != expected:
         raise ValueError(
             f"gamma and beta must have shape {expected} for activations of shape {tuple(x.shape)}, got {tuple(gamma.shape)} and {tuple(beta.shape)}"
         )
-    scale = 1 + gamma * response(x, stat, eps)
+    scale = 1 + gamma * relative_norm(x, reduction, eps)
     # `x` enters as it is: a widened copy would be kept for backward in mixed precision
     return (x * scale).add_(beta).to(x.dtype)
 
 # %% ../../nbs/network/10_grn.ipynb #grn3d
 class GRN3d(nn.Module):
-    "`global_response_norm` with its parameters, for activations of shape `(N, C, X, Y, Z)`"
+    "GRN of ConvNeXt-V2 for `(N, C, X, Y, Z)`, the identity at first; ValueError for an unknown reduction"
 
     def __init__(
         self,
         channels: int,  # Size of the channel axis
-        stat: str = "mean",  # `mean` or `sum`, see `response`
-        eps: float = 1e-6,  # See `response`
+        reduction: str = "mean",  # Over the channels: `mean` or `sum`
+        eps: float = 1e-6,  # Added to what channel norms are divided by
     ):
         super().__init__()
-        if stat not in STATS:
-            raise ValueError(f"stat must be one of {', '.join(STATS)}, got {stat!r}")
-        self.stat, self.eps = stat, eps
+        check_reduction(reduction)
+        self.reduction, self.eps = reduction, eps
         self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1, 1))
         self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return global_response_norm(x, self.gamma, self.beta, self.stat, self.eps)
+        return global_response_norm(x, self.gamma, self.beta, self.reduction, self.eps)
 
     def extra_repr(self) -> str:
-        return f"{self.gamma.numel()}, stat={self.stat!r}, eps={self.eps}"
+        return f"{self.gamma.numel()}, reduction={self.reduction!r}, eps={self.eps}"
 
 # %% ../../nbs/network/10_grn.ipynb #convert-grn
 def convert_grn(
@@ -74,10 +78,9 @@ def convert_grn(
     source: str,  # `mean` or `sum`
     target: str,  # `mean` or `sum`
 ) -> tuple[Tensor, float]:  # Gain and `eps` that give the same output under `target`
-    "The same GRN under the other convention (`beta` stays); ValueError for an unknown one"
-    for stat in (source, target):
-        if stat not in STATS:
-            raise ValueError(f"stat must be one of {', '.join(STATS)}, got {stat!r}")
+    "The same GRN under the other reduction (`beta` stays the same); ValueError for an unknown one"
+    for reduction in (source, target):
+        check_reduction(reduction)
     if source == target:
         return gamma, eps
     channels = gamma.numel()

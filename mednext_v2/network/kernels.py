@@ -6,68 +6,60 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from math import prod
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from .fused import BACKENDS, _kind, channels_last, needs_plain, plain_branch, plain_gradients, response_gradients, responses
+from .fused import BACKENDS, FusableBlock, Weights, block_kind, channels_last, needs_plain_form
+from .fused import plain_branch, plain_gradients, relative_norm_gradients, relative_norms
 from torch import Tensor, nn
 
-# It comes with PyTorch for NVIDIA GPUs; without it blocks run in their plain form. Its import takes half a second
-if (torch.version.cuda or os.environ.get("TRITON_INTERPRET")) and find_spec("triton"):
+# Triton comes with PyTorch for NVIDIA GPUs; without it blocks run in their plain form. Its import takes half a second
+_TRITON = bool((torch.version.cuda or os.environ.get("TRITON_INTERPRET")) and find_spec("triton"))
+if TYPE_CHECKING or _TRITON:
     import triton
     import triton.language as tl
-    from triton import cdiv, jit
-else:
-    triton = tl = None
-
-    def jit(kernel):
-        "Leaves a kernel that nothing can start"
-        return kernel
+    from triton import cdiv
 
 # %% auto #0
-__all__ = ['fused_form']
+__all__ = []
+
+# %% ../../nbs/network/30_kernels.ipynb #jit
+class Kernel(Protocol):
+    "What Triton makes of a function: `kernel[grid](*arguments)` launches it, and other kernels call it"
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]: ...
+
+    def __call__(self, *arguments: object) -> Any: ...
+
+
+def jit(function: Callable) -> Kernel:
+    "`triton.jit`; without Triton the function as it is, which nothing starts"
+    return triton.jit(function) if _TRITON else function  # pyright: ignore[reportReturnType]  # Triton's own class says more than `Kernel`
 
 # %% ../../nbs/network/30_kernels.ipynb #depthwise-kernel
 @jit
 def _depthwise_kernel(
-    x,
-    weight,
-    bias,
-    y,
-    means,
-    squares,
-    counts,
-    IX,
-    IY,
-    IZ,
-    OX,
-    OY,
-    OZ,
-    C,
-    STRIDE: tl.constexpr,
-    UP: tl.constexpr,
-    FLIP: tl.constexpr,
-    BIAS: tl.constexpr,
-    STATS: tl.constexpr,
-    BY: tl.constexpr,
-    BZ: tl.constexpr,
-    BC: tl.constexpr,
-):
+    x, weight, bias, y, means, squares, counts, IX, IY, IZ, OX, OY, OZ, C,
+    STRIDE: tl.constexpr, UP: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr, MOMENTS: tl.constexpr,
+    BY: tl.constexpr, BZ: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
     tile, n = tl.program_id(0), tl.program_id(2).to(tl.int64)
     tz, rest = tile % tl.cdiv(OZ, BZ), tile // tl.cdiv(OZ, BZ)
     ty, tx = rest % tl.cdiv(OY, BY), rest // tl.cdiv(OY, BY)
     voxel, c = tl.arange(0, BY * BZ), tl.program_id(1) * BC + tl.arange(0, BC)
-    # One plane; a row as well, for Triton 3.9's interpreter mixes numbers and rows of Booleans up
+    # One plane, as a row too: Triton 3.9's interpreter confuses numbers and rows of Booleans
     ox, oy, oz = tx + 0 * voxel, ty * BY + voxel // BZ, tz * BZ + voxel % BZ
     x += n * IX * IY * IZ * C
     total = tl.zeros((BY * BZ, BC), tl.float32)
     if BIAS:
         total += tl.load(bias + c)[None, :]
-    for kx in tl.static_range(3):
-        for ky in tl.static_range(3):
-            for kz in tl.static_range(3):
+    for kx in tl.static_range(3):  # pyright: ignore[reportGeneralTypeIssues]  # Triton unrolls it
+        for ky in tl.static_range(3):  # pyright: ignore[reportGeneralTypeIssues]
+            for kz in tl.static_range(3):  # pyright: ignore[reportGeneralTypeIssues]
                 if UP:  # Voxel `i` reaches `2 * i + k - 1`
                     ux, uy, uz = ox + 1 - kx, oy + 1 - ky, oz + 1 - kz
                     ix, iy, iz = ux // 2, uy // 2, uz // 2
@@ -83,14 +75,14 @@ def _depthwise_kernel(
     kept, rounded = (oy < OY) & (oz < OZ), total.to(y.dtype.element_ty)
     rows = (ox * OY + oy) * OZ + oz
     tl.store(y + n * OX * OY * OZ * C + rows[:, None] * C + c[None, :], rounded, mask=kept[:, None])
-    if STATS:  # Of what is stored, which backward will see
+    if MOMENTS:  # Of what is stored, which backward will read
         count = tl.sum(kept.to(tl.float32))
-        seen = tl.where(kept[:, None], rounded.to(tl.float32), 0)
-        mean = tl.sum(seen, 0) / count
-        off = tl.where(kept[:, None], seen - mean[None, :], 0)
+        stored = tl.where(kept[:, None], rounded.to(tl.float32), 0)
+        mean = tl.sum(stored, 0) / count  # pyright: ignore[reportOperatorIssue]  # A tensor of Triton's
+        centered = tl.where(kept[:, None], stored - mean[None, :], 0)
         place = (n * tl.num_programs(0) + tile) * C + c
         tl.store(means + place, mean)
-        tl.store(squares + place, tl.sum(off * off, 0))
+        tl.store(squares + place, tl.sum(centered * centered, 0))
         tl.store(counts + tile, count)
 
 # %% ../../nbs/network/30_kernels.ipynb #depthwise
@@ -99,9 +91,26 @@ def _columns(channels: int) -> int:
     return 32 if channels % 32 == 0 else 16
 
 
-def grown(size: tuple[int, ...], kind: str) -> tuple[int, ...]:
+def output_size(size: tuple[int, ...], kind: str) -> tuple[int, ...]:
     "Sides of what a block of this kind makes"
     return tuple({"same": side, "down": (side + 1) // 2, "up": 2 * side - 1}[kind] for side in size)
+
+
+def _launch_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, size: tuple[int, ...], flip: bool, moments: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "The result, and means, sums of squares and counts of tiles; these are empty unless `moments`"
+    (n, channels, *sides), device = x.shape, x.device
+    y = torch.empty(n, channels, *size, device=device, dtype=x.dtype, memory_format=torch.channels_last_3d)
+    wide = 64 if size[2] > 32 else 32  # Long tiles read in a row
+    high, columns = 64 // wide, _columns(channels)
+    tiles = size[0] * cdiv(size[1], high) * cdiv(size[2], wide)
+    means, squares = torch.empty(2, n, tiles if moments else 0, channels, device=device)
+    counts = torch.empty(tiles if moments else 0, device=device)
+    options = dict(STRIDE=2 if kind == "down" else 1, UP=kind == "up", FLIP=flip, BIAS=bias is not None, MOMENTS=moments)
+    tensors = x, weight, weight if bias is None else bias, y, means, squares, counts
+    _depthwise_kernel[tiles, channels // columns, n](*tensors, *sides, *size, channels, **options, BY=high, BZ=wide, BC=columns)
+    return y, means, squares, counts
 
 
 def depthwise(
@@ -111,43 +120,18 @@ def depthwise(
     kind: str,  # `same`, `down` (stride 2) or `up` (transposed, stride 2)
     size: tuple[int, ...] | None = None,  # Sides of the result, where `kind` leaves a choice
     flip: bool = False,  # Mirror the weights?
-    stats: bool = False,  # Give mean and variance as well?
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # Channels last; mean and variance of each sample and channel, `(N, C)`
+) -> Tensor:  # Channels last
     "Depthwise convolution of kernel 3, padded by 1"
-    n, channels, *sides = x.shape
-    size = size or grown(sides, kind)
-    y = torch.empty(n, channels, *size, device=x.device, dtype=x.dtype, memory_format=torch.channels_last_3d)
-    wide = 64 if size[2] > 32 else 32  # Long tiles read in a row
-    high, columns = 64 // wide, _columns(channels)
-    tiles = size[0] * cdiv(size[1], high) * cdiv(size[2], wide)
-    found = torch.empty(2, n, tiles if stats else 0, channels, device=x.device)
-    counts = torch.empty(tiles if stats else 0, device=x.device)
-    _depthwise_kernel[tiles, channels // columns, n](
-        x,
-        weight,
-        weight if bias is None else bias,
-        y,
-        found[0],
-        found[1],
-        counts,
-        *sides,
-        *size,
-        channels,
-        STRIDE=2 if kind == "down" else 1,
-        UP=kind == "up",
-        FLIP=flip,
-        BIAS=bias is not None,
-        STATS=stats,
-        BY=high,
-        BZ=wide,
-        BC=columns,
-    )
-    if not stats:
-        return y
-    means, squares = found
-    part = counts[:, None] / prod(size)  # Of the voxels, in a tile
-    mean = (means * part).sum(1)
-    variance = squares.sum(1) / prod(size) + ((means - mean[:, None]).square_() * part).sum(1)
+    return _launch_depthwise(x, weight, bias, kind, size or output_size(x.shape[2:], kind), flip, moments=False)[0]
+
+
+def depthwise_moments(x: Tensor, weight: Tensor, bias: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    "`depthwise`, with mean and variance of each sample and channel, `(N, C)`"
+    size = output_size(x.shape[2:], kind)
+    y, means, squares, counts = _launch_depthwise(x, weight, bias, kind, size, flip=False, moments=True)
+    share = counts[:, None] / prod(size)  # Of the voxels, in each tile
+    mean = (means * share).sum(1)
+    variance = squares.sum(1) / prod(size) + ((means - mean[:, None]).square_() * share).sum(1)
     return y, mean, variance
 
 # %% ../../nbs/network/30_kernels.ipynb #depthwise-weight
@@ -178,36 +162,32 @@ def _depthwise_weight_kernel(x, grad, out, IX, IY, IZ, OX, OY, OZ, C, TILES: tl.
 PROGRAMS = 1024  # Of a launch that sums over voxels: enough for every multiprocessor
 
 
-def shares(count: int, each: int, programs: int) -> tuple[int, int]:
-    "Into how many splits do tiles of `each` rows go, and how many tiles has one?"
+def split_rows(count: int, each: int, programs: int) -> tuple[int, int]:
+    "Number of splits for tiles of `each` rows, and of tiles in a split"
     tiles = cdiv(cdiv(count, each), max(1, min(cdiv(count, each), programs)))
     return cdiv(cdiv(count, each), tiles), tiles
 
 
 def depthwise_gradients(
     grad: Tensor,  # Of the result, channels last
-    x: Tensor,  # As `depthwise` had it
+    x: Tensor,  # As in `depthwise`
     weight: Tensor,
     kind: str,
 ) -> tuple[Tensor, Tensor]:  # Of `x` and, `float32`, of `weight`
     "Exact gradients of `depthwise`"
-    size = tuple(x.shape[2:])
-    if kind == "same":
-        d_x = depthwise(grad, weight, None, "same", flip=True)
-    else:
-        d_x = depthwise(grad, weight, None, "up" if kind == "down" else "down", size)
+    reverse = {"same": "same", "down": "up", "up": "down"}[kind]
+    d_x = depthwise(grad, weight, None, reverse, tuple(x.shape[2:]), flip=kind == "same")
     if kind == "up":  # With the roles of the two exchanged
         x, grad = grad, x
     n, channels, *sides = x.shape
-    columns, (out, each) = _columns(channels), (grad.shape[2:], 64)
-    splits, tiles = shares(out.numel(), each, PROGRAMS * 8 // channels)
+    columns, out, each = _columns(channels), grad.shape[2:], 64
+    splits, tiles = split_rows(out.numel(), each, PROGRAMS * 8 // channels)
     found = torch.empty(n, splits, 27, channels, device=x.device)
-    _depthwise_weight_kernel[9 * splits, channels // columns, n](
-        x, grad, found, *sides, *out, channels, TILES=tiles, STRIDE=1 if kind == "same" else 2, BV=each, BC=columns
-    )
+    options = dict(TILES=tiles, STRIDE=1 if kind == "same" else 2, BV=each, BC=columns)
+    _depthwise_weight_kernel[9 * splits, channels // columns, n](x, grad, found, *sides, *out, channels, **options)
     return d_x, found.sum((0, 1)).t().reshape(weight.shape)
 
-# %% ../../nbs/network/30_kernels.ipynb #expansion-kernels
+# %% ../../nbs/network/30_kernels.ipynb #expansion-parts
 @jit
 def _gelu(u):
     return 0.5 * u * (1 + tl.erf(u * 0.7071067811865476))
@@ -224,23 +204,16 @@ def _rows(x, rows, c, S, C: tl.constexpr):
 
 
 @jit
-def _hat(d, mean, rstd, rows, c, S, C: tl.constexpr):
+def _normalised(d, mean, rstd, rows, c, S, C: tl.constexpr):
     value = _rows(d, rows, c, S, C).to(tl.float32)
     return ((value - tl.load(mean + c)[None, :]) * tl.load(rstd + c)[None, :]).to(d.dtype.element_ty)
 
 
 @jit
-def _expanded(hat, first, bias, j, c, C: tl.constexpr):
-    return tl.dot(hat, tl.load(first + j[None, :] * C + c[:, None])) + tl.load(bias + j)[None, :]
+def _expanded(normalised, first, bias, j, c, C: tl.constexpr):
+    return tl.dot(normalised, tl.load(first + j[None, :] * C + c[:, None])) + tl.load(bias + j)[None, :]
 
-
-@jit
-def _du(hat, grad, first, bias, second, pull, j, c, o, C: tl.constexpr, OUT: tl.constexpr):
-    u = _expanded(hat, first, bias, j, c, C)
-    dv = tl.dot(grad, tl.load(second + j[None, :] * OUT + o[:, None])) + _gelu(u) * tl.load(pull + j)[None, :]
-    return dv * _gelu_slope(u)
-
-
+# %% ../../nbs/network/30_kernels.ipynb #forward-kernels
 @jit
 def _squares_kernel(d, mean, rstd, first, bias, out, S, WIDE: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr):
     split, n = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -248,42 +221,71 @@ def _squares_kernel(d, mean, rstd, first, bias, out, S, WIDE: tl.constexpr, TILE
     total = tl.zeros((BW,), tl.float32)
     for t in range(TILES):
         rows = (split * TILES + t) * BM + tl.arange(0, BM)
-        hat = _hat(d + n * S * C, mean + n * C, rstd + n * C, rows, c, S, C)
-        v = tl.where((rows < S)[:, None], _gelu(_expanded(hat, first, bias, j, c, C)), 0)
+        normalised = _normalised(d + n * S * C, mean + n * C, rstd + n * C, rows, c, S, C)
+        v = tl.where((rows < S)[:, None], _gelu(_expanded(normalised, first, bias, j, c, C)), 0)
         total += tl.sum(v * v, 0)
     tl.store(out + (n * tl.num_programs(0) + split) * WIDE + j, total)
 
 
 @jit
 def _output_kernel(
-    d,
-    shortcut,
-    mean,
-    rstd,
-    first,
-    bias,
-    second,
-    last,
-    y,
-    S,
-    WIDE: tl.constexpr,
-    SHORTCUT: tl.constexpr,
-    C: tl.constexpr,
-    OUT: tl.constexpr,
-    BM: tl.constexpr,
-    BW: tl.constexpr,
-):
+    d, shortcut, mean, rstd, first, bias, second, last, y, S,
+    WIDE: tl.constexpr, SHORTCUT: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
     rows, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1).to(tl.int64)
     c, o = tl.arange(0, C), tl.arange(0, OUT)
-    hat = _hat(d + n * S * C, mean + n * C, rstd + n * C, rows, c, S, C)
+    normalised = _normalised(d + n * S * C, mean + n * C, rstd + n * C, rows, c, S, C)
     total = tl.zeros((BM, OUT), tl.float32) + tl.load(last + n * OUT + o)[None, :]
     for start in range(0, WIDE, BW):
         j = start + tl.arange(0, BW)
-        v = _gelu(_expanded(hat, first, bias, j, c, C)).to(d.dtype.element_ty)
+        v = _gelu(_expanded(normalised, first, bias, j, c, C)).to(d.dtype.element_ty)
         total += tl.dot(v, tl.load(second + (n * WIDE + j)[:, None] * OUT + o[None, :]))
     if SHORTCUT:
         total += _rows(shortcut + n * S * OUT, rows, o, S, OUT).to(tl.float32)
     tl.store(y + n * S * OUT + rows[:, None] * OUT + o[None, :], total.to(y.dtype.element_ty), mask=(rows < S)[:, None])
+
+# %% ../../nbs/network/30_kernels.ipynb #expand
+ROWS = 64  # Of a tile
+
+
+def _chunk(wide: int) -> int:
+    "Expanded channels that a program works on at a time"
+    return 32 if wide % 32 == 0 else 16
+
+
+def expand(
+    d: Tensor,  # Shape `(N, C, ...)`: behind the depthwise convolution, channels last
+    shortcut: Tensor | None,  # Shape `(N, out, ...)`, channels last; None adds nothing
+    mean: Tensor,  # Of `d`, `(N, C)`, `float32` like all that follow
+    rstd: Tensor,  # Of `d`, inverse standard deviation
+    weights: Weights,
+    reduction: str,  # Of GRN
+) -> tuple[Tensor, Tensor | None]:  # The result, channels last; channel norms, `(N, wide)`, None without GRN
+    "Norm, expand, GELU, GRN, compress, plus the shortcut"
+    norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = weights
+    (n, channels), (out, wide), count = d.shape[:2], w2.shape, d[0, 0].numel()
+    fixed = dict(WIDE=wide, C=channels, BM=ROWS, BW=_chunk(wide))
+    common = mean, rstd, (w1 * norm_weight).to(d.dtype), torch.addmv(b1, w1, norm_bias)
+    second, last, norms = w2.t().expand(n, -1, -1), b2.expand(n, -1), None
+    if gamma is not None and beta is not None:
+        splits, tiles = split_rows(count, ROWS, PROGRAMS // max(1, n * wide // fixed["BW"]))
+        squares = torch.empty(n, splits, wide, device=d.device)
+        _squares_kernel[splits, wide // fixed["BW"], n](d, *common, squares, count, TILES=tiles, **fixed)
+        norms = squares.sum(1).sqrt_()
+        _, relative = relative_norms(norms, reduction)
+        second, last = second * (1 + gamma * relative)[..., None], torch.addmv(b2, w2, beta).expand(n, -1)
+    y = torch.empty(n, out, *d.shape[2:], device=d.device, dtype=d.dtype, memory_format=torch.channels_last_3d)
+    tensors = *common, second.to(d.dtype).contiguous(), last.contiguous(), y
+    shape = dict(SHORTCUT=shortcut is not None, OUT=out, **fixed)
+    _output_kernel[cdiv(count, ROWS), n](d, d if shortcut is None else shortcut, *tensors, count, **shape)
+    return y, norms
+
+# %% ../../nbs/network/30_kernels.ipynb #backward-kernels
+@jit
+def _grad_u(normalised, grad, first, bias, second, own_share, j, c, o, C: tl.constexpr, OUT: tl.constexpr):
+    u = _expanded(normalised, first, bias, j, c, C)
+    dv = tl.dot(grad, tl.load(second + j[None, :] * OUT + o[:, None])) + _gelu(u) * tl.load(own_share + j)[None, :]
+    return dv * _gelu_slope(u)
 
 
 @jit
@@ -295,58 +297,44 @@ def _grad_v_kernel(
     total = tl.zeros((BW, OUT), tl.float32)
     for t in range(TILES):
         rows = (split * TILES + t) * BM + tl.arange(0, BM)
-        hat = _hat(d + n * S * C, mean + n * C, rstd + n * C, rows, c, S, C)
-        v = _gelu(_expanded(hat, first, bias, j, c, C)).to(d.dtype.element_ty)
+        normalised = _normalised(d + n * S * C, mean + n * C, rstd + n * C, rows, c, S, C)
+        v = _gelu(_expanded(normalised, first, bias, j, c, C)).to(d.dtype.element_ty)
         total += tl.dot(tl.trans(v), _rows(grad + n * S * OUT, rows, o, S, OUT))  # Rows beyond the last have no gradient
     tl.store(out + ((n * tl.num_programs(0) + split) * WIDE + j)[:, None] * OUT + o[None, :], total)
 
 
 @jit
 def _grad_d_kernel(
-    d, grad, mean, rstd, first, bias, second, pull, back, d_d, S, WIDE: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr
-):
+    d, grad, mean, rstd, first, bias, second, own_share, back, d_d, S,
+    WIDE: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
     rows, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1).to(tl.int64)
     c, o = tl.arange(0, C), tl.arange(0, OUT)
-    hat = _hat(d + n * S * C, mean + n * C, rstd + n * C, rows, c, S, C)
+    normalised = _normalised(d + n * S * C, mean + n * C, rstd + n * C, rows, c, S, C)
     g = _rows(grad + n * S * OUT, rows, o, S, OUT)
     total = tl.zeros((BM, C), tl.float32)
     for start in range(0, WIDE, BW):
         j = start + tl.arange(0, BW)
-        du = _du(hat, g, first, bias, second + n * WIDE * OUT, pull + n * WIDE, j, c, o, C, OUT)
+        du = _grad_u(normalised, g, first, bias, second + n * WIDE * OUT, own_share + n * WIDE, j, c, o, C, OUT)
         total += tl.dot(du.to(d.dtype.element_ty), tl.load(back + (n * WIDE + j)[:, None] * C + c[None, :]))
     tl.store(d_d + n * S * C + rows[:, None] * C + c[None, :], total.to(d_d.dtype.element_ty), mask=(rows < S)[:, None])
 
-
+# %% ../../nbs/network/30_kernels.ipynb #more-backward-kernels
 @jit
-def _grad_hat_kernel(
-    d,
-    grad,
-    mean,
-    rstd,
-    first,
-    bias,
-    second,
-    pull,
-    out,
-    out_bias,
-    S,
-    WIDE: tl.constexpr,
-    TILES: tl.constexpr,
-    C: tl.constexpr,
-    OUT: tl.constexpr,
-    BM: tl.constexpr,
-    BW: tl.constexpr,
-):
+def _grad_first_kernel(
+    d, grad, mean, rstd, first, bias, second, own_share, out, out_bias, S,
+    WIDE: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
     split, n = tl.program_id(0), tl.program_id(2).to(tl.int64)
     c, o, j = tl.arange(0, C), tl.arange(0, OUT), tl.program_id(1) * BW + tl.arange(0, BW)
     total, total_bias = tl.zeros((BW, C), tl.float32), tl.zeros((BW,), tl.float32)
     for t in range(TILES):
         rows = (split * TILES + t) * BM + tl.arange(0, BM)
-        hat = _hat(d + n * S * C, mean + n * C, rstd + n * C, rows, c, S, C)
+        normalised = _normalised(d + n * S * C, mean + n * C, rstd + n * C, rows, c, S, C)
         g = _rows(grad + n * S * OUT, rows, o, S, OUT)
-        du = _du(hat, g, first, bias, second + n * WIDE * OUT, pull + n * WIDE, j, c, o, C, OUT)
+        du = _grad_u(normalised, g, first, bias, second + n * WIDE * OUT, own_share + n * WIDE, j, c, o, C, OUT)
         du = tl.where((rows < S)[:, None], du, 0)  # GELU of a row beyond the last is not zero
-        total += tl.dot(tl.trans(du.to(d.dtype.element_ty)), hat)
+        total += tl.dot(tl.trans(du.to(d.dtype.element_ty)), normalised)
         total_bias += tl.sum(du, 0)
     place = (n * tl.num_programs(0) + split) * WIDE + j
     tl.store(out + place[:, None] * C + c[None, :], total)
@@ -360,182 +348,126 @@ def _correct_kernel(d, d_d, slope, level, S, C: tl.constexpr, BM: tl.constexpr):
     value += _rows(d + n * S * C, rows, c, S, C).to(tl.float32) * tl.load(slope + n * C + c)[None, :]
     tl.store(d_d + n * S * C + rows[:, None] * C + c[None, :], value.to(d_d.dtype.element_ty), mask=(rows < S)[:, None])
 
-# %% ../../nbs/network/30_kernels.ipynb #expansion
-ROWS = 64  # Of a tile
-
-
-def _chunk(wide: int) -> int:
-    return 32 if wide % 32 == 0 else 16
-
-
-def expand(
-    d: Tensor,  # Shape `(N, C, ...)`: behind the depthwise convolution, channels last
-    shortcut: Tensor | None,  # Shape `(N, out, ...)`, channels last; None adds nothing
-    mean: Tensor,  # Of `d`, `(N, C)`, `float32` like all that follow
-    rstd: Tensor,  # Of `d`, inverse standard deviation
-    weights: tuple,  # Of norm, `conv2`, GRN (None without) and `conv3`
-    mean_stat: bool,  # Divide GRN's norms by their mean? Else by their sum
-) -> tuple[Tensor, Tensor | None]:  # The result, channels last; norms of the expanded channels, `(N, wide)`
-    "Norm, expand, GELU, GRN, compress, plus the shortcut"
-    norm_w, norm_b, w1, b1, gamma, beta, w2, b2 = weights
-    (n, channels), (out, wide), count = d.shape[:2], w2.shape, d[0, 0].numel()
-    fixed = dict(WIDE=wide, C=channels, BM=ROWS, BW=_chunk(wide))
-    common = d, mean, rstd, (w1 * norm_w).to(d.dtype), torch.addmv(b1, w1, norm_b)
-    second, last, norms = w2.t().expand(n, -1, -1), b2.expand(n, -1), None
-    if gamma is not None:
-        splits, tiles = shares(count, ROWS, PROGRAMS // max(1, n * wide // fixed["BW"]))
-        squares = torch.empty(n, splits, wide, device=d.device)
-        _squares_kernel[splits, wide // fixed["BW"], n](*common, squares, count, TILES=tiles, **fixed)
-        norms = squares.sum(1).sqrt_()
-        _, ratio = responses(norms, mean_stat)
-        second, last = second * (1 + gamma * ratio)[..., None], torch.addmv(b2, w2, beta).expand(n, -1)
-    y = torch.empty(n, out, *d.shape[2:], device=d.device, dtype=d.dtype, memory_format=torch.channels_last_3d)
-    _output_kernel[cdiv(count, ROWS), n](
-        d,
-        d if shortcut is None else shortcut,
-        *common[1:],
-        second.to(d.dtype).contiguous(),
-        last.contiguous(),
-        y,
-        count,
-        SHORTCUT=shortcut is not None,
-        OUT=out,
-        **fixed,
-    )
-    return y, norms
-
-
+# %% ../../nbs/network/30_kernels.ipynb #expand-gradients
 def expand_gradients(
     grad: Tensor,  # Of the result, channels last
-    d: Tensor,  # As `expand` had it, like all that follow
+    d: Tensor,  # As in `expand`, like all that follow
     mean: Tensor,
     rstd: Tensor,
     norms: Tensor | None,
-    weights: tuple,
-    mean_stat: bool,
-) -> tuple:  # Of `d`, and of each of `weights`, None for what is not there
+    weights: Weights,
+    reduction: str,
+) -> tuple[Tensor, Weights]:  # Of `d`, and of the weights
     "Exact gradients of `expand`; that of the shortcut is `grad` itself"
-    norm_w, norm_b, w1, b1, gamma, beta, w2, _ = weights
+    norm_weight, norm_bias, w1, b1, gamma, beta, w2, _ = weights
     (n, channels), (out, wide), count = d.shape[:2], w2.shape, d[0, 0].numel()
     fixed = dict(WIDE=wide, C=channels, OUT=out, BM=ROWS, BW=_chunk(wide))
-    w1n, chunks = w1 * norm_w, wide // fixed["BW"]
-    common = d, grad, mean, rstd, w1n.to(d.dtype), torch.addmv(b1, w1, norm_b)
-    splits, tiles = shares(count, ROWS, PROGRAMS // max(1, n * chunks))
+    w1n, chunks = w1 * norm_weight, wide // fixed["BW"]
+    common = d, grad, mean, rstd, w1n.to(d.dtype), torch.addmv(b1, w1, norm_bias)
+    splits, tiles = split_rows(count, ROWS, PROGRAMS // max(1, n * chunks))
     found = torch.empty(n, splits, wide, out, device=d.device)
     _grad_v_kernel[splits, chunks, n](*common, found, count, TILES=tiles, **fixed)
     grad_v, d_b2 = found.sum(1), grad.sum((0, 2, 3, 4), dtype=torch.float32)
     d_gamma = d_beta = None
-    pull, second = grad_v.new_zeros(n, wide), w2.t().expand(n, -1, -1)
-    if gamma is None:
+    own_share, second = grad_v.new_zeros(n, wide), w2.t().expand(n, -1, -1)
+    if gamma is None or beta is None or norms is None:
         d_w2 = grad_v.sum(0).t()
     else:
-        d_gamma, pull, factor = response_gradients(norms, (second * grad_v).sum(2), gamma, mean_stat)
+        d_gamma, own_share, factor = relative_norm_gradients(norms, (second * grad_v).sum(2), gamma, reduction)
         d_gamma, d_beta, factor = d_gamma.sum(0), torch.mv(w2.t(), d_b2), factor[..., None]
         d_w2 = (grad_v * factor).sum(0).t() + torch.outer(d_b2, beta)
         second = second * factor
     second, back, d_d = second.to(d.dtype).contiguous(), (w1n * rstd[:, None]).to(d.dtype), torch.empty_like(d)
-    _grad_d_kernel[cdiv(count, ROWS), n](*common, second, pull, back, d_d, count, **fixed)
-    grad_hat, sums = torch.empty(n, splits, wide, channels, device=d.device), torch.empty(n, splits, wide, device=d.device)
-    _grad_hat_kernel[splits, chunks, n](*common, second, pull, grad_hat, sums, count, TILES=tiles, **fixed)
-    grad_hat, sums = grad_hat.sum(1), sums.sum(1)
-    level, along = sums @ w1, (w1 * grad_hat).sum(1)
-    # What the norm takes off: the mean of the gradient, and what goes along its input
-    slope = -norm_w * along * rstd.square() / count
-    _correct_kernel[cdiv(count, 2 * ROWS), n](d, d_d, slope, -norm_w * level * rstd / count - slope * mean, count, C=channels, BM=2 * ROWS)
+    _grad_d_kernel[cdiv(count, ROWS), n](*common, second, own_share, back, d_d, count, **fixed)
+    grad_first, sums = torch.empty(n, splits, wide, channels, device=d.device), torch.empty(n, splits, wide, device=d.device)
+    _grad_first_kernel[splits, chunks, n](*common, second, own_share, grad_first, sums, count, TILES=tiles, **fixed)
+    grad_first, sums = grad_first.sum(1), sums.sum(1)
+    level, along = sums @ w1, (w1 * grad_first).sum(1)
+    # The norm removes the mean of the gradient, and its component along the input
+    slope = -norm_weight * along * rstd.square() / count
+    _correct_kernel[cdiv(count, 2 * ROWS), n](d, d_d, slope, -norm_weight * level * rstd / count - slope * mean, count, C=channels, BM=2 * ROWS)
     d_b1 = sums.sum(0)
-    d_w1 = grad_hat.sum(0) * norm_w + torch.outer(d_b1, norm_b)
-    return d_d, along.sum(0), level.sum(0), d_w1, d_b1, d_gamma, d_beta, d_w2, d_b2
+    d_w1 = grad_first.sum(0) * norm_weight + torch.outer(d_b1, norm_bias)
+    return d_d, Weights(along.sum(0), level.sum(0), d_w1, d_b1, d_gamma, d_beta, d_w2, d_b2)
 
 # %% ../../nbs/network/30_kernels.ipynb #block
-SIZES = (16, 32, 64, 128)  # Channels that a block may have, at both ends
-
-
 class Block(torch.autograd.Function):
-    "A block but for a shortcut with weights, `(N, C, X, Y, Z)` to `(N, out, ...)`, channels last; exact gradients"
+    "A block without a weighted shortcut, `(N, C, X, Y, Z)` to `(N, out, ...)`, channels last; gradients are exact"
 
     @staticmethod
-    def forward(ctx, x, shortcut, weight, bias, kind, eps, mean_stat, *weights):
-        d, mean, variance = depthwise(x, weight, bias, kind, stats=True)
+    def forward(ctx, x, shortcut, weight, bias, kind, eps, reduction, *weights):
+        d, mean, variance = depthwise_moments(x, weight, bias, kind)
         rstd = (variance + eps).rsqrt_()
-        y, norms = expand(d, shortcut, mean, rstd, weights, mean_stat)
+        y, norms = expand(d, shortcut, mean, rstd, Weights(*weights), reduction)
         ctx.save_for_backward(x, weight, bias, mean, rstd, norms, *weights)
-        ctx.kind, ctx.eps, ctx.mean_stat, ctx.shortcut = kind, eps, mean_stat, shortcut is not None
+        ctx.kind, ctx.eps, ctx.reduction, ctx.shortcut = kind, eps, reduction, shortcut is not None
         return y
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias, mean, rstd, norms, *weights = ctx.saved_tensors
-        if needs_plain(grad):
+        if needs_plain_form(grad):
 
-            def again(*given):  # In `float32`, as the sums of the kernels
-                given = [value if value is None else value.float() for value in given]
-                return plain_branch(*given[:3], ctx.kind, ctx.eps, ctx.mean_stat, *given[3:]).to(x.dtype)
+            def again(*values: Tensor | None) -> Tensor:  # In `float32`, as the sums of the kernels
+                first, w, b, *rest = (value if value is None else value.float() for value in values)
+                assert first is not None and w is not None and b is not None  # Only GRN's may be absent
+                return plain_branch(first, w, b, ctx.kind, ctx.eps, ctx.reduction, *rest).to(x.dtype)
 
             d_x, d_weight, d_bias, *found = plain_gradients(again, (x, weight, bias, *weights), grad)
             return d_x, grad if ctx.shortcut else None, d_weight, d_bias, None, None, None, *found
         grad = channels_last(grad)
         d = depthwise(x, weight, bias, ctx.kind)
-        d_d, *found = expand_gradients(grad, d, mean, rstd, norms, weights, ctx.mean_stat)
+        d_d, found = expand_gradients(grad, d, mean, rstd, norms, Weights(*weights), ctx.reduction)
         del d
         d_x, d_weight = depthwise_gradients(d_d, x, weight, ctx.kind)
-        # The norm takes every mean off, so the bias before it has no gradient
+        # The norm removes every mean, so the bias before it has no gradient
         return d_x, grad if ctx.shortcut else None, d_weight, torch.zeros_like(bias), None, None, None, *found
 
-
+# %% ../../nbs/network/30_kernels.ipynb #run-block
 def run_block(
-    block: nn.Module,  # A `MedNeXtBlock`
+    block: FusableBlock,
     x: Tensor,  # Shape `(N, C, X, Y, Z)`, channels last
 ) -> Tensor:  # Channels last, of the type of `x`
-    "`block(x)` by kernels, which must be able to"
-    kind, res, second, dtype = _kind(block.conv1), block.res_conv, block.conv3, x.dtype
+    "`block(x)` by kernels, which must exist for it (`has_kernels`)"
+    kind, res, first, second, norm = block_kind(block.conv1), block.res_conv, block.conv2, block.conv3, block.norm
     gamma, beta = (block.grn_gamma.flatten(), block.grn_beta.flatten()) if block.grn else (None, None)
     shortcut, added, last = x, None, second.bias
     if not isinstance(res, nn.Identity):
-        weight = res.weight.flatten(1).to(dtype)
-        seen = (x[:, :, ::2, ::2, ::2] if kind == "down" else x).permute(0, 2, 3, 4, 1)
-        if kind == "up":  # Its bias is everywhere, and more at every other voxel
-            shortcut, added, last = None, F.linear(seen, weight.t()).permute(0, 4, 1, 2, 3), last + res.bias
+        assert res.bias is not None and last is not None  # `can_fuse` looks at both
+        weight = res.weight.flatten(1).to(x.dtype)
+        rows = (x[:, :, ::2, ::2, ::2] if kind == "down" else x).permute(0, 2, 3, 4, 1)
+        if kind == "up":  # Its bias reaches every voxel, its weights every other one
+            shortcut, added, last = None, F.linear(rows, weight.t()).permute(0, 4, 1, 2, 3), last + res.bias
         else:
-            shortcut = F.linear(seen, weight, res.bias.to(dtype)).permute(0, 4, 1, 2, 3)
-    first, norm = block.conv2, block.norm
+            shortcut = F.linear(rows, weight, res.bias.to(x.dtype)).permute(0, 4, 1, 2, 3)
     y = Block.apply(
-        x,
-        shortcut,
-        block.conv1.weight,
-        block.conv1.bias,
-        kind,
-        norm.eps,
-        block.grn == "mean",
-        norm.weight,
-        norm.bias,
-        first.weight.flatten(1),
-        first.bias,
-        gamma,
-        beta,
-        second.weight.flatten(1),
-        last,
+        *(x, shortcut, block.conv1.weight, block.conv1.bias, kind, norm.eps, block.grn, norm.weight, norm.bias),
+        *(first.weight.flatten(1), first.bias, gamma, beta, second.weight.flatten(1), last),
     )
     if added is not None:
         y[:, :, ::2, ::2, ::2] += added
     return y
 
 # %% ../../nbs/network/30_kernels.ipynb #backend
-def available(
+KERNEL_CHANNELS = (16, 32, 64, 128)  # That a block may have, at both ends
+
+
+def kernels_run_on(
     device: str | torch.device,  # As `torch.device` has it
 ) -> bool:
-    "Can kernels run there?"
+    "Is this an NVIDIA GPU that Triton's kernels can run on?"
     device = torch.device(device)
     nvidia = device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None
-    return nvidia and triton is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return nvidia and _TRITON and torch.cuda.get_device_capability(device) >= (8, 0)
 
-# %% ../../nbs/network/30_kernels.ipynb #fused-form
+
 def fused_form(device: str | torch.device) -> str | None:  # `cpu` or `cuda`; None for the plain form
-    "In whose fused form does a block run there?"
+    "The fused form that blocks have on a device"
     kind = torch.device(device).type
-    return kind if kind == "cpu" or available(device) else None
+    return kind if kind == "cpu" or kernels_run_on(device) else None
 
-# %% ../../nbs/network/30_kernels.ipynb #fits
-def fits(
+
+def has_kernels(
     channels: int,  # That come in
     out_channels: int,  # That go out
     ratio: int,  # Expanded channels per incoming channel
@@ -543,25 +475,25 @@ def fits(
     kernel: int = 3,  # Of the depthwise convolution
 ) -> bool:
     "Are there kernels for such a block?"
-    return channels in SIZES and out_channels in SIZES and kernel == 3 and ratio > 0 and precision != "fp32"
+    return channels in KERNEL_CHANNELS and out_channels in KERNEL_CHANNELS and kernel == 3 and ratio > 0 and precision != "fp32"
 
-
+# %% ../../nbs/network/30_kernels.ipynb #triton-block
 def triton_block(
-    block: nn.Module,  # A `MedNeXtBlock` that `can_fuse`
+    block: FusableBlock,  # For which `can_fuse` is true
     x: Tensor,  # Shape `(N, C, X, Y, Z)`, on a GPU
-) -> Tensor | None:  # Channels last; None where its kernels do not fit the block
+) -> Tensor | None:  # Channels last; None where there are no kernels for the block
     "`block(x)` without its expanded tensors"
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
-    channels, out, kernel = block.conv1.in_channels, block.conv3.out_channels, block.conv1.kernel_size[0]
-    wide = block.conv2.out_channels
+    channels, out, wide = block.conv1.in_channels, block.conv3.out_channels, block.conv2.out_channels
+    exist = has_kernels(channels, out, wide // channels, precision, block.conv1.kernel_size[0])
     # Places within a sample are 32-bit numbers, and weights are `float32`
-    small, usual = 8 * x[0, 0].numel() * max(channels, out) < 2**31, block.conv2.weight.dtype == torch.float32
-    if not (fits(channels, out, wide // channels, precision, kernel) and small and usual and available(x.device)):
+    usual = 8 * x[0, 0].numel() * max(channels, out) < 2**31 and block.conv2.weight.dtype == torch.float32
+    if not (exist and usual and kernels_run_on(x.device)):
         return None
     with torch.autocast("cuda", enabled=False), torch.cuda.device(x.device):
         return run_block(block, channels_last(x.to(dtype)))
 
 
-if triton is not None:
+if _TRITON:
     BACKENDS["cuda"] = triton_block

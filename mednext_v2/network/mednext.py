@@ -11,15 +11,16 @@ from numbers import Integral
 
 from .blocks import DownBlock, MedNeXtBlock, OutBlock, UpBlock
 from .fused import pointwise
-from .grn import STATS
+from .grn import REDUCTIONS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../../nbs/network/50_mednext.ipynb #arch
-def _positive(value) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value > 0
+# %% ../../nbs/network/50_mednext.ipynb #arch-numbers
+def is_positive_integer(value: object) -> bool:
+    "A whole number above 0, of Python or NumPy; a Boolean is none"
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
 
-# %% ../../nbs/network/50_mednext.ipynb #arch-part
+# %% ../../nbs/network/50_mednext.ipynb #arch
 @dataclass(frozen=True)
 class Arch:
     "What a MedNeXt looks like, without its data and classes; ValueError for a network that cannot be built"
@@ -28,12 +29,12 @@ class Arch:
     depths: tuple[int, ...] = (3, 4, 8, 8, 8, 8, 8, 4, 3)  # Blocks per level, along the U
     ratios: tuple[int, ...] = (3, 4, 8, 8, 8, 8, 8, 4, 3)  # Expansion ratio per level, along the U
     kernel: int = 3  # Size of the depthwise kernels, odd
-    grn: str | None = "mean"  # Convention of GRN, `mean` or `sum`; None for v1
+    grn: str | None = "mean"  # Reduction of GRN, `mean` or `sum`; None for v1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("depths", "ratios"):
             values = getattr(self, name)
-            if not isinstance(values, (list, tuple)) or not all(map(_positive, values)):
+            if not isinstance(values, (list, tuple)) or not all(map(is_positive_integer, values)):
                 raise ValueError(f"{name} must be a list of positive whole numbers, got {values!r}")
             if len(values) < 3 or len(values) % 2 == 0:
                 raise ValueError(
@@ -42,12 +43,12 @@ class Arch:
             object.__setattr__(self, name, tuple(map(int, values)))
         if len(self.depths) != len(self.ratios):
             raise ValueError(f"depths and ratios must have equally many entries, got {len(self.depths)} and {len(self.ratios)}")
-        if not _positive(self.width):
+        if not is_positive_integer(self.width):
             raise ValueError(f"width must be a positive whole number, got {self.width!r}")
-        if not _positive(self.kernel) or self.kernel % 2 == 0:
+        if not is_positive_integer(self.kernel) or self.kernel % 2 == 0:
             raise ValueError(f"kernel must be an odd positive number, got {self.kernel!r}")
-        if self.grn not in (None, *STATS):
-            raise ValueError(f"grn must be one of {', '.join(STATS)} or None, got {self.grn!r}")
+        if self.grn not in (None, *REDUCTIONS):
+            raise ValueError(f"grn must be one of {', '.join(REDUCTIONS)} or None, got {self.grn!r}")
 
     @property
     def levels(self) -> int:
@@ -95,20 +96,20 @@ def pad_to_stride(
     x: Tensor,  # Shape `(N, C, X, Y, Z)`, sides of one voxel or more
     stride: int,  # Of the network, `model.stride`
     value: float = 0.0,  # Of the new voxels; 0 is the mean of a normalised scan
-) -> tuple[Tensor, tuple]:  # What the network takes, and the index that cuts its result back
-    "Pad the high ends to sides that fit: `padded, crop = pad_to_stride(x, model.stride); y = model(padded)[crop]`"
+) -> tuple[Tensor, tuple]:  # The padded volume, and the index that crops the network's result
+    "Pad the high ends to sides that fit: `padded, crop = pad_to_stride(x, model.stride); y = model(padded)[crop]`; ValueError for other axes"
     if x.ndim != 5 or not all(x.shape):
         raise ValueError(f"pad_to_stride takes (N, C, X, Y, Z) with a voxel or more, got {tuple(x.shape)}")
     size = x.shape[2:]
     wanted = [-(-side // stride) * stride for side in size]
     if all(side == stride for side in wanted):
         wanted[-1] = 2 * stride  # The bottleneck needs two voxels
-    room = [amount for new, old in zip(reversed(wanted), reversed(size)) for amount in (0, new - old)]
-    return F.pad(x, room, value=value), (..., *(slice(side) for side in size))
+    padding = [amount for new, old in zip(reversed(wanted), reversed(size)) for amount in (0, new - old)]
+    return F.pad(x, padding, value=value), (..., *(slice(side) for side in size))
 
 # %% ../../nbs/network/50_mednext.ipynb #mednext
 class MedNeXt(nn.Module):
-    "`(N, in_channels, X, Y, Z)` to scores `(N, num_classes, X, Y, Z)`; with deep supervision a list, finest first"
+    "`(N, in_channels, X, Y, Z)` to logits `(N, num_classes, X, Y, Z)`; with deep supervision a list, finest first; ValueError for a size that does not fit"
 
     fused = True  # The stem; `use_fused` turns it off with the blocks
 
@@ -122,20 +123,19 @@ class MedNeXt(nn.Module):
     ):
         super().__init__()
         for name, value in (("in_channels", in_channels), ("num_classes", num_classes)):
-            if not _positive(value):
+            if not is_positive_integer(value):
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}")
         self.arch, self.in_channels, self.num_classes = arch, in_channels, num_classes
         self.deep_supervision, self.grad_checkpointing = deep_supervision, grad_checkpointing
         self.stride = arch.stride  # Every side of a volume is a multiple of it
         levels, channels = arch.levels, arch.channels
 
-        def block(cls, place, *channels):
-            return cls(*channels, ratio=arch.ratios[place], **options)
+        def block(cls: type[MedNeXtBlock], place: int, *channels: int) -> MedNeXtBlock:
+            return cls(*channels, ratio=arch.ratios[place], kernel=arch.kernel, grn=arch.grn, grad_checkpointing=grad_checkpointing)
 
-        def stage(place, width):
+        def stage(place: int, width: int) -> nn.Sequential:
             return nn.Sequential(*(block(MedNeXtBlock, place, width) for _ in range(arch.depths[place])))
 
-        options = dict(kernel=arch.kernel, grn=arch.grn, grad_checkpointing=grad_checkpointing)
         self.stem = nn.Conv3d(in_channels, channels[0], 1)
         for i in range(levels):
             setattr(self, f"enc_block_{i}", stage(i, channels[i]))
@@ -160,5 +160,5 @@ class MedNeXt(nn.Module):
             x = skips.pop() + self.get_submodule(f"up_{i}")(x)
             features.append(x := self.get_submodule(f"dec_block_{i}")(x))
         if not self.deep_supervision:
-            return self.out_0(x)
+            return self.get_submodule("out_0")(x)
         return [self.get_submodule(f"out_{i}")(f) for i, f in enumerate(reversed(features))]

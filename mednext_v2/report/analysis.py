@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .tables import COLUMN, METRICS, MISSING, backbone_title, house_style
-from ..evaluation.statistics import choose, compare, declared_mean, seed_draws, shared_draws
+from ..evaluation.statistics import select_method, compare, declared_mean, seed_draws, shared_draws
 from ..study.paths import StudyPaths
 
 # %% ../../nbs/report/20_analysis.ipynb #effects
@@ -86,14 +86,14 @@ def forest(
 # %% ../../nbs/report/20_analysis.ipynb #group-gains
 def group_gains(
     scores: pd.DataFrame,  # Rows of scores.csv or ablations.csv
-    a: dict,  # A method, as for `statistics.choose`: with the change
+    a: dict,  # A method, as for `statistics.select_method`: with the change
     b: dict,  # Without it
     metric: str = "dsc",
     n: int = 2000,  # Resamples
 ) -> pd.DataFrame:  # group (organ, pathology, difference), gain, low, high, cases
     "Mean gain per group, and pathology less organs, with 95 % intervals; NaN where a group is absent"
     key = ["task", "case", "label", "group", "seed"]
-    sides = [choose(scores, method).groupby(key)[metric].mean() for method in (a, b)]
+    sides = [select_method(scores, method).groupby(key)[metric].mean() for method in (a, b)]
     gain = (sides[0] - sides[1]).dropna().reset_index(name="gain")
     rng, whole, drawn, cases = np.random.default_rng(0), {}, {}, {}
     # Both groups of a task share its draws of cases and of seeds

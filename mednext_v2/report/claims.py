@@ -14,7 +14,7 @@ import pandas as pd
 from .analysis import effects, group_gains
 from ..core import read_csv
 from .tables import MISSING, backbone_title, counts, published
-from ..evaluation.statistics import choose, compare, compare_all, means, scratch_predicts
+from ..evaluation.statistics import select_method, compare, compare_all, means, scratch_predicts
 from ..study.paths import StudyPaths
 
 # %% ../../nbs/report/30_claims.ipynb #evidence
@@ -177,7 +177,7 @@ def modality(tables) -> Evidence | None:
         return None
     found = compare(table, {"variant": "ct_full"}, {"variant": "mr_full"})
     holds = -MARGIN < found["low"] and found["high"] < MARGIN
-    used = choose(table, {"variant": "ct_full"})
+    used = select_method(table, {"variant": "ct_full"})
     detail = "CT- less MR-pretrained, all weights fine-tuned; negligible is within 1 point"
     return Evidence(found["difference"], found["low"], found["high"], holds, **size(used), detail=detail)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..evaluation.statistics import choose
+from ..evaluation.statistics import select_method
 
 # %% ../../nbs/report/40_power.ipynb #spread
 class Spread(NamedTuple):
@@ -25,13 +25,13 @@ class Spread(NamedTuple):
 # %% ../../nbs/report/40_power.ipynb #differences
 def differences(
     scores: pd.DataFrame,  # Rows of scores.csv or ablations.csv
-    a: dict,  # A method, as for `statistics.choose`
+    a: dict,  # A method, as for `statistics.select_method`
     b: dict,
     metric: str = "dsc",
 ) -> pd.DataFrame:  # (cases, seeds), with each task's mean taken away
     "Paired differences by case and seed; ValueError if two methods share no case and seed"
     key = ["task", "case", "seed"]
-    sides = [choose(scores, method).groupby(key)[metric].mean() for method in (a, b)]
+    sides = [select_method(scores, method).groupby(key)[metric].mean() for method in (a, b)]
     both = (sides[0] - sides[1]).dropna()
     if both.empty:
         raise ValueError(f"{a} and {b} share no case and seed")
