@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import nibabel as nib
 import numpy as np
@@ -374,6 +374,19 @@ def predict_each(members: Sequence[EnsembleMember], images: Iterator, settings: 
         yield label_scan(members, read_channels(image), settings, roi)
 
 # %% ../../nbs/inference/10_predictor.ipynb #predict
+@overload
+def predict(
+    model_dir: str | Path | Sequence[str | Path], images: Iterator[Any], overlap: float = ..., device: str = ..., roi: Region | None = ..., **settings: Any
+) -> Iterator[nib.Nifti1Image]: ...
+@overload
+def predict(
+    model_dir: str | Path | Sequence[str | Path],
+    images: ScanSource | Sequence[ScanSource],
+    overlap: float = ...,
+    device: str = ...,
+    roi: Region | None = ...,
+    **settings: Any,
+) -> nib.Nifti1Image: ...
 def predict(
     model_dir: str | Path | Sequence[str | Path],  # Model folder; several are an ensemble
     images: ScanSource | Sequence[ScanSource] | Iterator,  # A scan; a list of scans, one per channel; an iterator of all that
