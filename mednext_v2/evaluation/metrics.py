@@ -174,6 +174,17 @@ def hausdorff(
     "The distance that a share of each surface keeps, the larger of both directions (DeepMind's robust Hausdorff); ValueError for bad shapes or spacing"
     return _distance_of_share(surface_distances(prediction, truth, spacing), share)
 
+# %% ../../nbs/evaluation/10_metrics.ipynb #match-pairs
+def _match_pairs(ious: np.ndarray, least: float) -> int:
+    "How many rows and columns pair up, best pairs first, each at most once"
+    rows, columns = np.nonzero((ious >= least) & (ious > 0))
+    used_rows, used_columns = set(), set()
+    for at in np.argsort(-ious[rows, columns], kind="stable"):
+        if rows[at] not in used_rows and columns[at] not in used_columns:
+            used_rows.add(rows[at])
+            used_columns.add(columns[at])
+    return len(used_rows)
+
 # %% ../../nbs/evaluation/10_metrics.ipynb #lesions
 LESION_IOU = 0.1
 
@@ -198,17 +209,6 @@ def count_lesions(
     total = true[1] + found[1]
     f1 = 2 * matched / total if total else float("nan")
     return dict(lesion_f1=f1, n_lesions=true[1], n_tp=matched, n_fp=found[1] - matched)
-
-
-def _match_pairs(ious: np.ndarray, least: float) -> int:
-    "How many rows and columns pair up, best pairs first, each at most once"
-    rows, columns = np.nonzero((ious >= least) & (ious > 0))
-    used_rows, used_columns = set(), set()
-    for at in np.argsort(-ious[rows, columns], kind="stable"):
-        if rows[at] not in used_rows and columns[at] not in used_columns:
-            used_rows.add(rows[at])
-            used_columns.add(columns[at])
-    return len(used_rows)
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #conventions
 CONVENTIONS = {
@@ -415,7 +415,7 @@ def score_files(
     except ValueError as error:
         raise ValueError(f"{prediction}: {error}") from error
 
-# %% ../../nbs/evaluation/10_metrics.ipynb #summary
+# %% ../../nbs/evaluation/10_metrics.ipynb #nnunet-metrics
 EXTRAS = "nsd hd95 volume_error volume_error_ml lesion_f1 n_lesions n_tp n_fp".split()
 
 
@@ -437,7 +437,7 @@ def nnunet_metrics(
     }
     return named | {name: float("nan") if pd.isna(row[name]) else float(row[name]) for name in EXTRAS}
 
-
+# %% ../../nbs/evaluation/10_metrics.ipynb #summary
 def summarise(
     scores: pd.DataFrame,  # Rows of `score_case` with a column case
     dataset: Dataset,

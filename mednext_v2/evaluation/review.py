@@ -40,7 +40,7 @@ def worst_slices(
     order = sorted((2, 1, 0), key=lambda axis: -areas[axis].max())  # The first of equals: axial
     return [(axis, int(areas[axis].argmax())) for axis in order]
 
-
+# %% ../../nbs/evaluation/30_review.ipynb #crop
 def crop_around(
     masks: Sequence[np.ndarray],  # Of one slice, (A, B)
     spacing: Sequence[float],  # Size of a pixel in mm

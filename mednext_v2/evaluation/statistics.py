@@ -250,7 +250,7 @@ def select_method(
         raise ValueError(f"scores hold no row of {', '.join(f'{column} {value}' for column, value in method.items())}")
     return part
 
-
+# %% ../../nbs/evaluation/20_statistics.ipynb #pair-cases
 def pair_cases(
     scores: pd.DataFrame,  # Rows of `scores.csv`
     a: Mapping[str, object],  # A method, as for `select_method`
