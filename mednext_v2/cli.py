@@ -285,22 +285,28 @@ def finetune(options: argparse.Namespace) -> str:
 
     from mednext_v2.training.launch import RunEnded
     from mednext_v2.finetuning import finetune as finetune_dataset
-    from mednext_v2.finetuning import review_scores
+    from mednext_v2.finetuning import FinetuneOptions, review_scores
+    from mednext_v2.training.recipe import get_recipe
     from mednext_v2.evaluation.statistics import means
 
-    unchanged = ("backbone", "recipe", "registry", "seed", "seed_task", "spacing")
     try:
         table = finetune_dataset(
             options.data,
             start_from_options(options),
             options.out,
-            changes=dict(parse_pair(pair) for pair in options.recipe_set),
+            recipe=get_recipe(options.recipe, **dict(parse_pair(pair) for pair in options.recipe_set)),
+            backbone=options.backbone,
             overrides=dict(parse_pair(pair) for pair in options.network),
+            spacing=options.spacing,
+            seed=options.seed,
             resources=resources_from_options(options),
-            check=not options.unchecked,
-            reading=checkpoint_options(options),
-            command=shlex.join(["mednextv2", *sys.argv[1:]]),
-            **{name: getattr(options, name) for name in unchanged},
+            options=FinetuneOptions(
+                forecast=not options.unchecked,
+                seed_task=options.seed_task,
+                registry=options.registry,
+                checkpoint=checkpoint_options(options),
+                command=shlex.join(["mednextv2", *sys.argv[1:]]),
+            ),
         )
     except RunEnded as ended:
         exit_ended(ended)
@@ -366,10 +372,10 @@ def evaluate(options: argparse.Namespace) -> str:
 # %% ../nbs/90_cli.ipynb #pipeline-commands
 def plan(options: argparse.Namespace) -> str:
     "Forecast a profile: runs, memory, storage, and A100 hours extrapolated from a published training"
-    from mednext_v2.report.forecast import plan_summary, plan_table
+    from mednext_v2.report.forecast import forecast_summary, forecast_table
 
-    table = plan_table(options.profile)
-    shown = table.drop(columns=["flops"], errors="ignore") if options.all else plan_summary(table)
+    table = forecast_table(options.profile)
+    shown = table.drop(columns=["flops"], errors="ignore") if options.all else forecast_summary(table)
     return shown.to_string(index=False, float_format="{:.1f}".format, na_rep="not available")
 
 

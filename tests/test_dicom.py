@@ -11,7 +11,7 @@ from data_toys_dicom import CT_IMAGE, FLIP, series_headers, turned_affine, write
 from mednext_v2.intake.dicom import (
     StructureSet,
     draw_structures,
-    fill,
+    fill_polygons,
     find_series,
     label_values,
     newest_structure_set,
@@ -569,7 +569,7 @@ def test_polygons_fill_as_scikit_image_fills_them():
     rng = np.random.default_rng(0)
     for corners in rng.integers(3, 40, 60):
         curve = rng.uniform(-6, 40, (corners, 2))  # Crosses itself and leaves the image
-        assert np.array_equal(fill([curve], (30, 35)), polygon2mask((30, 35), curve))
+        assert np.array_equal(fill_polygons([curve], (30, 35)), polygon2mask((30, 35), curve))
 
 
 def test_polygons_are_even_odd_and_closed_by_themselves():
@@ -578,20 +578,20 @@ def test_polygons_are_even_odd_and_closed_by_themselves():
     expected = np.zeros((30, 35), bool)
     for curve in curves:
         expected ^= polygon2mask((30, 35), curve)
-    assert np.array_equal(fill(curves, (30, 35)), expected)
+    assert np.array_equal(fill_polygons(curves, (30, 35)), expected)
     closed = [np.concatenate([curve, curve[:1]]) for curve in curves]
     backwards = [curve[::-1] for curve in curves]
-    assert np.array_equal(fill(closed, (30, 35)), expected) and np.array_equal(fill(backwards, (30, 35)), expected)
-    assert not fill([], (4, 5)).any()
+    assert np.array_equal(fill_polygons(closed, (30, 35)), expected) and np.array_equal(fill_polygons(backwards, (30, 35)), expected)
+    assert not fill_polygons([], (4, 5)).any()
 
 
 def test_polygons_through_centres_keep_their_area():
     jitter = np.random.default_rng(0).normal(0, 1e-7, (4, 2))  # Rounding in the affine must not fray the edges
     for size in range(1, 6):
         square = np.array([[2, 3], [2, 3 + size], [2 + size, 3 + size], [2 + size, 3]], float)
-        assert fill([square + jitter], (12, 12)).sum() == size**2
+        assert fill_polygons([square + jitter], (12, 12)).sum() == size**2
     wild = np.array([[-1e30, -1e30], [1e30, -1e30], [1e30, 1e30], [-1e30, 1e30]])
-    assert fill([wild], (12, 12)).all()
+    assert fill_polygons([wild], (12, 12)).all()
 
 
 def test_written_files_are_what_others_read(voxels, tmp_path):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -18,20 +19,24 @@ from mednext_v2 import cli, finetuning
 from mednext_v2.core import Resources
 from mednext_v2.data.preprocess import Prepared
 from mednext_v2.data.scans import write_volume
-from mednext_v2.finetuning import finetune
+from mednext_v2.finetuning import FinetuneOptions, finetune
 from mednext_v2.models.card import read_card, read_state
 from mednext_v2.training import launch
+from mednext_v2.training.recipe import get_recipe
 from test_importers import DNA, dna, nnunet_folder
 from test_training_sets import BELLY, CHEST, scan, write_raw
 
 SETTINGS = dict(
-    recipe="smoke",
-    changes=dict(steps=6, patch=(16, 16, 16), checkpoint_every=2, lr=1e-2),
+    recipe=get_recipe("smoke", steps=6, patch=(16, 16, 16), checkpoint_every=2, lr=1e-2),
     backbone="unet",
     overrides={"filters": (4, 8, 8)},
     resources=Resources("cpu", workers=1),
-    check=False,
+    options=FinetuneOptions(forecast=False),
 )
+
+
+def options(**changed) -> dict:
+    return {"options": FinetuneOptions(forecast=False, **changed)}
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +62,7 @@ def raw(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(raw, tmp_path_factory):
     out, told = tmp_path_factory.mktemp("done") / "out", []
-    return out, finetune(raw, None, out, command="the command", say=told.append, **SETTINGS), told
+    return out, finetune(raw, None, out, **SETTINGS | options(command="the command", report=told.append)), told
 
 
 def times(folder) -> dict:
@@ -85,7 +90,7 @@ def test_whole_way(done, raw):
 def test_again_changes_nothing(done, raw):
     out, table, _ = done
     before, told = times(out), []
-    again = finetune(raw, None, out, command="another", say=told.append, **SETTINGS)
+    again = finetune(raw, None, out, **SETTINGS | options(command="another", report=told.append))
     assert times(out) == before and not told
     pd.testing.assert_frame_equal(again, table, check_dtype=False)
 
@@ -95,7 +100,7 @@ def test_only_missing_steps_are_done_again(done, raw, monkeypatch):
     (out / "scores.csv").unlink()
     monkeypatch.setattr(finetuning, "train_in_processes", None)
     before = times(out / "predictions")
-    again = finetune(raw, None, out, command="the command", **SETTINGS)
+    again = finetune(raw, None, out, **SETTINGS | options(command="the command"))
     assert times(out / "predictions") == before and again.dsc.tolist() == table.dsc.tolist()
 
 
@@ -123,9 +128,9 @@ def test_sigkill_in_the_middle_and_the_same_call_again(done, raw, tmp_path):
     code = (
         "import os, signal, torch; from mednext_v2.core import Resources; from mednext_v2.training import launch; from mednext_v2.finetuning import finetune; "
         "torch.set_num_threads(1); launch.heartbeat = lambda step: step == 5 and os.kill(os.getpid(), signal.SIGKILL); "
-        f"finetune({str(raw)!r}, None, {str(out)!r}, **{SETTINGS!r})"
+        f"from test_finetune import SETTINGS; finetune({str(raw)!r}, None, {str(out)!r}, **SETTINGS)"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300, cwd=Path(__file__).parent)
     assert ended.returncode == -signal.SIGKILL and not (out / "model").exists() and (out / "prepared/manifest.csv").is_file()
     table = finetune(raw, None, out, **SETTINGS)
     wanted, found = read_state(done[0] / "model"), read_state(out / "model")
@@ -158,7 +163,7 @@ def test_parent_of_other_classes_and_voxels(done, tmp_path):
         (parent / name).write_bytes((done[0] / "model" / name).read_bytes())
     values = json.loads((parent / "card.json").read_text())
     (parent / "card.json").write_text(json.dumps(values | {"spacing": [1.25, 1.25, 1.25]}))
-    table = finetune(belly, parent, tmp_path / "out", say=said.append, **settings)
+    table = finetune(belly, parent, tmp_path / "out", **settings | options(report=said.append))
     card = read_card(tmp_path / "out/model")
     assert (card.backbone, card.overrides["filters"], card.spacing) == ("unet", (4, 8, 8), (1.25, 1.25, 1.25))
     assert card.parent == values["sha256"] and card.init == "parent"
@@ -179,7 +184,7 @@ def test_foreign_checkpoint_as_parent(raw, tmp_path):
         source, _ = dna(*DNA["resenc"])
     nnunet_folder(tmp_path / "zoo/nnUNetTrainer__nnUNetPlans__3d_fullres", source.state_dict())
     settings = {name: value for name, value in SETTINGS.items() if name not in ("backbone", "overrides")}
-    settings["changes"] = dict(steps=2, patch=(16, 16, 16), checkpoint_every=2)
+    settings["recipe"] = get_recipe("smoke", steps=2, patch=(16, 16, 16), checkpoint_every=2)
     finetune(raw, tmp_path / "zoo", tmp_path / "out", **settings)
     card, parent = read_card(tmp_path / "out/model"), read_card(tmp_path / "out/parent")
     assert (card.backbone, card.parent, card.init) == ("resenc_l", parent.sha256, "zoo")
@@ -207,7 +212,7 @@ def test_too_little_memory_is_refused_before_anything_is_prepared(raw, tmp_path,
     monkeypatch.setattr(launch, "forecast", lambda *given: launch.Forecast(10**9, 1.0, 1e9))
     monkeypatch.setattr(launch, "available_memory", lambda device: 10**9)
     with pytest.raises(ValueError, match="needs about .* What fits"):
-        finetune(raw, None, tmp_path / "out", **SETTINGS | {"check": True})
+        finetune(raw, None, tmp_path / "out", **SETTINGS | {"options": FinetuneOptions()})
     assert not (tmp_path / "out/prepared").exists() and not (tmp_path / "out/plan.json").exists()
 
 

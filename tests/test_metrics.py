@@ -517,7 +517,7 @@ def test_the_task_comes_from_a_dataset_json(tmp_path):
     assert table.label.tolist() == list(dataset.regions) and set(table.group) == {"pathology"}
     read = described_dataset(tmp_path / "predictions/dataset.json")
     assert (read.regions, read.ignore, read.name) == (dataset.regions, 4, "toy")
-    with pytest.raises(ValueError, match="unknown task"):
+    with pytest.raises(ValueError, match="unknown data set"):
         evaluate(tmp_path / "predictions", tmp_path / "truths", "no_such_task")
 
 

@@ -238,8 +238,7 @@ def test_pipeline_scores_as_predict_and_evaluate_and_finetune_do_on_the_scans_ow
     from mednext_v2.core import Resources
     from mednext_v2.data.datasets import list_cases
     from mednext_v2.data.preprocess import Prepared
-    from mednext_v2.finetuning import FinetunePlan as Tuning
-    from mednext_v2.finetuning import score_model
+    from mednext_v2.finetuning import FinetuneOptions, FinetunePlan, score_model
     from mednext_v2.models.card import read_card
     from mednext_v2.models.transfer import Start
 
@@ -265,7 +264,7 @@ def test_pipeline_scores_as_predict_and_evaluate_and_finetune_do_on_the_scans_ow
     cli.main(["evaluate", str(workplace / "told"), str(workplace / "truths"), "--task", task.name, "--out", str(workplace / "table")])
     told = pd.read_csv(workplace / "table/scores.csv")
     shutil.copytree(model, workplace / "tuned/model")
-    score_model(Tuning(task, own, workplace / "tuned", {}, Start()), "the command", print, Resources("cpu"))
+    score_model(FinetunePlan(task, own, workplace / "tuned", "unet", RECIPE, {}, Start()), FinetuneOptions(), Resources("cpu"))
     kept = pd.read_csv(workplace / "evaluate/scores.csv")
     for other in (told, pd.read_csv(workplace / "tuned/scores.csv")):
         shared = [name for name in kept if name in other]

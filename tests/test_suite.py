@@ -205,7 +205,7 @@ def test_failed_build_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 def test_unknown_task_and_too_few_cases(tmp_path):
-    with pytest.raises(ValueError, match="unknown task 'pancreas'"):
+    with pytest.raises(ValueError, match="unknown data set 'pancreas'"):
         build_dataset("pancreas", SEEDS, tmp_path)
     with pytest.raises(ValueError, match="no scans are set aside for task 'pancreas'"):
         plan_cases("pancreas", (1, 1, 1))

@@ -113,7 +113,7 @@ def test_registry_holds_the_seven_tasks_with_consistent_groups():
     for dataset in datasets.values():
         for label, group in dataset.groups.items():
             assert all(group == other.groups.get(label, group) for other in datasets.values())
-    with pytest.raises(ValueError, match="unknown task 'pancreas'; known: corpus_ct"):
+    with pytest.raises(ValueError, match="unknown data set 'pancreas'; known: corpus_ct"):
         get_dataset("pancreas")
 
 

@@ -9,13 +9,17 @@ __all__ = []
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel
 import numpy as np
 
 from ..data.scans import Volume
+
+if TYPE_CHECKING:
+    import pydicom
 
 # %% ../../nbs/intake/10_dicom.ipynb #read-header
 DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -24,7 +28,7 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 def read_header(
     path: str | Path,
     keywords: Sequence[str],  # The DICOM keywords to keep
-):  # A pydicom Dataset without pixels; None if the file is no DICOM
+) -> "pydicom.Dataset | None":  # Without pixels; None if the file is no DICOM
     "The header of a DICOM file; ValueError if it is damaged, deflated, or pydicom is not installed"
     try:
         import pydicom
@@ -45,12 +49,12 @@ def read_header(
     except FileNotFoundError:
         raise
     except ValueError as error:
-        raise error if str(path) in str(error) else damaged(path, error) from error
+        raise error if str(path) in str(error) else unreadable(path, error) from error
     except Exception as error:  # Damaged bytes make pydicom raise almost anything
-        raise damaged(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def damaged(path: str | Path, error: Exception) -> ValueError:
+def unreadable(path: str | Path, error: Exception) -> ValueError:
     "The error for a file that starts as DICOM and cannot be read"
     reason = " ".join(str(error).split())[:120] or type(error).__name__
     return ValueError(f"{path} cannot be read as DICOM ({reason}): replace it with a whole file")
@@ -64,7 +68,7 @@ class StructureSet:
     patient: str
     series: str  # SeriesInstanceUID of the images it was drawn on; "" if the file does not tell
     uid: str  # SOPInstanceUID, equal in copies of the file
-    moment: tuple[str, str]  # Date YYYYMMDD and time HHMMSS.ffffff it was made; "" if unknown
+    made_at: tuple[str, str]  # Date YYYYMMDD and time HHMMSS.ffffff it was made; "" if unknown
     frame: str = ""  # FrameOfReferenceUID
 
 
@@ -87,8 +91,8 @@ class Series:
         return re.sub(r"[^A-Za-z0-9]+", "-", self.patient).strip("-")[:64] or "unnamed"
 
 # %% ../../nbs/intake/10_dicom.ipynb #structure-set
-def moment_of(
-    header,  # Dataset of an RTSTRUCT
+def date_of(
+    header: "pydicom.Dataset",  # Of an RTSTRUCT
 ) -> tuple[str, str]:  # Date and time as digits, which sort as text
     "When a structure set was made, or else when its file was; empty words if the file does not tell"
     for kind in ("StructureSet", "InstanceCreation"):
@@ -99,10 +103,7 @@ def moment_of(
     return "", ""
 
 
-def structure_set(
-    path: Path,
-    header,  # Its Dataset
-) -> StructureSet:
+def parse_structure_set(path: Path, header: "pydicom.Dataset") -> StructureSet:
     "What an RTSTRUCT says of itself"
     frames = header.get("ReferencedFrameOfReferenceSequence") or []
     series = [
@@ -113,24 +114,24 @@ def structure_set(
     ]
     frame = next((str(frame.get("FrameOfReferenceUID", "")) for frame in frames), "")
     uid, patient = str(header.get("SOPInstanceUID", "")), str(header.get("PatientID") or "")
-    return StructureSet(path, patient, next(filter(None, series), ""), uid, moment_of(header), frame)
+    return StructureSet(path, patient, next(filter(None, series), ""), uid, date_of(header), frame)
 
 
 def newest_structure_set(
     structures: Iterable[StructureSet],  # Of one series
 ) -> StructureSet:
     "The structure set made last; ValueError if there is none, or if the dates do not decide"
-    by_path = sorted(structures, key=lambda one: str(one.path), reverse=True)
-    files = {one.uid or str(one.path): one for one in by_path}  # Of copies, the first
+    by_path = sorted(structures, key=lambda each: str(each.path), reverse=True)
+    files = {each.uid or str(each.path): each for each in by_path}  # Of copies, the first
     if not files:
         raise ValueError("no structure set (RTSTRUCT) is given: the series has no labels")
-    last = max(one.moment for one in files.values())
-    found = [one for one in files.values() if one.moment == last]
-    if len(found) > 1:
-        names = " and ".join(sorted(str(one.path) for one in found))
+    last = max(each.made_at for each in files.values())
+    newest = [each for each in files.values() if each.made_at == last]
+    if len(newest) > 1:
+        names = " and ".join(sorted(str(each.path) for each in newest))
         when = " ".join(last).strip() or "not stated"
         raise ValueError(f"{names} were made at the same time ({when}): remove one")
-    return found[0]
+    return newest[0]
 
 # %% ../../nbs/intake/10_dicom.ipynb #find-series
 KEYWORDS = (
@@ -140,7 +141,7 @@ KEYWORDS = (
 ).split()
 
 
-def dicom_headers(folder: str | Path) -> Iterator[tuple]:  # Path and Dataset
+def dicom_headers(folder: str | Path) -> Iterator[tuple[Path, "pydicom.Dataset"]]:
     "The DICOM files below a folder, whatever their names; links to folders are not followed"
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder} is no folder: give the one that holds the DICOM files")
@@ -160,33 +161,32 @@ def find_series(
     images, structures = {}, []
     for path, header in dicom_headers(folder):
         if header.get("Modality") == "RTSTRUCT":
-            structures.append(structure_set(path, header))
+            structures.append(parse_structure_set(path, header))
         else:
             images.setdefault(str(header.SeriesInstanceUID), []).append((path, header))
     if not images and not structures:
         raise FileNotFoundError(f"{folder} holds no DICOM file: unpack archives, or give another folder")
-    found = {uid: series_of(uid, files) for uid, files in images.items()}
-    drawn = {}
-    for one in structures:
-        drawn.setdefault(series_drawn_on(one, found.values()), []).append(one)
+    series, drawn = {uid: make_series(uid, files) for uid, files in images.items()}, {}
+    for structure_set in structures:
+        drawn.setdefault(find_own_series(structure_set, series.values()), []).append(structure_set)
     for uid, sets in drawn.items():
-        base = found.get(uid) or Series(uid, sets[0].patient, "", "", "", sets[0].frame)
-        found[uid] = Series(**{**vars(base), "structures": tuple(sets)})
-    return sorted(found.values(), key=lambda one: (one.patient, one.study, one.uid))
+        scan = series.get(uid) or Series(uid, sets[0].patient, "", "", "", sets[0].frame)
+        series[uid] = replace(scan, structures=tuple(sets))
+    return sorted(series.values(), key=lambda scan: (scan.patient, scan.study, scan.uid))
 
 
-def series_of(uid: str, files: list[tuple]) -> Series:
+def make_series(uid: str, files: list[tuple[Path, "pydicom.Dataset"]]) -> Series:
     "A series from its files and headers"
     words = ("PatientID", "StudyInstanceUID", "Modality", "SeriesDescription", "FrameOfReferenceUID")
     values = [str(files[0][1].get(word) or "") for word in words]
     return Series(uid, *values, paths=tuple(path for path, _ in files))
 
 
-def series_drawn_on(one: StructureSet, series: Iterable[Series]) -> str:
+def find_own_series(structures: StructureSet, series: Iterable[Series]) -> str:  # Empty if it cannot be told
     "The identifier of the series that a structure set belongs to, by its frame of reference if it names none"
-    if one.series:
-        return one.series
-    same = [s.uid for s in series if (s.frame, s.patient) == (one.frame, one.patient) and s.frame]
+    if structures.series:
+        return structures.series
+    same = [scan.uid for scan in series if (scan.frame, scan.patient) == (structures.frame, structures.patient) and scan.frame]
     return same[0] if len(same) == 1 else ""
 
 # %% ../../nbs/intake/10_dicom.ipynb #slice
@@ -227,7 +227,7 @@ def read_slice(path: str | Path) -> Slice:
         raise ValueError(f"{path} holds several frames: convert it with dcm2niix, or split it into slices")
     if int(header.get("SamplesPerPixel") or 1) > 1:
         raise ValueError(f"{path} is a colour image: take it out of the series")
-    values = {word: numbers_of(header, word) for word in (*GEOMETRY, *RESCALE)}
+    values = {word: header_numbers(header, word) for word in (*GEOMETRY, *RESCALE)}
     wrong = [word for word, count in GEOMETRY.items() if values[word].shape != (count,)]
     if header.get("Modality") == "CT":  # Other modalities have no unit to be rescaled to
         wrong += [word for word in RESCALE if values[word].shape != (1,)]
@@ -244,7 +244,7 @@ def read_slice(path: str | Path) -> Slice:
     return Slice(Path(path), *words, size, spacing, along, corner, float(slope), float(intercept))
 
 
-def numbers_of(header, keyword: str) -> np.ndarray:  # (n,); empty if absent, or if one is NaN or infinite
+def header_numbers(header: "pydicom.Dataset", keyword: str) -> np.ndarray:  # (n,); empty if absent, or if one is NaN or infinite
     "The numbers of a header's element"
     stored = header.get(keyword)
     numbers = np.array([] if stored is None or stored == "" else stored, dtype=float).reshape(-1)
@@ -254,15 +254,15 @@ def numbers_of(header, keyword: str) -> np.ndarray:  # (n,); empty if absent, or
 def check_alike(slices: Sequence[Slice]) -> None:
     "ValueError for the first slice of another series, size, spacing or orientation"
     first = slices[0]
-    for one in slices[1:]:
-        if one.series != first.series:
-            raise ValueError(f"{one.path} and {first.path.name} are of different series: read one at a time")
+    for image in slices[1:]:
+        if image.series != first.series:
+            raise ValueError(f"{image.path} and {first.path.name} are of different series: read one at a time")
         for word, tolerance in (("size", 0), ("spacing", 1e-3), ("along", 1e-3)):
-            ours, theirs = getattr(one, word), getattr(first, word)
+            ours, theirs = getattr(image, word), getattr(first, word)
             if not np.allclose(ours, theirs, rtol=0, atol=tolerance):
                 name = {"along": "orientation"}.get(word, word)
                 text = " and ".join(str(np.round(values, 3).tolist()) for values in (ours, theirs))
-                pair = f"{one.path} and {first.path.name}"
+                pair = f"{image.path} and {first.path.name}"
                 raise ValueError(f"{pair} differ in {name} ({text}): take out scout images")
 
 
@@ -272,7 +272,7 @@ def check_stack(
 ) -> None:
     "ValueError for slices at one place, missing slices or uneven spacing"
     folder, gaps = slices[0].path.parent, np.diff(heights)
-    names = [os.path.relpath(one.path, folder) for one in slices]
+    names = [os.path.relpath(image.path, folder) for image in slices]
     pairs = [f"{first} and {second}" for first, second in zip(names, names[1:])]
     if len(twice := np.flatnonzero(gaps < 1e-3)):
         raise ValueError(f"{folder}: {pairs[twice[0]]} lie at the same position ({len(twice)} such pairs): remove copies, or separate the acquisitions")
@@ -291,17 +291,17 @@ def check_tilt(
     slices: Sequence[Slice],  # In order
 ) -> None:
     "ValueError for a tilted gantry, where the stack leans away from the normal of its slices"
-    way = slices[-1].corner - slices[0].corner
+    run = slices[-1].corner - slices[0].corner
     normal = np.cross(*slices[0].along)
-    drift = np.linalg.norm(way - normal * (way @ normal))
+    drift = np.linalg.norm(run - normal * (run @ normal))
     if drift > 0.5 * slices[0].spacing.min():
-        angle = np.degrees(np.arctan2(drift, abs(way @ normal)))
+        angle = np.degrees(np.arctan2(drift, abs(run @ normal)))
         raise ValueError(
             f"{slices[0].path.parent}: the gantry is tilted by {angle:.1f} degrees, voxels are no boxes: resample the series (dcm2niix does), or leave it out"
         )
 
 # %% ../../nbs/intake/10_dicom.ipynb #stack
-def stack(
+def stack_slices(
     paths: Sequence[str | Path],  # Slices of one series, in any order
 ) -> tuple[list[Slice], np.ndarray]:  # In order, and (4, 4): column, row and slice to mm in RAS
     "The slices along their normal, and the grid they form; ValueError if they form none"
@@ -315,8 +315,8 @@ def stack(
         folder = slices[0].path.parent
         raise ValueError(f"{folder} claims {voxels} voxels, more than {MAX_VOXELS}: leave the series out")
     normal = np.cross(*slices[0].along)
-    slices.sort(key=lambda one: one.corner @ normal)
-    check_stack(slices, np.array([one.corner @ normal for one in slices]))
+    slices.sort(key=lambda image: image.corner @ normal)
+    check_stack(slices, np.array([image.corner @ normal for image in slices]))
     check_tilt(slices)
     first, last = slices[0], slices[-1]
     affine = np.eye(4)
@@ -326,31 +326,31 @@ def stack(
     return slices, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # Left and back to right and front
 
 # %% ../../nbs/intake/10_dicom.ipynb #read-series
-def slice_values(one: Slice) -> np.ndarray:  # (rows, columns), HU
+def slice_values(image: Slice) -> np.ndarray:  # (rows, columns), HU
     "Rescaled pixels; ValueError if they cannot be decoded or do not fit the header"
     import pydicom
     from pydicom.uid import RLELossless
 
     try:
-        dataset = pydicom.dcmread(one.path)
+        dataset = pydicom.dcmread(image.path)
         syntax = dataset.file_meta.TransferSyntaxUID
         if not syntax.is_compressed or syntax == RLELossless:
             values = dataset.pixel_array
-            if one.whole:
-                values = values.astype(np.int32) + int(one.intercept)
+            if image.whole:
+                values = values.astype(np.int32) + int(image.intercept)
             else:
-                values = values * one.slope + one.intercept
+                values = values * image.slope + image.intercept
         else:
             import SimpleITK
 
-            values = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(one.path)))[0]  # Rescaled there
+            values = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(image.path)))[0]  # Rescaled there
     except ImportError as error:
-        raise ValueError(f"reading {one.path} needs SimpleITK: pip install 'mednext_v2[convert]'") from error
+        raise ValueError(f"reading {image.path} needs SimpleITK: pip install 'mednext_v2[convert]'") from error
     except Exception as error:  # Decoders raise almost anything at damaged bytes
-        raise damaged(one.path, error) from error
-    if values.shape != tuple(one.size[::-1]):
-        text = f"{values.shape} pixels, its header says {one.size[::-1].tolist()}"
-        raise ValueError(f"{one.path} holds {text}: replace it with a whole file")
+        raise unreadable(image.path, error) from error
+    if values.shape != tuple(image.size[::-1]):
+        text = f"{values.shape} pixels, its header says {image.size[::-1].tolist()}"
+        raise ValueError(f"{image.path} holds {text}: replace it with a whole file")
     return values
 
 
@@ -367,12 +367,12 @@ def read_series(
     paths: Sequence[str | Path],  # The files of one series, in any order
 ) -> Volume:  # int16 or float32 voxels in RAS order, HU for CT
     "A series as a volume; ValueError names what is missing, mixed, uneven, tilted or damaged"
-    slices, affine = stack(paths)
+    slices, affine = stack_slices(paths)
     columns, rows = slices[0].size
-    whole = all(one.whole for one in slices)
+    whole = all(image.whole for image in slices)
     voxels = np.empty((columns, rows, len(slices)), dtype=np.int32 if whole else np.float32)
-    for index, one in enumerate(slices):
-        voxels[:, :, index] = slice_values(one).T
+    for index, image in enumerate(slices):
+        voxels[:, :, index] = slice_values(image).T
     if whole and -(2**15) <= voxels.min() and voxels.max() < 2**15:
         voxels = voxels.astype(np.int16)
     return to_ras(voxels, affine)
@@ -421,8 +421,8 @@ def structure_names(
     return counts
 
 # %% ../../nbs/intake/10_dicom.ipynb #curves
-def curve_points(
-    item,  # Of a ContourSequence
+def contour_points(
+    item: "pydicom.Dataset",  # Of a ContourSequence
     path: str | Path,  # For the error
     name: str,
 ) -> np.ndarray:  # (points, 3), mm, RAS
@@ -440,7 +440,7 @@ def curve_points(
     return points * [-1.0, -1.0, 1.0]
 
 # %% ../../nbs/intake/10_dicom.ipynb #fill
-def fill(
+def fill_polygons(
     curves: Sequence[np.ndarray],  # Each (points, 2), in pixels; closed by itself
     shape: tuple[int, int],
 ) -> np.ndarray:  # bool, of that shape
@@ -483,13 +483,13 @@ def label_values(
     return {name: value for name, value in values.items() if value is not None}
 
 # %% ../../nbs/intake/10_dicom.ipynb #planes
-def slice_axis(curves: Iterable[np.ndarray]) -> int:  # Curves in voxel indices
+def flat_axis(curves: Iterable[np.ndarray]) -> int:  # Curves in voxel indices
     "The axis along which the curves are flat"
     extents = [np.ptp(curve, axis=0) for curve in curves]
     return int(np.argmin(np.median(extents, axis=0))) if extents else 2
 
 
-def planes_of(
+def sort_by_slice(
     curves: Sequence[np.ndarray],  # (points, 3), voxel indices
     axis: int,  # Across the slices
     count: int,  # Slices
@@ -527,16 +527,16 @@ def draw_structures(
     drawn = []  # Value, name and curves
     for name, items in found:
         if name in values:
-            corners = [curve_points(item, path, name) for item in items]
+            corners = [contour_points(item, path, name) for item in items]
             curves = [points @ to_index[:3, :3].T + to_index[:3, 3] for points in corners if len(points) > 2]
             drawn.append((values[name], name, curves))
     shape = volume.voxels.shape
     label = np.zeros(shape, dtype=np.uint8 if max(values.values(), default=0) < 256 else np.uint16)
-    axis = slice_axis([curve for *_, curves in drawn for curve in curves])
+    axis = flat_axis([curve for *_, curves in drawn for curve in curves])
     face = tuple(np.delete(shape, axis))
     rank = [*order, *sorted(set(values.values()) - set(order))]
     for value, name, curves in sorted(drawn, key=lambda one: rank.index(one[0])):
-        planes = planes_of(curves, axis, shape[axis], f"{path}, structure {name!r}")
+        planes = sort_by_slice(curves, axis, shape[axis], f"{path}, structure {name!r}")
         for index, flat in planes.items():
-            np.moveaxis(label, axis, 0)[index][fill(flat, face)] = value
+            np.moveaxis(label, axis, 0)[index][fill_polygons(flat, face)] = value
     return Volume(label, volume.affine)

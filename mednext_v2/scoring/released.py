@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..finetuning import parent_folder
+from ..finetuning import import_parent
 from ..models.card import read_card
 from .evaluate import evaluate_runs
 from ..study.plan import StudyPlan
@@ -27,7 +27,7 @@ def released_model(
     model = cache_folder() / name / "model"
     if not (model / RECEIPT).is_file():
         raise FileNotFoundError(f"{model} is missing: read its licence in `mednextv2 zoo list`, then `mednextv2 zoo fetch {name}`")
-    return parent_folder(model, out)
+    return import_parent(model, out)
 
 # %% ../../nbs/scoring/20_released.ipynb #run-released
 def run_released(
