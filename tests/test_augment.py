@@ -19,21 +19,21 @@ from mednext_v2.data.augment import (
     AUGMENTATIONS,
     NNUNET_TURN,
     ArrayCases,
+    CaseCache,
     EachChanneld,
-    Latest,
     PatchSampler,
     RandBlur,
     RandGamma,
     RandSpatiald,
+    augment_patch,
     augmentation,
-    batches,
-    bend,
     crop,
-    margin,
+    first_voxel,
+    iterate_batches,
+    needed_margin,
     patch_loader,
-    place,
+    random_displacement,
     thin_axis,
-    vary,
     voxels_by_class,
 )
 from training_toys import readers, toy_cases
@@ -199,7 +199,7 @@ def test_dead_worker_is_explained():
             yield
 
     with pytest.raises(RuntimeError, match=r"^waiting for step 7: .* use fewer workers \(DataLoader worker"):
-        next(batches(Loader(), None, torch.device("cpu"), False))
+        next(iterate_batches(Loader(), None, torch.device("cpu"), False))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -265,9 +265,9 @@ def test_image_and_label_move_together(change):
     ball = np.linalg.norm(grid - np.array([37, 34, 36]).reshape(3, 1, 1, 1), axis=0) < 6
     offsets, moved = [], 0
     for seed in range(20):
-        edge = [24 - m for m in margin(transforms, seed)]
+        edge = [24 - m for m in needed_margin(transforms, seed)]
         region = ball[tuple(slice(e, 72 - e) for e in edge)]
-        image, label = (v[0].numpy() for v in vary(transforms, region[None].astype(np.float32), region, seed))
+        image, label = (v[0].numpy() for v in augment_patch(transforms, region[None].astype(np.float32), region, seed))
         sure = (image < 1e-4) | (image > 1 - 1e-4)  # All eight voxels around agree
         assert np.array_equal(label[sure], image[sure].round()) and sure.mean() > 0.8
         assert ((image > 0.5) == label).mean() > 0.99
@@ -293,10 +293,10 @@ def test_turn_is_nnunets_matrix_and_the_margin_holds_all_it_looks_at():
         x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
         y = np.array([[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]])
         z = np.array([[np.cos(c), -np.sin(c), 0], [np.sin(c), np.cos(c), 0], [0, 0, 1]])
-        size = [n + 2 * m for n, m in zip(patch, margin(Compose([change]), seed))]
+        size = [n + 2 * m for n, m in zip(patch, needed_margin(Compose([change]), seed))]
         axes = [np.arange(n) - (n - 1) / 2 for n in size]
         region = np.stack(np.meshgrid(*axes, indexing="ij")).astype(np.float32)
-        found, _ = vary(Compose([change]), region, np.zeros(size, np.uint8), seed)
+        found, _ = augment_patch(Compose([change]), region, np.zeros(size, np.uint8), seed)
         wanted = np.einsum("ij,jxyz->ixyz", z @ y @ x * factor, inside)
         assert np.abs(found.numpy() - wanted).max() < 1e-3
         # No more is read than the last corner needs: one voxel
@@ -307,7 +307,7 @@ def test_turn_is_nnunets_matrix_and_the_margin_holds_all_it_looks_at():
 def test_bend_is_smooth_small_and_within_its_margin():
     size, moved = (64, 48, 56), []
     for seed in range(8):
-        field = bend(np.random.RandomState(seed), size, (11, 11), (450, 450))
+        field = random_displacement(np.random.RandomState(seed), size, (11, 11), (450, 450))
         assert field.shape == (3, 16, 12, 14)
         full = ndimage.zoom(field, (1, 4, 4, 4), order=1)
         assert np.abs(np.diff(full, axis=1)).max() < 0.6  # Nothing folds
@@ -316,7 +316,7 @@ def test_bend_is_smooth_small_and_within_its_margin():
     assert np.mean(moved) == pytest.approx(450 * 3**-0.5 / (2 * np.pi**0.5 * 11) ** 1.5, rel=0.35)
     change = spatial((20, 20, 20), bend_prob=1.0, magnitude=(4000, 4000))
     for seed in range(5):
-        beyond = margin(Compose([change]), seed)
+        beyond = needed_margin(Compose([change]), seed)
         furthest = np.abs(change.field).max((1, 2, 3))
         assert beyond == tuple(np.ceil(furthest.round(4)).astype(int)) and max(beyond) > 1
 
@@ -408,7 +408,7 @@ def only(number, image, seed, size=16):
     "One transform of nnU-Net's list, certain to be applied, on an image of several channels"
     transform = augmentation("nnunet", (size,) * 3).transforms[number]
     transform.prob = 1.0
-    found, _ = vary(Compose([transform]), image, np.zeros((size,) * 3, np.uint8), seed)
+    found, _ = augment_patch(Compose([transform]), image, np.zeros((size,) * 3, np.uint8), seed)
     return found.numpy().astype(float), transform
 
 
@@ -594,7 +594,7 @@ def test_place_stays_inside_and_keeps_the_centre():
     for _ in range(100):
         shape, size = rng.integers(4, 20, 3), rng.integers(1, 24, 3)
         centre = rng.integers(0, shape)
-        for a, s, n, c in zip(place(centre, size, shape), size, shape, centre):
+        for a, s, n, c in zip(first_voxel(centre, size, shape), size, shape, centre):
             assert (0 <= a <= n - s) if s <= n else (a <= 0 and a + s >= n)
             assert a <= c < a + s
 
@@ -670,7 +670,7 @@ def test_half_precision_becomes_float32():
         ours = PatchSampler(halved, "train", (12, 24, 8), 2, 0.5, augment)
         wanted = PatchSampler(rounded, "train", (12, 24, 8), 2, 0.5, augment)
         ours.prepared.lowest = wanted.prepared.lowest
-        ours.opened = Latest(ours.prepared)
+        ours.opened = CaseCache(ours.prepared)
         for step in range(6):
             image, label = ours.batch(step)
             assert image.dtype == torch.float32 and equal((image, label), wanted.batch(step))
@@ -730,15 +730,15 @@ def test_latest_cases_are_kept_within_number_and_size():
         def foreground(self, case):
             return {1: np.zeros((100, 3), np.int32), 2: np.zeros((0, 3), np.int32)}
 
-    latest = Latest(Many(), most=3, nbytes=10**6)
+    latest = CaseCache(Many(), most=3, nbytes=10**6)
     for case in "abcad":
         assert list(latest[case].foreground) == [1]  # A class without voxels cannot be aimed at
     assert list(latest.kept) == ["c", "a", "d"] and opened == list("abcd") and latest.held == 3 * 1200
-    small = Latest(Many(), nbytes=2500)
+    small = CaseCache(Many(), nbytes=2500)
     for case in "xyz":
         small[case]
     assert list(small.kept) == ["y", "z"] and small.held == 2400
-    single = Latest(Many(), nbytes=10)
+    single = CaseCache(Many(), nbytes=10)
     assert single["w"] is single["w"]  # One is always kept
     latest.process = -1  # As after a fork
     latest["a"]
@@ -814,7 +814,7 @@ class Silent:
 
 
 def test_a_worker_that_lives_and_sends_nothing_is_an_error(monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE", 2)
+    monkeypatch.setattr(module, "BATCH_TIMEOUT", 2)
     begin = time.perf_counter()
     with pytest.raises(RuntimeError, match="no batch came for step 0 .*shared memory"):
         next(patch_loader(Silent(), 0, 1, workers=1))

@@ -14,7 +14,7 @@ import torch
 
 from mednext_v2.data.augment import ArrayCases, PatchSampler, patch_loader
 from mednext_v2.data.datasets import Dataset, get_dataset, read_annotated
-from mednext_v2.data.mixture import MixtureSampler, allot, consecutive_parts, known_only, look_alikes, mix, select_outputs, union_labels, whole_shares
+from mednext_v2.data.mixture import MixtureSampler, consecutive_parts, integer_shares, known_only, mix, select_outputs, similar_names, turn_of, union_labels
 from mednext_v2.intake.convert import CADS_GROUPS
 from mednext_v2.training.losses import deep_supervision_loss
 from training_toys import readers
@@ -157,11 +157,11 @@ def test_bad_unions_are_explained(arguments, message):
         union_labels(**arguments)
 
 
-def test_look_alikes():
+def test_similar_names():
     one = dataset("one", {"kidney_left": 1, "rib_left_1": 2, "heart": 3})
     two = dataset("two", {"Left Kidney": 1, "rib_left_11": 2, "heart": 3})
-    assert look_alikes(union_labels([one, two])) == [("kidney_left", "Left Kidney")]
-    suspicious = look_alikes(union_labels([get_dataset("cads"), get_dataset("amos")]))
+    assert similar_names(union_labels([one, two])) == [("kidney_left", "Left Kidney")]
+    suspicious = similar_names(union_labels([get_dataset("cads"), get_dataset("amos")]))
     assert ("kidney_right", "right_kidney") in suspicious
     assert ("adrenal_gland_left", "left_adrenal_gland") in suspicious
 
@@ -175,7 +175,7 @@ def test_turns_are_exact_and_never_far_from_their_share(seed):
     shares = tuple(int(n) for n in rng.integers(1, 12, rng.integers(1, 9)))
     whole, had, depth = sum(shares), Counter(), math.ceil(math.log2(len(shares)))
     for number in range(3 * whole):
-        which, before = allot(number, shares)
+        which, before = turn_of(number, shares)
         assert before == had[which]  # Counted one by one
         had[which] += 1
         for i, share in enumerate(shares):
@@ -185,10 +185,10 @@ def test_turns_are_exact_and_never_far_from_their_share(seed):
 
 
 def test_turns_of_a_year_of_training():
-    shares = tuple(whole_shares("sqrt", {str(n): n for n in range(1, 41)}).values())
+    shares = tuple(integer_shares("sqrt", {str(n): n for n in range(1, 41)}).values())
     wanted = np.sqrt(np.arange(1, 41)) / np.sqrt(np.arange(1, 41)).sum()
     number = 10**9
-    turns = dict(allot(n, shares) for n in range(number, number + 1000))  # The last of each
+    turns = dict(turn_of(n, shares) for n in range(number, number + 1000))  # The last of each
     assert set(turns) == set(range(40))
     for i, before in turns.items():
         assert before == pytest.approx(wanted[i] * (number + 1000), abs=1 / wanted[0] * wanted[i] + 6)
@@ -196,11 +196,11 @@ def test_turns_of_a_year_of_training():
 
 def test_weights():
     sizes = {"a": 900, "b": 100, "c": 25}
-    assert whole_shares("proportional", sizes) == {"a": 36, "b": 4, "c": 1}
-    assert whole_shares("sqrt", sizes) == {"a": 6, "b": 2, "c": 1}
-    assert whole_shares({"c": 0.1, "a": 0.7, "b": 0.2}, sizes) == {"a": 7, "b": 2, "c": 1}
-    assert list(whole_shares({"c": 1, "a": 1, "b": 1.0}, sizes).items()) == [("a", 1), ("b", 1), ("c", 1)]
-    third = whole_shares({"a": 1 / 3, "b": 1e-9, "c": 2}, sizes)
+    assert integer_shares("proportional", sizes) == {"a": 36, "b": 4, "c": 1}
+    assert integer_shares("sqrt", sizes) == {"a": 6, "b": 2, "c": 1}
+    assert integer_shares({"c": 0.1, "a": 0.7, "b": 0.2}, sizes) == {"a": 7, "b": 2, "c": 1}
+    assert list(integer_shares({"c": 1, "a": 1, "b": 1.0}, sizes).items()) == [("a", 1), ("b", 1), ("c", 1)]
+    third = integer_shares({"a": 1 / 3, "b": 1e-9, "c": 2}, sizes)
     assert third["a"] / third["c"] == pytest.approx(1 / 6) and third["b"] / third["c"] == pytest.approx(5e-10)
 
 
@@ -219,7 +219,7 @@ def test_weights():
 )
 def test_bad_weights_are_explained(weights, message):
     with pytest.raises(ValueError, match=message):
-        whole_shares(weights, {"a": 1, "b": 2})
+        integer_shares(weights, {"a": 1, "b": 2})
 
 
 def test_batches_keep_the_weights():
@@ -271,7 +271,7 @@ def test_processes_share_a_batch():
         parts = [[source.sample(step, index) for index in range(rank, 4, 2)] for rank in range(2)]
         rebuilt = [torch.stack([parts[i % 2][i // 2][part] for i in range(4)]) for part in range(3)]
         assert equal(rebuilt, source.batch(step))
-    assert equal(source.vary(1, source.regions(1)[1::2]), [part[1::2] for part in source.batch(1)])
+    assert equal(source.augment_regions(1, source.regions(1)[1::2]), [part[1::2] for part in source.batch(1)])
 
 
 def by_name(space, name, one: Dataset, label: torch.Tensor) -> torch.Tensor:
@@ -510,7 +510,7 @@ def test_an_undeclared_value_names_step_data_set_and_case(workers):
     weights = {"belly": 1, "chest": 1, "trunk": 2}
     source = mixture(weights, sets=SETS | {"trunk": broken}, batch=1, augment="none")
     step = next(s for s in range(9) if source.member(s, 0)[0] == "trunk")
-    message = f"^step {step}, patch 0, data set trunk: case trunk0: .* values 5 to 5, its task has 0 to 2$"
+    message = f"^step {step}, patch 0, data set trunk: case trunk0: .* values 5 to 5, its data set has 0 to 2$"
     with pytest.raises(RuntimeError, match=message):
         list(patch_loader(source, step, 9, workers))
 

@@ -26,38 +26,16 @@ import pandas as pd
 from nibabel.affines import voxel_sizes
 from nibabel.nifti1 import Nifti1Header
 
-from mednext_v2.core import NEW_FOLDER, ItemsFailed, atomic_folder, check_output, map_items, read_csv, read_json, write_csv, write_json
-from mednext_v2.data.scans import (
-    ENDINGS,
-    FILE_FAULTS,
-    UnreadableFile,
-    Header,
-    choose_affine,
-    summarise_error,
-    channel_of,
-    split_ending,
-    corner_distance,
-    read_header_bytes,
-    float32_step,
-    stored_affines,
-    grid_distance,
-    grid_tolerance,
-    header_from_nifti,
-    inspect_header,
-    is_nifti,
-    open_bytes,
-    parse_nifti_header,
-    iterate_voxels,
-    format_numbers,
-    mm_per_unit,
-    valid_affine,
-)
-from mednext_v2.data.datasets import ANNOTATED, Dataset, description_difference, parse_annotated, parse_channels, find_registered
+from ..core import NEW_FOLDER, ItemsFailed, atomic_folder, check_output, map_items, read_csv, read_json, write_csv, write_json
+from ..data.scans import ENDINGS, FILE_FAULTS, UnreadableFile, Header, choose_affine, summarise_error, channel_of, split_ending
+from ..data.scans import corner_distance, read_header_bytes, float32_step, stored_affines, grid_distance, grid_tolerance, header_from_nifti
+from ..data.scans import inspect_header, is_nifti, open_bytes, parse_nifti_header, iterate_voxels, format_numbers, mm_per_unit, valid_affine
+from ..data.datasets import ANNOTATED, Dataset, description_difference, parse_annotated, parse_channels, find_registered
 
 # %% ../../nbs/intake/30_check.ipynb #faults-set
 FAULTS = {  # Code: severity, what to do
     "folder-missing": ("error", "restore the folder, or point at a data set in nnU-Net's raw layout"),
-    "dataset-missing": ("error", "write dataset.json (data.datasets.write_dataset does), or restore it"),
+    "dataset-missing": ("error", "write dataset.json (data.datasets.write_description does), or restore it"),
     "dataset-json": ("error", "correct the file so that it is one JSON object"),
     "dataset-keys": ("error", "complete dataset.json: channel_names, labels, numTraining, file_ending"),
     "dataset-number": ("error", "give each data set a number of its own: nnU-Net looks them up by it"),
@@ -149,17 +127,16 @@ def count_noun(number: int, noun: str) -> str:
 def paragraphs(
     table: pd.DataFrame,  # With the columns dataset, file, code and what, and perhaps remedy
     heading: str,  # Name of the column that goes before the code: severity or action
-    examples: int,  # Rows shown for each code
 ) -> list[str]:  # Lines
-    "A table of faults in words, a paragraph for each code"
+    "A table of faults in words, a paragraph of three examples for each code"
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in table.to_dict("records"):
         groups.setdefault((row[heading], row["code"]), []).append(row)
     lines = []
     for (word, code), rows in groups.items():
         lines.append(f"{word.upper()} {code} ({len(rows)})")
-        lines += [f"  {row['dataset']}/{row['file']}: {row['what']}" for row in rows[:examples]]
-        lines += [f"  and {len(rows) - examples} more"] if len(rows) > examples else []
+        lines += [f"  {row['dataset']}/{row['file']}: {row['what']}" for row in rows[:3]]
+        lines += [f"  and {len(rows) - 3} more"] if len(rows) > 3 else []
         lines += [f"  -> {rows[0]['remedy']}", ""] if "remedy" in rows[0] else []
     return lines
 
@@ -192,12 +169,9 @@ class Report:
             f"{count_noun(self.cases, 'case')}, {count_noun(self.files, 'file')} ({depth}, {self.seconds:.1f} s)"
         )
 
-    def text(
-        self,
-        examples: int = 3,  # Faults shown for each code
-    ) -> str:
+    def text(self) -> str:
         "Errors, then warnings, then the verdict"
-        return "\n".join([*paragraphs(self.table, "severity", examples), *(f"note: {note}" for note in self.notes), self.verdict])
+        return "\n".join([*paragraphs(self.table, "severity"), *(f"note: {note}" for note in self.notes), self.verdict])
 
     __str__ = text
 
@@ -237,12 +211,8 @@ def label_names(labels: dict) -> tuple[dict[int, str], list[str]]:
     return names, wrong
 
 
-def numbering_faults(
-    labels: dict,  # Of dataset.json
-    names: dict[int, str],
-    order: object,  # regions_class_order
-) -> list[str]:
-    "What is wrong with the numbers of labels, regions and the ignore label"
+def numbering_faults(labels: dict, names: dict[int, str], order: object) -> list[str]:
+    "What is wrong with the numbers of labels, of regions (`order` is regions_class_order) and of the ignore label"
     wrong = []
     regions = [name for name, value in labels.items() if isinstance(value, list) and len(value) > 1]
     if labels.get("background") != 0:
@@ -370,12 +340,8 @@ def list_files(
     return files, faults
 
 # %% ../../nbs/intake/30_check.ipynb #list-cases
-def list_case_files(
-    folder: Path,  # A data set
-    part: str,  # "Tr" | "Ts"
-    ending: str,
-) -> tuple[list[CaseFiles], list[FileFault]]:
-    "The cases of training or test, in the order of their ids"
+def list_case_files(folder: Path, part: str, ending: str) -> tuple[list[CaseFiles], list[FileFault]]:
+    "The cases of training (`Tr`) or test (`Ts`) of a data set, in the order of their ids"
     faults, images, labels = [], {}, {}
     for kind in ("images", "labels"):
         place = folder / f"{kind}{part}"
@@ -446,12 +412,8 @@ def fold_faults(
     return faults
 
 # %% ../../nbs/intake/30_check.ipynb #splits
-def split_faults(
-    folder: Path,  # A data set
-    training: set[str],  # Case ids in imagesTr or labelsTr
-    test: set[str],
-) -> list[FileFault]:
-    "What is wrong with `splits_final.json`; it may be absent, then a rule splits the cases"
+def split_faults(folder: Path, training: set[str], test: set[str]) -> list[FileFault]:
+    "What `splits_final.json` gets wrong about the cases that are there; it may be absent, then a rule splits them"
     path = folder / "splits_final.json"
     if not path.exists():
         return []
@@ -493,12 +455,8 @@ def usual_ending(folder: Path) -> str:
     return endings.most_common(1)[0][0] if endings else ".nii.gz"
 
 
-def annotated_faults(
-    folder: Path,  # A data set
-    meta: dict,  # dataset.json
-    ids: set[str],  # Of the cases that are there
-) -> list[FileFault]:
-    "What is wrong with `annotated.csv`; it may be absent, then all cases have all labels"
+def annotated_faults(folder: Path, meta: dict, ids: set[str]) -> list[FileFault]:
+    "What `annotated.csv` gets wrong about labels (of dataset.json) and cases; it may be absent, then all cases have all labels"
     path, labels = folder / ANNOTATED, meta.get("labels")
     if not path.exists() or not isinstance(labels, dict):
         return []
@@ -569,10 +527,7 @@ def compare_grids(header: Header, reference: Header) -> list[tuple[str, str]]:
 LABEL = -1  # Where the label stands beside the channels
 
 
-def check_headers(
-    case: CaseFiles,
-    quick: bool,  # Whether nobody is going to read the voxels
-) -> tuple[dict[int, Header], list[FileFault]]:  # Those whose voxels can be read, by channel or `LABEL`
+def check_headers(case: CaseFiles, quick: bool) -> tuple[dict[int, Header], list[FileFault]]:  # Those whose voxels can be read, by channel or `LABEL`
     "The headers of a case, each by itself and all against the first image"
     faults, readable, placed = [], {}, {}
     for number, path in (case.images | ({LABEL: case.label} if case.label else {})).items():
@@ -690,11 +645,8 @@ def measure(
     return stats, faults
 
 # %% ../../nbs/intake/30_check.ipynb #image-faults
-def image_faults(
-    stats: VoxelStats,
-    computed: bool,  # Whether it is a CT
-) -> list[tuple[str, str]]:
-    "What is wrong with the intensities of one file"
+def image_faults(stats: VoxelStats, computed: bool) -> list[tuple[str, str]]:
+    "What is wrong with the intensities of one file, a CT (`computed`) or another image"
     total, low, high = int(np.prod(stats.shape, dtype=object)), stats.low, stats.high
     faults = []
     if stats.nan:
@@ -773,11 +725,8 @@ def check_case(
     return CheckedCase(case, headers, images, label, faults)
 
 # %% ../../nbs/intake/30_check.ipynb #unusual
-def unusual_grids(
-    cases: list[CheckedCase],  # Of one data set
-    factor: float = 4.0,  # By which a spacing may differ from the median
-) -> list[FileFault]:
-    "Cases whose spacing or orientation differs from the rest of their data set"
+def unusual_grids(cases: list[CheckedCase]) -> list[FileFault]:
+    "Cases of one data set whose spacing is off the median by a factor of 4, or whose axes are not those of most"
     known = [one for one in cases if one.headers and not {"units", "affine-none"} & {fault.code for fault in one.faults}]
     firsts = [(one.case, one.headers[min(one.headers)]) for one in known]
     firsts = [(case, header) for case, header in firsts if valid_affine(header.affine)]
@@ -788,7 +737,7 @@ def unusual_grids(
     axes, count = Counter(header.axes for _, header in firsts).most_common(1)[0]
     for case, header in firsts:
         ratio = np.array(header.spacing) / usual
-        if ratio.max() > factor or ratio.min() < 1 / factor:
+        if ratio.max() > 4 or ratio.min() < 1 / 4:
             what = f"voxels are {format_numbers(header.spacing)} mm, the median of the data set is {format_numbers(usual)} mm"
             faults += case.faults(header.path, [("spacing-odd", what)])
         if header.axes != axes and count > len(firsts) / 2:
@@ -1113,7 +1062,7 @@ def mend_case(
 ) -> list[FixAction]:
     "The files of a case, mended; all or none of them"
     place = (case.dataset, case.id)
-    fatal = [row for row in rows if row["severity"] == "error" and row["code"] not in (*MENDED, "channel-extra")]
+    fatal = [row for row in rows if row["severity"] == "error" and row["code"] not in (*MENDED, "channel-extra", "leak-id", "leak-content")]
     if fatal:
         return [FixAction(*place, row["file"], "left out", row["code"], row["what"]) for row in fatal]
     files = [(case.images[c], f"images{case.part}/{case.id}_{c:04d}{about.ending}") for c in range(len(about.channels))]
@@ -1183,14 +1132,12 @@ def copy_descriptions(raw: RawFolder, target: Path, ending: str) -> list[FixActi
     return actions
 
 
-def place_of(file: str) -> str:
-    "`Tr` or `Ts`, from a file's folder; empty for others"
-    folder = file.split("/")[0]
-    return folder[-2:] if folder in ("imagesTr", "imagesTs", "labelsTr", "labelsTs") else ""
+def part_of(file: str) -> str:
+    "`Tr` or `Ts` for a file in imagesTr, labelsTs, ..., and something else for others"
+    return file.partition("/")[0][-2:]
 
 
 WHOLE = ("folder-missing", "dataset-missing", "dataset-json", "dataset-keys", "labels-values", "labels-task", "annotated-csv")
-ASIDE = ("leak-id", "leak-content", "splits-overlap", "splits-unknown", "annotated-unknown")  # No fault of the case's files
 
 
 def copy_dataset(raw: RawFolder, table: pd.DataFrame, target: Path, workers: int, tolerance: float) -> list[FixAction]:
@@ -1200,10 +1147,9 @@ def copy_dataset(raw: RawFolder, table: pd.DataFrame, target: Path, workers: int
     if raw.about is None or fatal:
         row = (fatal or rows)[0]
         return [FixAction(raw.name, "", row["file"], "left out", row["code"], f"the whole data set: {row['what']}")]
-    faults = {}
+    faults: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
-        if row["code"] not in ASIDE:
-            faults.setdefault((place_of(row["file"]), row["case"]), []).append(row)
+        faults.setdefault((part_of(row["file"]), row["case"]), []).append(row)
     for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
         if (raw.path / folder).is_dir():
             (target / folder).mkdir(parents=True, exist_ok=True)
@@ -1237,12 +1183,12 @@ def recheck_copy(
         described = [action for raw, about in made for action in copy_descriptions(raw, targets[raw.name], about.ending)]
         report = check_raw_dataset(copy, workers=workers, dataset=dataset)
         report = replace(report, table=report.table.assign(dataset=report.table["dataset"].map(names)), sets=tuple(names.values()))
-        rows = [row for row in report.table.to_dict("records") if row["severity"] == "error" and row["case"] and place_of(row["file"])]
+        rows = [row for row in report.table.to_dict("records") if row["severity"] == "error" and row["case"] and part_of(row["file"]) in ("Tr", "Ts")]
         if not rows:
             return report, dropped + described
         for row in rows:
             dropped.append(FixAction(row["dataset"], row["case"], row["file"], "left out", row["code"], row["what"]))
-            remove_case(targets[row["dataset"]], place_of(row["file"]), row["case"])
+            remove_case(targets[row["dataset"]], part_of(row["file"]), row["case"])
 
 # %% ../../nbs/intake/30_check.ipynb #fix
 @dataclass(frozen=True)
@@ -1258,12 +1204,9 @@ class FixReport:
         "Whether the copy has no error"
         return self.after.clean
 
-    def text(
-        self,
-        examples: int = 3,  # Rows shown for each code
-    ) -> str:
+    def text(self) -> str:
         "What was mended, what was left out, and the verdict on the copy"
-        return "\n".join([*paragraphs(self.table, "action", examples), f"{self.out.name} is {self.after.verdict}"])
+        return "\n".join([*paragraphs(self.table, "action"), f"{self.out.name} is {self.after.verdict}"])
 
     __str__ = text
 

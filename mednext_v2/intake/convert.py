@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,34 +22,12 @@ import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 
-from mednext_v2.core import ItemsFailed, FolderKind, atomic_file, check_output, short_hash, map_items, output_lock, read_json, sha256, write_csv, write_json
-from mednext_v2.intake.dicom import draw_structures, find_series, label_values, newest_structure_set, read_series, structure_names, to_ras
-from mednext_v2.data.scans import (
-    BadFile,
-    Volume,
-    as_float32,
-    check_finite,
-    distinct_values,
-    present_values,
-    read_header,
-    read_scan,
-    same_grid,
-    smallest_unsigned_type,
-    stored_files,
-    write_volume,
-)
-from mednext_v2.data.datasets import (
-    ANNOTATED,
-    Dataset,
-    file_ending,
-    join_labels,
-    load_datasets,
-    partial_cases,
-    find_patient,
-    raw_dataset,
-    read_fold,
-    write_description,
-)
+from ..core import ItemsFailed, FolderKind, atomic_file, check_output, short_hash, map_items, output_lock, read_json, sha256, write_csv, write_json
+from .dicom import draw_structures, find_series, label_values, newest_structure_set, read_series, structure_names, to_ras
+from ..data.scans import BadFile, Volume, as_float32, check_finite, distinct_values, present_values, read_header, read_scan, same_grid
+from ..data.scans import smallest_unsigned_type, stored_files, write_volume
+from ..data.datasets import ANNOTATED, Dataset, file_ending, join_labels, load_datasets, partial_cases, find_patient, raw_dataset, read_fold
+from ..data.datasets import write_description
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -398,28 +377,16 @@ TABLES |= {
 }
 
 # %% ../../nbs/intake/20_convert.ipynb #toothfairy
-def plan_teeth(root: Path, ending: str, fix_direction: bool) -> dict[str, CaseSource]:
+def plan_toothfairy(
+    folder: str,  # As the release calls it
+    ending: str,  # Of its files
+    source: Path,
+    dataset: Dataset,
+    fix_direction: bool,  # Whether headers are wrong; not if the publisher's `fix_orientation.py` was run on the files
+) -> dict[str, CaseSource]:
     "Scans and labels in nnU-Net's folders"
-    plan = pair_files(root, f"imagesTr/*_0000{ending}", f"labelsTr/*{ending}")
+    plan = pair_files(first_folder(source, folder), f"imagesTr/*_0000{ending}", f"labelsTr/*{ending}")
     return {id: replace(case, facts={"fix_direction": fix_direction}) for id, case in plan.items()}
-
-
-def plan_toothfairy2(
-    source: Path,
-    dataset: Dataset,
-    fix_direction: bool = False,  # As for ToothFairy 3, if its headers turn out to be wrong too
-) -> dict[str, CaseSource]:
-    "Scans and labels as MetaImage"
-    return plan_teeth(first_folder(source, "Dataset112_ToothFairy2"), ".mha", fix_direction)
-
-
-def plan_toothfairy3(
-    source: Path,
-    dataset: Dataset,
-    fix_direction: bool = True,  # Not if the publisher's `fix_orientation.py` was run on the files
-) -> dict[str, CaseSource]:
-    "Scans and labels as NIfTI"
-    return plan_teeth(first_folder(source, "ToothFairy3"), ".nii.gz", fix_direction)
 
 
 def read_teeth(case: CaseSource, job: Conversion) -> CaseArrays:
@@ -432,10 +399,9 @@ def read_teeth(case: CaseSource, job: Conversion) -> CaseArrays:
     return arrays
 
 # %% ../../nbs/intake/20_convert.ipynb #plans
-def plan_panther(source: Path, dataset: Dataset) -> dict[str, CaseSource]:
-    "Scans and labels of task 1 or 2; scans without labels are not used"
-    part = "PANTHER_Task2" if dataset.source == "panther_t2" else "PANTHER_Task1"
-    return pair_files(source if source.name == part else source / part, "ImagesTr/*_0000.mha", "LabelsTr/*.mha")
+def plan_panther(folder: str, source: Path, dataset: Dataset) -> dict[str, CaseSource]:
+    "Scans and labels of one of the two tasks, by its folder; scans without labels are not used"
+    return pair_files(source if source.name == folder else source / folder, "ImagesTr/*_0000.mha", "LabelsTr/*.mha")
 
 
 def plan_kits(source: Path, dataset: Dataset) -> dict[str, CaseSource]:
@@ -873,13 +839,21 @@ CONVERTERS = {
         plan_skm_tea,
         read_knee,
     ),
-    "toothfairy2": Converter("Dataset112_ToothFairy2 with imagesTr/<id>_0000.mha and labelsTr/<id>.mha", plan_toothfairy2, read_teeth),
-    "toothfairy3": Converter("ToothFairy3 with imagesTr/<id>_0000.nii.gz and labelsTr/<id>.nii.gz", plan_toothfairy3, read_teeth),
+    "toothfairy2": Converter(
+        "Dataset112_ToothFairy2 with imagesTr/<id>_0000.mha and labelsTr/<id>.mha",
+        partial(plan_toothfairy, "Dataset112_ToothFairy2", ".mha", fix_direction=False),
+        read_teeth,
+    ),
+    "toothfairy3": Converter(
+        "ToothFairy3 with imagesTr/<id>_0000.nii.gz and labelsTr/<id>.nii.gz",
+        partial(plan_toothfairy, "ToothFairy3", ".nii.gz", fix_direction=True),
+        read_teeth,
+    ),
     "brainmetshare": Converter(
         "mets_stanford_release_train/<case>/{0,1,2,3,seg} with one picture a slice; test cases lack seg", plan_brainmetshare, read_slice_case
     ),
-    "panther": Converter("PANTHER_Task1/{ImagesTr/<id>_0000.mha,LabelsTr/<id>.mha}", plan_panther),
-    "panther_t2": Converter("PANTHER_Task2/{ImagesTr/<id>_0000.mha,LabelsTr/<id>.mha}", plan_panther),
+    "panther": Converter("PANTHER_Task1/{ImagesTr/<id>_0000.mha,LabelsTr/<id>.mha}", partial(plan_panther, "PANTHER_Task1")),
+    "panther_t2": Converter("PANTHER_Task2/{ImagesTr/<id>_0000.mha,LabelsTr/<id>.mha}", partial(plan_panther, "PANTHER_Task2")),
     "ctspine1k": Converter(
         "raw_data/volumes/<collection>/<scan>.nii.gz, raw_data/labels/<collection>/<scan>_seg.nii.gz and metadata/data_split.txt", plan_ctspine1k
     ),
@@ -980,8 +954,7 @@ def convert_case(id: str, case: CaseSource, job: Conversion) -> dict:  # Its row
         remove_written(path, job.folder)
         raise
     key, row = case_key(case, job), base_row(id, case, job.dataset)
-    written = {job.folder / file: size for file, size in record.get("files", {}).items()}
-    if record.get("key") == key and all(file.is_file() and file.stat().st_size == size for file, size in written.items()):
+    if record.get("key") == key and all((p := job.folder / file).is_file() and p.stat().st_size == size for file, size in record["files"].items()):
         return record["row"] | row
     remove_written(path, job.folder)
     arrays = CONVERTERS[job.converter].read(case, job)
