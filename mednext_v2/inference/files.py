@@ -39,7 +39,7 @@ from mednext_v2.core import (
     versions,
 )
 from ..data.scans import ENDINGS, BadFile, split_ending, list_scans, list_volumes, read_header, read_scan, stored_files
-from .predictor import EnsembleMember, NetworkInput, PredictSettings, check_channels, label_image, label_volume
+from .predictor import EnsembleMember, NetworkInput, PredictSettings, Region, check_channels, label_image, label_volume
 from .predictor import load_ensemble, modality_warnings, network_input, temporary_array
 from .windows import device_of
 
@@ -168,11 +168,11 @@ class JobSettings:
     "What the label maps of a run have in common"
 
     predict: PredictSettings = PredictSettings()
-    roi: object = None  # As in `predictor.region_mask`, or a folder of masks named like the scans
+    roi: Region | None = None  # As in `predictor.region_mask`, or a folder of masks named like the scans
     probabilities: bool = False  # Write them too, as nnU-Net's .npz, float16
     overwrite: bool = False  # Replace label maps that are there
 
-    def region(self, job: PredictJob):
+    def region(self, job: PredictJob) -> Region | None:
         "The region of interest of one scan; FileNotFoundError if the folder of masks lacks it"
         if isinstance(self.roi, (str, Path)) and Path(self.roi).is_dir():
             masks = list_volumes(self.roi)
@@ -182,7 +182,7 @@ class JobSettings:
         return self.roi
 
 # %% ../../nbs/inference/20_files.ipynb #job-identity
-def job_identity(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSettings, region) -> str:
+def job_identity(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSettings, region: Region | None) -> str:
     "A hash of what decides the labels: weights, settings, and the places, sizes and times of the files, that of the region among them"
     read = [*job.images, *([Path(region)] if isinstance(region, (str, Path)) else [])]
     paths = [file for path in read for file in stored_files(path)]
@@ -239,20 +239,7 @@ def read_job(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSe
     volume = network_input([read_scan(path) for path in job.images], region)
     return volume, key, time.perf_counter() - begin
 
-# %% ../../nbs/inference/20_files.ipynb #labelled-scan
-@dataclass
-class LabelledScan:
-    "What is to be written of one scan"
-
-    job: PredictJob
-    labels: np.ndarray  # Whole scan, RAS
-    volume: NetworkInput
-    names: dict[int, str]
-    probabilities: np.ndarray | None  # (K, *box)
-    report: dict
-    stack: ExitStack  # Holds the probabilities until it is closed
-
-# %% ../../nbs/inference/20_files.ipynb #label-job
+# %% ../../nbs/inference/20_files.ipynb #make-report
 def make_report(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSettings, labels: np.ndarray, volume: NetworkInput) -> dict:
     "What is written beside a label map, but for its identity and how it went"
     names = label_names(members[0].card)
@@ -265,6 +252,19 @@ def make_report(job: PredictJob, members: Sequence[EnsembleMember], settings: Jo
         "options": asdict(settings.predict),
         "device": str(device_of(members[0].models[0])),
     }
+
+# %% ../../nbs/inference/20_files.ipynb #label-job
+@dataclass
+class LabelledScan:
+    "What is to be written of one scan"
+
+    job: PredictJob
+    labels: np.ndarray  # Whole scan, RAS
+    volume: NetworkInput
+    names: dict[int, str]
+    probabilities: np.ndarray | None  # (K, *box)
+    report: dict
+    stack: ExitStack  # Holds the probabilities until it is closed
 
 
 def label_job(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSettings, volume: NetworkInput, key: str, read_seconds: float) -> LabelledScan:
@@ -381,7 +381,7 @@ def predict_files(
     source: str | Path,  # A scan, or a folder of scans
     target: str | Path,  # A label map, or a folder for them
     settings: PredictSettings = PredictSettings(),
-    roi=None,  # Mask or six voxel numbers, as `predict` takes it; or a folder of masks named like the scans
+    roi: Region | None = None,  # Mask or six voxel numbers, as `predict` takes it; or a folder of masks named like the scans
     probabilities: bool = False,  # Write them too, (K, *scan) in float16, as .npz
     overwrite: bool = False,  # Replace label maps that are there
     progress: bool = False,  # Whether to show a bar

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..core import find_device
 from ..data.preprocess import bounding_box, coarse_axis, image_type, nonzero_box, normalise, resample_image, target_shape
-from ..data.scans import Header, Volume, as_float32, check_extent, read_scan, same_grid
+from ..data.scans import Header, ScanSource, Volume, as_float32, check_extent, read_scan, same_grid
 from mednext_v2.inference.windows import (
     MemoryBudget,
     average_models,
@@ -128,24 +128,10 @@ def load_ensemble(
         check_cards_agree(folder, members[0].card, cards[0], ("in_channels", "labels", "regions", "class_order"))
     return members
 
-# %% ../../nbs/inference/10_predictor.ipynb #network-input
-@dataclass(frozen=True)
-class NetworkInput:
-    "A scan as the network reads it, and the way back"
-
-    image: np.ndarray  # (C, X, Y, Z), float32, RAS, within `box`
-    spacing: tuple[float, float, float]  # mm, RAS
-    shape: tuple[int, ...]  # Of the whole scan, RAS
-    box: tuple[slice, ...]  # Around what is not zero
-    part: tuple[slice, ...]  # Of that box: where labels are wanted
-    mask: np.ndarray | None  # Boolean, whole scan, RAS: outside is background
-    header: Header  # Of the first channel
-
-    def to_native(self, values: np.ndarray) -> np.ndarray:
-        "An array of the whole scan from RAS to the axes of the file"
-        return Volume(values, self.header.canonical[1], self.header).to_native(values)
-
 # %% ../../nbs/inference/10_predictor.ipynb #region-mask
+Region = str | Path | SpatialImage | Sequence[int]  # Of interest
+
+
 def header_of(volume: Volume) -> Header:
     "The header of a volume that was read, which one made in memory may lack"
     assert volume.header is not None
@@ -154,7 +140,7 @@ def header_of(volume: Volume) -> Header:
 
 def region_mask(
     volume: Volume,
-    roi,  # Mask on the scan's grid (file, image) or six voxel numbers x0 x1 y0 y1 z0 z1, ends not included
+    roi: Region,  # A mask on the scan's grid, or six voxel numbers x0 x1 y0 y1 z0 z1, ends not included
 ) -> np.ndarray:  # Boolean (X, Y, Z), RAS
     "A region of interest; ValueError if it is empty, BadFile if it lies on another grid"
     if isinstance(roi, (str, Path, SpatialImage)):
@@ -172,10 +158,27 @@ def region_mask(
         raise ValueError("the region of interest holds no voxel of the scan")
     return mask
 
+# %% ../../nbs/inference/10_predictor.ipynb #network-input
+@dataclass(frozen=True)
+class NetworkInput:
+    "A scan as the network reads it, and the way back"
+
+    image: np.ndarray  # (C, X, Y, Z), float32, RAS, within `box`
+    spacing: tuple[float, float, float]  # mm, RAS
+    shape: tuple[int, ...]  # Of the whole scan, RAS
+    box: tuple[slice, ...]  # Around what is not zero
+    part: tuple[slice, ...]  # Of that box: where labels are wanted
+    mask: np.ndarray | None  # Boolean, whole scan, RAS: outside is background
+    header: Header  # Of the first channel
+
+    def to_native(self, values: np.ndarray) -> np.ndarray:
+        "An array of the whole scan from RAS to the axes of the file"
+        return Volume(values, self.header.canonical[1], self.header).to_native(values)
+
 
 def network_input(
-    scans: Sequence,  # A scan per channel, as `read_scan` takes or gives it
-    roi=None,  # As in `region_mask`; None is the whole scan
+    scans: Sequence[ScanSource | Volume],  # A scan per channel, as `read_scan` takes or gives it
+    roi: Region | None = None,  # As in `region_mask`; None is the whole scan
 ) -> NetworkInput:
     "Channels of one scan in RAS; BadFile if their grids differ, ValueError if nothing of the scan lies in the region"
     volumes = [scan if isinstance(scan, Volume) else read_scan(scan) for scan in scans]
@@ -207,7 +210,7 @@ def prepare_image(volume: NetworkInput, card: "Card") -> np.ndarray:  # (C, X, Y
     image = resample_image(image, shape, coarse_axis(volume.spacing, spacing))
     return image.astype(image_type(image, card.normalisation.get("schemes", ())))
 
-
+# %% ../../nbs/inference/10_predictor.ipynb #modality-warnings
 def modality_warnings(volume: NetworkInput, card: "Card") -> list[str]:
     "What speaks against the scan being of the card's modality; CT holds air near -1000 HU"
     return [
@@ -306,7 +309,7 @@ def label_volume(
         labels[~volume.mask] = 0
     return labels
 
-
+# %% ../../nbs/inference/10_predictor.ipynb #label-image
 def label_image(labels: np.ndarray, volume: NetworkInput) -> nib.Nifti1Image:
     "Labels in RAS as an image in the file's own axes, lengths in mm; of its header, what is not of intensities stays"
     raw, affine = volume.header.raw, volume.header.affine
@@ -329,9 +332,9 @@ def check_channels(card: "Card", count: int) -> None:
 
 def label_scan(
     members: Sequence[EnsembleMember],
-    scans: Sequence,  # A scan per channel, as `read_scan` takes or gives it
+    scans: Sequence[ScanSource | Volume],  # A scan per channel, as `read_scan` takes or gives it
     settings: PredictSettings = PredictSettings(),
-    roi=None,  # As in `region_mask`
+    roi: Region | None = None,  # As in `region_mask`
 ) -> nib.Nifti1Image:  # On the grid of the first scan
     "`predict` for loaded models: to RAS and the card's spacing, through the windows, and back"
     check_channels(members[0].card, len(scans))
@@ -344,28 +347,28 @@ def label_scan(
 def predict_scan(
     model: nn.Module,  # As in `sliding_window`
     card: "Card",  # Of that model
-    scans: Sequence,  # A scan per channel, as `read_scan` takes or gives it
-    roi=None,  # As in `region_mask`
-    **settings,  # Fields of `PredictSettings`
+    scans: Sequence[ScanSource | Volume],  # A scan per channel, as `read_scan` takes or gives it
+    roi: Region | None = None,  # As in `region_mask`
+    **settings: Any,  # Fields of `PredictSettings`
 ) -> nib.Nifti1Image:  # On the grid of the first scan
     "`predict` for one loaded model"
     return label_scan([EnsembleMember((model,), card)], scans, PredictSettings(**settings), roi)
 
 # %% ../../nbs/inference/10_predictor.ipynb #read-channels
-def is_channels(images) -> bool:
+def is_channels(images: object) -> bool:
     "Whether a tuple is of images, and not (array, spacing)"
     return isinstance(images, tuple) and not (len(images) == 2 and isinstance(images[0], np.ndarray))
 
 
-def read_channels(images) -> list[Volume]:
+def read_channels(images: ScanSource | Sequence[ScanSource]) -> list[Volume]:
     "The checked channels of one scan; a list has one image per channel, anything else is a single one"
-    channels = list(images) if isinstance(images, list) or is_channels(images) else [images]
+    channels = list(cast(Sequence[ScanSource], images)) if isinstance(images, list) or is_channels(images) else [cast(ScanSource, images)]
     if not channels:
         raise ValueError("needs at least one image")
     return [read_scan(each) for each in channels]
 
 
-def predict_each(members: Sequence[EnsembleMember], images: Iterator, settings: PredictSettings, roi) -> Iterator[nib.Nifti1Image]:
+def predict_each(members: Sequence[EnsembleMember], images: Iterator, settings: PredictSettings, roi: Region | None) -> Iterator[nib.Nifti1Image]:
     "`predict` for many scans and one loaded ensemble, as they come"
     for image in images:
         yield label_scan(members, read_channels(image), settings, roi)
@@ -373,24 +376,24 @@ def predict_each(members: Sequence[EnsembleMember], images: Iterator, settings: 
 # %% ../../nbs/inference/10_predictor.ipynb #predict
 @overload
 def predict(
-    model_dir: str | Path | Sequence[str | Path], images: Iterator[Any], overlap: float = ..., device: str = ..., roi: Any = ..., **settings: Any
+    model_dir: str | Path | Sequence[str | Path], images: Iterator[Any], overlap: float = ..., device: str = ..., roi: Region | None = ..., **settings: Any
 ) -> Iterator[nib.Nifti1Image]: ...
 @overload
 def predict(
     model_dir: str | Path | Sequence[str | Path],
-    images: str | Path | nib.Nifti1Image | tuple | list,
+    images: ScanSource | Sequence[ScanSource],
     overlap: float = ...,
     device: str = ...,
-    roi: Any = ...,
+    roi: Region | None = ...,
     **settings: Any,
 ) -> nib.Nifti1Image: ...
 def predict(
     model_dir: str | Path | Sequence[str | Path],  # Model folder; several are an ensemble
-    images,  # A file, a nibabel image, (array, spacing); a list of these, one per channel; an iterator of all that
+    images: ScanSource | Sequence[ScanSource] | Iterator,  # A scan; a list of scans, one per channel; an iterator of all that
     overlap: float = 0.5,  # Share of a window that its neighbour sees too
     device: str = "auto",  # auto, cpu, cuda or mps
-    roi=None,  # Mask on the scan's grid (file, image) or six voxel numbers x0 x1 y0 y1 z0 z1, ends not included
-    **settings,  # Further fields of `PredictSettings`
+    roi: Region | None = None,  # Mask on the scan's grid (file, image) or six voxel numbers x0 x1 y0 y1 z0 z1, ends not included
+    **settings: Any,  # Further fields of `PredictSettings`
 ) -> nib.Nifti1Image | Iterator[nib.Nifti1Image]:  # Label map on the image's own grid; an iterator gives an iterator
     "Label map of a scan; ValueError for a scan of the wrong shape, grid, values or channels, FileNotFoundError for a missing file"
     chosen = PredictSettings(overlap=overlap, device=device, **settings)

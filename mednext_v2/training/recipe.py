@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.transfer import rate_scales
+from ..models.transfer import learning_rate_scales
 from ..data.augment import AUGMENTATIONS
 from ..models.registry import PARTS
 from ..core import build
@@ -142,7 +142,7 @@ def learning_rate(
 # %% ../../nbs/training/20_recipe.ipynb #optimizer
 def parameter_groups(recipe: Recipe, model: nn.Module) -> list[dict]:  # With `share`: of the learning rate
     "The parameters that train, by the share of the rate that their layer gets"
-    shares = rate_scales(model, recipe.layer_decay) if recipe.layer_decay < 1 else {}
+    shares = learning_rate_scales(model, recipe.layer_decay) if recipe.layer_decay < 1 else {}
     groups: dict[float, list] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
