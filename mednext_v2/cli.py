@@ -372,10 +372,10 @@ def evaluate(options: argparse.Namespace) -> str:
 # %% ../nbs/90_cli.ipynb #pipeline-commands
 def plan(options: argparse.Namespace) -> str:
     "Forecast a profile: runs, memory, storage, and A100 hours extrapolated from a published training"
-    from mednext_v2.report.forecast import plan_summary, plan_table
+    from mednext_v2.report.forecast import forecast_summary, forecast_table
 
-    table = plan_table(options.profile)
-    shown = table.drop(columns=["flops"], errors="ignore") if options.all else plan_summary(table)
+    table = forecast_table(options.profile)
+    shown = table.drop(columns=["flops"], errors="ignore") if options.all else forecast_summary(table)
     return shown.to_string(index=False, float_format="{:.1f}".format, na_rep="not available")
 
 

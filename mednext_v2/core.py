@@ -686,7 +686,7 @@ def _unescape_formula(value: Any) -> Any:
 def read_csv(
     path: "str | Path | IO[bytes]",  # Written by `write_csv`; or its bytes as a file
     name: str | Path = "",  # What to call it in an error
-    **types: type,  # Of further columns, by name
+    **types: type | str,  # Of further columns, by name
 ) -> "DataFrame":
     "A table as `write_csv` got it: a case called 001, =1+1 or NA keeps its name, only an empty field is missing. ValueError if it is no CSV."
     import pandas

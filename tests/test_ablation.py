@@ -13,7 +13,7 @@ from mednext_v2.core import params
 from mednext_v2.data.preprocess import Prepared, prepare_all
 from mednext_v2.models.card import read_card
 from mednext_v2.report import collect as collected
-from mednext_v2.report.forecast import plan_table, published_compute, settings, trainings
+from mednext_v2.report.forecast import forecast_table, list_trainings, profile_params, published_compute
 from mednext_v2.scoring.ablations import MODEL_COLUMNS, Ablation, AblationFolders, Variant, limit_cases, pretrainings, read_ablation, run_ablation
 from mednext_v2.scoring.evaluate import SCORE_COLUMNS
 from mednext_v2.scoring.features import snapshot_features
@@ -160,16 +160,16 @@ def test_every_variant_of_every_profile_can_be_built(profile, workplace):
 
 
 def test_the_paper_profile_fits_gpus_of_80_gb_and_counts_every_run():
-    table = plan_table("paper")
+    table = forecast_table("paper")
     assert table.gpu_memory_gb.max() < 80 and table.gpu_memory_gb.notna().sum() > len(table) / 2
-    values = settings("paper")
+    values = profile_params("paper")
     tasks = len(values["axes"]["tasks"])
     main = table[table.stage == "finetune"]
     # Four of the six are dealt into five folds, two have a published split
     assert main.runs.tolist() == [4 * 5 + 2] * len(values["axes"]["backbones"])
     released = table[table.stage == "released"]
     assert len(released) == 7 and set(released.runs) == {4 * 5 + 2} and released.parameters.min() > 1e7
-    grn = trainings("paper").query("stage == 'ablate grn'")
+    grn = list_trainings("paper").query("stage == 'ablate grn'")
     assert grn.runs.tolist() == [2 * tasks] * 3 + [1] * 3
     # The reference itself is taken to need its published hours
     row = published_compute().set_index("model").loc["MedNeXt-L k3"]

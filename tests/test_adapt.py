@@ -5,7 +5,17 @@ import torch
 
 from mednext_v2.models.card import Card, save_model
 from mednext_v2.models.registry import create, parts
-from mednext_v2.models.transfer import adapt_stem, class_channels, freeze, grow_kernels, identity_grn, layers, match_classes, rate_scales, transfer
+from mednext_v2.models.transfer import (
+    adapt_stem,
+    class_channels,
+    freeze,
+    grow_kernels,
+    identity_grn,
+    layer_numbers,
+    learning_rate_scales,
+    match_classes,
+    transfer,
+)
 from mednext_v2.network.fused import use_fused
 
 NETWORKS = {"mednext_v2_tiny": dict(width=2), "unet": dict(filters=(4, 8, 8))}
@@ -260,7 +270,7 @@ def test_freezing_that_cannot_be_meant():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_rates_fall_from_the_heads_to_the_stem(name):
     model = tiny(name=name)
-    numbers, scales = layers(model), rate_scales(model, 0.5)
+    numbers, scales = layer_numbers(model), learning_rate_scales(model, 0.5)
     assert scales.keys() == dict(model.named_parameters()).keys()
     by_part = {part: [numbers[n] for n in scales if parts(model)[n] == part] for part in set(parts(model).values())}
     assert set(by_part["stem"]) == {0} and len(set(by_part["heads"])) == 1
@@ -268,13 +278,13 @@ def test_rates_fall_from_the_heads_to_the_stem(name):
     assert sorted(set(numbers.values())) == list(range(max(numbers.values()) + 1))
     assert {scales[n] for n in scales if parts(model)[n] == "heads"} == {1.0}
     assert scales[next(n for n in numbers if numbers[n] == 1)] == 0.5 ** (max(numbers.values()) - 1)
-    assert set(rate_scales(model, 1).values()) == {1}
+    assert set(learning_rate_scales(model, 1).values()) == {1}
 
 
 @pytest.mark.parametrize("decay", [0, -1, 1.5, float("nan")])
 def test_decay_outside_its_range(decay):
     with pytest.raises(ValueError, match="layer decay must be above 0"):
-        rate_scales(tiny(), decay)
+        learning_rate_scales(tiny(), decay)
 
 
 def test_match_classes():

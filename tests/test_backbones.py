@@ -12,7 +12,7 @@ from monai.networks.nets import DynUNet
 
 from mednext_v2.models import registry
 from mednext_v2.models.card import Card, save_model
-from mednext_v2.models.registry import BACKBONES, PlainUNet, backbone_table, cost, create, get_backbone, load_model, overrides_of, parts, topology
+from mednext_v2.models.registry import BACKBONES, PlainUNet, backbone_table, cost, create, get_backbone, load_model, overrides_of, parts, plan_pooling
 from mednext_v2.models.transfer import transfer
 from mednext_v2.network.scaling import PRESETS, count_parameters
 from mednext_v2.training.losses import deep_supervision_loss
@@ -32,7 +32,7 @@ except (ImportError, RuntimeError):
 def why_not(module: str) -> str:
     "Why a module cannot be imported; empty if it can"
     try:
-        registry.optional(module)
+        registry.import_extra(module)
     except ImportError as error:
         return str(error)
     return ""
@@ -332,7 +332,7 @@ def test_topology_is_nnunets():
         patch = [generator.randrange(4, 260) for _ in range(3)]
         spacing = [generator.choice((0.3, 0.5, 0.8, 1, 1.5, 2, 3, 5)) for _ in range(3)]
         _, strides, kernels, _, _ = theirs.get_pool_and_conv_props(spacing, patch, 4, 999999)
-        assert topology(patch, spacing) == (strides, kernels), (patch, spacing)
+        assert plan_pooling(patch, spacing) == (strides, kernels), (patch, spacing)
 
 
 PLANS = {  # `arch_kwargs` of a plans.json

@@ -9,8 +9,8 @@ import pytest
 
 from mednext_v2.core import root
 from mednext_v2.report.analysis import effects, group_gains, power_law, scaling_law
-from mednext_v2.report.claims import CLAIMS, LEAST, MARGIN, VERDICTS, Evidence, ledger, ledger_shown, verdict
-from mednext_v2.report.power import differences, spread
+from mednext_v2.report.claims import CLAIMS, MARGIN, MIN_EVIDENCE, VERDICTS, Evidence, format_ledger, ledger, verdict
+from mednext_v2.report.power import paired_differences, variance_components
 from mednext_v2.report.tables import published, read_table, select_rows
 
 TASKS = {"abdomen_ct": ("liver", "organ"), "liver_lesion_ct": ("lesion", "pathology"), "brain_mr": ("frontal", "organ")}
@@ -100,10 +100,10 @@ def test_released_models_are_compared_by_their_names_in_the_zoo(monkeypatch):
     assert word(4, scores | {("resenc_l", other): 0.65}) == NO
 
 
-@pytest.mark.parametrize("short", LEAST)
+@pytest.mark.parametrize("short", MIN_EVIDENCE)
 def test_too_few_of_anything_is_not_judged(short):
-    found = Evidence(0.1, 0.05, 0.2, True, **(LEAST | {short: LEAST[short] - 1}))
-    assert verdict(found, "study") == NOT and verdict(Evidence(0.1, 0.05, 0.2, True, **LEAST), "study") == YES
+    found = Evidence(0.1, 0.05, 0.2, True, **(MIN_EVIDENCE | {short: MIN_EVIDENCE[short] - 1}))
+    assert verdict(found, "study") == NOT and verdict(Evidence(0.1, 0.05, 0.2, True, **MIN_EVIDENCE), "study") == YES
 
 
 def test_reproduced_is_kept_for_the_paper_and_smoke_is_never_judged():
@@ -128,7 +128,7 @@ def test_every_claim_names_a_notebook_that_is_there():
 
 
 def test_what_is_shown_says_not_available_and_no_verdict_is_typed():
-    shown = ledger_shown(ledger(tables(SAME), "study"))
+    shown = format_ledger(ledger(tables(SAME), "study"))
     assert "not available" in set(shown["found here (95 % interval)"]) and all(cell.startswith("<b>") for cell in shown.verdict)
     source = json.loads((root(__file__) / "nbs/paper/claims.ipynb").read_text())
     text = "".join("".join(cell["source"]) for cell in source["cells"])
@@ -179,7 +179,7 @@ def test_spreads_do_not_count_differences_between_tasks():
         for seed in range(3)
         for variant in ("x", "y")
     ]
-    found = spread(differences(pd.DataFrame(rows), {"variant": "x"}, {"variant": "y"}))
+    found = variance_components(paired_differences(pd.DataFrame(rows), {"variant": "x"}, {"variant": "y"}))
     assert found.case < 0.015 and found.rest == pytest.approx(0.03, rel=0.2) and found.seed < 0.01
 
 

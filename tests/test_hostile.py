@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mednext_v2 import cli, stages
 from mednext_v2.core import MAX_DEPTH, read_csv, read_json, read_yaml, root, write_csv
-from mednext_v2.models.card import MOST_CARD, Card, read_card, save_model
+from mednext_v2.models.card import MAX_CARD_BYTES, Card, read_card, save_model
 from mednext_v2.models.registry import create, load_model
 
 LAUGHS = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghijk", "bcdefghijkl"))
@@ -259,7 +259,7 @@ TEXTS = {
     "null": "null",
     "cut": '{"backbone": "unet", "over',
     "twice": '{"backbone": "unet", "backbone": "resenc_l"}',
-    "large": " " * (MOST_CARD + 1),
+    "large": " " * (MAX_CARD_BYTES + 1),
     "number": '{"seed": ' + "1" * 5000 + "}",
 }
 

@@ -12,7 +12,7 @@ from mednext_v2.data.datasets import get_dataset
 from mednext_v2.models.registry import BACKBONES
 from mednext_v2.network.scaling import count_parameters, create_model
 from mednext_v2.report.claims import CLAIMS, ledger_markdown
-from mednext_v2.report.forecast import settings
+from mednext_v2.report.forecast import profile_params
 from mednext_v2.report.speed import block_costs, read_benchmark
 from mednext_v2.report.tables import published
 
@@ -50,12 +50,12 @@ FACTS = {  # What the README says, and what it is
 }
 COUNTED = {  # The same for numbers in words
     r"on (\w+) real scans": lambda: len(list((ROOT / "data/seeds").glob("*_label.nii.gz"))),
-    r"deformed into (\w+) tasks": lambda: len(settings("mini")["axes"]["tasks"]),
-    r"(\w+) networks of similar size": lambda: len(settings("study")["axes"]["backbones"]),
-    r"deformed scans, (\w+) seeds": lambda: len(settings("study")["seeds"]),
-    r"with (\w+) seeds and more test cases": lambda: len(settings("study")["seeds"]),
-    r"own settings, (\w+) folds": lambda: len(settings("paper")["axes"]["folds"]),
-    r"folds and (\w+) public pretrained": lambda: len(settings("paper")["axes"]["released"]),
+    r"deformed into (\w+) tasks": lambda: len(profile_params("mini")["axes"]["tasks"]),
+    r"(\w+) networks of similar size": lambda: len(profile_params("study")["axes"]["backbones"]),
+    r"deformed scans, (\w+) seeds": lambda: len(profile_params("study")["seeds"]),
+    r"with (\w+) seeds and more test cases": lambda: len(profile_params("study")["seeds"]),
+    r"own settings, (\w+) folds": lambda: len(profile_params("paper")["axes"]["folds"]),
+    r"folds and (\w+) public pretrained": lambda: len(profile_params("paper")["axes"]["released"]),
     r"the paper's (\w+) claims": lambda: len(CLAIMS),
 }
 

@@ -14,7 +14,7 @@ from mednext_v2.core import root
 from mednext_v2.data.datasets import Dataset
 from mednext_v2.evaluation.statistics import bootstrap_interval, declared_mean
 from mednext_v2.report import tables
-from mednext_v2.report.tables import caption, gains, main_table, main_table_shown, published, save_figure, save_table, score_text, summary
+from mednext_v2.report.tables import caption, format_main_table, gains, main_table, published, save_figure, save_table, score_text, summary
 
 matplotlib.use("Agg")
 
@@ -292,7 +292,7 @@ def test_rows_at_another_patch_have_no_mean_unless_all_tasks_ran():
     rows = part[part.side == 48]
     assert rows.mean_dsc.isna().all() and rows.liver_lesion_ct_dsc.isna().all() and rows.abdomen_ct_dsc.notna().all()
     assert rows.reported_dsc_percent.isna().all()
-    cells = main_table_shown(part, {}, "mini")[("regenerated, profile mini: DSC over NSD, %", "liver_lesion_ct")]
+    cells = format_main_table(part, {}, "mini")[("regenerated, profile mini: DSC over NSD, %", "liver_lesion_ct")]
     assert cells[part.side == 48].eq("not run").all() and not cells[part.side == 32].eq("not run").any()
     # What was run as a main run is not shown twice
     again = scores[scores.backbone == "mednext_v2_tiny"].assign(ablation="scaling", variant="base")
@@ -314,7 +314,7 @@ def test_what_cannot_be_told_from_the_best_is_marked():
     apart = dict(zip(zip(table.backbone, table.init), table.mean_dsc_apart))
     assert apart["unet", "scratch"] is True and apart["unet", "corpus_ct"] is True
     assert {apart["mednext_v2_tiny", init] for init in ("scratch", "corpus_ct")} == {None, False}
-    cells = main_table_shown(table, {}, "mini")[("regenerated, profile mini: DSC over NSD, %", "mean of tasks")]
+    cells = format_main_table(table, {}, "mini")[("regenerated, profile mini: DSC over NSD, %", "mean of tasks")]
     assert [" ≈<br>" in cell for cell in cells] == [told is False for told in table.mean_dsc_apart]
 
 
@@ -322,7 +322,7 @@ def test_main_table_shown_says_what_is_missing():
     scores = make_scores(share_nan=0)
     scores.loc[scores.backbone == "unet", "dsc"] = 0.123
     table = main_table(scores, published())
-    shown = main_table_shown(table, {"abdomen_ct": "Abdomen <CT>"}, "mini")
+    shown = format_main_table(table, {"abdomen_ct": "Abdomen <CT>"}, "mini")
     assert ("regenerated, profile mini: DSC over NSD, %", "Abdomen &lt;CT&gt;") in shown
     cells = shown[("regenerated, profile mini: DSC over NSD, %", "mean of tasks")]
     assert cells[table.init.isna()].eq("not run").all()
@@ -613,7 +613,7 @@ def test_read_scores_says_how_to_make_them(project):
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX here")
 def test_latex_compiles_and_stays_on_the_page(tmp_path):
     scores = make_scores()
-    shown = main_table_shown(main_table(scores, published()), {"abdomen_ct": "Abdomen_<CT> & 50 %"}, "mini")
+    shown = format_main_table(main_table(scores, published()), {"abdomen_ct": "Abdomen_<CT> & 50 %"}, "mini")
     words = pd.DataFrame({"claim": ["One ≈ sentence that is far longer than any column of a page can be, ± 3 · 10³"] * 2, "n": [1.0, float("nan")]})
     for name, table in {"wide": shown, "words": words}.items():
         save_table(table, tmp_path, name, "A caption with 95 % – and _more_", table)

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from mednext_v2.core import registry_file
-from mednext_v2.models.licence import derived_licence, kind_of
+from mednext_v2.models.licence import derived_licence, licence_terms
 from mednext_v2.zoo import catalogue
 from mednext_v2.zoo.catalogue import UNKNOWN, Limits, download, fetch, get_entry, load_zoo, safe_parts, unpack, verify, weights_source, zoo_table
 
@@ -851,10 +851,10 @@ LICENCES = sorted({entry.licence for entry in load_zoo().values()} | {"CC BY-NC 
 @pytest.mark.parametrize("own", ["Apache-2.0", "CC BY-NC 4.0"])
 def test_restrictions_survive_generations(parent, own):
     """Whatever the maker of each generation wishes, terms do not get lost on the way."""
-    licence, kinds = parent, kind_of(parent)
+    licence, kinds = parent, licence_terms(parent)
     for _ in range(3):
         licence = derived_licence(licence, own)
-        assert kinds <= kind_of(licence) or kinds == set()
+        assert kinds <= licence_terms(licence) or kinds == set()
         assert parent in licence
 
 
@@ -928,9 +928,9 @@ def test_every_model_of_the_facts_has_an_entry():
 
 def test_registry_agrees_with_the_licence_names():
     for entry in load_zoo().values():
-        if "non-commercial" in kind_of(entry.licence):
+        if "non-commercial" in licence_terms(entry.licence):
             assert entry.non_commercial == "yes", entry.name
-        if kind_of(entry.licence) & {"unknown"}:
+        if licence_terms(entry.licence) & {"unknown"}:
             assert entry.non_commercial == "unknown", entry.name
         if entry.available:
             assert entry.url.startswith("https://") and "{file}" in entry.url, entry.name

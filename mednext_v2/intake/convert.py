@@ -954,8 +954,7 @@ def convert_case(id: str, case: CaseSource, job: Conversion) -> dict:  # Its row
         remove_written(path, job.folder)
         raise
     key, row = case_key(case, job), base_row(id, case, job.dataset)
-    written = {job.folder / file: size for file, size in record.get("files", {}).items()}
-    if record.get("key") == key and all(file.is_file() and file.stat().st_size == size for file, size in written.items()):
+    if record.get("key") == key and all((p := job.folder / file).is_file() and p.stat().st_size == size for file, size in record["files"].items()):
         return record["row"] | row
     remove_written(path, job.folder)
     arrays = CONVERTERS[job.converter].read(case, job)

@@ -9,7 +9,7 @@ __all__ = []
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,7 @@ class StructureSet:
     patient: str
     series: str  # SeriesInstanceUID of the images it was drawn on; "" if the file does not tell
     uid: str  # SOPInstanceUID, equal in copies of the file
-    moment: tuple[str, str]  # Date YYYYMMDD and time HHMMSS.ffffff it was made; "" if unknown
+    made_at: tuple[str, str]  # Date YYYYMMDD and time HHMMSS.ffffff it was made; "" if unknown
     frame: str = ""  # FrameOfReferenceUID
 
 
@@ -121,17 +121,17 @@ def newest_structure_set(
     structures: Iterable[StructureSet],  # Of one series
 ) -> StructureSet:
     "The structure set made last; ValueError if there is none, or if the dates do not decide"
-    by_path = sorted(structures, key=lambda one: str(one.path), reverse=True)
-    files = {one.uid or str(one.path): one for one in by_path}  # Of copies, the first
+    by_path = sorted(structures, key=lambda each: str(each.path), reverse=True)
+    files = {each.uid or str(each.path): each for each in by_path}  # Of copies, the first
     if not files:
         raise ValueError("no structure set (RTSTRUCT) is given: the series has no labels")
-    last = max(one.moment for one in files.values())
-    found = [one for one in files.values() if one.moment == last]
-    if len(found) > 1:
-        names = " and ".join(sorted(str(one.path) for one in found))
+    last = max(each.made_at for each in files.values())
+    newest = [each for each in files.values() if each.made_at == last]
+    if len(newest) > 1:
+        names = " and ".join(sorted(str(each.path) for each in newest))
         when = " ".join(last).strip() or "not stated"
         raise ValueError(f"{names} were made at the same time ({when}): remove one")
-    return found[0]
+    return newest[0]
 
 # %% ../../nbs/intake/10_dicom.ipynb #find-series
 KEYWORDS = (
@@ -166,14 +166,13 @@ def find_series(
             images.setdefault(str(header.SeriesInstanceUID), []).append((path, header))
     if not images and not structures:
         raise FileNotFoundError(f"{folder} holds no DICOM file: unpack archives, or give another folder")
-    found = {uid: make_series(uid, files) for uid, files in images.items()}
-    drawn = {}
-    for one in structures:
-        drawn.setdefault(find_own_series(one, found.values()), []).append(one)
+    series, drawn = {uid: make_series(uid, files) for uid, files in images.items()}, {}
+    for structure_set in structures:
+        drawn.setdefault(find_own_series(structure_set, series.values()), []).append(structure_set)
     for uid, sets in drawn.items():
-        base = found.get(uid) or Series(uid, sets[0].patient, "", "", "", sets[0].frame)
-        found[uid] = Series(**{**vars(base), "structures": tuple(sets)})
-    return sorted(found.values(), key=lambda one: (one.patient, one.study, one.uid))
+        scan = series.get(uid) or Series(uid, sets[0].patient, "", "", "", sets[0].frame)
+        series[uid] = replace(scan, structures=tuple(sets))
+    return sorted(series.values(), key=lambda scan: (scan.patient, scan.study, scan.uid))
 
 
 def make_series(uid: str, files: list[tuple[Path, "pydicom.Dataset"]]) -> Series:
@@ -183,11 +182,11 @@ def make_series(uid: str, files: list[tuple[Path, "pydicom.Dataset"]]) -> Series
     return Series(uid, *values, paths=tuple(path for path, _ in files))
 
 
-def find_own_series(one: StructureSet, series: Iterable[Series]) -> str:
+def find_own_series(structures: StructureSet, series: Iterable[Series]) -> str:  # Empty if it cannot be told
     "The identifier of the series that a structure set belongs to, by its frame of reference if it names none"
-    if one.series:
-        return one.series
-    same = [s.uid for s in series if (s.frame, s.patient) == (one.frame, one.patient) and s.frame]
+    if structures.series:
+        return structures.series
+    same = [scan.uid for scan in series if (scan.frame, scan.patient) == (structures.frame, structures.patient) and scan.frame]
     return same[0] if len(same) == 1 else ""
 
 # %% ../../nbs/intake/10_dicom.ipynb #slice
@@ -255,15 +254,15 @@ def header_numbers(header: "pydicom.Dataset", keyword: str) -> np.ndarray:  # (n
 def check_alike(slices: Sequence[Slice]) -> None:
     "ValueError for the first slice of another series, size, spacing or orientation"
     first = slices[0]
-    for one in slices[1:]:
-        if one.series != first.series:
-            raise ValueError(f"{one.path} and {first.path.name} are of different series: read one at a time")
+    for image in slices[1:]:
+        if image.series != first.series:
+            raise ValueError(f"{image.path} and {first.path.name} are of different series: read one at a time")
         for word, tolerance in (("size", 0), ("spacing", 1e-3), ("along", 1e-3)):
-            ours, theirs = getattr(one, word), getattr(first, word)
+            ours, theirs = getattr(image, word), getattr(first, word)
             if not np.allclose(ours, theirs, rtol=0, atol=tolerance):
                 name = {"along": "orientation"}.get(word, word)
                 text = " and ".join(str(np.round(values, 3).tolist()) for values in (ours, theirs))
-                pair = f"{one.path} and {first.path.name}"
+                pair = f"{image.path} and {first.path.name}"
                 raise ValueError(f"{pair} differ in {name} ({text}): take out scout images")
 
 
@@ -273,7 +272,7 @@ def check_stack(
 ) -> None:
     "ValueError for slices at one place, missing slices or uneven spacing"
     folder, gaps = slices[0].path.parent, np.diff(heights)
-    names = [os.path.relpath(one.path, folder) for one in slices]
+    names = [os.path.relpath(image.path, folder) for image in slices]
     pairs = [f"{first} and {second}" for first, second in zip(names, names[1:])]
     if len(twice := np.flatnonzero(gaps < 1e-3)):
         raise ValueError(f"{folder}: {pairs[twice[0]]} lie at the same position ({len(twice)} such pairs): remove copies, or separate the acquisitions")
@@ -292,11 +291,11 @@ def check_tilt(
     slices: Sequence[Slice],  # In order
 ) -> None:
     "ValueError for a tilted gantry, where the stack leans away from the normal of its slices"
-    way = slices[-1].corner - slices[0].corner
+    run = slices[-1].corner - slices[0].corner
     normal = np.cross(*slices[0].along)
-    drift = np.linalg.norm(way - normal * (way @ normal))
+    drift = np.linalg.norm(run - normal * (run @ normal))
     if drift > 0.5 * slices[0].spacing.min():
-        angle = np.degrees(np.arctan2(drift, abs(way @ normal)))
+        angle = np.degrees(np.arctan2(drift, abs(run @ normal)))
         raise ValueError(
             f"{slices[0].path.parent}: the gantry is tilted by {angle:.1f} degrees, voxels are no boxes: resample the series (dcm2niix does), or leave it out"
         )
@@ -316,8 +315,8 @@ def stack_slices(
         folder = slices[0].path.parent
         raise ValueError(f"{folder} claims {voxels} voxels, more than {MAX_VOXELS}: leave the series out")
     normal = np.cross(*slices[0].along)
-    slices.sort(key=lambda one: one.corner @ normal)
-    check_stack(slices, np.array([one.corner @ normal for one in slices]))
+    slices.sort(key=lambda image: image.corner @ normal)
+    check_stack(slices, np.array([image.corner @ normal for image in slices]))
     check_tilt(slices)
     first, last = slices[0], slices[-1]
     affine = np.eye(4)
@@ -327,31 +326,31 @@ def stack_slices(
     return slices, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # Left and back to right and front
 
 # %% ../../nbs/intake/10_dicom.ipynb #read-series
-def slice_values(one: Slice) -> np.ndarray:  # (rows, columns), HU
+def slice_values(image: Slice) -> np.ndarray:  # (rows, columns), HU
     "Rescaled pixels; ValueError if they cannot be decoded or do not fit the header"
     import pydicom
     from pydicom.uid import RLELossless
 
     try:
-        dataset = pydicom.dcmread(one.path)
+        dataset = pydicom.dcmread(image.path)
         syntax = dataset.file_meta.TransferSyntaxUID
         if not syntax.is_compressed or syntax == RLELossless:
             values = dataset.pixel_array
-            if one.whole:
-                values = values.astype(np.int32) + int(one.intercept)
+            if image.whole:
+                values = values.astype(np.int32) + int(image.intercept)
             else:
-                values = values * one.slope + one.intercept
+                values = values * image.slope + image.intercept
         else:
             import SimpleITK
 
-            values = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(one.path)))[0]  # Rescaled there
+            values = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(image.path)))[0]  # Rescaled there
     except ImportError as error:
-        raise ValueError(f"reading {one.path} needs SimpleITK: pip install 'mednext_v2[convert]'") from error
+        raise ValueError(f"reading {image.path} needs SimpleITK: pip install 'mednext_v2[convert]'") from error
     except Exception as error:  # Decoders raise almost anything at damaged bytes
-        raise unreadable(one.path, error) from error
-    if values.shape != tuple(one.size[::-1]):
-        text = f"{values.shape} pixels, its header says {one.size[::-1].tolist()}"
-        raise ValueError(f"{one.path} holds {text}: replace it with a whole file")
+        raise unreadable(image.path, error) from error
+    if values.shape != tuple(image.size[::-1]):
+        text = f"{values.shape} pixels, its header says {image.size[::-1].tolist()}"
+        raise ValueError(f"{image.path} holds {text}: replace it with a whole file")
     return values
 
 
@@ -370,10 +369,10 @@ def read_series(
     "A series as a volume; ValueError names what is missing, mixed, uneven, tilted or damaged"
     slices, affine = stack_slices(paths)
     columns, rows = slices[0].size
-    whole = all(one.whole for one in slices)
+    whole = all(image.whole for image in slices)
     voxels = np.empty((columns, rows, len(slices)), dtype=np.int32 if whole else np.float32)
-    for index, one in enumerate(slices):
-        voxels[:, :, index] = slice_values(one).T
+    for index, image in enumerate(slices):
+        voxels[:, :, index] = slice_values(image).T
     if whole and -(2**15) <= voxels.min() and voxels.max() < 2**15:
         voxels = voxels.astype(np.int16)
     return to_ras(voxels, affine)

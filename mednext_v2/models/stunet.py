@@ -6,6 +6,7 @@
 __all__ = ['STUNet']
 
 # %% ../../nbs/models/10_stunet.ipynb #imports
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -21,7 +22,7 @@ class ResidualBlock(nn.Module):
         in_channels: int,
         out_channels: int,
         stride: tuple[int, int, int] | int = 1,  # Of the first convolution
-        project: bool = False,  # A convolution past the other two; else channels and size must stay
+        project: bool = False,  # A 1³ convolution as the shortcut; without it channels and size must stay
     ):
         super().__init__()
         self.conv1 = nn.Conv3d(in_channels, out_channels, 3, stride, padding=1)
@@ -53,7 +54,7 @@ class Enlarge(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        factor: tuple[int, int, int],  # Per axis
+        factor: tuple[int, ...],  # Per axis
     ):
         super().__init__()
         self.factor = tuple(map(float, factor))
@@ -69,7 +70,7 @@ def check_volume(
     strides: tuple[int, ...],  # What each side must be a multiple of, per axis
     size: tuple[int, ...] | None = None,  # The one size it may have; any multiple if None
 ) -> None:
-    "ValueError unless shape is (B, channels, *space) and its space is a size that the network can take"
+    "ValueError unless the shape is (B, channels, *space) with a size that the network can take"
     space = tuple(shape[2:])
     fits = len(space) == len(strides) and shape[1] == channels
     if fits and size is None and all(side > 0 and side % step == 0 for side, step in zip(space, strides)):
@@ -79,16 +80,16 @@ def check_volume(
     wanted = f"of size {size}" if size else f"with sizes divisible by {strides}"
     raise ValueError(f"input must be (B, {channels}, {', '.join('XYZ'[: len(strides)])}) {wanted}, got {tuple(shape)}")
 
-# %% ../../nbs/models/10_stunet.ipynb #network
-def he_weights(module: nn.Module) -> None:
+# %% ../../nbs/models/10_stunet.ipynb #init-weights
+def init_he(module: nn.Module) -> None:
     "He et al.'s initialisation for a leaky ReLU of slope 0.01, biases 0, as the authors'"
-    if isinstance(module, nn.Conv3d):
+    if isinstance(module, nn.Conv3d) and module.bias is not None:
         nn.init.kaiming_normal_(module.weight, a=1e-2)
         nn.init.zeros_(module.bias)
 
 # %% ../../nbs/models/10_stunet.ipynb #stunet
 class STUNet(nn.Module):
-    "Raw scores (B, K, X, Y, Z), or with deep supervision a list of them, finest first"
+    "STU-Net: `(B, C, X, Y, Z)` to logits `(B, K, X, Y, Z)`, with deep supervision a list, finest first; ValueError for levels that do not match"
 
     def __init__(
         self,
@@ -97,19 +98,19 @@ class STUNet(nn.Module):
         deep_supervision: bool = False,
         widths: tuple[int, ...] = (32, 64, 128, 256, 512, 512),  # Channels per level
         depths: tuple[int, ...] = (1, 1, 1, 1, 1, 1),  # Blocks per level
-        strides: tuple[tuple[int, int, int], ...] | None = None,  # From level to level; 2 on each axis if None
+        strides: Sequence[Sequence[int]] | None = None,  # From level to level, one number per axis; 2 on each axis if None
     ):
         super().__init__()
         widths, depths = tuple(widths), tuple(depths)
-        strides = ((2, 2, 2),) * (len(widths) - 1) if strides is None else tuple(map(tuple, strides))
-        if not 2 <= len(widths) == len(depths) == len(strides) + 1 or min(widths + depths) < 1:
-            raise ValueError(f"widths and depths need one positive number per level and strides one less, got {widths}, {depths} and {strides}")
+        steps = [(2, 2, 2)] * (len(widths) - 1) if strides is None else [(x, y, z) for x, y, z in strides]
+        if not 2 <= len(widths) == len(depths) == len(steps) + 1 or min(widths + depths) < 1:
+            raise ValueError(f"widths and depths need one positive number per level and strides one less, got {widths}, {depths} and {tuple(steps)}")
         self.in_channels, self.num_classes, self.deep_supervision = in_channels, num_classes, deep_supervision
-        self.strides = tuple(prod(axis) for axis in zip(*strides))  # Per axis
+        self.strides = tuple(prod(axis) for axis in zip(*steps))  # Per axis
         self.stride = max(self.strides)
         before = (in_channels, *widths)
-        self.conv_blocks_context = nn.ModuleList(map(residual_stage, before, widths, depths, (1, *strides)))
-        coarse, fine, up = widths[:0:-1], widths[-2::-1], strides[::-1]
+        self.conv_blocks_context = nn.ModuleList(map(residual_stage, before, widths, depths, (1, *steps)))
+        coarse, fine, up = widths[:0:-1], widths[-2::-1], steps[::-1]
         self.upsample_layers = nn.ModuleList(map(Enlarge, coarse, fine, up))
         doubled = [2 * width for width in fine]
         self.conv_blocks_localization = nn.ModuleList(map(residual_stage, doubled, fine, depths[-2::-1]))
@@ -117,7 +118,7 @@ class STUNet(nn.Module):
         self.seg_outputs = nn.ModuleList(
             nn.Conv3d(width, num_classes, 1) if deep_supervision or place == last else nn.Identity() for place, width in enumerate(fine)
         )
-        self.apply(he_weights)
+        self.apply(init_he)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_volume(x.shape, self.in_channels, self.strides)
@@ -147,5 +148,5 @@ def stunet(
     if size not in SIZES:
         raise ValueError(f"no STU-Net is called {size!r}; there are: {', '.join(SIZES)}")
     width, depth = SIZES[size]
-    published = {"widths": tuple(width * n for n in (1, 2, 4, 8, 16, 16)), "depths": (depth,) * 6}
+    published: dict = {"widths": tuple(width * n for n in (1, 2, 4, 8, 16, 16)), "depths": (depth,) * 6}
     return STUNet(in_channels, num_classes, deep_supervision, **published | overrides)

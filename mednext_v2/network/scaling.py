@@ -83,7 +83,7 @@ def scale(
 # %% ../../nbs/network/60_scaling.ipynb #count-flops
 def count_flops(
     network: nn.Module | Arch,  # A network, or the description of one with 1 input channel and 3 classes
-    patch: tuple[int, int, int],  # Sides of the volume
+    patch: tuple[int, ...],  # Sides of the volume
     in_channels: int | None = None,  # Channels of the volume, for a network without `.in_channels`
 ) -> int:
     "FLOPs (2 per multiply-add) of convolutions and matrix products in one forward pass of one volume; ValueError without channels"

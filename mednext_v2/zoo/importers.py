@@ -23,13 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..models.registry import BACKBONES, create, limited, mednext
+from ..models.registry import BACKBONES, create, limit_size, mednext
 from ..core import build, check_output, read_json, sha256, shorten
 from ..network.grn import convert_grn
 from ..network.mednext import Arch, MedNeXt
 from ..network.scaling import PRESETS
 from ..models.licence import UNKNOWN
-from ..models.card import MODEL_FOLDER, Card, LoadReport, read_card, read_state, save_model, what_is_wrong
+from ..models.card import MODEL_FOLDER, Card, LoadReport, read_card, read_state, save_model, describe_damage
 
 # %% ../../nbs/zoo/10_importers.ipynb #harmless
 class _Array(np.ndarray):
@@ -152,7 +152,7 @@ def read_safetensors(
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is {what_is_wrong(path)}, and not read ({error}): copy it again") from None
+        raise ValueError(f"{path} is {describe_damage(path)}, and not read ({error}): copy it again") from None
 
 
 def read_content(
@@ -1035,7 +1035,7 @@ def build_network(
     # What an encoder is allowed to lack is a few times as large as itself
     max_tensors_and_numbers = 4 * len(checkpoint.state) + 2000, 8 * sum(value.numel() for value in checkpoint.state.values()) + 10**8
     try:
-        with limited(*max_tensors_and_numbers, "larger than the weights"), torch.device("meta"):
+        with limit_size(*max_tensors_and_numbers, "larger than the weights"), torch.device("meta"):
             make()
     except ImportError:
         raise
