@@ -210,7 +210,7 @@ def prepare_image(volume: NetworkInput, card: "Card") -> np.ndarray:  # (C, X, Y
     image = resample_image(image, shape, coarse_axis(volume.spacing, spacing))
     return image.astype(image_type(image, card.normalisation.get("schemes", ())))
 
-
+# %% ../../nbs/inference/10_predictor.ipynb #modality-warnings
 def modality_warnings(volume: NetworkInput, card: "Card") -> list[str]:
     "What speaks against the scan being of the card's modality; CT holds air near -1000 HU"
     return [
@@ -309,7 +309,7 @@ def label_volume(
         labels[~volume.mask] = 0
     return labels
 
-
+# %% ../../nbs/inference/10_predictor.ipynb #label-image
 def label_image(labels: np.ndarray, volume: NetworkInput) -> nib.Nifti1Image:
     "Labels in RAS as an image in the file's own axes, lengths in mm; of its header, what is not of intensities stays"
     raw, affine = volume.header.raw, volume.header.affine

@@ -78,7 +78,7 @@ class WindowAxis:
         "The windows that reach a tile"
         return range(next(i for i in range(tile + 1) if self.starts[i] + self.patch > self.starts[tile]), tile + 1)
 
-# %% ../../nbs/inference/05_windows.ipynb #gaussian
+# %% ../../nbs/inference/05_windows.ipynb #gaussian-curve
 def gaussian_curve(
     side: int,  # Voxels
     windows: str = "nnunet",  # Or "monai"
@@ -91,7 +91,7 @@ def gaussian_curve(
     impulse[side // 2] = 1
     return torch.from_numpy(gaussian_filter1d(impulse, side / 8, mode="constant"))
 
-
+# %% ../../nbs/inference/05_windows.ipynb #gaussian
 def gaussian(
     patch: Sequence[int],
     device: str | torch.device = "cpu",
@@ -254,13 +254,13 @@ def lay_windows(
         axes.append(OutputAxis(size, side, starts, output_size, part.start, part.stop, number == coarse))
     return axes
 
-# %% ../../nbs/inference/05_windows.ipynb #spill-file
+# %% ../../nbs/inference/05_windows.ipynb #no-space
 def no_space(size: int, what: str, error: OSError) -> OSError:
     "The error to raise when the folder of temporary files is full"
     text = f"no space for {size / 1e9:.1f} GB of {what} in {tempfile.gettempdir()}: free some, set TMPDIR to another folder"
     return OSError(errno.ENOSPC, f"{text}, or allow more memory ({error.strerror})")
 
-
+# %% ../../nbs/inference/05_windows.ipynb #spill-file
 class StoredTensor(NamedTuple):
     "Where a tensor lies in a `SpillFile`"
 
@@ -556,7 +556,7 @@ def sliding_window(
     assert logits is not None
     return logits
 
-# %% ../../nbs/inference/05_windows.ipynb #tiled-labels
+# %% ../../nbs/inference/05_windows.ipynb #retry-on-cpu
 def is_out_of_memory(error: BaseException) -> bool:
     "Whether an accelerator's memory was too small; no other RuntimeError"
     return isinstance(error, torch.OutOfMemoryError) or str(error).startswith("MPS backend out of memory")
@@ -575,7 +575,7 @@ def retry_on_cpu(run: Callable[[MemoryBudget], None], budget: MemoryBudget) -> N
     warnings.warn(f"the device has too little memory ({reason}): sums are kept in the computer's memory", stacklevel=2)
     run(replace(budget, device="cpu"))
 
-
+# %% ../../nbs/inference/05_windows.ipynb #tiled-labels
 def tiled_labels(
     predict_window: Callable[[Tensor], Tensor],  # As in `slide_windows`
     image: np.ndarray | Tensor,  # (C, X, Y, Z)
