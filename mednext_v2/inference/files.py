@@ -239,20 +239,7 @@ def read_job(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSe
     volume = network_input([read_scan(path) for path in job.images], region)
     return volume, key, time.perf_counter() - begin
 
-# %% ../../nbs/inference/20_files.ipynb #label-job
-@dataclass
-class LabelledScan:
-    "What is to be written of one scan"
-
-    job: PredictJob
-    labels: np.ndarray  # Whole scan, RAS
-    volume: NetworkInput
-    names: dict[int, str]
-    probabilities: np.ndarray | None  # (K, *box)
-    report: dict
-    stack: ExitStack  # Holds the probabilities until it is closed
-
-
+# %% ../../nbs/inference/20_files.ipynb #make-report
 def make_report(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSettings, labels: np.ndarray, volume: NetworkInput) -> dict:
     "What is written beside a label map, but for its identity and how it went"
     names = label_names(members[0].card)
@@ -265,6 +252,19 @@ def make_report(job: PredictJob, members: Sequence[EnsembleMember], settings: Jo
         "options": asdict(settings.predict),
         "device": str(device_of(members[0].models[0])),
     }
+
+# %% ../../nbs/inference/20_files.ipynb #label-job
+@dataclass
+class LabelledScan:
+    "What is to be written of one scan"
+
+    job: PredictJob
+    labels: np.ndarray  # Whole scan, RAS
+    volume: NetworkInput
+    names: dict[int, str]
+    probabilities: np.ndarray | None  # (K, *box)
+    report: dict
+    stack: ExitStack  # Holds the probabilities until it is closed
 
 
 def label_job(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSettings, volume: NetworkInput, key: str, read_seconds: float) -> LabelledScan:
@@ -386,7 +386,7 @@ def predict_files(
     overwrite: bool = False,  # Replace label maps that are there
     progress: bool = False,  # Whether to show a bar
 ) -> dict[str, Path]:  # Label maps by the scan's name
-    "Label maps, reports and tables of names; ItemsFailed, after all were tried, names the scans that failed"
+    "Write label maps, reports and tables of names; ItemsFailed, after all were tried, names the scans that failed"
     if Path(target).is_symlink() or not is_file_name(Path(target)):
         check_output(target)
     members = load_ensemble(models, settings)

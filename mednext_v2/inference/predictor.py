@@ -109,7 +109,7 @@ def load_ensemble(
     folders: str | Path | Sequence[str | Path],  # One model folder, or those of an ensemble
     settings: PredictSettings = PredictSettings(),
 ) -> list[EnsembleMember]:  # On the device asked for
-    "Networks and cards, to be used for many scans; ValueError if folds or members do not fit together, naming the field"
+    "Networks and cards, to be used for many scans; FileNotFoundError without a model, ValueError if folds or members do not fit together"
     from mednext_v2.models.registry import load_model
 
     folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
@@ -167,7 +167,7 @@ class NetworkInput:
     spacing: tuple[float, float, float]  # mm, RAS
     shape: tuple[int, ...]  # Of the whole scan, RAS
     box: tuple[slice, ...]  # Around what is not zero
-    part: tuple[slice, ...]  # Of that box: where labels are wanted
+    part: tuple[slice, ...]  # Of that box: what to label
     mask: np.ndarray | None  # Boolean, whole scan, RAS: outside is background
     header: Header  # Of the first channel
 
@@ -210,7 +210,7 @@ def prepare_image(volume: NetworkInput, card: "Card") -> np.ndarray:  # (C, X, Y
     image = resample_image(image, shape, coarse_axis(volume.spacing, spacing))
     return image.astype(image_type(image, card.normalisation.get("schemes", ())))
 
-
+# %% ../../nbs/inference/10_predictor.ipynb #modality-warnings
 def modality_warnings(volume: NetworkInput, card: "Card") -> list[str]:
     "What speaks against the scan being of the card's modality; CT holds air near -1000 HU"
     return [
@@ -309,7 +309,7 @@ def label_volume(
         labels[~volume.mask] = 0
     return labels
 
-
+# %% ../../nbs/inference/10_predictor.ipynb #label-image
 def label_image(labels: np.ndarray, volume: NetworkInput) -> nib.Nifti1Image:
     "Labels in RAS as an image in the file's own axes, lengths in mm; of its header, what is not of intensities stays"
     raw, affine = volume.header.raw, volume.header.affine

@@ -1,6 +1,6 @@
 "Fine-tune a model on a raw data set, from its files to the scores of its test cases"
 
-from mednext_v2 import finetune
+from mednext_v2 import finetune, get_recipe
 from mednext_v2.core import Resources
 from mednext_v2.models.transfer import Start
 
@@ -8,8 +8,7 @@ scores = finetune(
     "raw/Dataset901_ToyChest",
     Start("models/trained", heads="fresh"),
     "finetuned",
-    recipe="smoke",
-    changes={"steps": 4, "lr": 1e-3},
+    recipe=get_recipe("smoke", steps=4, lr=1e-3),
     resources=Resources(device="cpu", workers=1),
 )
 print(scores.groupby("label")[["dsc", "nsd"]].mean().round(3))
