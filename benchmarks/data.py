@@ -59,11 +59,11 @@ def child_prepare(raw: str, out: str, grain: str, workers: int) -> dict:
 def child_case(kind: str, raw: str, out: str) -> dict:
     "A data set of two copies of one case: seconds of a case, and the peak memory of this process"
     from mednext_v2.data.datasets import list_cases
-    from mednext_v2.data.preprocess import Prepared, fingerprint, prepare
+    from mednext_v2.data.preprocess import Prepared, measure_fingerprint, prepare
 
     task = big_task(kind)
     before, begin, before_cpu = peak_mib(), time.perf_counter(), time.process_time()
-    fingerprint(task, raw)
+    measure_fingerprint(task, raw)
     measured, begin, cpu = time.perf_counter() - begin, time.perf_counter(), time.process_time()
     prepare(task, raw, out)
     whole, cpu, measured_cpu = time.perf_counter() - begin, time.process_time() - cpu, cpu - before_cpu

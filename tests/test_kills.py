@@ -342,7 +342,7 @@ def test_a_heartbeat_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, 
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setenv(launch.WATCH, str(tmp_path))
+    monkeypatch.setenv(launch.WATCH_VARIABLE, str(tmp_path))
     (tmp_path / "rank0.json").write_text("{}")
     os.utime(tmp_path / "rank0.json", (0, 0))
     monkeypatch.setattr(launch, "write_json" if isinstance(error, OSError) else "read_json", fails)
@@ -361,7 +361,7 @@ def test_a_process_table_that_cannot_be_read_ends_nothing(monkeypatch):
     monkeypatch.setattr(launch.psutil, "Process", denied)
     monkeypatch.setattr(launch.psutil, "virtual_memory", denied)
     assert not launch.is_lost({"pid": 1})
-    launch.kill(Child(), {0: {"pid": 1, "time": 0}})
+    launch.kill_run(Child(), {0: {"pid": 1, "time": 0}})
     assert "Use fewer workers" in launch.memory_note(0)
 
 

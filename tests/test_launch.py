@@ -241,9 +241,9 @@ def test_launch_from_python_raises_what_the_command_line_prints(tmp_path, monkey
 
 
 def test_a_rank_that_nobody_watches_needs_nothing(tmp_path, monkeypatch):
-    monkeypatch.delenv(module.WATCH, raising=False)
+    monkeypatch.delenv(module.WATCH_VARIABLE, raising=False)
     heartbeat(3)
-    module.report(error="nobody reads this")
+    module.write_report(error="nobody reads this")
 
 
 # The cause, from what is known at the end
@@ -269,16 +269,16 @@ def told(seconds, **fields):
     ],
 )
 def test_verdict_names_the_cause_and_not_what_followed(reports, codes, code, words):
-    ended = module.verdict(1, reports, codes, module.memory_kills())
+    ended = module.explain_end(1, reports, codes, module.memory_kills())
     assert ended.code == code and re.search(words, str(ended)), str(ended)
-    assert module.verdict(0, reports, codes, 0) is None
+    assert module.explain_end(0, reports, codes, 0) is None
 
 
 def test_verdict_leaves_out_ranks_that_were_ended_later():
     reports, codes = {0: told(1), 1: told(2), 2: told(3, code=75)}, {0: -9, 1: -9, 2: 75}
-    assert "rank 1 (step 5) was killed" in str(module.verdict(1, reports, codes, 0, first={1}))
-    assert module.verdict(1, reports, codes, 0, first={2}).code == SAVED
-    assert "rank 3 was killed" in str(module.verdict(1, reports, {3: -9}, 0, first={2})), "it never reported"
+    assert "rank 1 (step 5) was killed" in str(module.explain_end(1, reports, codes, 0, first={1}))
+    assert module.explain_end(1, reports, codes, 0, first={2}).code == SAVED
+    assert "rank 3 was killed" in str(module.explain_end(1, reports, {3: -9}, 0, first={2})), "it never reported"
 
 
 def test_the_kernels_own_count_turns_the_guess_into_a_finding(monkeypatch):
@@ -295,10 +295,10 @@ def test_room_in_control_groups_of_version_one_and_two(tmp_path):
         (tmp_path / place / "memory.limit_in_bytes").write_text(f"{most}\n")
         (tmp_path / place / "memory.usage_in_bytes").write_text("600\n")
         (tmp_path / place / "memory.stat").write_text("cache 50\ninactive_file 1\ntotal_inactive_file 30\n")
-    assert module.cgroup_room(tmp_path, own) == 1000 - 600 + 30
+    assert module.cgroup_free_memory(tmp_path, own) == 1000 - 600 + 30
     own.write_text("0::/\n")
-    assert module.cgroup_room(tmp_path, own) is None
-    assert module.cgroup_room(tmp_path, tmp_path / "absent") is None
+    assert module.cgroup_free_memory(tmp_path, own) is None
+    assert module.cgroup_free_memory(tmp_path, tmp_path / "absent") is None
 
 
 # One line before anything starts
@@ -341,7 +341,7 @@ def test_the_command_line_ends_in_one_line_for_a_missing_file(capsys):
 
 def test_several_machines_meet_at_the_rendezvous(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    line = module.command(tmp_path / "spec.json", 4, 2, "node1:29500", tmp_path)
+    line = module.launch_command(tmp_path / "spec.json", 4, 2, "node1:29500", tmp_path)
     from torch.distributed.run import parse_args
 
     options = parse_args(line[line.index("agent") + 1 :])
@@ -431,10 +431,10 @@ def test_processes_share_the_memory_of_a_machine():
 
 def test_changes_are_combined_when_none_is_enough_and_nothing_is_made_up():
     low = int(needed_by_hand(replace(STEP, batch_size=1, grad_checkpointing="block"))) - 1
-    found = module.suggest(MEASURED.needed, STEP, low)
+    found = module.suggest_changes(MEASURED.needed, STEP, low)
     assert all(needed_by_hand(replace(STEP, **parse(text))) <= low for text in found)
     low = int(needed_by_hand(replace(STEP, batch_size=1, grad_checkpointing="block", patch=(32, 32, 16)))) + 1
-    found = module.suggest(MEASURED.needed, STEP, low)
+    found = module.suggest_changes(MEASURED.needed, STEP, low)
     assert len(found) == 1 and set(parse(found[0])) == {"grad_checkpointing", "batch_size", "patch"}
     assert parse(found[0])["batch_size"] == 1 and needed_by_hand(replace(STEP, **parse(found[0]))) <= low
     with pytest.raises(ValueError, match="nothing but a smaller network, or more memory"):

@@ -21,9 +21,9 @@ from mednext_v2.data.preprocess import (
     SCHEMES,
     Fingerprint,
     Prepared,
-    fingerprint,
     foreground_voxels,
     image_type,
+    measure_fingerprint,
     normalise,
     prepare,
     resample,
@@ -113,7 +113,7 @@ def world_centre(scan, weights):
 
 
 def test_fingerprint_is_plain_numpy_over_labelled_training_voxels(raw):
-    measured = fingerprint(DEMO, raw)
+    measured = measure_fingerprint(DEMO, raw)
     pool = np.concatenate([image[label > 0] for image, label in map(random_case, (0, 1))]).astype(float)
     assert measured.cases == 2 and measured.shape == (6, 7, 8) and measured.spacing == pytest.approx((2, 3, 4))
     assert measured.mean[0] == pytest.approx(pool.sum() / len(pool))
@@ -128,7 +128,7 @@ def test_fingerprint_is_plain_numpy_over_labelled_training_voxels(raw):
 
 
 def test_fingerprint_ignores_validation_test_and_background(raw):
-    before = fingerprint(DEMO, raw)
+    before = measure_fingerprint(DEMO, raw)
     for case in list_cases(DEMO, raw):
         scan = read_case(DEMO, case)
         image = scan.image[0].copy()
@@ -137,19 +137,19 @@ def test_fingerprint_ignores_validation_test_and_background(raw):
         else:
             image += 5000
         write_volume(case.images[0], image, AFFINE)
-    assert fingerprint(DEMO, raw) == before
+    assert measure_fingerprint(DEMO, raw) == before
 
 
 def test_fingerprint_measures_crops_and_some_of_many_cases(raw, monkeypatch):
-    monkeypatch.setattr("mednext_v2.data.preprocess.MEASURED_CASES", 1)
-    assert fingerprint(DEMO, raw).cases == 1
+    monkeypatch.setattr("mednext_v2.data.preprocess.MAX_MEASURED_CASES", 1)
+    assert measure_fingerprint(DEMO, raw).cases == 1
 
 
 def test_fingerprint_needs_a_labelled_voxel(raw):
     for case in list_cases(DEMO, raw):
         write_volume(case.label, np.zeros_like(read_case(DEMO, case).label), AFFINE)
     with pytest.raises(ValueError, match="no training case of demo has a labelled voxel"):
-        fingerprint(DEMO, raw)
+        measure_fingerprint(DEMO, raw)
 
 
 def test_fingerprint_survives_json():
@@ -160,7 +160,7 @@ def test_fingerprint_survives_json():
 def test_nonzero_is_for_mr_with_a_background_of_zeros(mini, raw):
     assert Prepared(mini / "brain_mr").fingerprint.nonzero
     assert not Prepared(mini / "liver_lesion_ct").fingerprint.nonzero
-    assert not fingerprint(dataclasses.replace(DEMO, modality="MR", channels=()), raw).nonzero
+    assert not measure_fingerprint(dataclasses.replace(DEMO, modality="MR", channels=()), raw).nonzero
 
 
 def test_spread_is_even_and_keeps_both_ends():
@@ -228,7 +228,7 @@ def test_each_channel_follows_its_name(raw):
         for c in (1, 2):
             write_volume(case.images[0].with_name(case.images[0].name.replace("_0000", f"_000{c}")), image + 1000, AFFINE)
     dataset = dataclasses.replace(DEMO, channels=channels)
-    measured = fingerprint(dataset, raw)
+    measured = measure_fingerprint(dataset, raw)
     assert measured.schemes == ("ct", "zscore", "none")
     image = read_case(dataset, list_cases(dataset, raw)[0]).image
     ct, pet, plain = normalise(image, measured)
@@ -338,7 +338,7 @@ def test_manifest_counts_voxels_and_splits(mini):
 def test_reader_gives_back_task_and_fingerprint(mini):
     prepared = Prepared(mini / "brain_mr")
     assert prepared.dataset == get_dataset("brain_mr") and prepared.spacing == (5.0, 5.0, 5.0)
-    assert prepared.fingerprint == fingerprint(prepared.dataset, mini / "raw")
+    assert prepared.fingerprint == measure_fingerprint(prepared.dataset, mini / "raw")
     with pytest.raises(ValueError, match="unknown split 'tests'; known: train, val, test"):
         prepared.ids("tests")
     with pytest.raises(ValueError, match="brain_mr has no case 'nobody'"):

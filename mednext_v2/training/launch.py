@@ -19,16 +19,22 @@ import tempfile
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 
 from ..core import peak_bytes, read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from mednext_v2.network.scaling import Estimate
 
 # %% ../../nbs/training/60_launch.ipynb #spec
 def read_spec(
@@ -50,19 +56,19 @@ def read_spec(
     return spec
 
 # %% ../../nbs/training/60_launch.ipynb #heartbeat
-WATCH = "MEDNEXT_WATCH"  # The environment variable that names the folder
+WATCH_VARIABLE = "MEDNEXT_WATCH"  # The environment variable that names the folder
 
 
 def report_path() -> Path | None:
     "Where this rank reports; None if nobody watches"
-    folder = os.environ.get(WATCH)
+    folder = os.environ.get(WATCH_VARIABLE)
     return Path(folder) / f"rank{os.environ.get('RANK', '0')}.json" if folder else None
 
 
-def report(
-    **fields,  # step, error or code
+def write_report(
+    **fields: object,  # step, error or code
 ) -> None:
-    "Add to what this rank has told; a full disk must not end the run here"
+    "Add to the report of this rank; a full disk must not end the run here"
     if path := report_path():
         with suppress(OSError, ValueError):
             known = read_json(path) if path.exists() else {}
@@ -75,10 +81,10 @@ def heartbeat(
     "Say that this rank still moves"
     with suppress(OSError):
         if (path := report_path()) and time.time() - path.stat().st_mtime >= 1:
-            report(step=step)
+            write_report(step=step)
 
 # %% ../../nbs/training/60_launch.ipynb #rank
-ASKS = hasattr(faulthandler, "register") and hasattr(signal, "SIGUSR2")  # May a process be asked what it does? Not on Windows
+CAN_DUMP_STACKS = hasattr(faulthandler, "register") and hasattr(signal, "SIGUSR2")  # May a process be asked what it does? Not on Windows
 
 
 def stop_when_orphaned(
@@ -96,16 +102,16 @@ def stop_when_orphaned(
 
     threading.Thread(target=watch, daemon=True).start()
 
-
+# %% ../../nbs/training/60_launch.ipynb #run-rank
 def run_rank(
     path: str | Path,  # A run's description
 ) -> None:
     "Run it in this process, and report how it ends; SystemExit with the exit code of the function"
     spec = read_spec(path)
     if place := report_path():
-        report(step=None)
+        write_report(step=None)
         stacks = open(place.with_suffix(".stacks"), "w")  # Stays open: faulthandler holds only its number
-        if ASKS:
+        if CAN_DUMP_STACKS:
             faulthandler.register(signal.SIGUSR2, file=stacks)
         stop_when_orphaned()
     try:
@@ -113,17 +119,17 @@ def run_rank(
         getattr(import_module(module), name)(**spec["arguments"])
     except SystemExit as ended:
         if isinstance(ended.code, str):
-            report(error=ended.code)
+            write_report(error=ended.code)
         else:
-            report(code=ended.code or 0)
+            write_report(code=ended.code or 0)
         raise
     except BaseException as error:
-        report(error=f"{type(error).__name__}: {error}")
+        write_report(error=f"{type(error).__name__}: {error}")
         raise
-    report(code=0)
+    write_report(code=0)
 
 # %% ../../nbs/training/60_launch.ipynb #agent
-def agent(
+def run_torchrun(
     arguments: list[str],  # Of torchrun
 ) -> None:
     "torchrun, which leaves the exit codes of ranks that failed in the folder"
@@ -136,13 +142,13 @@ def agent(
         torchrun(arguments)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        write_json(Path(os.environ[WATCH]) / "codes.json", codes)
+        write_json(Path(os.environ[WATCH_VARIABLE]) / "codes.json", codes)
         sys.exit(1)
     except SignalException as error:
         sys.exit(128 + error.sigval)
 
-
-def command(
+# %% ../../nbs/training/60_launch.ipynb #command-line
+def launch_command(
     spec: Path,
     processes: int,
     nodes: int,
@@ -162,27 +168,29 @@ def command(
     return [*python, "agent", *together, *own, *rank]
 
 # %% ../../nbs/training/60_launch.ipynb #memory-now
-def cgroup_room(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:  # Bytes; None without a limit
+def cgroup_free_memory(
+    root: Path = Path("/sys/fs/cgroup"),
+    own: Path = Path("/proc/self/cgroup"),  # Which groups this process is in
+) -> int | None:  # Bytes; None without a limit
     "What this process's control groups, version 1 or 2, still let it use"
-    names = dict(v2=("memory.max", "memory.current", "inactive_file"))
-    names["v1"] = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    rooms = []
+    v1, v2 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), ("memory.max", "memory.current", "inactive_file")
+    free = []
     for line in own.read_text().splitlines() if own.exists() else []:
         _, kinds, path = line.split(":", 2)
         if kinds not in ("", "memory"):
             continue
-        base, (limit, usage, cache) = root / kinds, names["v1" if kinds else "v2"]
+        base, (limit, usage, cache) = root / kinds, v1 if kinds else v2
         place = base / path.lstrip("/")
         for folder in (place, *place.parents):
             with suppress(OSError, ValueError):  # ValueError: the limit is `max`
                 most, used = (int((folder / name).read_text()) for name in (limit, usage))
                 kept = re.search(rf"^{cache} (\d+)", (folder / "memory.stat").read_text(), re.M)
-                rooms.append(most - used + int(kept[1] if kept else 0))
+                free.append(most - used + int(kept[1] if kept else 0))
             if folder == base:
                 break
-    return min(rooms, default=None)
+    return min(free, default=None)
 
-
+# %% ../../nbs/training/60_launch.ipynb #available-memory
 def available_memory(
     device: str = "cpu",  # Or cuda, cuda:1, ...
 ) -> int:  # Bytes
@@ -191,8 +199,8 @@ def available_memory(
         import torch
 
         return torch.cuda.mem_get_info(torch.device(device))[0]
-    free, room = psutil.virtual_memory().available, cgroup_room()
-    return free if room is None else max(0, min(free, room))
+    free, allowed = psutil.virtual_memory().available, cgroup_free_memory()
+    return free if allowed is None else max(0, min(free, allowed))
 
 
 def memory_kills() -> int:
@@ -204,7 +212,7 @@ def memory_kills() -> int:
 
 # %% ../../nbs/training/60_launch.ipynb #ended
 SAVED, FAILED, HUNG = 75, 1, 124
-LOST = 10  # Seconds that the others get when a rank is lost
+LOST_GRACE = 10  # Seconds that the others get when a rank is lost
 
 # %% ../../nbs/training/60_launch.ipynb #run-ended
 class RunEnded(RuntimeError):
@@ -216,35 +224,35 @@ class RunEnded(RuntimeError):
 
 # %% ../../nbs/training/60_launch.ipynb #read-reports
 def read_reports(folder: Path) -> dict[int, dict]:
-    "What each rank of this machine has told last, by rank"
+    "The last report of each rank of this machine"
     return {int(path.stem[4:]): read_json(path) for path in sorted(folder.glob("rank*.json"))}
 
 
-def is_lost(told: dict) -> bool:
+def is_lost(status: dict) -> bool:
     "Whether this rank has ended in any way but well"
-    if "error" in told or "code" in told:
-        return bool(told.get("code", 1))
+    if "error" in status or "code" in status:
+        return bool(status.get("code", 1))
     try:
-        # A zombie is dead, and torchrun has not looked yet
-        return psutil.Process(told["pid"]).status() == psutil.STATUS_ZOMBIE
+        # A zombie is dead, though torchrun has not noticed yet
+        return psutil.Process(status["pid"]).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
-    except psutil.Error:  # It may not look: the exit code will tell
+    except psutil.Error:  # Not permitted to ask: the exit code will say
         return False
 
-
-def stacks_of(reports: dict[int, dict], folder: Path) -> str:
+# %% ../../nbs/training/60_launch.ipynb #end-ranks
+def dump_stacks(reports: dict[int, dict], folder: Path) -> str:
     "What every rank is doing right now, as Python stack traces"
-    for told in reports.values() if ASKS else ():
+    for status in reports.values() if CAN_DUMP_STACKS else ():
         with suppress(ProcessLookupError):
-            os.kill(told["pid"], signal.SIGUSR2)
+            os.kill(status["pid"], signal.SIGUSR2)
     time.sleep(1)
     return "\n".join(f"rank {rank}:\n{(folder / f'rank{rank}.stacks').read_text()}" for rank in reports)
 
 
-def kill(child: subprocess.Popen, reports: dict[int, dict]) -> None:
+def kill_run(child: subprocess.Popen, reports: dict[int, dict]) -> None:
     "End every rank with all it has started, then, if need be, what started the ranks"
-    for pid, seen in {told["pid"]: told["time"] for told in reports.values()}.items():
+    for pid, seen in {status["pid"]: status["time"] for status in reports.values()}.items():
         with suppress(psutil.Error):
             rank = psutil.Process(pid)
             if rank.create_time() > seen:
@@ -253,14 +261,14 @@ def kill(child: subprocess.Popen, reports: dict[int, dict]) -> None:
                 with suppress(psutil.Error):
                     process.kill()
     try:
-        child.wait(LOST / 2)  # torchrun writes down how its ranks ended
+        child.wait(LOST_GRACE / 2)  # torchrun writes down how its ranks ended
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
 
 # %% ../../nbs/training/60_launch.ipynb #supervise
 @contextmanager
-def catching(*signals: int) -> Iterator[list[int]]:
+def catch_signals(*signals: int) -> Iterator[list[int]]:
     "Signals that arrive inside are added to the list, instead of what they do otherwise"
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -273,7 +281,7 @@ def catching(*signals: int) -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-
+# %% ../../nbs/training/60_launch.ipynb #supervise-run
 def supervise(
     child: subprocess.Popen,
     folder: Path,  # Where the ranks report
@@ -283,42 +291,42 @@ def supervise(
 ) -> tuple[RunEnded | None, set[int]]:  # Why it was ended here, if so; the ranks that were lost first
     "Wait for a run, pass on that it is to stop, and end it if it is lost"
     deadline, reason, asked, first = None, None, False, set()
-    with catching(signal.SIGTERM, signal.SIGINT) as caught:
+    with catch_signals(signal.SIGTERM, signal.SIGINT) as caught:
         while child.poll() is None:
             time.sleep(0.2)
             reports, now = read_reports(folder), time.time()
-            lost = {rank: told for rank, told in reports.items() if is_lost(told)}
+            lost = {rank: status for rank, status in reports.items() if is_lost(status)}
             first = first or set(lost)
             if caught and not asked:
                 asked, deadline = True, now + grace
                 reason = RunEnded(f"was told to stop and did not save within {grace:g} s", 128 + caught[0])
                 whole = len(reports) == processes  # Otherwise not all have started
-                for pid in [told["pid"] for told in reports.values()] if whole else [child.pid]:
+                for pid in [status["pid"] for status in reports.values()] if whole else [child.pid]:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGTERM)
             elif deadline is None:
-                at_work = {rank: told for rank, told in reports.items() if "code" not in told}
-                silent = [rank for rank, told in at_work.items() if now - told["time"] > patience]
+                at_work = {rank: status for rank, status in reports.items() if "code" not in status}
+                silent = [rank for rank, status in at_work.items() if now - status["time"] > patience]
                 if lost:
-                    saving = all(told.get("code") == SAVED for told in lost.values())
-                    deadline = now + (grace if saving else LOST)
+                    saving = all(status.get("code") == SAVED for status in lost.values())
+                    deadline = now + (grace if saving else LOST_GRACE)
                 elif silent:
                     steps = ", ".join(f"rank {r} (step {reports[r]['step'] or 0})" for r in silent)
                     text = f"hung: nothing from {steps} for {patience:g} s. They were here:\n"
-                    deadline, reason = now, RunEnded(text + stacks_of(reports, folder), HUNG)
+                    deadline, reason = now, RunEnded(text + dump_stacks(reports, folder), HUNG)
             if deadline is not None and now >= deadline:
-                kill(child, reports)
+                kill_run(child, reports)
                 return reason, first
     return None, first
 
 # %% ../../nbs/training/60_launch.ipynb #verdict
-STARVED = re.compile("signal: Killed|worker.* exited unexpectedly|reads ahead died|out of memory|allocate memory|bad_alloc|MemoryError", re.I).search
+LACKS_MEMORY = re.compile("signal: Killed|worker.* exited unexpectedly|reads ahead died|out of memory|allocate memory|bad_alloc|MemoryError", re.I).search
 
 
 def memory_note(
     kills: int,  # `memory_kills` before the run
 ) -> str:
-    "What speaks for a lack of memory, and what to do about it"
+    "Whether memory ran out, and what to do about it"
     if count := memory_kills() - kills:
         found = f"out of memory: the kernel has killed {count} processes for it since the run began"
     else:
@@ -327,32 +335,32 @@ def memory_note(
         found += f"; now {available_memory() / 1e9:.1f} of {psutil.virtual_memory().total / 1e9:.1f} GB are free"
     return f"{found}. Use fewer workers, a smaller batch or patch, or ask for more"
 
-
-def verdict(
+# %% ../../nbs/training/60_launch.ipynb #verdict-end
+def explain_end(
     code: int,  # Exit code of what was started
-    reports: dict[int, dict],  # What the ranks told
+    reports: dict[int, dict],  # Of the ranks, by rank
     codes: dict[int, int],  # Exit codes of ranks, negative for signals, where known
     kills: int,  # `memory_kills` before the run
-    first: set[int] = frozenset(),  # Ranks that were lost first; if empty, any may be the cause
+    first: Collection[int] = (),  # Ranks that were lost first; if empty, any may be the cause
 ) -> RunEnded | None:  # None if all is well
     "Why a run ended"
     if code == 0:
         return None
-    at = {rank: f"rank {rank} (step {told.get('step') or 0})" for rank, told in reports.items()}
+    at = {rank: f"rank {rank} (step {status.get('step') or 0})" for rank, status in reports.items()}
     for rank, number in sorted(codes.items()):
         later = first and rank in reports and rank not in first
         if number < 0 and not later and -number not in (signal.SIGTERM, signal.SIGINT):
             note = f": {memory_note(kills)}" if -number == 9 else ""
             name = signal.Signals(-number).name
             return RunEnded(f"{at.get(rank, f'rank {rank}')} was killed by {name}{note}", 128 - number)
-    ended = [(told["time"], rank) for rank, told in reports.items() if "error" in told or told.get("code")]
+    ended = [(status["time"], rank) for rank, status in reports.items() if "error" in status or status.get("code")]
     if not ended:
-        told = "".join(f"; rank {rank}: exit code {number}" for rank, number in codes.items())
+        others = "".join(f"; rank {rank}: exit code {number}" for rank, number in codes.items())
         code = 128 - code if code < 0 else code
-        return RunEnded(f"ended before anything was saved (exit code {code}{told})", code)
+        return RunEnded(f"ended before anything was saved (exit code {code}{others})", code)
     rank = min(ended)[1]
     if error := reports[rank].get("error"):
-        note = f" ({memory_note(kills)})" if STARVED(error) else ""
+        note = f" ({memory_note(kills)})" if LACKS_MEMORY(error) else ""
         return RunEnded(f"{at[rank]}: {error}{note}", FAILED)
     if (code := reports[rank]["code"]) == SAVED:
         return RunEnded(f"{at[rank]} was told to stop and has saved: start the run again, it goes on", SAVED)
@@ -361,7 +369,7 @@ def verdict(
 # %% ../../nbs/training/60_launch.ipynb #launch
 def copy_output(child: subprocess.Popen) -> None:
     "Line by line into the notebook, whose output is not the kernel's standard output"
-    for line in child.stdout:
+    for line in child.stdout or ():
         sys.stdout.write(line)
         sys.stdout.flush()
 
@@ -372,7 +380,7 @@ def launch(
     nodes: int = 1,  # Machines; `launch` is called on each
     rendezvous: str = "",  # `host:port` of one of them, where they meet
     patience: float = 900,  # Seconds without a heartbeat after which the run counts as hung
-    grace: float = 120,  # Seconds to save when it is told to stop
+    grace: float = 120,  # Seconds to save after a signal to stop
 ) -> None:
     "Run in processes of its own and wait; RunEnded, with a code, unless it came to its end"
     for name, value in dict(processes=processes, nodes=nodes, patience=patience, grace=grace).items():
@@ -382,15 +390,15 @@ def launch(
         raise ValueError(f"launch: {nodes} nodes need a rendezvous like 'host:29500', got {rendezvous!r}")
     folder = Path(tempfile.mkdtemp(prefix="mednext-"))
     write_json(folder / "spec.json", read_spec(spec), sort_keys=False)
-    environment = {**os.environ, WATCH: str(folder), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, WATCH_VARIABLE: str(folder), "PYTHONUNBUFFERED": "1"}
     if processes > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")
-    line = command(folder / "spec.json", processes, nodes, rendezvous, folder / "logs")
+    line = launch_command(folder / "spec.json", processes, nodes, rendezvous, folder / "logs")
     inside = "ipykernel" in sys.modules
-    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    pipe: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") if inside else {}
     kills = memory_kills()
     # A session of its own: Ctrl-C in a terminal would otherwise reach every rank, and again through us
-    child = subprocess.Popen(line, env=environment, start_new_session=True, **(pipe if inside else {}))
+    child = subprocess.Popen(line, env=environment, start_new_session=True, **pipe)
     try:
         if inside:
             threading.Thread(target=copy_output, args=[child], daemon=True).start()
@@ -398,14 +406,36 @@ def launch(
         codes = {} if "agent" in line else {0: child.returncode}
         if (path := folder / "codes.json").exists():
             codes = {int(rank): number for rank, number in read_json(path).items()}
-        ended = ended or verdict(child.returncode, read_reports(folder), codes, kills, first)
+        ended = ended or explain_end(child.returncode, read_reports(folder), codes, kills, first)
     finally:
-        kill(child, read_reports(folder))
+        kill_run(child, read_reports(folder))
         shutil.rmtree(folder, ignore_errors=True)
     if ended:
         raise ended
 
 # %% ../../nbs/training/60_launch.ipynb #cost
+def saved_bytes(
+    model: "torch.nn.Module",
+    image: "torch.Tensor",  # Both on the meta device: nothing is computed
+    share: float,  # Bytes of a number over four
+) -> list[int]:
+    "Bytes of each tensor that backward keeps, weights aside"
+    import torch
+
+    kept: dict[int, int] = {}
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = model(image)  # Holds what was kept: else a storage could get the number of another
+    sizes = [int(size * share) for storage, size in kept.items() if storage not in weights]
+    del outputs
+    return sizes
+
+# %% ../../nbs/training/60_launch.ipynb #step
 @dataclass(frozen=True)
 class Step:
     "What decides the cost of a training step"
@@ -420,11 +450,11 @@ class Step:
     deep_supervision: bool = True
     overrides: tuple[tuple[str, object], ...] = ()  # Of the network
 
-    def create(self):
+    def create(self) -> "torch.nn.Module":
         "The network, with random weights"
         from mednext_v2.models.registry import create, get_backbone
 
-        options = dict(self.overrides)
+        options: dict[str, Any] = dict(self.overrides)
         if "patch" in get_backbone(self.network).uses:
             options = {"patch": self.patch} | options
         if self.grad_checkpointing != "none":  # Not every network has it
@@ -432,28 +462,22 @@ class Step:
         return create(self.network, self.in_channels, self.num_classes, self.deep_supervision, **options)
 
     @cache  # noqa: B019, a handful of sizes in a process
-    def cost(self, fused: str | None = None):  # A `scaling.Estimate`
-        "What the step costs, from sizes alone; with blocks in the form that `estimate` calls so"
+    def cost(
+        self,
+        fused: str | None = None,  # The form of blocks, as `estimate` has it
+    ) -> "Estimate":
+        "What the step costs, from sizes alone"
         import torch
+
         from mednext_v2.network.scaling import PRECISIONS, Estimate, count_flops, count_parameters, estimate
 
         with torch.device("meta"):
             model, image = self.create(), torch.empty(self.batch_size, self.in_channels, *self.patch)
         if hasattr(model, "arch"):
-            options = {k: v for k, v in asdict(self).items() if k not in ("network", "overrides")}
-            return estimate(model.arch, **options, fused=fused)
-        kept, share = {}, PRECISIONS[self.precision] / 4
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-
-        def keep(tensor):
-            kept[tensor.untyped_storage()._cdata] = tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outputs = model(image)  # Holds what was kept: else a storage could get the number of another
-        sizes = [int(size * share) for storage, size in kept.items() if storage not in weights]
-        parameters = count_parameters(model)
-        del outputs
+            options = {name: value for name, value in asdict(self).items() if name not in ("network", "overrides")}
+            return estimate(cast(Any, model.arch), **options, fused=fused)
+        share, parameters = PRECISIONS[self.precision] / 4, count_parameters(model)
+        sizes = saved_bytes(model, image, share)
         return Estimate(
             parameters,
             self.batch_size * count_flops(model, self.patch),
@@ -471,12 +495,12 @@ def with_patch(
     stride: int,
 ) -> Step:
     "The same step, one patch of it, cut to a cube of this side; never a single voxel at the bottom"
-    patch = tuple(min(own, side * stride) for own in step.patch)
-    if all(own <= stride for own in patch):
-        patch = (min(step.patch[0], 2 * stride), *patch[1:])
-    return replace(step, patch=patch, batch_size=1)
+    x, y, z = (min(own, side * stride) for own in step.patch)
+    if max(x, y, z) <= stride:
+        x = min(step.patch[0], 2 * stride)
+    return replace(step, patch=(x, y, z), batch_size=1)
 
-
+# %% ../../nbs/training/60_launch.ipynb #dry-step
 def dry_step(
     step: dict,  # The fields of a `Step`
     small: dict,  # Of a smaller one, done first
@@ -510,8 +534,8 @@ def dry_step(
     write_json(out, dict(resident=resident, peak=peak, seconds=seconds))
 
 # %% ../../nbs/training/60_launch.ipynb #forecast
-ENOUGH = {"plain": 300e6, "fused": 100e6}  # Bytes that a dry step keeps at least; the fused form computes more for each
-SLACK = 1.1  # Forecasts were up to 6 % too low for steps of 0.8 to 2.2 GB
+DRY_STEP_BYTES = {"plain": 300e6, "fused": 100e6}  # Bytes that a dry step keeps at least; the fused form computes more for each
+SAFETY_FACTOR = 1.1  # Forecasts were up to 6 % too low for steps of 0.8 to 2.2 GB
 
 
 @dataclass(frozen=True)
@@ -526,13 +550,13 @@ class Forecast:
     def needed(self, step: Step) -> int:
         "Bytes that a process needs for a step"
         cost = step.cost(self.fused)
-        return int(self.resident + SLACK * self.memory * (cost.activation_bytes + cost.working_bytes))
+        return int(self.resident + SAFETY_FACTOR * self.memory * (cost.activation_bytes + cost.working_bytes))
 
     def seconds(self, step: Step) -> float:
         "About how long a step takes"
         return step.cost().flops / self.speed
 
-
+# %% ../../nbs/training/60_launch.ipynb #forecast-step
 def forecast(step: Step, device: str = "cpu") -> Forecast:
     "Measure a dry step; RunEnded if even that does not fit"
     import torch
@@ -540,10 +564,10 @@ def forecast(step: Step, device: str = "cpu") -> Forecast:
 
     fused = fused_form(device)
     with torch.device("meta"):
-        stride = step.create().stride
+        stride = cast(int, step.create().stride)
     side, small = 1, with_patch(step, 1, stride)
     while (dry := with_patch(step, side := 2 * side, stride)).patch != step.patch:
-        if dry.cost(fused).activation_bytes >= ENOUGH["fused" if fused else "plain"]:
+        if dry.cost(fused).activation_bytes >= DRY_STEP_BYTES["fused" if fused else "plain"]:
             break
     folder = Path(tempfile.mkdtemp(prefix="mednext-"))
     try:
@@ -562,23 +586,24 @@ def smaller_patches(patch: tuple[int, int, int], stride: int) -> Iterator[tuple[
     "Ever smaller patches: the longest side loses a stride each time, and one side keeps two"
     while sum(patch) > 4 * stride and max(patch) > stride:
         longest = patch.index(max(patch))
-        patch = tuple(side - stride * (axis == longest) for axis, side in enumerate(patch))
+        x, y, z = (side - stride * (axis == longest) for axis, side in enumerate(patch))
+        patch = x, y, z
         yield patch
 
 
-def as_text(
+def describe_change(
     change: dict,  # Fields of a `Step`
 ) -> str:
     "A change in words"
     shown = {**change, "patch": " x ".join(map(str, change["patch"]))} if "patch" in change else change
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 
-
-def suggest(
+# %% ../../nbs/training/60_launch.ipynb #suggest-changes
+def suggest_changes(
     needed: Callable[[Step], int],  # Bytes for a step, as `Forecast.needed`
     step: Step,  # What does not fit
     available: int,  # Bytes
-    show: Callable[[dict], str] = as_text,  # How to ask for a change
+    show: Callable[[dict], str] = describe_change,  # How to ask for a change
 ) -> list[str]:
     "Changes that make it fit, each checked; empty if nothing does"
     import torch
@@ -588,8 +613,8 @@ def suggest(
     recompute = {"none": ["expansion", "block"], "expansion": ["block"]}.get(step.grad_checkpointing, [])
     if not hasattr(model, "grad_checkpointing") or needed(replace(step, grad_checkpointing="block")) == needed(step):
         recompute = []  # Where blocks are fused, they keep their input alone
-    patches = list(smaller_patches(step.patch, model.stride))
-    kinds = {
+    patches = list(smaller_patches(step.patch, cast(int, model.stride)))
+    kinds: dict[str, list] = {
         "grad_checkpointing": recompute,
         "batch_size": [step.batch_size >> n for n in range(1, step.batch_size.bit_length())],
         "patch": patches,
@@ -611,35 +636,35 @@ def suggest(
 
     return sum(map(first_fit, alone), []) or first_fit(together)
 
-
+# %% ../../nbs/training/60_launch.ipynb #check-memory
 def check_memory(
     step: Step,  # One step of one process
     device: str = "cpu",
     processes: int = 1,  # That share this machine's memory; a GPU belongs to one
     available: int | None = None,  # Bytes for all processes; what is free now, if not given
     measured: Forecast | None = None,  # Of this network and device; measured now, if not given
-    show: Callable[[dict], str] = as_text,  # How to ask for a change
+    show: Callable[[dict], str] = describe_change,  # How to ask for a change
 ) -> tuple[int, float]:  # Bytes and seconds of a step
     "What a step needs; ValueError, with changes that help, if it is more than there is"
     measured = measured or forecast(step, device)
     share = 1 if device.startswith("cuda") else processes
-    room = (available_memory(device) if available is None else available) // share
-    if (need := measured.needed(step)) <= room:
+    limit = (available_memory(device) if available is None else available) // share
+    if (need := measured.needed(step)) <= limit:
         return need, measured.seconds(step)
-    helps = suggest(measured.needed, step, room, show)
+    helps = suggest_changes(measured.needed, step, limit, show)
     advice = "\n  ".join(helps or ["nothing but a smaller network, or more memory"])
     raise ValueError(
-        f"a step of {step.network} needs about {need / 1e9:.2f} GB, but a process can have {room / 1e9:.2f} GB (device {device}). What fits:\n  {advice}"
+        f"a step of {step.network} needs about {need / 1e9:.2f} GB, but a process can have {limit / 1e9:.2f} GB (device {device}). What fits:\n  {advice}"
     )
 
 # %% ../../nbs/training/60_launch.ipynb #main
 def main(
     arguments: list[str] | None = None,  # The command line without the program's name
 ) -> None:
-    "A rank, unless told how many processes to start; SystemExit with the exit code"
+    "Run a rank, or start as many processes as `--processes` says; SystemExit with the exit code"
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["agent"]:
-        return agent(arguments[1:])
+        return run_torchrun(arguments[1:])
     parser = argparse.ArgumentParser("python -m mednext_v2.training.launch", description="Run what a JSON file describes.")
     parser.add_argument("spec", type=Path)
     parser.add_argument("--processes", type=int, help="start and watch so many on this machine")

@@ -24,7 +24,7 @@ from ..core import atomic_file
 from ..models.transfer import freeze
 from .checkpoint import check_identity, read_checkpoint, save_checkpoint, set_aside
 from .engine import gather_state, restore_state
-from .recipe import Average, Recipe, make_optimizer
+from .recipe import WeightAverage, Recipe, make_optimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -101,7 +101,7 @@ class StopSignals:
 
 
 def stop_requested(engine: "Accelerator", signals: StopSignals) -> bool:
-    "Whether this or any other process has been told to stop"
+    "Whether this or any other process got a signal to stop"
     if engine.num_processes == 1:
         return bool(signals.caught)
     flag = torch.tensor(float(bool(signals.caught)), device=engine.device)
@@ -146,7 +146,7 @@ class TrainingState:
         if recipe.freeze:
             freeze(network, recipe.freeze)
         self.model, self.optimizer = engine.prepare(network.train(), make_optimizer(recipe, network))
-        self.average = Average(self.network, recipe.ema) if recipe.ema else None
+        self.average = WeightAverage(self.network, recipe.ema) if recipe.ema else None
         self.progress, self.overflows = Progress(), 0
         self.begin = time.perf_counter()
         with engine.main_process_first():  # It sets damaged files, and an older run, aside
@@ -222,7 +222,7 @@ def save_snapshot(state: TrainingState) -> None:
 
 # %% ../../nbs/training/46_state.ipynb #average
 @contextmanager
-def averaged_weights(model: nn.Module, average: Average | None) -> Iterator[None]:
+def averaged_weights(model: nn.Module, average: WeightAverage | None) -> Iterator[None]:
     "The network with the average of its weights inside; its own weights afterwards"
     if average is None:
         yield
