@@ -136,39 +136,6 @@ def unprepared_data(dataset: "Dataset", raw: Path) -> TrainingData:  # That hold
     known = SimpleNamespace(dataset=dataset, fingerprint=SimpleNamespace(shape=shape))  # All of a `Prepared` that a forecast reads
     return TrainingData({dataset.name: cast("Prepared", known)})
 
-# %% ../nbs/60_finetuning.ipynb #remember
-def build_request(plan: "FinetunePlan") -> dict:
-    "What the weights depend on, as JSON holds it"
-    from mednext_v2.data.datasets import data_files
-    from mednext_v2.models.card import read_card
-
-    facts = [(str(path.relative_to(plan.raw)), path.stat().st_size, path.stat().st_mtime_ns) for path in data_files(plan.raw)]
-    parent = plan.start.model
-    request = dict(
-        data=str(plan.raw.resolve()),
-        files=short_hash(facts),
-        init=plan.start.name,
-        parent=read_card(parent).sha256 if parent else None,
-        backbone=plan.backbone,
-        network=plan.overrides,
-        recipe=asdict(plan.recipe),
-        start=plan.start.options,
-        seed=plan.seed,
-        task=asdict(plan.dataset),
-    )
-    return json.loads(json.dumps(request))
-
-
-def check_request(
-    path: Path,  # plan.json
-    request: dict,
-) -> None:
-    "ValueError, naming what differs, if the folder belongs to another request"
-    if path.is_file():
-        known = read_json(path)
-        if differing := [name for name in request if known.get(name) != request[name]]:
-            raise ValueError(f"{path} was made with other {', '.join(differing)}: choose another folder, or remove it")
-
 # %% ../nbs/60_finetuning.ipynb #steps
 @dataclass(frozen=True)
 class FinetunePlan:
@@ -240,6 +207,39 @@ def make_plan(
         card = read_card(str(start.model))
     backbone = backbone or (card.backbone if card else "mednext_v2_base")
     return FinetunePlan(plan_dataset(raw, spacing, card, options.registry), raw, out, backbone, recipe, overrides, start, seed)
+
+# %% ../nbs/60_finetuning.ipynb #remember
+def build_request(plan: "FinetunePlan") -> dict:
+    "What the weights depend on, as JSON holds it"
+    from mednext_v2.data.datasets import data_files
+    from mednext_v2.models.card import read_card
+
+    facts = [(str(path.relative_to(plan.raw)), path.stat().st_size, path.stat().st_mtime_ns) for path in data_files(plan.raw)]
+    parent = plan.start.model
+    request = dict(
+        data=str(plan.raw.resolve()),
+        files=short_hash(facts),
+        init=plan.start.name,
+        parent=read_card(parent).sha256 if parent else None,
+        backbone=plan.backbone,
+        network=plan.overrides,
+        recipe=asdict(plan.recipe),
+        start=plan.start.options,
+        seed=plan.seed,
+        task=asdict(plan.dataset),
+    )
+    return json.loads(json.dumps(request))
+
+
+def check_request(
+    path: Path,  # plan.json
+    request: dict,
+) -> None:
+    "ValueError, naming what differs, if the folder belongs to another request"
+    if path.is_file():
+        known = read_json(path)
+        if differing := [name for name in request if known.get(name) != request[name]]:
+            raise ValueError(f"{path} was made with other {', '.join(differing)}: choose another folder, or remove it")
 
 # %% ../nbs/60_finetuning.ipynb #fit-model
 def fit_model(plan: FinetunePlan, resources: Resources) -> None:

@@ -510,7 +510,7 @@ def test_two_files_of_one_name_are_refused_and_hidden_ones_are_none(tmp_path):
 def test_the_task_comes_from_a_dataset_json(tmp_path):
     dataset = make_task(**REGIONS)
     write_pairs(tmp_path, {"a": label_maps(2)})
-    with pytest.raises(ValueError, match="no dataset.json in .*name the task"):
+    with pytest.raises(ValueError, match="no dataset.json in .*name the data set"):
         evaluate(tmp_path / "predictions", tmp_path / "truths")
     write_description(dataset, tmp_path / "predictions", 0)
     table = evaluate(tmp_path / "predictions", tmp_path / "truths")

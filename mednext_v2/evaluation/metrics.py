@@ -142,7 +142,7 @@ def _area_within(surfaces: Surfaces, tolerance: float) -> float:
 
 
 def _distance_of_share(surfaces: Surfaces, share: float) -> float:
-    "The distance that a share of each surface keeps; NaN if one is empty"
+    "The distance within which a share of each surface lies from the other, the larger of both; NaN if one is empty"
     if not all(len(areas) for areas in surfaces.areas):
         return float("nan")
     reached = []
@@ -171,7 +171,7 @@ def hausdorff(
     spacing: tuple[float, float, float],  # Size of a voxel in mm
     share: float = 0.95,  # Of the area of each surface
 ) -> float:  # In mm; NaN if a mask is empty
-    "The distance that a share of each surface keeps, the larger of both directions (DeepMind's robust Hausdorff); ValueError for bad shapes or spacing"
+    "The distance within which a share of a surface lies from the other, the larger of both directions, as DeepMind's; ValueError for bad shapes or spacing"
     return _distance_of_share(surface_distances(prediction, truth, spacing), share)
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #match-pairs
@@ -194,7 +194,7 @@ def count_lesions(
     truth: np.ndarray,  # Mask of the same shape
     iou: float = LESION_IOU,  # Overlap from which on a lesion is found
 ) -> dict[str, float]:  # n_lesions, n_tp, n_fp, lesion_f1
-    "True lesions, how many are found, and predicted ones that are none; F1 is NaN if there is neither"
+    "How many true lesions there are, how many of them the prediction finds, how many of its own match none; F1 is NaN without any lesion"
     import cc3d
 
     prediction, truth = _masks(prediction, truth)
@@ -230,7 +230,7 @@ CONVENTIONS = {
 
 def conventions(
     dataset: Dataset,
-    tolerance: float | None = None,  # In mm; the task's own if not given
+    tolerance: float | None = None,  # In mm; the data set's own if not given
 ) -> dict[str, str]:
     "`CONVENTIONS`, with what holds for one task"
     regions = [f"{name} {values}" for name, values in dataset.regions.items()]
@@ -317,7 +317,7 @@ def score_case(
     truth: np.ndarray,  # Label map of the same shape
     spacing: tuple[float, float, float],  # Size of a voxel in mm
     dataset: Dataset,  # Which classes there are, and their groups
-    tolerance: float | None = None,  # For NSD, in mm; the task's own if not given
+    tolerance: float | None = None,  # For NSD, in mm; the data set's own if not given
 ) -> pd.DataFrame:  # Columns label, group, dsc, nsd, n_voxels, n_predicted, ...; one row per class
     "Every metric of every class of a case; ValueError for unequal shapes or values unknown to the task"
     tolerance = dataset.nsd_tolerance if tolerance is None else tolerance
@@ -337,7 +337,7 @@ def score_case(
 def described_dataset(
     path: str | Path,  # A dataset.json, or its folder
 ) -> Dataset:
-    "The task of a dataset.json in nnU-Net's form, as far as scoring needs it; a registered one by its folder's name"
+    "The data set of a dataset.json in nnU-Net's form, as far as scoring needs it; a registered one by its folder's name"
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if dataset := find_registered(folder):
         check_description(dataset, folder)
@@ -378,13 +378,13 @@ def scored_dataset(
     dataset: Dataset | str | Path | None,  # Or its name in the registry, a dataset.json, its folder
     *folders: Path,  # Where a dataset.json is looked for if `task` is None
 ) -> Dataset:
-    "The task to score by; ValueError if nothing names one"
+    "The data set to score by; ValueError if nothing names one"
     if isinstance(dataset, Dataset):
         return dataset
     if dataset is None:
         if found := [folder for folder in folders if (folder / "dataset.json").is_file()]:
             return described_dataset(found[0])
-        raise ValueError(f"no dataset.json in {', '.join(map(str, folders))}: name the task, or give a dataset.json")
+        raise ValueError(f"no dataset.json in {', '.join(map(str, folders))}: name the data set, or give a dataset.json")
     return described_dataset(dataset) if Path(dataset).exists() else get_dataset(str(dataset))
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #files
@@ -405,7 +405,7 @@ def score_files(
     prediction: Path,
     truth: Path,
     dataset: Dataset,
-    tolerance: float | None = None,  # For NSD, in mm; the task's own if not given
+    tolerance: float | None = None,  # For NSD, in mm; the data set's own if not given
 ) -> pd.DataFrame:  # As `score_case` gives it
     "Score one file against another; BadFile names the file that is unfit or lies on another grid"
     guess, true = read_label(prediction), read_label(truth)
@@ -467,7 +467,7 @@ def evaluate(
     predictions: str | Path,  # Folder of label maps, or one file
     truths: str | Path,  # Folder with files of the same names, or one file
     dataset: Dataset | str | Path | None = None,  # Or its name, or a dataset.json; one beside the files if not given
-    tolerance: float | None = None,  # For NSD, in mm; the task's own if not given
+    tolerance: float | None = None,  # For NSD, in mm; the data set's own if not given
     workers: int = 1,  # Processes
     out: str | Path | None = None,  # Folder that gets scores.csv and summary.json
 ) -> pd.DataFrame:  # Columns task, case and those of `score_case`

@@ -292,8 +292,8 @@ def score_rows(
         rows.append(plain | dict(case=str(plain["case"]), number=number, pictures=[], note=""))
     return rows
 
-# %% ../../nbs/evaluation/30_review.ipynb #read-triple
-class Triple(NamedTuple):
+# %% ../../nbs/evaluation/30_review.ipynb #read-case-volumes
+class CaseVolumes(NamedTuple):
     "What a case's pictures are made of, on one grid"
 
     prediction: Volume
@@ -301,12 +301,12 @@ class Triple(NamedTuple):
     image: Volume | None
 
 
-def read_triple(
+def read_case_volumes(
     case: str,
     predictions: dict[str, Path],  # Files by case
     truths: dict[str, Path],
     images: dict[str, Path],
-) -> Triple:
+) -> CaseVolumes:
     "The volumes of a case; FileNotFoundError for a missing label map, BadFile for one that is unfit or on another grid"
     for name, found in (("prediction", predictions), ("truth", truths)):
         if case not in found:
@@ -317,7 +317,7 @@ def read_triple(
     image = None if path is None else read_scan(path)
     if image is not None:
         same_grid(image, truth)
-    return Triple(prediction, truth, image)
+    return CaseVolumes(prediction, truth, image)
 
 # %% ../../nbs/evaluation/30_review.ipynb #illustrate
 def _picture(jpeg: bytes, text: str) -> dict[str, str]:
@@ -327,7 +327,7 @@ def _picture(jpeg: bytes, text: str) -> dict[str, str]:
 
 def illustrate(
     rows: list[dict],  # Of one case; get pictures
-    volumes: Triple,
+    volumes: CaseVolumes,
     dataset: Dataset,
     all_views: set[int],  # Numbers of the rows that get all views, and not only the slice that shows most
 ) -> None:
@@ -354,7 +354,7 @@ def page_data(
     dataset: Dataset,
     title: str,
     sort: str,  # Column whose lowest values come first
-    tolerance: float | None,  # Of the NSD, if it is not the task's own
+    tolerance: float | None,  # Of the NSD, in mm, if it is not the data set's own
 ) -> dict:  # What `page` shows
     "All that the page holds; columns without any value are left out"
     columns = [
@@ -392,7 +392,7 @@ def review(
     sort: str = "dsc",  # Column whose lowest values come first
     pictures: int = 240,  # How many of the worst rows get a slice
     all_views: int = 60,  # How many of those get slices in all directions and a view from the front
-    tolerance: float | None = None,  # Of the NSD, if it is not the task's own
+    tolerance: float | None = None,  # Of the NSD, in mm, if it is not the data set's own
 ) -> Path:  # The page
     "Write the review page of a run, one self-contained HTML file; ValueError for scores of several runs or without the columns needed"
     check_extras()
@@ -404,7 +404,7 @@ def review(
     for case in dict.fromkeys(row["case"] for row in chosen):
         part = [row for row in chosen if row["case"] == case]
         try:
-            illustrate(part, read_triple(case, *files), dataset, set(range(all_views)))
+            illustrate(part, read_case_volumes(case, *files), dataset, set(range(all_views)))
         except (ValueError, OSError) as error:
             for row in part:
                 row["note"] = f"no picture: {error}"

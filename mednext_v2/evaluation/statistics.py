@@ -54,7 +54,7 @@ def means(
     metrics: Sequence[str] = ("dsc", "nsd"),
     order: Sequence[str] = ORDER,  # What is averaged over, first to last
 ) -> pd.DataFrame:  # `by`, then the metrics; one row per group in order of appearance
-    "Means over cases, then classes, then tasks, or in another order; NaN is left out at each level"
+    "Means over cases, then classes, then tasks, or in another order; NaN is left out at each level. ValueError names missing columns"
     by, metrics = list(by), list(metrics)
     require_columns(scores, [*by, *order, *metrics])
     left = [column for column in order if column not in by]
@@ -137,7 +137,7 @@ def _resampled_statistic(parts: list[list[pd.DataFrame]], statistic: Callable, c
     "A statistic of the rows of drawn cases, each draw under a name of its own"
 
     def value(*drawn: np.ndarray) -> float:
-        rows = [parts[task][at].assign(**{cluster: f"{task}-{turn}"}) for task, index in enumerate(drawn) for turn, at in enumerate(index)]
+        rows = [parts[task][at].assign(**{cluster: f"{task}-{draw}"}) for task, index in enumerate(drawn) for draw, at in enumerate(index)]
         return float(statistic(pd.concat(rows, ignore_index=True)))
 
     return value
@@ -152,7 +152,7 @@ def bootstrap(
     cluster: str = "case",  # What is drawn: all rows of one stay together
     method: str = "BCa",  # Or "percentile"
 ) -> Interval:
-    "Bootstrap interval over cases within each task; NaN ends if a task has fewer than two cases"
+    "Bootstrap interval over cases within each task, BCa (Efron, 1987) or of percentiles (Efron, 1979); NaN ends if a task has fewer than two cases"
     require_columns(scores, ["task", cluster])
     parts = [list(part.groupby(cluster, sort=True)) for _, part in scores.groupby("task", sort=True)]
     parts = [[rows for _, rows in part] for part in parts]
@@ -290,7 +290,7 @@ def compare(
     level: float = 0.95,  # Of the interval
     seed: int = 0,  # Of the bootstrap
 ) -> dict:  # difference (a - b), low, high, p, n, a_better, b_better
-    "Paired difference of two methods over cases, with its interval (over seeds too) and Wilcoxon's signed-rank test (two-sided)"
+    "Paired difference of two methods over cases, with its interval (over seeds too) and Wilcoxon's two-sided test; ValueError without a shared case"
     pairs = pair_cases(scores, a, b, metric)
     difference = pairs.a - pairs.b
     sides = [select_method(scores, method) for method in (a, b)]
@@ -308,13 +308,13 @@ def compare(
 # %% ../../nbs/evaluation/20_statistics.ipynb #compare-all
 def compare_all(
     scores: pd.DataFrame,  # Rows of `scores.csv`
-    by: Sequence[str] = ("backbone", "init"),  # Columns that tell methods apart
+    by: Sequence[str] = ("backbone", "init"),  # Columns that identify a method
     metric: str = "dsc",
     against: Mapping[str, object] | None = None,  # Compare all with this one; every pair if not given
     level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:  # Columns a, b, those of `compare`, p_holm
-    "`compare` for many pairs, with p-values corrected for their number"
+    "`compare` for many pairs, with p-values corrected for their number (Holm, 1979); ValueError for a method without rows"
     require_columns(scores, by)
     methods = [dict(zip(by, values)) for values in scores[list(by)].drop_duplicates().itertuples(index=False)]
     if against is not None:
@@ -330,13 +330,13 @@ def compare_all(
 # %% ../../nbs/evaluation/20_statistics.ipynb #ranks
 def rank_stability(
     scores: pd.DataFrame,  # Rows of `scores.csv`
-    by: Sequence[str] = ("backbone", "init"),  # Columns that tell methods apart
+    by: Sequence[str] = ("backbone", "init"),  # Columns that identify a method
     metric: str = "dsc",
     higher: bool = True,  # Whether more is better
     n: int = 2000,  # Draws of cases and seeds
     seed: int = 0,
 ) -> pd.DataFrame:  # `by`, the metric's mean, rank, "rank 1" ... (shares of draws), kendall_tau (mean over draws)
-    "How often each method takes each rank if other cases (and seeds) had been drawn; ValueError if methods lack cases"
+    "How often each method would take each rank on other cases (and with other seeds), as Wiesenfarth et al. (2021) do; ValueError if methods lack cases"
     by = list(by)
     require_columns(scores, [*by, "task", "case", "label", metric])
     groups = list(_with_seed(scores).groupby(by, sort=False))
@@ -361,7 +361,7 @@ def rank_stability(
 # %% ../../nbs/evaluation/20_statistics.ipynb #seeds
 def seed_spread(
     scores: pd.DataFrame,  # Rows of `scores.csv`
-    by: Sequence[str] = ("backbone", "init"),  # Columns that tell methods apart
+    by: Sequence[str] = ("backbone", "init"),  # Columns that identify a method
     metric: str = "dsc",
 ) -> pd.DataFrame:  # `by`, mean, sd, low, high, seeds
     "Mean and standard deviation over training seeds of the declared mean, and its least and largest value"

@@ -386,7 +386,7 @@ def predict_files(
     overwrite: bool = False,  # Replace label maps that are there
     progress: bool = False,  # Whether to show a bar
 ) -> dict[str, Path]:  # Label maps by the scan's name
-    "Label maps, reports and tables of names; ItemsFailed, after all were tried, names the scans that failed"
+    "Write label maps, reports and tables of names; ItemsFailed, after all were tried, names the scans that failed"
     if Path(target).is_symlink() or not is_file_name(Path(target)):
         check_output(target)
     members = load_ensemble(models, settings)

@@ -109,7 +109,7 @@ def load_ensemble(
     folders: str | Path | Sequence[str | Path],  # One model folder, or those of an ensemble
     settings: PredictSettings = PredictSettings(),
 ) -> list[EnsembleMember]:  # On the device asked for
-    "Networks and cards, to be used for many scans; ValueError if folds or members do not fit together, naming the field"
+    "Networks and cards, to be used for many scans; FileNotFoundError without a model, ValueError if folds or members do not fit together"
     from mednext_v2.models.registry import load_model
 
     folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
@@ -167,7 +167,7 @@ class NetworkInput:
     spacing: tuple[float, float, float]  # mm, RAS
     shape: tuple[int, ...]  # Of the whole scan, RAS
     box: tuple[slice, ...]  # Around what is not zero
-    part: tuple[slice, ...]  # Of that box: where labels are wanted
+    part: tuple[slice, ...]  # Of that box: what to label
     mask: np.ndarray | None  # Boolean, whole scan, RAS: outside is background
     header: Header  # Of the first channel
 

@@ -196,10 +196,10 @@ def labels_on_grid(
 # %% ../../nbs/inference/05_windows.ipynb #output-axis
 @dataclass(frozen=True)
 class OutputAxis(WindowAxis):
-    "Windows along one axis, the grid that the logits are brought to, and the part of it that is wanted"
+    "Windows along one axis, the grid that the logits are resampled to, and the part of it to label"
 
     output_size: int  # Voxels of the other grid
-    begin: int  # The part of the other grid that is wanted
+    begin: int  # The part of the other grid to label
     end: int
     nearest: bool = False  # Whether the other grid takes the nearest voxel, instead of interpolating
 
@@ -210,7 +210,7 @@ class OutputAxis(WindowAxis):
 
     @cached_property
     def tiles(self) -> range:
-        "The tiles that the part wanted depends on"
+        "The tiles that the part to label depends on"
         lower, upper, _ = self.neighbours
         first, last = lower[self.begin], upper[self.end - 1]
         needed = [i for i in range(len(self.starts)) if self.tile_in_image(i)[1] > first and self.tile_in_image(i)[0] <= last]
@@ -222,7 +222,7 @@ class OutputAxis(WindowAxis):
         return range(self.windows_over(self.tiles[0])[0], self.tiles[-1] + 1)
 
     def tiles_under(self, window: int) -> list[int]:
-        "The wanted tiles that a window reaches"
+        "The tiles of `tiles` that a window reaches"
         return [i for i in self.tiles if window <= i and self.starts[i] < self.starts[window] + self.patch]
 
     def halo(self, tile: int) -> int:
@@ -340,10 +340,10 @@ class TileBuffer:
 # %% ../../nbs/inference/05_windows.ipynb #add-window
 def next_window(axes: Sequence[WindowAxis], window: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int, ...]:
     "The window after `window` that reaches a tile, or `window` itself if it is the last"
-    for turn in reversed(range(len(window))):
-        if window[turn] < tile[turn]:
-            rest = (axis.windows_over(t)[0] for axis, t in zip(axes[turn + 1 :], tile[turn + 1 :]))
-            return (*window[:turn], window[turn] + 1, *rest)
+    for number in reversed(range(len(window))):
+        if window[number] < tile[number]:
+            rest = (axis.windows_over(t)[0] for axis, t in zip(axes[number + 1 :], tile[number + 1 :]))
+            return (*window[:number], window[number] + 1, *rest)
     return window
 
 
@@ -539,7 +539,7 @@ def sliding_window(
     overlap: float = 0.5,  # Share of a window that its neighbour sees too
     windows: str = "nnunet",  # How they are laid, weighted and padded: as nnU-Net's, or as "monai"
 ) -> Tensor:  # Logits (K, X, Y, Z), float32, on the CPU
-    "Gaussian-weighted mean logits of overlapping windows; ValueError for an image that is not (C, X, Y, Z), a wrong patch, overlap or kind of windows"
+    "Gaussian-weighted mean logits of overlapping windows, as nnU-Net or MONAI computes them; ValueError for an image that is not (C, X, Y, Z)"
     check_windows(image, patch, overlap)
     values = np.array(image, dtype=np.float32)
     axes, budget = lay_windows(values.shape[1:], patch, overlap, windows=windows), MemoryBudget(float("inf"), device="cpu")
@@ -585,7 +585,7 @@ def tiled_labels(
     budget: MemoryBudget = MemoryBudget(),
     on_logits: Callable[[tuple[slice, ...], Tensor], object] | None = None,  # Called with each place and its logits (K, *part)
     windows: str = "nnunet",  # As in `lay_windows`
-) -> np.ndarray:  # On the output grid; 0 outside the part wanted
+) -> np.ndarray:  # On the output grid; 0 outside the part to label
     "The labels that `sliding_window` and `labels_on_grid` give, without logits of the whole scan"
     labels = np.zeros([axis.output_size for axis in axes], np.uint16)
 

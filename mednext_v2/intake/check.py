@@ -30,7 +30,7 @@ from ..core import NEW_FOLDER, ItemsFailed, atomic_folder, check_output, map_ite
 from ..data.scans import ENDINGS, FILE_FAULTS, UnreadableFile, Header, choose_affine, summarise_error, channel_of, split_ending
 from ..data.scans import corner_distance, read_header_bytes, float32_step, stored_affines, grid_distance, grid_tolerance, header_from_nifti
 from ..data.scans import inspect_header, is_nifti, open_bytes, parse_nifti_header, iterate_voxels, format_numbers, mm_per_unit, valid_affine
-from ..data.datasets import ANNOTATED, Dataset, description_difference, parse_annotated, parse_channels, find_registered
+from ..data.datasets import ANNOTATED, FOLDER_NAME, Dataset, description_difference, parse_annotated, parse_channels, find_registered
 
 # %% ../../nbs/intake/30_check.ipynb #faults-set
 FAULTS = {  # Code: severity, what to do
@@ -802,10 +802,9 @@ def find_sets(
     data = Path(data)
     if not data.is_dir():
         raise FileNotFoundError(f"{data} is not a folder: give a data set in nnU-Net's raw layout, or several")
-    pattern = re.compile(r"Dataset\d{3}_.+")
-    inside = sorted(path for path in data.iterdir() if path.is_dir() and pattern.fullmatch(path.name))
+    inside = sorted(path for path in data.iterdir() if path.is_dir() and FOLDER_NAME.fullmatch(path.name))
     own = any((data / name).exists() for name in ("dataset.json", "imagesTr", "labelsTr"))
-    if own or pattern.fullmatch(data.name) and not inside:
+    if own or FOLDER_NAME.fullmatch(data.name) and not inside:
         return [data]
     if not inside:
         raise FileNotFoundError(f"{data} holds neither dataset.json nor DatasetXXX_NAME folders: give another folder")
@@ -833,9 +832,9 @@ def check_all(
 # %% ../../nbs/intake/30_check.ipynb #compare-folders
 def number_faults(folders: list[RawFolder]) -> list[FileFault]:
     "Data sets that share a number"
-    numbers = Counter(folder.name[:10] for folder in folders if re.match(r"Dataset\d{3}_", folder.name))
-    what = "another data set here has the same number"
-    return [FileFault("dataset.json", "dataset-number", what, "", folder.name) for folder in folders if numbers[folder.name[:10]] > 1]
+    numbers = {folder.name: match[1] for folder in folders if (match := FOLDER_NAME.fullmatch(folder.name))}
+    what, times = "another data set here has the same number", Counter(numbers.values())
+    return [FileFault("dataset.json", "dataset-number", what, "", name) for name, number in numbers.items() if times[number] > 1]
 
 
 def compare_folders(folders: list[RawFolder], cases: list[CheckedCase], against: str | Path, workers: int, quick: bool) -> list[FileFault]:

@@ -25,7 +25,7 @@ from nibabel.filebasedimages import ImageFileError
 from ..core import ItemsFailed, FolderKind, atomic_file, check_output, short_hash, map_items, output_lock, read_json, sha256, write_csv, write_json
 from .dicom import draw_structures, find_series, label_values, newest_structure_set, read_series, structure_names, to_ras
 from ..data.scans import BadFile, Volume, as_float32, check_finite, distinct_values, present_values, read_header, read_scan, same_grid
-from ..data.scans import smallest_unsigned_type, stored_files, write_volume
+from ..data.scans import smallest_unsigned_type, stored_files, write_volume, visible_files
 from ..data.datasets import ANNOTATED, Dataset, file_ending, join_labels, load_datasets, partial_cases, find_patient, raw_dataset, read_fold
 from ..data.datasets import write_description
 
@@ -125,11 +125,7 @@ def pair_files(
 # %% ../../nbs/intake/20_convert.ipynb #guard
 def files_of(case: CaseSource) -> list[Path]:
     "Every file that a case is made of, those in its folders too"
-    listed = []
-    for path in (*case.images, *case.label):
-        inside = path.rglob("*") if path.is_dir() else stored_files(path)
-        listed += sorted(p for p in inside if not p.is_dir() and not p.name.startswith("."))
-    return listed
+    return [file for path in (*case.images, *case.label) for file in (visible_files(path) if path.is_dir() else stored_files(path))]
 
 
 def check_files(

@@ -157,7 +157,7 @@ PROFILES = {
 
 ON_PREPARED = "; scored on the prepared grid, not on the scans' own"
 
-# %% ../../nbs/report/10_tables.ipynb #resampling_units
+# %% ../../nbs/report/10_tables.ipynb #resampling-units
 def resampling_units(
     scores: pd.DataFrame,  # The rows that an interval is made from
 ) -> str:

@@ -66,7 +66,7 @@ def report_path() -> Path | None:
 
 
 def write_report(
-    **fields,  # step, error or code
+    **fields: object,  # step, error or code
 ) -> None:
     "Add to the report of this rank; a full disk must not end the run here"
     if path := report_path():
@@ -380,7 +380,7 @@ def launch(
     nodes: int = 1,  # Machines; `launch` is called on each
     rendezvous: str = "",  # `host:port` of one of them, where they meet
     patience: float = 900,  # Seconds without a heartbeat after which the run counts as hung
-    grace: float = 120,  # Seconds to save when it is told to stop
+    grace: float = 120,  # Seconds to save after a signal to stop
 ) -> None:
     "Run in processes of its own and wait; RunEnded, with a code, unless it came to its end"
     for name, value in dict(processes=processes, nodes=nodes, patience=patience, grace=grace).items():
@@ -661,7 +661,7 @@ def check_memory(
 def main(
     arguments: list[str] | None = None,  # The command line without the program's name
 ) -> None:
-    "A rank, unless told how many processes to start; SystemExit with the exit code"
+    "Run a rank, or start as many processes as `--processes` says; SystemExit with the exit code"
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["agent"]:
         return run_torchrun(arguments[1:])

@@ -127,13 +127,13 @@ class LogSumExp(torch.autograd.Function):
     "Over channels, some left out; keeps nothing for the gradient but what the softmax keeps already"
 
     @staticmethod
-    def forward(context, log_probabilities, apart):
+    def forward(context: Any, log_probabilities: Tensor, apart: Tensor) -> Tensor:
         total = log_probabilities.masked_fill(apart, -torch.inf).logsumexp(1, keepdim=True)
         context.save_for_backward(log_probabilities, apart, total)
         return total
 
     @staticmethod
-    def backward(context, gradient):
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         log_probabilities, apart, total = context.saved_tensors
         if torch.is_grad_enabled():  # For a second derivative, nothing may be written over
             return (log_probabilities - total).exp().masked_fill(apart, 0) * gradient, None
@@ -272,13 +272,13 @@ class SumOverProcesses(torch.autograd.Function):
     "The sum of a tensor over all processes; its gradient is summed over them too"
 
     @staticmethod
-    def forward(context, tensor):
+    def forward(context: Any, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(context, gradient):
+    def backward(context: Any, gradient: Tensor) -> Tensor:
         return SumOverProcesses.apply(gradient)
 
 

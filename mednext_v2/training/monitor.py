@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -23,6 +24,9 @@ from ..core import peak_bytes, write_json
 from .recipe import Recipe, learning_rate
 from .state import Progress, TrainingState, is_due
 from .validation import PatchValidation, save_picture
+
+if TYPE_CHECKING:
+    from dvclive.live import Live
 
 # %% ../../nbs/training/48_monitor.ipynb #display
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ def warn_on_error(
         warnings.warn(f"{what}: left out, {type(error).__name__}: {' '.join(str(error).split())[:200]}", stacklevel=3)
 
 # %% ../../nbs/training/48_monitor.ipynb #curves
-def open_dvclive(folder: Path):  # A `dvclive.live.Live`; None if it is not installed, or broken
-    "DVCLive that writes to a folder, and looks for no repository"
+def open_dvclive(folder: Path) -> "Live | None":  # None if it is not installed, or broken
+    "DVCLive that writes to a folder, without a repository"
     try:
         from dvclive import Live  # pyright: ignore[reportPrivateImportUsage] (as its documentation has it)
     except ImportError:
@@ -58,8 +62,8 @@ def open_dvclive(folder: Path):  # A `dvclive.live.Live`; None if it is not inst
         return None
 
     class Curves(Live):
-        def _init_dvc(self):
-            "No repository is looked for or made"
+        def _init_dvc(self) -> None:
+            "Neither search for a repository nor make one"
 
     with warn_on_error("curves"):
         return Curves(dir=str(folder), save_dvc_exp=False, dvcyaml=None)
@@ -109,7 +113,7 @@ def progress_bar(recipe: Recipe, start: int, description: str, show: bool) -> tq
     )
 
 # %% ../../nbs/training/48_monitor.ipynb #manifest-parts
-def value_or_unavailable(function: Callable, *arguments) -> object:
+def value_or_unavailable(function: Callable, *arguments: object) -> object:
     "What a function returns, or `not available` if it raises"
     try:
         return function(*arguments)
@@ -189,7 +193,7 @@ class Reporter:
         self.begin = time.perf_counter()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.bar.close()
         self.curves.__exit__(*error)
         for tracker in self.state.engine.trackers:  # Not `end_training`: it would part the processes as well

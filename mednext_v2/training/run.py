@@ -91,7 +91,7 @@ def read_data(
     data: str | Path | list | tuple,  # A prepared data set, or several
     heads: str = "shared",  # Or own
 ) -> TrainingData:
-    "Prepared data for a training; ValueError for overlapping regions where classes have to be told apart"
+    "Prepared data for a training; ValueError for overlapping regions where classes have to exclude each other"
     from mednext_v2.data.mixture import union_labels
     from mednext_v2.data.preprocess import Prepared
 

@@ -101,7 +101,7 @@ class StopSignals:
 
 
 def stop_requested(engine: "Accelerator", signals: StopSignals) -> bool:
-    "Whether this or any other process has been told to stop"
+    "Whether this or any other process got a signal to stop"
     if engine.num_processes == 1:
         return bool(signals.caught)
     flag = torch.tensor(float(bool(signals.caught)), device=engine.device)

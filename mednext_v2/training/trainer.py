@@ -8,10 +8,10 @@ __all__ = ['training_sampler', 'fit']
 # %% ../../nbs/training/50_trainer.ipynb #imports
 import math
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Resources, check_output, output_lock
-from ..data.augment import PatchSampler, Sampler, patch_loader
+from ..data.augment import CaseReader, PatchSampler, Sampler, patch_loader
 from ..data.mixture import LabelSpace, MixtureSampler, mix, select_outputs
 from .checkpoint import identity
 from .engine import gather_state, make_engine, set_speed_options
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/training/50_trainer.ipynb #sampler
 def training_sampler(
     recipe: Recipe,
-    prepared,  # A `Prepared` folder or `ArrayCases` with a `train` split; by data set if `labels` are given
+    prepared: CaseReader | Mapping[str, CaseReader],  # A `Prepared` folder or `ArrayCases` with a `train` split; by data set if `labels` are given
     seed: int = 0,
     labels: LabelSpace | None = None,  # Of a mixture of data sets
     weights: dict[str, float] | str = "sqrt",  # By data set: see `MixtureSampler`
@@ -57,8 +57,18 @@ def training_sampler(
 
     ValueError if there is no case to train on, or if the data sets of a mixture do not fit together."""
     if labels is None:
-        return PatchSampler(prepared, "train", recipe.patch, recipe.batch_size, recipe.foreground, recipe.augment, seed)
-    return mix(prepared, recipe.patch, recipe.batch_size, weights, labels, seed=seed, allow=allow, foreground=recipe.foreground, augment=recipe.augment)
+        return PatchSampler(cast(CaseReader, prepared), "train", recipe.patch, recipe.batch_size, recipe.foreground, recipe.augment, seed)
+    return mix(
+        cast("Mapping[str, CaseReader]", prepared),
+        recipe.patch,
+        recipe.batch_size,
+        weights,
+        labels,
+        seed=seed,
+        allow=allow,
+        foreground=recipe.foreground,
+        augment=recipe.augment,
+    )
 
 # %% ../../nbs/training/50_trainer.ipynb #shard
 class SamplerShard:
@@ -66,7 +76,7 @@ class SamplerShard:
 
     def __init__(
         self,
-        sampler,  # With `batch_size`, `sample`, `locate` and `fingerprint`, as a `MixtureSampler`
+        sampler: Any,  # With `batch_size`, `sample`, `locate` and `fingerprint`, as a `MixtureSampler`
         rank: int,
         count: int,  # Processes
     ):
@@ -81,7 +91,7 @@ class SamplerShard:
 
 
 def shard_sampler(
-    sampler,  # As `fit` takes it
+    sampler: Any,  # As `fit` takes it
     rank: int,
     count: int,  # Processes; `check_same_run` has found the batch to be divisible by them
 ) -> Sampler:

@@ -8,13 +8,13 @@ __all__ = ['patch_validation']
 # %% ../../nbs/training/44_validation.ipynb #imports
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..core import atomic_file
-from ..data.augment import PatchSampler
+from ..data.augment import CaseReader, PatchSampler
 from ..data.mixture import LabelSpace, known_only, mix, select_outputs
 from .losses import finest
 from .recipe import Recipe
@@ -129,7 +129,7 @@ def save_picture(
 # %% ../../nbs/training/44_validation.ipynb #patch-validation
 def patch_validation(
     recipe: Recipe,
-    prepared,  # A `Prepared` folder or `ArrayCases` with a `val` split; by data set if `labels` are given
+    prepared: CaseReader | Mapping[str, CaseReader],  # A `Prepared` folder or `ArrayCases` with a `val` split; by data set if `labels` are given
     batches: int = 4,  # How many of the recipe's size, for each data set
     seed: int = 0,
     labels: LabelSpace | None = None,  # Of a mixture of data sets
@@ -139,7 +139,7 @@ def patch_validation(
 
     ValueError if there is no case to validate on, or if the data sets of a mixture do not fit together."""
     if labels is None:
-        sampler = PatchSampler(prepared, "val", recipe.patch, recipe.batch_size, 1.0, "none", seed)
+        sampler = PatchSampler(cast(CaseReader, prepared), "val", recipe.patch, recipe.batch_size, 1.0, "none", seed)
         return PatchValidation([sampler.batch(step) for step in range(batches)], getattr(prepared, "dataset", None))
     assert isinstance(prepared, Mapping)
     sets = {name: one for name, one in prepared.items() if one.ids("val")} or dict(prepared)
