@@ -186,7 +186,7 @@ def main() -> None:
     chosen = options.parse_args()
     if chosen.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("this torch sees no GPU: --device cpu runs the same code, slowly")
-    case = {"width": chosen.width, "depths": BASE, "ratios": BASE, "batch": chosen.batch_size, "side": chosen.side}
+    case = {"width": chosen.width, "depths": BASE, "ratios": BASE, "batch": chosen.batch, "side": chosen.side}
     known = machine() | ({"gpu": torch.cuda.get_device_name()} if chosen.device == "cuda" else {})
     limits = peaks(chosen.device)
     found = measure(case, chosen.device, chosen.sides, chosen.repeats, chosen.precision)

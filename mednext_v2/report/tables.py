@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from html import escape, unescape
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import pandas as pd
@@ -23,8 +23,6 @@ from ..study.paths import StudyPaths
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from mednext_v2.data.datasets import Dataset
 
 # %% ../../nbs/report/10_tables.ipynb #published
 PUBLISHED_COLUMNS = "model backbone pretraining init patch metric value source known".split()
@@ -501,8 +499,18 @@ def format_main_table(
 WARM = ("#FF3B30", "#FFD60A", "#FF9F0A")
 COOL = ("#4CC9F0", "#57CC99", "#B388EB", "#F4A6C0", "#3A86FF", "#C7A17A", "#80ED99", "#9FA8DA", "#E0E0E0", "#2EC4B6")
 
+
+class HasLabels(Protocol):
+    "A `Dataset`, or the `Card` of a model: classes, and which of them are pathology"
+
+    @property
+    def labels(self) -> dict[str, int]: ...
+
+    @property
+    def groups(self) -> dict[str, str] | str: ...
+
 # %% ../../nbs/report/10_tables.ipynb #label-colours
-def label_colours(dataset: "Dataset") -> dict[str, str]:  # Colour of every label
+def label_colours(dataset: HasLabels) -> dict[str, str]:  # Colour of every label
     "Warm colours for pathology and cool ones for organs, in the order of the data set"
     palettes = {"pathology": iter(WARM * 99), "organ": iter(COOL * 99)}
     groups = cast("dict[str, str]", dataset.groups)  # By label, once it is built
@@ -511,7 +519,7 @@ def label_colours(dataset: "Dataset") -> dict[str, str]:  # Colour of every labe
 
 def best_slice(
     labels: np.ndarray,  # Label map (X, Y, Z)
-    dataset: "Dataset",  # Pathology is preferred, if there is any
+    dataset: HasLabels,  # Pathology is preferred, if there is any
 ) -> int:  # Index along Z
     "The axial slice that shows most: the largest cut through pathology if there is any, else most classes"
     groups = cast("dict[str, str]", dataset.groups)
