@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from .core import atomic_file, build, read_json, read_yaml, root
+from .study.arithmetic import pin_arithmetic
 from .study.plan import StudyPlan
 
 # %% ../nbs/70_stages.ipynb #notebook-parameters
@@ -166,6 +167,7 @@ def main(
     options = parser().parse_args(arguments)
     try:
         if options.command == "run":
+            pin_arithmetic()
             run_stage(options.notebook, options.out, *options.pairs)
         elif options.command == "params":
             print(f"{compose_params(options.profile).name} holds the profile {options.profile}")
