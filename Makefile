@@ -11,7 +11,7 @@ JOBS ?= $(if $(filter paper,$(PROFILE)),1,2)
 export OMP_NUM_THREADS ?= 1
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup repro smoke lint test bench params export readme clean distclean
+.PHONY: help setup repro verify smoke lint test bench params export readme clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -35,6 +35,9 @@ repro: $(READY) ## Regenerate results, tables and figures of a profile with DVC
 	@dvc stage list --name-only | grep '^pretrain@' | xargs -P $(JOBS) -I{} sh -c 'dvc repro -s {} || exit 1' || true
 	@dvc repro  # Whatever is left, and what two DVC processes did not get past each other
 	@echo "scores, tables and figures: results/$(PROFILE)"
+
+verify: $(READY) ## Compare the results of make repro with the committed ones (RECORD=1 adds this machine to benchmarks/machines.md)
+	@python -m mednext_v2.report.verify $(PROFILE) $(if $(RECORD),--record)
 
 smoke: $(READY) ## Run the whole pipeline at toy size in a scratch copy
 	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && git clone --quiet . "$$copy/mednext_v2" && cd "$$copy/mednext_v2" \

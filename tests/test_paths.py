@@ -12,7 +12,7 @@ from mednext_v2.study.paths import StudyPaths, scratch
 ROOT = Path(__file__).parents[1]
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 PATHS = StudyPaths("mini")
-TABLES = ("scores.csv", "ablations.csv", "models.csv", "features.csv", "metrics.json")
+TABLES = ("digests.json", "scores.csv", "ablations.csv", "models.csv", "features.csv", "metrics.json")
 OUTS = {
     "suite": [PATHS.raw, PATHS.runs("suite")],
     "prepare": [PATHS.prepared, PATHS.runs("prepare")],

@@ -69,7 +69,7 @@ def describe_machine(
     try:
         a, count, start = torch.randn(512, 512), 0, time.perf_counter()
         while (spent := time.perf_counter() - start) < seconds:
-            a @ a
+            torch.mm(a, a)
             count += 1
     finally:
         torch.set_num_threads(threads)
