@@ -380,10 +380,12 @@ def plan(options: argparse.Namespace) -> str:
 
 
 def results(options: argparse.Namespace) -> str:
-    "Show rows or means of a result table"
-    from mednext_v2.report.tables import read_table, select_rows, summary
+    "Show rows or means of a result table; of rows that were asked for also what made them"
+    from mednext_v2.report.provenance import describe_provenance
+    from mednext_v2.report.tables import find_rows, read_table, summary
+    from mednext_v2.study.paths import StudyPaths
 
-    table = select_rows(read_table(options.profile, options.table), [pair.split("=", 1) for pair in options.where])
+    table = find_rows(read_table(options.profile, options.table), options.where)
     if options.by:
         by = options.by.split(",")
         if options.table not in ("scores", "ablations"):
@@ -391,7 +393,9 @@ def results(options: argparse.Namespace) -> str:
         table = summary(table, by)
     if options.csv:
         return table.to_csv(index=False).rstrip("\n")
-    return table.to_string(index=False, float_format="{:.4g}".format, na_rep="not available")
+    shown = table.to_string(index=False, float_format="{:.4g}".format, na_rep="not available")
+    path = StudyPaths(options.profile).results / f"{options.table}.csv"
+    return f"{shown}\n\n{describe_provenance(path, options.profile)}" if options.where else shown
 
 # %% ../nbs/90_cli.ipynb #shared-options
 def at_least(least: int) -> Callable[[str], int]:
@@ -648,7 +652,13 @@ def add_evaluation_commands(add: Callable[..., argparse.ArgumentParser]) -> None
     command = add("results", results, "Show and filter the result tables of a profile.", "results --where init=scratch --by backbone")
     command.add_argument("--profile", default="mini", help="smoke, mini, study or paper (default: mini)")
     command.add_argument("--table", default="scores", help="scores, ablations, models or features (default: scores)")
-    command.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="keep only rows with these values")
+    command.add_argument(
+        "--where",
+        nargs="+",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="show only rows with these values, or the row of this number (from 1), and what made them: commit, data, versions",
+    )
     command.add_argument("--by", metavar="COLUMN,COLUMN", help="show means with 95 %% intervals, grouped by these columns")
     command.add_argument("--csv", action="store_true", help="print CSV")
 

@@ -777,6 +777,18 @@ def short_hash(
     text = json.dumps(values, sort_keys=True, default=plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+# %% ../nbs/00_core.ipynb #code-digest
+def code_digest(
+    parts: Iterable[str],  # Rooms, or modules as `room/module`
+) -> str:
+    "A hash of the source of some parts of this package; FileNotFoundError for one that is not there"
+    import mednext_v2
+
+    package, files = Path(mednext_v2.__file__).parent, []
+    for part in parts:
+        files += sorted((package / part).rglob("*.py")) if (package / part).is_dir() else [package / f"{part}.py"]
+    return short_hash([path.read_text(encoding="utf-8") for path in files])
+
 # %% ../nbs/00_core.ipynb #peak-bytes
 def peak_bytes() -> int:
     "The most memory that this process alone has had so far"

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from mednext_v2.core import build, params, read_yaml
+from mednext_v2.core import build, code_digest, params, read_yaml
 from mednext_v2.public import stub
 from mednext_v2.rooms import ROOMS, chapters, floor_plan, import_graph, imported_modules, reachable_modules, room_of
 from mednext_v2.stages import compose_params, notebook_parameters, profiles, readme
 from mednext_v2.study.plan import StudyPlan
-from mednext_v2.training.checkpoint import STEP_MODULES, TRAINING_ROOMS, code_digest
+from mednext_v2.training.checkpoint import STEP_MODULES, TRAINING_ROOMS
 
 ROOT = Path(__file__).parents[1]
 THIN = sorted([*(ROOT / "nbs/pipeline").glob("*.ipynb"), *(ROOT / "nbs/paper").glob("*.ipynb")])

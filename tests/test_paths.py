@@ -12,7 +12,8 @@ from mednext_v2.study.paths import StudyPaths, scratch
 ROOT = Path(__file__).parents[1]
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 PATHS = StudyPaths("mini")
-TABLES = ("digests.json", "scores.csv", "ablations.csv", "models.csv", "features.csv", "metrics.json")
+CSVS = ("scores.csv", "ablations.csv", "models.csv", "features.csv")
+TABLES = ("digests.json", *CSVS, *(f"{name}.json" for name in CSVS), "metrics.json")
 OUTS = {
     "suite": [PATHS.raw, PATHS.runs("suite")],
     "prepare": [PATHS.prepared, PATHS.runs("prepare")],

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import read_csv, rows_of, write_csv, write_json
+from ..core import read_csv, rows_of, write_json
 from ..data.preprocess import Prepared
+from .provenance import write_result
 from .tables import summary
 from ..scoring.ablations import MODEL_COLUMNS, model_row
 from ..scoring.evaluate import SCORE_COLUMNS
@@ -32,7 +33,7 @@ def collect(
     order = ["task", "backbone", "init", "seed", "case"]
     parts = [read_csv(file) for file in files]
     scores = pd.concat(parts, ignore_index=True).sort_values(order, kind="stable")
-    write_csv(Path(out) / "scores.csv", scores)
+    write_result(Path(out) / "scores.csv", scores)
     means = summary(scores, ["backbone", "init"])
     metrics: dict = {}
     for row in rows_of(means):
@@ -65,7 +66,7 @@ def main_models(profile: str, plan: StudyPlan) -> list[dict]:
 
 # %% ../../nbs/report/15_collect.ipynb #collect-tables
 def collect_tables(profile: str, plan: StudyPlan) -> dict[str, pd.DataFrame]:  # By name: ablations, models, features
-    "Write ablations.csv, models.csv and features.csv of a profile from what its stages left"
+    "Write ablations.csv, models.csv and features.csv of a profile, with their provenance, from what its stages left"
     paths = StudyPaths(profile)
 
     def gather(pattern: str, columns: Sequence[str]) -> pd.DataFrame:
@@ -80,5 +81,5 @@ def collect_tables(profile: str, plan: StudyPlan) -> dict[str, pd.DataFrame]:  #
         "features": gather("features/features.csv", ["profile", "variant", "step"]),
     }
     for name, table in tables.items():
-        write_csv(paths.results / f"{name}.csv", table)
+        write_result(paths.results / f"{name}.csv", table)
     return tables

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 import pandas as pd
 
-from ..core import atomic_file, read_csv, root, rows_of, write_csv
+from ..core import atomic_file, read_csv, root, rows_of
 from ..evaluation.statistics import compare, mean_interval
+from .provenance import write_result
 from ..study.paths import StudyPaths
 
 if TYPE_CHECKING:
@@ -91,6 +92,23 @@ def select_rows(
             raise ValueError(f"no {column} is {value!r}; there are: {', '.join(sorted(set(text))[:20])}")
         table = table[text == value]
     return table
+
+# %% ../../nbs/report/10_tables.ipynb #find-rows
+def find_rows(
+    table: pd.DataFrame,
+    words: Sequence[str],  # COLUMN=VALUE, several with commas between, or the number of one row, counted from 1
+) -> pd.DataFrame:
+    "Rows that meet all conditions; ValueError for a row, a column or a value that is not there"
+    parts = [part for word in words for part in re.split(r",(?=\w+=)", word)]
+    numbers = [part for part in parts if part.isdecimal()]
+    if wrong := [part for part in parts if "=" not in part and part not in numbers]:
+        raise ValueError(f"{wrong[0]!r} is neither COLUMN=VALUE nor the number of a row")
+    if len(numbers) > 1:
+        raise ValueError(f"one row can be asked for by its number, not {len(numbers)}")
+    if numbers and not 1 <= int(numbers[0]) <= len(table):
+        raise ValueError(f"there is no row {numbers[0]}: the table has {len(table)}")
+    some = table.iloc[[int(number) - 1 for number in numbers]] if numbers else table
+    return select_rows(some, [(column, value) for column, _, value in (part.partition("=") for part in parts if part not in numbers)])
 
 # %% ../../nbs/report/10_tables.ipynb #summary
 def summary(
@@ -360,9 +378,9 @@ def save_table(
     caption: str,  # For the HTML
     shown: pd.DataFrame | None = None,  # What the HTML shows, with cells in HTML, if it is not `table`
 ) -> list[Path]:  # The CSV, the HTML and the LaTeX
-    "Write a table as CSV (bare numbers, empty where not available), as an HTML page, and as LaTeX for booktabs"
+    "Write a table as CSV (bare numbers, empty where not available; with its provenance below results/), as an HTML page, and as LaTeX for booktabs"
     paths = [Path(folder) / f"{name}.{suffix}" for suffix in ("csv", "html", "tex")]
-    write_csv(paths[0], table)
+    write_result(paths[0], table)
     with atomic_file(paths[2]) as temporary:
         temporary.write_text(table_latex(table if shown is None else shown, caption, name), encoding="utf-8")
     body = table_html(table, caption) if shown is None else table_html(shown, caption, escape_cells=False)

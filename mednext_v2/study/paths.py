@@ -65,3 +65,12 @@ class StudyPaths:
 def scratch(*names: str) -> Path:
     "What is needed while a stage runs: checkpoints by the key of a run, folds, corpora with fewer cases"
     return root().joinpath("scratch", *names)
+
+# %% ../../nbs/study/25_paths.ipynb #profile-of
+def profile_of(path: Path) -> str:  # Empty for a file elsewhere
+    "The profile below whose results a file lies"
+    try:
+        inside = path.resolve().relative_to(StudyPaths("").results.resolve())
+    except (FileNotFoundError, ValueError):  # No project around, or another place
+        return ""
+    return inside.parts[0] if len(inside.parts) > 1 else ""

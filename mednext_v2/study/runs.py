@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from ..core import FolderKind, Resources, atomic_folder, short_hash, run_jobs, read_csv, read_json, sha256, write_json
+from ..core import FolderKind, Resources, atomic_folder, code_digest, read_csv, read_json, run_jobs, sha256, short_hash, write_json
 from ..data.preprocess import Prepared, fold_view
 from ..models.card import read_card
 from ..models.transfer import Start
 from .paths import scratch
 from .plan import StudyPlan
-from ..training.checkpoint import TRAINING_ROOMS, code_digest
+from ..training.checkpoint import TRAINING_ROOMS
 from ..training.monitor import Display
 from ..training.recipe import Recipe
 from ..training.run import TrainSettings, train_in_processes

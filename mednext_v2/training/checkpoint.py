@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/training/30_checkpoint.ipynb #imports
-from collections.abc import Sequence
 import dataclasses
 import errno
 import hashlib
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import atomic_file, short_hash
+from ..core import atomic_file, code_digest, short_hash
 from .recipe import Recipe
 
 # %% ../../nbs/training/30_checkpoint.ipynb #same
@@ -39,18 +38,6 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-# %% ../../nbs/training/30_checkpoint.ipynb #code-digest
-def code_digest(
-    parts: Sequence[str],  # Rooms, or modules as `room/module`
-) -> str:
-    "A hash of the source of some parts of this package; FileNotFoundError for one that is not there"
-    import mednext_v2
-
-    package, files = Path(mednext_v2.__file__).parent, []
-    for part in parts:
-        files += sorted((package / part).rglob("*.py")) if (package / part).is_dir() else [package / f"{part}.py"]
-    return short_hash([path.read_text(encoding="utf-8") for path in files])
 
 # %% ../../nbs/training/30_checkpoint.ipynb #fused-parts
 def fused_parts(model: nn.Module) -> str:
