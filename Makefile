@@ -1,8 +1,8 @@
 # `make help` lists the targets. Each does the set-up it needs: a virtual environment in .venv, from pinned versions.
 PROFILE ?= mini
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3 2>/dev/null))
-VENV := .venv
-BIN := $(CURDIR)/$(VENV)/bin
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 export PATH := $(BIN):$(PATH)
 # Pretrainings side by side: DVC runs one stage at a time, and at this size a training uses one core

@@ -1,157 +1,106 @@
-"The variables of a shell, and the systems that a run meets"
+"The environment as files: a lock with hashes, and the Dockerfile and dev container that are made from it"
 
+import configparser
+import fnmatch
+import json
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from torch import nn
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from mednext_v2.core import Resources
-from mednext_v2.training.recipe import get_recipe
-
-
-@pytest.fixture
-def engine():
-    "Makes an engine for a small network"
-
-    def make(precision="fp32", **options):
-        from mednext_v2.training.engine import make_engine
-
-        recipe = get_recipe("smoke", precision=precision, grad_accum_steps=2)
-        return make_engine(recipe, nn.Conv3d(1, 1, 1), Resources(**{"device": "cpu"} | options))
-
-    return make
+ROOT = Path(__file__).parents[1]
+LOCKS = ("build", "all", "torch-cpu", "torch-nvidia")
+DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+MARKERS = {"sys_platform": "linux", "platform_machine": "x86_64", "python_version": "3.11"}
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("GRADIENT_ACCUMULATION_STEPS", "4"),
-        ("MIXED_PRECISION", "bf16"),
-        ("MIXED_PRECISION", "fp8"),
-        ("DYNAMO_BACKEND", "inductor"),
-        ("TORCH_DEVICE", "cuda:1"),
-        ("USE_FSDP", "true"),
-        ("USE_DEEPSPEED", "True"),
-        ("USE_MEGATRON_LM", "true"),
-        ("USE_PARALLELISM_CONFIG", "true"),
-        ("USE_SAGEMAKER", "1"),
-    ],
-)
-def test_a_variable_against_the_recipe_is_refused_by_name(name, value, engine, monkeypatch):
-    monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    with pytest.raises(ValueError, match=rf"^ACCELERATE_{name}={value.lower()} in the environment contradicts .* unset it") as error:
-        engine()
-    assert "\n" not in str(error.value)
+def read_lock(name: str) -> dict[str, str]:  # Version by package
+    "The versions of a lock; an entry without a hash, or a line that is none, fails"
+    text = (ROOT / f"environment/{name}.txt").read_text(encoding="utf-8")
+    entry = r"([a-z0-9][a-z0-9-]*)==(\S+)(?: \\\n    --hash=sha256:[0-9a-f]{64})+\n"
+    found = dict(re.findall(entry, text))
+    assert re.sub(entry, "", re.sub(r"^#.*\n", "", text, flags=re.M)) == "", f"environment/{name}.txt holds lines that are no locked package"
+    return found
 
 
-def test_the_cpu_is_not_taken_for_a_gpu_unasked(monkeypatch):
-    from mednext_v2.training.engine import check_environment
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "yes")
-    check_environment(get_recipe("smoke"), cpu=True, parallel="ddp")
-    with pytest.raises(ValueError, match="ACCELERATE_USE_CPU=yes"):
-        check_environment(get_recipe("smoke"), cpu=False, parallel="ddp")
-
-
-@pytest.mark.parametrize("precision, words", [("fp32", "no"), ("bf16", "bf16")])
-@pytest.mark.parametrize("steps", ["1", "2"])
-def test_variables_that_agree_change_nothing(precision, words, steps, engine, monkeypatch):
-    "`accelerate launch` sets some where it was told nothing; two parts are what the recipe has"
-    values = dict(GRADIENT_ACCUMULATION_STEPS=steps, MIXED_PRECISION=words, DYNAMO_BACKEND="NO", USE_CPU="1", TORCH_DEVICE="cpu", USE_FSDP="false")
-    for name, value in values.items():
-        monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    made = engine(precision)
-    assert made.gradient_accumulation_steps == 1 and made.mixed_precision == words
-    assert made.device.type == "cpu" and made.state.dynamo_plugin.backend == "NO"
+def asked_for() -> list[Requirement]:
+    "Requirements of `make setup` but those of benchmarks/peers.txt"
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    command = (ROOT / "Makefile").read_text(encoding="utf-8")
+    extras = re.search(r"-e '\.\[([\w,]+)\]'", command)[1].split(",")
+    words = [settings["DEFAULT"][key] for key in ("requirements", *(f"{extra}_requirements" for extra in extras))]
+    return [Requirement(word) for word in " ".join(words).split()]
 
 
-WITHOUT = """
-import os, signal, sys, faulthandler
-import psutil, torch, torch.distributed.run, monai.inferers, monai.networks.nets, accelerate  # Which have their own ways on each system
-for module in ("fcntl", "resource", "pwd", "grp", "termios"):
-    sys.modules[module] = None
-for place, names in {
-    os: "O_NOFOLLOW O_DIRECTORY O_CLOEXEC sched_getaffinity getuid geteuid getpgid killpg fork statvfs fchmod getloadavg",
-    signal: "SIGKILL SIGUSR1 SIGUSR2 SIGHUP SIGQUIT SIGCHLD SIGALRM",
-    faulthandler: "register",
-}.items():
-    for name in names.split():
-        if hasattr(place, name):
-            delattr(place, name)
-"""
-
-TOY = """
-import importlib, pathlib, pkgutil
-import mednext_v2
-for module in pkgutil.iter_modules(mednext_v2.__path__):
-    importlib.import_module("mednext_v2." + module.name)
-from mednext_v2.models.registry import create
-from mednext_v2.core import FolderKind, atomic_folder, peak_bytes, write_json
-from mednext_v2.inference.windows import sliding_window
-from mednext_v2.training.recipe import get_recipe
-from mednext_v2.core import Resources
-from mednext_v2.training.monitor import Display
-from mednext_v2.training.trainer import fit
-
-class Toy:
-    "Steps of noise"
-    def __getitem__(self, step):
-        draw = torch.Generator().manual_seed(step)
-        image = torch.randn(2, 1, 32, 32, 32, generator=draw)
-        return image, (image > 0).long()
-
-torch.set_num_threads(1)
-model = create("mednext_v2_tiny", 1, 2, True)
-folder = pathlib.Path(sys.argv[1])
-recipe, quiet = get_recipe("smoke", steps=2, checkpoint_every=1), Display(progress=False, log_every=1)
-history = fit(recipe, model, Toy(), folder / "run", resources=Resources("cpu"), display=quiet)
-assert len(history) == 2 and history.loss.notna().all(), history
-assert (folder / "run" / "last.pt").is_file()
-scores = sliding_window(model.eval(), torch.randn(1, 40, 33, 32), (32, 32, 32))
-assert scores.shape[-3:] == (40, 33, 32)
-for number in range(2):  # A folder that is there is replaced
-    with atomic_folder(folder / "made", FolderKind("number", ("number.json",))) as temporary:
-        write_json(temporary / "number.json", number)
-assert (folder / "made" / "number.json").read_text() == "1\\n" and peak_bytes() > 0
-left = [str(path) for path in folder.rglob(".tmp-*")]
-assert not left, left
-"""
+def pins(file: str) -> dict[str, str]:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)$", text, flags=re.M)}
 
 
-def test_two_steps_and_a_prediction_where_names_of_posix_are_missing(tmp_path):
-    "As on Windows: they are taken away before the library is imported"
-    command = [sys.executable, "-c", WITHOUT + TOY, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.mark.parametrize("torch", ["torch-cpu", "torch-nvidia"])
+def test_the_lock_has_all_that_is_asked_for_in_the_pinned_versions(torch):
+    locked = {**read_lock("build"), **read_lock("all"), **read_lock(torch)}
+    for requirement in asked_for():
+        if requirement.marker is None or requirement.marker.evaluate(MARKERS):
+            version = locked.get(canonicalize_name(requirement.name))
+            assert version and requirement.specifier.contains(version, prereleases=True), f"{requirement} is not met: run python environment/lock.py"
+    for name, version in {**pins("constraints.txt"), **pins("benchmarks/peers.txt")}.items():
+        found = locked.get(name, version)  # A constraint may name a package that nothing asks for here
+        assert found.removesuffix("+cpu") == version, f"{name} is {found} in the lock and {version} in constraints.txt: run python environment/lock.py"
+    assert set(pins("benchmarks/peers.txt")) <= set(locked)
 
 
-LISTING = """
-import sys
-import torch
-from mednext_v2.data.augment import patch_loader
-
-NAMES = ("accelerate dvc seaborn SimpleITK IPython mlflow tensorboard transformers nnunetv2 mednext_v2.training.trainer mednext_v2.models.registry "
-         "mednext_v2.network.mednext mednext_v2.inference.predictor mednext_v2.study.runs mednext_v2.training.launch mednext_v2.training.run "
-         "mednext_v2.cli").split()
-
-class Listing:
-    "Which of the names the process that makes a batch has imported"
-    def __getitem__(self, step):
-        return torch.tensor([name in sys.modules for name in NAMES]), torch.tensor([__name__ == "__mp_main__"])
-
-if __name__ == "__main__":
-    import mednext_v2.training.trainer  # As where one trains
-    found, spawned = next(patch_loader(Listing(), 0, 1, workers=1, method="spawn"))
-    assert spawned.item() and "mednext_v2.training.trainer" in sys.modules
-    print([name for name, there in zip(NAMES, found.tolist()) if there])
-"""
+def test_no_package_is_locked_without_being_pinned_where_it_could_change():
+    """A new lock gives the same versions, but for NVIDIA's libraries, which PyTorch names itself."""
+    assert set(read_lock("all")) <= {*pins("constraints.txt"), *pins("benchmarks/peers.txt")}
 
 
-def test_a_spawned_worker_imports_what_patches_need(tmp_path):
-    "Each starts from nothing on macOS and Windows: no trainer, no networks, no engine"
-    script = tmp_path / "train.py"
-    script.write_text(LISTING)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "[]"
+def test_locks_do_not_overlap_and_name_no_index():
+    names = [set(read_lock(name)) for name in ("build", "all", "torch-nvidia")]
+    assert sum(map(len, names)) == len(set.union(*names))
+    assert not {"torch", "triton"} & set(read_lock("all")) and not any(name.startswith("nvidia-cu") for name in read_lock("all"))
+    text = "".join((ROOT / f"environment/{name}.txt").read_text(encoding="utf-8") for name in LOCKS) + DOCKERFILE
+    assert "://" not in text and "--index-url" not in text and "--find-links" not in text.replace("(pip --find-links)", "")
+
+
+def test_the_dockerfile_installs_from_the_lock_alone_and_runs_the_pipeline_without_root():
+    instructions = re.sub(r"^#.*\n", "", DOCKERFILE, flags=re.M).replace("\\\n", "")
+    installs = [part.strip() for part in re.split(r"&&|RUN|\n", instructions) if "pip install" in part]
+    assert len(installs) == 4 and all("--no-deps" in part for part in installs)
+    assert all("--require-hashes" in part for part in installs if "--editable" not in part)
+    files = {name.strip('"').replace("$TORCH", "cpu") for part in installs for name in re.findall(r"-r (\S+)", part)}
+    assert files == {f"environment/{name}.txt" for name in ("build", "all", "torch-cpu")}
+    assert instructions.startswith("FROM python:3.11-slim\n") and instructions.rstrip().endswith('CMD ["make", "repro"]')
+    assert instructions.index("USER 1000") < instructions.index("pip install") and "USER root" not in instructions
+
+
+@pytest.mark.skipif(not (shutil.which("hadolint") or (Path(sys.executable).parent / "hadolint").exists()), reason="hadolint comes with `make setup` on Linux")
+def test_hadolint_finds_nothing():
+    program = shutil.which("hadolint") or str(Path(sys.executable).parent / "hadolint")
+    done = subprocess.run([program, "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_dev_container_is_built_from_the_dockerfile():
+    found = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text(encoding="utf-8"))
+    file, context = (ROOT / ".devcontainer" / found["build"][key] for key in ("dockerfile", "context"))
+    assert file.resolve() == ROOT / "Dockerfile" and context.resolve() == ROOT
+    user, venv = re.search(r"--uid 1000 (\w+)", DOCKERFILE)[1], re.search(r"^ENV VENV=(\S+)", DOCKERFILE, flags=re.M)[1]
+    assert found["remoteUser"] == user and found["workspaceFolder"] == re.search(r"^WORKDIR (\S+)", DOCKERFILE, flags=re.M)[1]
+    assert found["workspaceFolder"] in found["workspaceMount"]
+    assert found["customizations"]["vscode"]["settings"]["python.defaultInterpreterPath"] == f"{venv}/bin/python"
+    assert not venv.startswith(found["workspaceFolder"]), "the clone that is mounted there would hide it"
+
+
+def test_the_image_holds_every_tracked_file():
+    """A tracked file that .dockerignore leaves out would make the tree in the image differ from its commit."""
+    patterns = [line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    left_out = [name for name in tracked for pattern in patterns if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"{pattern}/*")]
+    assert left_out == [] and ".git" not in patterns
