@@ -102,9 +102,9 @@ def test_network_features_look_in_front_of_the_projection_and_leave_no_hook(grn)
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     "A project that holds invented tables alone"
-    (tmp_path / "dvc.yaml").write_text("")
     (tmp_path / "data").mkdir()
-    (tmp_path / "data/datasets.yaml").write_text((HERE / "data/datasets.yaml").read_text())
+    for name in ("dvc.yaml", "params.yaml", "data/datasets.yaml"):
+        (tmp_path / name).write_text((HERE / name).read_text())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

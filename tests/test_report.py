@@ -473,10 +473,9 @@ def project(tmp_path, monkeypatch):
     from mednext_v2.data.scans import write_volume
 
     tasks = {name: get_dataset(name) for name in ("abdomen_ct", "brain_lesion_mr")}
-    (tmp_path / "dvc.yaml").write_text("")
     (tmp_path / "data").mkdir()
-    for name in ("published.csv", "datasets.yaml"):
-        shutil.copy(root() / "data" / name, tmp_path / "data" / name)
+    for name in ("dvc.yaml", "params.yaml", "data/published.csv", "data/datasets.yaml"):
+        shutil.copy(root() / name, tmp_path / name)
     scores = make_scores(tasks={name: tuple(task.labels) for name, task in tasks.items()}, cases=3)
     scores["group"] = [tasks[task].groups[label] for task, label in zip(scores.task, scores.label)]
     (tmp_path / "results/mini").mkdir(parents=True)
@@ -539,10 +538,10 @@ def test_scratch_vs_pretrained_notebook(project):
         f"{stem}.{suffix}"
         for stem, suffixes in {
             "scratch_vs_pretrained": ("svg", "png"),
-            "scores": ("csv", "html", "tex"),
-            "gains": ("csv", "html", "tex"),
-            "gains_by_group": ("csv", "html", "tex"),
-            "reported": ("csv", "html", "tex"),
+            "scores": ("csv", "csv.json", "html", "tex"),
+            "gains": ("csv", "csv.json", "html", "tex"),
+            "gains_by_group": ("csv", "csv.json", "html", "tex"),
+            "reported": ("csv", "csv.json", "html", "tex"),
         }.items()
         for suffix in suffixes
     )
@@ -571,7 +570,7 @@ def test_qualitative_notebook(project):
         assert row["maps"]["scratch"].shape == row["image"].shape
         np.testing.assert_array_equal(row["maps"]["scratch"], row["maps"]["truth"])  # Its prediction is the truth, and so lies on it
     folder = project / "results/mini/qualitative"
-    assert {path.name for path in folder.iterdir()} == {f"qualitative.{s}" for s in ("svg", "png", "csv", "html", "tex")}
+    assert {path.name for path in folder.iterdir()} == {f"qualitative.{s}" for s in ("svg", "png", "csv", "csv.json", "html", "tex")}
 
 
 def test_qualitative_notebook_without_a_prediction_says_so(project):
