@@ -56,7 +56,7 @@ def test_a_table_says_what_made_it(project, monkeypatch):
     assert found["made_from"] == {"data/prepared/toy/liver/manifest.csv": sha256(project / "data/prepared/toy/liver/manifest.csv")}
     assert found["arithmetic"] == "pinned to AVX2" and found["versions"]["torch"] and found["processor"]
     assert found["table"] == sha256(path) and len(found["code"]) == 16
-    assert is_current(path, "toy")
+    assert is_current(path)
 
 
 def test_the_same_run_gives_the_same_bytes_and_its_own_outputs_do_not_make_the_tree_dirty(project):
@@ -89,10 +89,17 @@ def test_a_project_inside_another_repository_has_no_commit_of_its_own(project, m
 
 def test_pages_have_theirs_from_save_table_and_other_folders_have_none(project, tmp_path_factory):
     write_scores(project)
+    for name in ("grn", "architecture"):
+        (project / "nbs/paper").mkdir(parents=True, exist_ok=True)
+        (project / f"nbs/paper/{name}.ipynb").write_text("{}")
     csv = save_table(TABLE, "results/toy/grn", "effects", "Effects")[0]  # As a stage calls it: below the project's root
     found = read_provenance(csv)
-    assert found["stage"] == "paper" and list(found["made_from"]) == ["results/toy/scores.csv"]
-    assert read_provenance(save_table(TABLE, "results/toy/architecture", "architecture", "")[0])["stage"] == "architecture"
+    assert found["stage"] == "paper" and list(found["made_from"]) == ["nbs/paper/grn.ipynb", "results/toy/scores.csv"]
+    assert is_current(csv)
+    (project / "nbs/paper/grn.ipynb").write_text("{}\n")
+    assert not is_current(csv), "the notebook is code too"
+    other = read_provenance(save_table(TABLE, "results/toy/architecture", "architecture", "")[0])
+    assert other["stage"] == "architecture" and list(other["made_from"]) == ["nbs/paper/architecture.ipynb"], "it reads no scores"
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     save_table(TABLE, elsewhere, "effects", "Effects")
     assert not list(elsewhere.glob("*.json")) and profile_of(elsewhere / "effects.csv") == ""
@@ -101,7 +108,7 @@ def test_pages_have_theirs_from_save_table_and_other_folders_have_none(project, 
 def test_provenance_of_another_table_is_not_believed(project):
     path = write_scores(project)
     write_csv(path, TABLE.assign(dsc=0.99))
-    assert read_provenance(path) is None and not is_current(path, "toy")
+    assert read_provenance(path) is None and not is_current(path)
     assert "describes another table" in describe_provenance(path, "toy")
 
 
@@ -111,7 +118,7 @@ def test_a_change_of_code_that_the_table_depends_on_is_said(project, monkeypatch
     stages = read_yaml(project / "dvc.yaml")["stages"]
     monkeypatch.setattr(provenance, "code_digest", lambda parts: "other" if "training" in set(parts) else "same")
     assert "mednext_v2/training" in stages["collect"]["deps"]
-    assert not is_current(path, "toy") and "which has changed since" in describe_provenance(path, "toy")
+    assert not is_current(path) and "which has changed since" in describe_provenance(path, "toy")
 
 
 def test_the_command_line_prints_rows_and_what_made_them(project, capsys):
@@ -120,7 +127,7 @@ def test_the_command_line_prints_rows_and_what_made_them(project, capsys):
     shown = capsys.readouterr().out
     assert "0.5" in shown and "0.6" not in shown and "tiny" not in shown
     commit = run_git("rev-parse", "HEAD", where=project)[:12]
-    assert f"made by commit {commit}, with make repro PROFILE=toy (stage collect)" in shown and "liver " in shown and "seeds 0, 1" in shown
+    assert f"made by commit {commit}, with make repro PROFILE=toy (stage collect)" in shown and "data/prepared/toy/liver " in shown and "seeds 0, 1" in shown
     cli.main(["results", "--profile", "toy", "--where", "3"])
     assert "tiny" in (shown := capsys.readouterr().out) and "unet" not in shown
     cli.main(["results", "--profile", "toy"])
@@ -140,10 +147,10 @@ def test_results_without_provenance_name_the_commit_of_their_readme(project, cap
 
 def unexplained(profile: str, tables: list[Path]) -> str:  # Empty if all is well
     "Why the committed results of a profile mislead: older than the code, and no commit named, or a wrong one"
-    if all(is_current(path, profile) for path in tables):
+    if all(is_current(path) for path in tables):
         return ""
     if not (named := commit_in_readme(profile)):
-        old = next(path.name for path in tables if not is_current(path, profile))
+        old = next(path.name for path in tables if not is_current(path))
         return f"{old} was made by other code: say in results/{profile}/README.md 'Made by the code of commit …', or run make repro"
     makers = {found["commit"] for path in tables if (found := read_provenance(path))}
     wrong = [maker for maker in makers if maker and not maker.startswith(named)]

@@ -49,17 +49,25 @@ def stage_of(path: Path, profile: str) -> str:
     return page if page in read_yaml(root() / "dvc.yaml")["stages"] else "paper"
 
 
-def input_digests(stage: str, profile: str) -> dict[str, str]:  # By path below the project's root
-    "SHA-256 of what a table was made from: manifests of prepared data, or for a page the tables that it reads"
-    paths = StudyPaths(profile)
-    files = paths.prepared.glob("*/manifest.csv") if stage == "collect" else paths.results.glob("*.csv")
-    return {file.relative_to(root()).as_posix(): sha256(file) for file in sorted(files)}
+def read_deps(stage: str) -> list[str]:
+    "What dvc.yaml says that a stage depends on"
+    return [str(dep) for dep in read_yaml(root() / "dvc.yaml")["stages"][stage]["deps"]]
+
+
+def input_digests(stage: str, path: Path, profile: str) -> dict[str, str]:  # By path below the project's root
+    "SHA-256 of the files, other than modules, that a table was made from; for `collect` the manifests of prepared data too"
+    axes = {"${item.profile}": profile, "${item.item}": path.parent.name}
+    names = [dep for dep in read_deps(stage) if not dep.startswith("mednext_v2/")]
+    for axis, value in axes.items():
+        names = [name.replace(axis, value) for name in names]
+    manifests = sorted(StudyPaths(profile).prepared.glob("*/manifest.csv")) if stage == "collect" else []
+    files = [*(file for file in map(root().joinpath, names) if file.is_file()), *manifests]
+    return {file.relative_to(root()).as_posix(): sha256(file) for file in files}
 
 
 def stage_code(stage: str) -> str:
     "A hash of the modules that a stage depends on"
-    deps = read_yaml(root() / "dvc.yaml")["stages"][stage]["deps"]
-    return code_digest(str(dep).removeprefix("mednext_v2/").removesuffix(".py") for dep in deps if str(dep).startswith("mednext_v2/"))
+    return code_digest(dep.removeprefix("mednext_v2/").removesuffix(".py") for dep in read_deps(stage) if dep.startswith("mednext_v2/"))
 
 # %% ../../nbs/report/05_provenance.ipynb #arithmetic
 def describe_arithmetic() -> str:
@@ -82,7 +90,7 @@ def make_provenance(path: Path, profile: str, text: str) -> dict:
         "command": f"make repro PROFILE={profile}",
         "stage": stage,
         "seeds": list(params("seeds")) if params("profile") == profile else [],
-        "made_from": input_digests(stage, profile),
+        "made_from": input_digests(stage, path, profile),
         "code": stage_code(stage),
         "arithmetic": describe_arithmetic(),
         "processor": machine["processor"],
@@ -107,10 +115,13 @@ def read_provenance(path: Path) -> dict | None:  # None if there is none, or it 
     return found if found and found["table"] == sha256(path) else None
 
 
-def is_current(path: Path, profile: str) -> bool:
-    "Whether the modules that made a table are the ones that are here"
+def is_current(path: Path) -> bool:
+    "Whether the modules and the notebook that made a table are the ones that are here"
     found = read_provenance(path)
-    return found is not None and found["code"] == stage_code(stage_of(path, profile))
+    if found is None or found["code"] != stage_code(found["stage"]):
+        return False
+    notebooks = {root() / name: digest for name, digest in found["made_from"].items() if name.endswith(".ipynb")}
+    return all(file.is_file() and sha256(file) == digest for file, digest in notebooks.items())
 
 
 def commit_in_readme(profile: str) -> str:  # Empty if it names none
@@ -139,13 +150,13 @@ def describe_provenance(
         return f"provenance: {describe_missing(path, profile)}"
     changed = f", with changes to {', '.join(found['uncommitted'])}" if found["uncommitted"] else ""
     installed = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    inputs = ", ".join(f"{Path(name).parent.name if found['stage'] == 'collect' else name} {digest[:12]}" for name, digest in found["made_from"].items())
+    inputs = ", ".join(f"{name.removesuffix('/manifest.csv')} {digest[:12]}" for name, digest in found["made_from"].items())
     lines = [
         f"made by commit {found['commit'][:12] or 'unknown'}{changed}, with {found['command']} (stage {found['stage']})",
         f"seeds {', '.join(map(str, found['seeds'])) or 'unknown'}",
         f"on {found['processor']} ({found['instructions'] or 'no known vector instructions'}), arithmetic {found['arithmetic']}",
         f"with {installed}",
         f"from {inputs or 'data that were not there any more'}",
-        f"by code {found['code']}{', which has not changed since' if is_current(path, profile) else ', which has changed since'}",
+        f"by code {found['code']}{', which has not changed since' if is_current(path) else ', which has changed since'}",
     ]
     return "provenance:\n" + "\n".join(f"  {line}" for line in lines)
