@@ -560,7 +560,7 @@ def test_a_manifest_that_was_edited_is_named(desk, change, words):
 def test_numbers_that_cannot_be_are_refused_by_name(desk, capsys, words):
     with pytest.raises(SystemExit):
         cli.main(["train", str(desk.raw), str(desk.folder / "model"), *words])
-    assert f"argument {words[0]}: '{words[1]}' is no whole number from 0 on" in capsys.readouterr().err
+    assert f"argument {words[0]}: '{words[1]}' is not a whole number from 0 to 4294967295" in capsys.readouterr().err
 
 
 def test_groups_of_labels_are_a_mapping(desk):

@@ -85,8 +85,26 @@ def test_a_backbone_that_is_gone_or_a_number_that_is_missing_is_outside(project)
 def test_what_is_not_there_is_named(project):
     with pytest.raises(SystemExit, match="results/other/digests.json is not there: run make repro PROFILE=other first"):
         verify.main(["other"])
-    with pytest.raises(SystemExit, match="verify: results/toy/digests.json is not in nowhere"):
+    with pytest.raises(SystemExit, match="verify: results/toy/scores.csv is not in nowhere"):
         verify.main(["toy", "--revision", "nowhere"])
+
+
+def test_results_that_were_committed_without_digests_are_compared_by_their_numbers(project):
+    git = ["git", "-C", str(project), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "rm", "-q", "--cached", "results/toy/digests.json"], check=True)
+    subprocess.run([*git, "commit", "-qm", "older"], check=True)
+    verdict, table = verify.verify_results("toy")
+    assert verdict == "within the noise" and "not committed" in set(table.verdict)
+    write_results(project, effect=0.2)
+    assert verify.verify_results("toy")[0] == "outside"
+
+
+@pytest.mark.parametrize("name", ["renamed", "corpus"])
+def test_a_model_that_is_new_or_missing_is_no_noise(project, name):
+    folder = project / "models/toy/pretrain/corpus"
+    folder.rename(folder.with_name(name)) if name != "corpus" else (folder / "unet/corpus-s0/model.safetensors").unlink()
+    write_json(project / "results/toy/digests.json", {"models": verify.model_digests(project / "models/toy")})
+    assert verify.verify_results("toy")[0] == "outside"
 
 
 def test_a_machine_is_recorded_once_a_run(project):

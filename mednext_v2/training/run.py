@@ -382,7 +382,10 @@ def train_model(
     recipe, source = replace(settings.recipe, patch=patch), load_start(settings.start, model, data, settings.folder)
     validate = patch_validation(recipe, data.read_by_sampler, labels=data.space, allow=settings.allow) if recipe.validate_every else None
     sampler = training_sampler(recipe, data.read_by_sampler, settings.seed, data.space, settings.sampling, settings.allow)
-    history = fit(recipe, model, sampler, settings.folder, settings.seed, validate, resources, display or Display(), resume, on_step)
+    shown = display or Display()
+    history = fit(
+        recipe, model, sampler, settings.folder, seed=settings.seed, validate=validate, resources=resources, display=shown, resume=resume, on_step=on_step
+    )
     if int(os.environ.get("RANK", 0)) == 0:  # The first process has the weights
         save_model(settings.out, model, training_card(settings, data, model, recipe, source))
     return history
