@@ -181,6 +181,39 @@ def test_recipe_weighs_outputs_as_its_source(name, weighting):
         get_recipe(name, weighting="none")
 
 
+def test_a_loss_is_chosen_by_name(monkeypatch):
+    from mednext_v2.training.checkpoint import identity
+    from mednext_v2.training.losses import LOSSES
+    from mednext_v2.training.recipe import Recipe
+    from mednext_v2.training.trainer import loss_options
+
+    logits, label = draw(size=8)
+    outputs, default = [logits, logits[..., ::2, ::2, ::2]], loss_options(Recipe(steps=1))
+    assert torch.equal(deep_supervision_loss(outputs, label, **default), deep_supervision_loss(outputs, label))
+    with pytest.raises(ValueError, match="recipe: loss must be one of dice_ce, got 'double'"):
+        Recipe(steps=1, loss="double")
+    with pytest.raises(ValueError, match="no loss 'double'; there are: dice_ce"):
+        deep_supervision_loss(outputs, label, loss="double")
+
+    monkeypatch.setitem(LOSSES, "double", lambda *given, **options: 2 * dice_ce(*given, **options))
+    recipe = Recipe(steps=1, loss="double")
+    torch.testing.assert_close(deep_supervision_loss(outputs, label, **loss_options(recipe)), 2 * deep_supervision_loss(outputs, label))
+    network = torch.nn.Conv3d(1, 2, 1)
+    runs = [identity(Recipe(steps=1, loss=name), network, None, seed=0)["recipe.loss"] for name in ("dice_ce", "double")]
+    assert runs == ["dice_ce", "double"]
+
+
+def test_a_recipe_from_before_the_field_loss_is_read():
+    from dataclasses import asdict
+
+    from mednext_v2.core import build
+    from mednext_v2.training.recipe import Recipe
+
+    old = asdict(Recipe(steps=1))
+    del old["loss"]
+    assert build(Recipe, old).loss == "dice_ce"
+
+
 @pytest.mark.parametrize("name, outputs", [("nnunet_plain", 5), ("resenc_l", 5), ("mednext_v2_base", 5)])
 def test_networks_give_as_many_outputs_as_their_source(name, outputs):
     "nnU-Net supervises one output fewer than a network has stages (six), MedNeXt each of its five levels"

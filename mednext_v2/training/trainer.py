@@ -108,7 +108,7 @@ def loss_options(
 ) -> dict:
     "What `deep_supervision_loss` needs to know of recipe, data set and processes"
     dataset = getattr(sampler, "labels", None) or getattr(getattr(sampler, "prepared", None), "dataset", None)
-    options = {"present_only": recipe.present_only, "batch_dice": recipe.batch_dice, "weights": recipe.weighting, **label_rules(dataset)}
+    options = {"loss": recipe.loss, "present_only": recipe.present_only, "batch_dice": recipe.batch_dice, "weights": recipe.weighting, **label_rules(dataset)}
     if engine is not None and engine.num_processes > 1:
         options["reduce"] = sum_over_processes
     return options
