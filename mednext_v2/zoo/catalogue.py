@@ -160,7 +160,9 @@ def get_entry(
 def zoo_table(
     path: str | Path | None = None,  # Another registry than the package's
 ) -> pd.DataFrame:  # One row a model
-    'The registry as a table for people, one row per model; a fact that is not known reads "not available"'
+    """The registry as a table for people, one row per model; a fact that is not known reads "not available".
+
+    ValueError names the entry and the field of a bad one; FileNotFoundError if `path` is missing."""
     rows = []
     for entry in load_zoo(path).values():
         spacing = " × ".join(f"{side:g}" for side in entry.spacing) or UNKNOWN

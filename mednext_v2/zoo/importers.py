@@ -1127,7 +1127,7 @@ def import_model(
     path: str | Path,  # A file, or a folder, of another program
     folder: str | Path,  # The model folder to write
     facts: dict | None = None,  # Fields of `Card` that the file does not state, by name
-    **options,  # Of `import_checkpoint`
+    **options: Any,  # Of `import_checkpoint`: model, allow, trust, fold, prefix, grn, key, deep_supervision
 ) -> tuple[Card, LoadReport]:
     """Turn a checkpoint, with all its heads, into a model folder of this library
 
