@@ -415,7 +415,7 @@ def test_bad_annotated_tables_are_explained(rows, message, tmp_path):
         ({"head": {}}, "annotated: no data set 'head'"),
         ({"belly": {"belly9": ["liver"]}}, "data set belly has no case 'belly9'"),
         ({"belly": {"belly0": ["lung"]}}, "belly has no label 'lung'; it has: spleen, liver, tumour"),
-        ({"belly": {"belly0": []}}, "a case that annotates no class teaches nothing"),
+        ({"belly": {"belly0": []}}, "a case without annotated classes cannot be used"),
     ],
 )
 def test_bad_annotations_are_explained(annotated, message):

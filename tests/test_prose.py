@@ -46,7 +46,7 @@ FACTS = {  # What the README says, and what it is
     r"\b(\d+) steps show that": lambda: re.search(r"--recipe-set steps=(\d+)", README)[1],
     r"scans at (\d+) mm": lambda: f"{get_dataset('abdomen_ct').spacing[0]:g}",
     r"made on (\d+),000 scans": lambda: re.search(r"CADS \((\d+)k CT\)", " ".join(published().query("backbone == 'mednext_v2_base'").pretraining))[1],
-    r"\b(\d+) networks stand in one registry": lambda: str(len(BACKBONES)),
+    r"\bOne registry holds (\d+) networks": lambda: str(len(BACKBONES)),
 }
 COUNTED = {  # The same for numbers in words
     r"on (\w+) real scans": lambda: len(list((ROOT / "data/seeds").glob("*_label.nii.gz"))),

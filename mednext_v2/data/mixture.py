@@ -83,7 +83,7 @@ class LabelSpace(ClassList):
         found = np.zeros(self.num_classes, bool)
         found[[number for number in known.values() if number not in missing]] = True
         if not found[1:].any():
-            raise ValueError(f"data set {name}: a case that annotates no class teaches nothing, leave it out")
+            raise ValueError(f"data set {name}: a case without annotated classes cannot be used: leave it out")
         found[0] = True
         return found
 

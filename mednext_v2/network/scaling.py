@@ -42,10 +42,12 @@ def get_arch(
 ) -> Arch:
     "A preset with some fields changed; ValueError names the presets or fields that exist"
     if name not in PRESETS:
-        raise ValueError(f"no network is called {name!r}; known: {', '.join(PRESETS)}")
+        short = name.removeprefix("mednext_").removeprefix("v2_")
+        hint = f" (here it is {short!r})" if short in PRESETS else ""
+        raise ValueError(f"no network is called {name!r}{hint}; known: {', '.join(PRESETS)}")
     known = [field.name for field in fields(Arch)]
     if unknown := [key for key in overrides if key not in known]:
-        raise ValueError(f"Arch has no {', '.join(map(repr, unknown))}; it has: {', '.join(known)}")
+        raise ValueError(f"Arch has no {', '.join(map(repr, unknown))}; it has: {', '.join(known)}; a network also takes grad_checkpointing")
     return replace(PRESETS[name], **overrides)
 
 

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/training/30_checkpoint.ipynb #imports
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import errno
 import hashlib
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import atomic_file, short_hash
+from ..core import atomic_file, short_hash, shorten
 from .recipe import Recipe
 
 # %% ../../nbs/training/30_checkpoint.ipynb #same
@@ -82,6 +82,18 @@ def identity(
     }
 
 
+def describe_differences(
+    found: Mapping[str, object],  # Of what is there
+    wanted: Mapping[str, object],  # Of what is about to start
+) -> str:  # Empty if they are the same
+    "In which named values two runs differ, for a person; a name that only one has comes from another version"
+    old, new = ({name: value if isinstance(value, str) else shorten(value) for name, value in run.items()} for run in (found, wanted))
+    parts = [f"{name} was {old[name]}, now {new[name]}" for name in old if name in new and found[name] != wanted[name]]
+    parts += [f"{name} = {old[name]} is no longer known" for name in old if name not in new]
+    parts += [f"{name} = {new[name]} is new" for name in new if name not in old]
+    return "; ".join(parts)
+
+
 def check_identity(
     found: dict[str, str],  # Of the checkpoint
     wanted: dict[str, str],  # Of the run that is about to start
@@ -89,15 +101,14 @@ def check_identity(
     force: bool = False,  # Warn and go on
 ) -> None:
     "ValueError, or a warning, naming each field in which the checkpoint's run is another one"
-    names = list(dict.fromkeys([*found, *wanted]))
-    differing = [n for n in names if found.get(n) != wanted.get(n)]
-    if "network" in differing and "initial weights" in differing:
-        differing.remove("initial weights")  # Follows from the network
-    if differing:
-        list_ = "; ".join(f"{n} was {found.get(n)}, now {wanted.get(n)}" for n in differing)
+    if found.get("network") != wanted.get("network"):  # Initial weights follow from the network
+        found, wanted = ({name: value for name, value in run.items() if name != "initial weights"} for run in (found, wanted))
+    if differing := describe_differences(found, wanted):
         if not force:
-            raise ValueError(f"{folder} holds another run ({list_}): give another folder, delete this one, or force it")
-        warnings.warn(f"{folder} holds another run ({list_}): continued because it was forced")
+            raise ValueError(
+                f'{folder} holds another run ({differing}): give another folder, delete this one, or continue it by --resume force (resume="force")'
+            )
+        warnings.warn(f"{folder} holds another run ({differing}): continued because it was forced")
 
 # %% ../../nbs/training/30_checkpoint.ipynb #checkpoint
 def save_checkpoint(

@@ -126,7 +126,13 @@ def get_recipe(
     ValueError lists the names, or says which field a recipe does not have or what its value must be."""
     if name not in RECIPES:
         raise ValueError(f"no recipe {name!r}; there are: {', '.join(RECIPES)}")
-    return build(Recipe, RECIPES[name] | changes, f"recipe {name}")
+    try:
+        return build(Recipe, RECIPES[name] | changes, "recipe")
+    except ValueError as error:
+        text = str(error).removeprefix("recipe")
+        field = text.removeprefix(": ").partition(" must be ")[0]
+        hint = f"; set {field} too" if field in RECIPES[name] and field not in changes else ""  # A value of the recipe that a change made wrong
+        raise ValueError(f"recipe {name}{text}{hint}") from None
 
 # %% ../../nbs/training/20_recipe.ipynb #rate
 def learning_rate(
