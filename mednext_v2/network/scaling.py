@@ -67,7 +67,7 @@ def create_model(
 def count_parameters(
     model: nn.Module,  # Any network, on any device
 ) -> int:
-    "How many numbers training changes"
+    "Number of trainable parameters"
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../../nbs/network/60_scaling.ipynb #scale
