@@ -178,7 +178,7 @@ def main() -> None:
     options.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     options.add_argument("--width", type=int, default=32)
     options.add_argument("--side", type=int, default=128, help="of the cubic patch, voxels")
-    options.add_argument("--batch", type=int, default=1)
+    options.add_argument("--batch-size", type=int, default=1)
     options.add_argument("--repeats", type=int, default=10)
     options.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     options.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES), metavar="SIDE", help=", ".join(SIDES))
@@ -186,7 +186,7 @@ def main() -> None:
     chosen = options.parse_args()
     if chosen.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("this torch sees no GPU: --device cpu runs the same code, slowly")
-    case = {"width": chosen.width, "depths": BASE, "ratios": BASE, "batch": chosen.batch, "side": chosen.side}
+    case = {"width": chosen.width, "depths": BASE, "ratios": BASE, "batch": chosen.batch_size, "side": chosen.side}
     known = machine() | ({"gpu": torch.cuda.get_device_name()} if chosen.device == "cuda" else {})
     limits = peaks(chosen.device)
     found = measure(case, chosen.device, chosen.sides, chosen.repeats, chosen.precision)

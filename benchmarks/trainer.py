@@ -85,7 +85,7 @@ class Interleaved(Batches):
 
 # ---------------------------------------------------------------- the sides
 def recipe_of(**changes):
-    "The recipe `mini` without its validations, which are no part of a step"
+    "The recipe `quick` without its validations, which are no part of a step"
     from mednext_v2.training.recipe import get_recipe
 
     return get_recipe("mini", validate_every=0, **changes)
@@ -334,7 +334,7 @@ def overhead_table(found: dict) -> list[str]:
         rows.setdefault(saves, []).append(f"{100 * (ratio['with_checkpoints'] - 1):.1f} %")
         rows.setdefault("a checkpoint", []).append(f"{ratio['checkpoint_s']:.2f} s")
         rows.setdefault("start of a run, to its first step", []).append(f"{run['start_s'][number]:.2f} s")
-    lines = heading("recipe mini, 32³, batch 2, one thread", *KINDS)
+    lines = heading("recipe quick, 32³, batch 2, one thread", *KINDS)
     return lines + [row(title, *cells) for title, cells in rows.items()]
 
 

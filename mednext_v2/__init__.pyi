@@ -1,4 +1,5 @@
 # Written by `make export` from nbs/91_public.ipynb
+from .core import Resources as Resources
 from .network.grn import GRN3d as GRN3d
 from .network.blocks import MedNeXtBlock as MedNeXtBlock
 from .network.mednext import Arch as Arch
@@ -15,20 +16,26 @@ from .models.registry import backbone_table as backbone_table
 from .models.registry import create as create
 from .models.registry import declare as declare
 from .models.registry import load_model as load_model
+from .models.transfer import Start as Start
 from .models.transfer import freeze as freeze
 from .models.transfer import transfer as transfer
 from .data.datasets import Dataset as Dataset
 from .data.datasets import get_dataset as get_dataset
 from .data.datasets import raw_dataset as raw_dataset
 from .data.preprocess import Prepared as Prepared
+from .data.preprocess import prepare as prepare
 from .data.augment import PatchSampler as PatchSampler
 from .data.augment import patch_loader as patch_loader
 from .training.losses import dice_ce as dice_ce
 from .training.losses import deep_supervision_loss as deep_supervision_loss
 from .training.recipe import Recipe as Recipe
 from .training.recipe import get_recipe as get_recipe
+from .training.monitor import Display as Display
 from .training.trainer import fit as fit
+from .training.run import TrainSettings as TrainSettings
+from .training.run import train_model as train_model
 from .inference.windows import sliding_window as sliding_window
+from .inference.predictor import PredictSettings as PredictSettings
 from .inference.predictor import predict as predict
 from .inference.files import predict_files as predict_files
 from .evaluation.metrics import dice as dice
@@ -40,6 +47,7 @@ from .evaluation.statistics import compare as compare
 from .zoo.importers import import_model as import_model
 from .zoo.catalogue import fetch as fetch
 from .zoo.catalogue import zoo_table as zoo_table
+from .finetuning import FinetuneOptions as FinetuneOptions
 from .finetuning import finetune as finetune
 
 __version__: str

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from .core import ItemsFailed, Resources, check_writable, read_csv, versions
+from .core import ItemsFailed, Resources, check_writable, find_device, read_csv, versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 # %% ../nbs/90_cli.ipynb #info
 def info(options: argparse.Namespace) -> str:
     "Describe a file or a folder of weights, or what networks cost"
+    given = [option for option in ("patch", "batch_size", "precision") if getattr(options, option) is not None]
     if options.what and Path(options.what).exists():
+        refuse_ignored(given, options.what, "is a file or a folder of weights")
         from mednext_v2.zoo.importers import describe
 
         return describe(options.what, **checkpoint_options(options))
@@ -38,16 +40,28 @@ def info(options: argparse.Namespace) -> str:
     from mednext_v2.network.scaling import PRESETS, get_arch, overview
 
     tables = []
-    for side in options.patch:
+    sides: list[int] = options.patch or [128]
+    for side in sides:
         if options.what and options.what not in PRESETS:
             if "/" in options.what or "." in options.what:
                 raise FileNotFoundError(f"{options.what} does not exist")
-            table = backbone_table((side,) * 3, names=(get_backbone(options.what).name,))
+            backbone = get_backbone(options.what).name
+            hint = backbone.removeprefix("mednext_").removeprefix("v2_")
+            reason = f"has it in `mednextv2 info {hint}`" if hint in PRESETS else "is no size of MedNeXt, whose training alone is estimated"
+            refuse_ignored([option for option in given if option != "patch"], backbone, reason)
+            table = backbone_table((side,) * 3, names=(backbone,))
         else:
             archs = {name: get_arch(name) for name in ([options.what] if options.what else PRESETS)}
-            table = overview(archs, (side,) * 3, batch_size=options.batch_size, precision=options.precision)
+            table = overview(archs, (side, side, side), batch_size=options.batch_size or 2, precision=options.precision or "bf16")
         tables.append(table.assign(patch=f"{side}³").reset_index())
     return pd.concat(tables).to_string(index=False, float_format="{:,.1f}".format)
+
+
+def refuse_ignored(options: list[str], what: str, reason: str) -> None:
+    "ValueError if there are options that would have no effect"
+    if options:
+        names = ", ".join(f"--{option.replace('_', '-')}" for option in options)
+        raise ValueError(f"{names}: no effect here, {what} {reason}")
 
 
 def checkpoint_options(options: argparse.Namespace) -> dict:
@@ -249,11 +263,16 @@ def train(options: argparse.Namespace) -> str:
     from mednext_v2.training.run import TrainSettings, pictures_by_default, train_in_processes
     from mednext_v2.training.recipe import get_recipe
     from mednext_v2.training.monitor import Display
+    from mednext_v2.training.engine import resolve_training_device
+    from mednext_v2.zoo.catalogue import find_fetched
     from mednext_v2.core import check_output
     from mednext_v2.models.card import MODEL_FOLDER, read_card
 
     check_output(options.out, MODEL_FOLDER)
+    if options.parent:
+        options.parent = find_fetched(options.parent, imported=True)
     recipe = get_recipe(options.recipe, **dict(parse_pair(pair) for pair in options.recipe_set))
+    resolve_training_device(recipe, options.device)
     overrides = dict(parse_pair(pair) for pair in options.network)
     if options.backbone is None:
         options.backbone = read_card(options.parent).backbone if options.parent else "mednext_v2_base"
@@ -286,15 +305,18 @@ def finetune(options: argparse.Namespace) -> str:
     from mednext_v2.training.launch import RunEnded
     from mednext_v2.finetuning import finetune as finetune_dataset
     from mednext_v2.finetuning import FinetuneOptions, review_scores
+    from mednext_v2.training.engine import resolve_training_device
     from mednext_v2.training.recipe import get_recipe
     from mednext_v2.evaluation.statistics import means
 
+    recipe = get_recipe(options.recipe, **dict(parse_pair(pair) for pair in options.recipe_set))
+    resolve_training_device(recipe, options.device)
     try:
         table = finetune_dataset(
             options.data,
             start_from_options(options),
             options.out,
-            recipe=get_recipe(options.recipe, **dict(parse_pair(pair) for pair in options.recipe_set)),
+            recipe=recipe,
             backbone=options.backbone,
             overrides=dict(parse_pair(pair) for pair in options.network),
             spacing=options.spacing,
@@ -317,7 +339,7 @@ def finetune(options: argparse.Namespace) -> str:
 
 
 def replay(options: argparse.Namespace) -> str:
-    "Repeat a training step that produced a number which is not finite"
+    "Repeat a training step that produced a NaN or an infinity"
     from mednext_v2.training.replay import read_bundle
     from mednext_v2.training.replay import replay as replay_bundle
 
@@ -330,6 +352,7 @@ def predict(options: argparse.Namespace) -> str:
     "Label a scan or a folder of scans, each on its own grid; skip scans that already have a label map"
     from mednext_v2.inference.predictor import PredictSettings
     from mednext_v2.inference.files import predict_files
+    from mednext_v2.zoo.catalogue import find_fetched
 
     roi = options.roi
     if roi:
@@ -337,7 +360,16 @@ def predict(options: argparse.Namespace) -> str:
     chosen = PredictSettings(
         tta=options.tta, fast=options.fast, folds=tuple(options.folds), head=options.head, device=options.device, memory=options.memory, half=options.half
     )
-    predict_files(options.model, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
+    predict_files(
+        [find_fetched(model, imported=True) for model in options.model],
+        options.input,
+        options.output,
+        chosen,
+        roi or None,
+        options.save_probabilities,
+        options.overwrite,
+        progress=True,
+    )
     return f"wrote {options.output}"
 
 
@@ -417,6 +449,10 @@ def add_workers_option(command: argparse.ArgumentParser) -> None:
     command.add_argument("--workers", type=at_least(1), default=1, metavar="N", help="number of processes (default: 1)")
 
 
+def add_device_option(command: argparse._ActionsContainer, default: str = "auto") -> None:
+    command.add_argument("--device", default=default, help=f"where to run: auto, or PyTorch's name of a device such as cpu or cuda (default: {default})")
+
+
 def add_spacing_option(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument("--spacing", type=float, nargs=3, metavar="MM", help=f"voxel size in millimetres (default: {default})")
 
@@ -466,9 +502,9 @@ def add_start_options(
 def add_running_options(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = command.add_argument_group("running")
     group.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="random seed (default: 0)")
-    group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add_device_option(group)
     group.add_argument("--processes", type=int, default=1, metavar="N", help="number of training processes, one per GPU (default: 1)")
-    group.add_argument("--unchecked", action="store_true", help="do not forecast memory and time before the start")
+    group.add_argument("--unchecked", action="store_true", help="skip the forecast of memory and time")
     return group
 
 # %% ../nbs/90_cli.ipynb #data-options
@@ -485,7 +521,7 @@ def add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("out", type=Path, help="folder in which to write DatasetNNN_Name")
     add_workers_option(command)
     command.add_argument("--skip", nargs="+", default=[], metavar="ID", help="cases to leave out")
-    unlabelled = "what a case without a label is: an error, or a test case (default: error)"
+    unlabelled = "how to treat a case without a label: as an error, or as a test case (default: error)"
     command.add_argument("--unlabelled", choices=["error", "test"], default="error", help=unlabelled)
     tolerance = "largest distance between corners of images that share a grid (default: 0.1, or a tenth of a voxel)"
     command.add_argument("--tolerance", type=float, metavar="MM", help=tolerance)
@@ -515,9 +551,9 @@ def add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     example = "info model.pth, or: mednextv2 info base --patch 128 192"
     command = add("info", info, "Show what a checkpoint holds, or what networks cost.", example)
     command.add_argument("what", nargs="?", help="file or folder of weights, or name of a network (default: all sizes of MedNeXt)")
-    command.add_argument("--patch", type=int, nargs="+", default=[128], metavar="N", help="side lengths of the patch (default: 128)")
-    command.add_argument("--batch-size", type=int, default=2, metavar="N", help="patches per training batch (default: 2)")
-    command.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="precision of training (default: bf16)")
+    command.add_argument("--patch", type=int, nargs="+", metavar="N", help="side lengths of the patch (default: 128)")
+    command.add_argument("--batch-size", type=at_least(1), metavar="N", help="patches per training batch, for the sizes of MedNeXt (default: 2)")
+    command.add_argument("--precision", choices=["fp32", "bf16"], help="precision of training, for the sizes of MedNeXt (default: bf16)")
     add_checkpoint_options(command)
 
     text = "Turn the weights of another program (nnU-Net, MedNeXt, MONAI, STU-Net, ...) into a model folder."
@@ -588,7 +624,7 @@ def add_finetune_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     text = "Go from a raw data set to a trained model and its test scores. Resumes if it was interrupted."
     command = add("finetune", finetune, text, "finetune -d data/raw/Dataset012_Spleen -m models/cads -o spleen")
     command.add_argument("-d", "--data", type=Path, required=True, help="data set in nnU-Net's raw layout, or data/seeds")
-    model = "model folder, or checkpoint of another program, to start from (default: random weights)"
+    model = "model folder, name of a fetched model of the zoo, or checkpoint of another program, to start from (default: random weights)"
     command.add_argument("-m", "--model", type=Path, help=model)
     command.add_argument("-o", "--out", type=Path, required=True, help="folder for the model, the scores and everything in between")
     add_spacing_option(command, "that of --model, else planned from the data")
@@ -603,9 +639,9 @@ def add_finetune_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     add_checkpoint_options(command)
 
     example = "replay models/spleen.run/nonfinite-step0000120-rank0"
-    command = add("replay", replay, "Repeat the training step that produced a number which is not finite.", example)
+    command = add("replay", replay, "Repeat the training step that produced a NaN or an infinity.", example)
     command.add_argument("bundle", type=Path, help="folder that the failed training named")
-    command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add_device_option(command, "cpu")
 
 # %% ../nbs/90_cli.ipynb #prediction-options
 def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -617,7 +653,7 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     scans = "scan, or folder of scans; the channels of a case end in _0000, _0001, ... as in nnU-Net"
     command.add_argument("-i", "--input", type=Path, required=True, help=scans)
     command.add_argument("-o", "--output", type=Path, required=True, help="label map to write, or folder for label maps")
-    command.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to run (default: auto)")
+    add_device_option(command)
     command.add_argument("--tta", action="store_true", help="average over mirrored windows; up to eight times the work")
     command.add_argument("--fast", action="store_true", help="let windows overlap by a quarter instead of a half")
     command.add_argument("--folds", nargs="+", default=[], metavar="N", help="folds of the model to use (default: all)")
@@ -683,7 +719,7 @@ def parser() -> argparse.ArgumentParser:
             parent = groups[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
             groups[group] = parent.add_subparsers(title="commands", metavar="COMMAND", required=True)
         command = groups[group].add_parser(last, help=text, description=text, epilog=f"example: mednextv2 {example}")
-        command.set_defaults(function=function)
+        command.set_defaults(function=function, parser=command)
         return command
 
     for add_commands in (
@@ -704,6 +740,23 @@ def one_line(error: Exception) -> str:
     return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
 
 
+RENAMED = {"--set": ["--recipe-set"], "--weights": ["--from", "--model", "--sampling"], "--batch": ["--batch-size"], "--dataset": ["--task"]}
+
+
+def refuse_unknown(
+    command: argparse.ArgumentParser,
+    words: list[str],  # Of the command line, that the command does not take
+) -> NoReturn:
+    "Show the usage of the command, name the option that may be meant, and exit with code 2"
+    from difflib import get_close_matches
+
+    known, hints = command._option_string_actions, []
+    for word in (word.partition("=")[0] for word in words if word.startswith("-")):
+        near = [name for name in RENAMED.get(word, []) if name in known] or get_close_matches(word, known, n=1)
+        hints += [f"; {word}: did you mean {' or '.join(near)}?"] if near else []
+    command.error(f"unrecognized arguments: {' '.join(words)}{''.join(hints)}")
+
+
 OUTPUTS = ("out", "output", "csv", "fix", "folder")  # Options that name what is written
 
 
@@ -711,8 +764,12 @@ def main(
     arguments: list[str] | None = None,  # The command line without the program's name
 ) -> None:
     "Run a command; an error that a user can fix ends in one line and exit code 1"
-    options = parser().parse_args(arguments)
+    options, unknown = parser().parse_known_args(arguments)
+    if unknown:
+        refuse_unknown(options.parser, unknown)
     try:
+        if hasattr(options, "device"):
+            options.device = find_device(options.device)
         for name in OUTPUTS:
             if isinstance(place := getattr(options, name, None), Path):
                 check_writable(place)

@@ -876,11 +876,12 @@ def find_device(
     "The device that a name stands for. ValueError if this machine does not have it."
     import torch
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    counts = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        return "cuda" if there["cuda"] else "cpu"
-    if not there.get(name.split(":")[0], False):
-        found = ", ".join(kind for kind, usable in there.items() if usable)
+        return "cuda" if counts["cuda"] else "cpu"
+    kind, colon, number = name.partition(":")
+    if colon and not (number.isascii() and number.isdecimal()) or int(number or 0) >= counts.get(kind, 0):
+        found = ", ".join(kind if count == 1 else f"{kind}:0 to {kind}:{count - 1}" for kind, count in counts.items() if count)
         raise ValueError(f"device {name!r} is not available here: use one of auto, {found}")
     return name
 

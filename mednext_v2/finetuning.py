@@ -19,6 +19,7 @@ import pandas as pd
 from .core import Resources, check_output, short_hash, output_lock, read_csv, read_json, write_json
 from .evaluation.cases import predict_cases, record_scores, score_cases, write_scores
 from .training.monitor import Display
+from .training.checkpoint import describe_differences
 from .training.run import TrainingData, TrainSettings, build_network, forecast_cost, load_start, pictures_by_default, train_in_processes
 from .models.transfer import Start
 
@@ -78,15 +79,15 @@ def find_checkpoint(
 
 # %% ../nbs/60_finetuning.ipynb #parent-folder-part
 def import_parent(
-    model: str | Path,  # Model folder, or foreign checkpoint
+    model: str | Path,  # Model folder, foreign checkpoint, or name of a fetched model of the zoo
     out: str | Path,  # Gets `parent` for a foreign checkpoint
     **reading,  # Of `importers.import_checkpoint`: trust, fold, prefix, grn
 ) -> Path:  # Model folder
     "The model to start from as a model folder; ValueError says what a foreign checkpoint leaves open"
     from mednext_v2.zoo.importers import import_model
-    from mednext_v2.zoo.catalogue import weights_source
+    from mednext_v2.zoo.catalogue import find_fetched, weights_source
 
-    model, parent = Path(model), Path(out) / "parent"
+    model, parent = find_fetched(model), Path(out) / "parent"
     if (model / "card.json").is_file():
         return model
     if not (parent / "card.json").is_file():
@@ -231,15 +232,23 @@ def build_request(plan: "FinetunePlan") -> dict:
     return json.loads(json.dumps(request))
 
 
+def flatten(
+    settings: dict,  # Values, and dictionaries of them
+) -> dict:  # Values by `name`, or `name.key`
+    "Settings by name, so that a difference in a dictionary names its entry"
+    groups = ({f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value} for name, value in settings.items())
+    return {name: value for group in groups for name, value in group.items()}
+
+
 def check_request(
     path: Path,  # plan.json
     request: dict,
 ) -> None:
     "ValueError, naming what differs, if the folder belongs to another request"
     if path.is_file():
-        known = read_json(path)
-        if differing := [name for name in request if known.get(name) != request[name]]:
-            raise ValueError(f"{path} was made with other {', '.join(differing)}: choose another folder, or remove it")
+        known, wanted = flatten(read_json(path)), flatten(request)
+        if differing := describe_differences(known, wanted):
+            raise ValueError(f"{path} was made with other settings ({differing}): choose another folder, or remove it")
 
 # %% ../nbs/60_finetuning.ipynb #fit-model
 def fit_model(plan: FinetunePlan, resources: Resources) -> None:

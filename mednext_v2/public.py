@@ -10,27 +10,30 @@ from importlib import import_module
 
 # %% ../nbs/91_public.ipynb #names
 HOMES = {
+    "core": ["Resources"],
     "network.grn": ["GRN3d"],
     "network.blocks": ["MedNeXtBlock"],
     "network.mednext": ["Arch", "MedNeXt", "pad_to_stride"],
     "network.scaling": ["PRESETS", "create_model", "scale", "count_parameters", "estimate"],
     "models.card": ["Card", "save_model"],
     "models.registry": ["backbone_table", "create", "declare", "load_model"],
-    "models.transfer": ["freeze", "transfer"],
+    "models.transfer": ["Start", "freeze", "transfer"],
     "data.datasets": ["Dataset", "get_dataset", "raw_dataset"],
-    "data.preprocess": ["Prepared"],
+    "data.preprocess": ["Prepared", "prepare"],
     "data.augment": ["PatchSampler", "patch_loader"],
     "training.losses": ["dice_ce", "deep_supervision_loss"],
     "training.recipe": ["Recipe", "get_recipe"],
+    "training.monitor": ["Display"],
     "training.trainer": ["fit"],
+    "training.run": ["TrainSettings", "train_model"],
     "inference.windows": ["sliding_window"],
-    "inference.predictor": ["predict"],
+    "inference.predictor": ["PredictSettings", "predict"],
     "inference.files": ["predict_files"],
     "evaluation.metrics": ["dice", "surface_dice", "hausdorff", "evaluate"],
     "evaluation.statistics": ["bootstrap", "compare"],
     "zoo.importers": ["import_model"],
     "zoo.catalogue": ["fetch", "zoo_table"],
-    "finetuning": ["finetune"],
+    "finetuning": ["FinetuneOptions", "finetune"],
 }
 HOME_OF = {name: module for module, names in HOMES.items() for name in names}
 
@@ -40,6 +43,11 @@ def lookup(name: str) -> object:
     if name not in HOME_OF:
         raise AttributeError(f"module 'mednext_v2' has no attribute {name!r}")
     return getattr(import_module(f"mednext_v2.{HOME_OF[name]}"), name)
+
+
+def list_names() -> list[str]:
+    "What `dir(mednext_v2)` shows: the public names, and what else the package holds so far"
+    return sorted({*HOME_OF, *vars(import_module("mednext_v2"))})
 
 # %% ../nbs/91_public.ipynb #stub
 def stub() -> str:

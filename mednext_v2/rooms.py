@@ -14,7 +14,7 @@ from .core import root
 
 # %% ../nbs/85_rooms.ipynb #rooms
 ROOMS = {
-    "core": "paths, parameters, atomic writes, work on many items",
+    "core": "paths, parameters, devices, atomic writes, work on many items",
     "network": "the paper's contribution, readable alone: GRN, blocks, MedNeXt, its scaling and its speed",
     "models": "the networks that are compared, model folders and their cards, transfer of weights by class name",
     "data": "what a file holds, what a data set is, how scans become patches",

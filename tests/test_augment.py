@@ -40,7 +40,7 @@ from training_toys import readers, toy_cases
 
 
 def sampler(augment="nnunet", seed=0, **options):
-    settings = dict(patch=(12, 10, 8), batch=2, foreground=0.5)
+    settings = dict(patch=(12, 10, 8), batch_size=2, foreground=0.5)
     return PatchSampler(toy_cases(), "train", augment=augment, seed=seed, **settings | options)
 
 
@@ -233,7 +233,7 @@ def test_bad_loader_settings(options, message):
 
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
 def test_shapes_types_and_values(augment):
-    source = sampler(augment, batch=3)
+    source = sampler(augment, batch_size=3)
     for step in range(10):
         image, label = source.batch(step)
         assert type(image) is type(label) is torch.Tensor  # No MONAI subclass, which a checkpoint would keep
@@ -527,10 +527,10 @@ def test_settings_of_the_process_are_put_back():
 # --------------------------------------------------------------------------------------------- patches
 
 
-@pytest.mark.parametrize(("batch", "share"), [(1, 0.33), (2, 0.33), (2, 0.5), (3, 0.7), (2, 0.0), (2, 1.0)])
-def test_share_of_foreground_is_exact_and_even(batch, share):
-    source = sampler("none", batch=batch, foreground=share)
-    chosen = [source.is_foreground(step, index) for step in range(300) for index in range(batch)]
+@pytest.mark.parametrize(("batch_size", "share"), [(1, 0.33), (2, 0.33), (2, 0.5), (3, 0.7), (2, 0.0), (2, 1.0)])
+def test_share_of_foreground_is_exact_and_even(batch_size, share):
+    source = sampler("none", batch_size=batch_size, foreground=share)
+    chosen = [source.is_foreground(step, index) for step in range(300) for index in range(batch_size)]
     assert abs(sum(chosen) - share * len(chosen)) <= 1
     for start in range(0, len(chosen) - 30, 30):
         assert abs(sum(chosen[start : start + 30]) - share * 30) <= 1
@@ -748,7 +748,7 @@ def test_latest_cases_are_kept_within_number_and_size():
 def test_fingerprint_follows_content_and_settings():
     base = sampler().fingerprint
     assert base == sampler().fingerprint
-    changed = [sampler(seed=1), sampler(batch=3), sampler("light"), sampler(patch=(8, 8, 8))]
+    changed = [sampler(seed=1), sampler(batch_size=3), sampler("light"), sampler(patch=(8, 8, 8))]
     changed.append(sampler(foreground=1))
     cases = toy_cases()
     cases.images["toy0"][0, 0, 0, 0] += 1
@@ -768,7 +768,7 @@ def test_fingerprint_follows_the_strengths_of_a_preset(monkeypatch):
     [
         (dict(patch=(8, 8)), "three positive sizes"),
         (dict(patch=(8, 0, 8)), "three positive sizes"),
-        (dict(batch=0), "batch positive"),
+        (dict(batch_size=0), "batch_size positive"),
         (dict(foreground=1.5), "share from 0 to 1, got 1.5"),
         (dict(augment="strong"), "there are: none, light, nnunet, nnunet_elastic"),
     ],

@@ -250,6 +250,9 @@ def test_blueprint_keeps_patch_and_spacing_whoever_uses_them():
     ("call", "message"),
     [
         (lambda: create("nnunet", 1, 2), "no backbone 'nnunet'; there are: mednext_v2_tiny"),
+        (lambda: create("tiny", 1, 2), r"no backbone 'tiny' \(here it is 'mednext_v2_tiny'\); there are: mednext_v2_tiny"),
+        (lambda: create("v1_base", 1, 2), "here it is 'mednext_v1_base'"),
+        (lambda: create("mednext_v2_tiny", 1, 2, checkpointing="block"), "no 'checkpointing'; .*also takes grad_checkpointing"),
         (lambda: create("unet", 1, 2, width=3), "'unet' does not take these overrides.*width"),
         (lambda: create("mednext_v2_tiny", 1, 2, filters=(1, 2)), "filters"),
         (lambda: create("unet", 1, 2, filters=(4, 8)), "three or more"),

@@ -139,14 +139,14 @@ def test_sigkill_in_the_middle_and_the_same_call_again(done, raw, tmp_path):
 
 
 def test_other_requests_and_exchanged_files_are_refused(done, raw):
-    for changed, word in (({"seed": 1}, "seed"), ({"spacing": (2, 2, 2)}, "task"), ({"overrides": {}}, "network")):
-        with pytest.raises(ValueError, match=f"plan.json was made with other {word}: choose"):
+    for changed, word in (({"seed": 1}, "seed was 0, now 1"), ({"spacing": (2, 2, 2)}, "task.spacing was"), ({"overrides": {}}, "network")):
+        with pytest.raises(ValueError, match=rf"plan.json was made with other settings \({word}.*\): choose"):
             finetune(raw, None, done[0], **SETTINGS | changed)
     path = raw / "labelsTr" / "chest_0.nii.gz"
     stat = os.stat(path)
     os.utime(path, (0, 0))
     try:
-        with pytest.raises(ValueError, match="other files: choose another folder"):
+        with pytest.raises(ValueError, match=r"other settings \(files was .*\): choose another folder"):
             finetune(raw, None, done[0], **SETTINGS)
     finally:
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -12,8 +12,8 @@ def _seed():
     torch.set_num_threads(1)
 
 
-def random_inputs(channels=6, size=(4, 3, 5), batch=2, dtype=torch.float64):
-    x = torch.randn(batch, channels, *size, dtype=dtype)
+def random_inputs(channels=6, size=(4, 3, 5), batch_size=2, dtype=torch.float64):
+    x = torch.randn(batch_size, channels, *size, dtype=dtype)
     gamma, beta = torch.randn(2, 1, channels, 1, 1, 1, dtype=dtype)
     return x, gamma, beta
 
@@ -115,7 +115,7 @@ def test_shuffled_channels_give_the_shuffled_output():
 
 
 def test_samples_of_a_batch_do_not_meet():
-    x, gamma, beta = random_inputs(batch=3)
+    x, gamma, beta = random_inputs(batch_size=3)
     alone = torch.cat([global_response_norm(one[None], gamma, beta) for one in x])
     torch.testing.assert_close(global_response_norm(x, gamma, beta), alone)
 

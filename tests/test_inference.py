@@ -670,6 +670,18 @@ def test_options_refuse():
             predictor.PredictSettings(**wrong)
     with pytest.raises(ValueError, match="device 'tpu' is not available here"):
         find_device("tpu")
+    for name in ("cpu:1", "cpu:x", "cpu:", ""):
+        with pytest.raises(ValueError, match="is not available here: use one of auto, .*cpu"):
+            find_device(name)
+    assert find_device("cpu:0") == "cpu:0"
+
+
+def test_each_gpu_is_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [find_device(name) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
+    with pytest.raises(ValueError, match="'cuda:2' is not available here: use one of auto, cuda:0 to cuda:1, .*cpu"):
+        find_device("cuda:2")
 
 
 def test_arrays_and_iterators(model_folder):

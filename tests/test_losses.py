@@ -9,10 +9,10 @@ import torch
 from mednext_v2.training.losses import check_labels, deep_supervision_loss, deep_supervision_weights, dice_ce, shrink_label, soft_dice, sum_over_processes
 
 
-def draw(classes=4, batch=2, size=6, seed=0, dtype=torch.float32):
+def draw(classes=4, batch_size=2, size=6, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(batch, classes, size, size, size, generator=generator, dtype=dtype)
-    label = torch.randint(0, classes, (batch, 1, size, size, size), generator=generator)
+    logits = 2 * torch.randn(batch_size, classes, size, size, size, generator=generator, dtype=dtype)
+    label = torch.randint(0, classes, (batch_size, 1, size, size, size), generator=generator)
     return logits, label
 
 
@@ -181,6 +181,39 @@ def test_recipe_weighs_outputs_as_its_source(name, weighting):
         get_recipe(name, weighting="none")
 
 
+def test_a_loss_is_chosen_by_name(monkeypatch):
+    from mednext_v2.training.checkpoint import identity
+    from mednext_v2.training.losses import LOSSES
+    from mednext_v2.training.recipe import Recipe
+    from mednext_v2.training.trainer import loss_options
+
+    logits, label = draw(size=8)
+    outputs, default = [logits, logits[..., ::2, ::2, ::2]], loss_options(Recipe(steps=1))
+    assert torch.equal(deep_supervision_loss(outputs, label, **default), deep_supervision_loss(outputs, label))
+    with pytest.raises(ValueError, match="recipe: loss must be one of dice_ce, got 'double'"):
+        Recipe(steps=1, loss="double")
+    with pytest.raises(ValueError, match="no loss 'double'; there are: dice_ce"):
+        deep_supervision_loss(outputs, label, loss="double")
+
+    monkeypatch.setitem(LOSSES, "double", lambda *given, **options: 2 * dice_ce(*given, **options))
+    recipe = Recipe(steps=1, loss="double")
+    torch.testing.assert_close(deep_supervision_loss(outputs, label, **loss_options(recipe)), 2 * deep_supervision_loss(outputs, label))
+    network = torch.nn.Conv3d(1, 2, 1)
+    runs = [identity(Recipe(steps=1, loss=name), network, None, seed=0)["recipe.loss"] for name in ("dice_ce", "double")]
+    assert runs == ["dice_ce", "double"]
+
+
+def test_a_recipe_from_before_the_field_loss_is_read():
+    from dataclasses import asdict
+
+    from mednext_v2.core import build
+    from mednext_v2.training.recipe import Recipe
+
+    old = asdict(Recipe(steps=1))
+    del old["loss"]
+    assert build(Recipe, old).loss == "dice_ce"
+
+
 @pytest.mark.parametrize("name, outputs", [("nnunet_plain", 5), ("resenc_l", 5), ("mednext_v2_base", 5)])
 def test_networks_give_as_many_outputs_as_their_source(name, outputs):
     "nnU-Net supervises one output fewer than a network has stages (six), MedNeXt each of its five levels"
@@ -218,8 +251,8 @@ def first_version(logits, label, smooth=1e-5, batch_dice=True, present_only=Fals
 @pytest.mark.parametrize("present_only", [True, False])
 @pytest.mark.parametrize("batch_dice", [True, False])
 def test_defaults_keep_the_first_versions_bits(batch_dice, present_only, dtype):
-    for classes, batch, size, seed in ((2, 1, 17, 0), (5, 3, 12, 1), (40, 2, 9, 2)):
-        logits, label = draw(classes, batch, size, seed)
+    for classes, batch_size, size, seed in ((2, 1, 17, 0), (5, 3, 12, 1), (40, 2, 9, 2)):
+        logits, label = draw(classes, batch_size, size, seed)
         options = dict(batch_dice=batch_dice, present_only=present_only)
         label = (label % max(2, classes // 2)).to(torch.uint8)
         grads = []
@@ -386,7 +419,7 @@ def test_regions_may_overlap_without_nesting_and_in_any_order():
 
 def partial(dtype=torch.float64, ignore=None):
     "Five classes, three samples; the first has no class 3 and 4, the second no 1, the third has all"
-    logits, label = draw(classes=5, batch=3, dtype=dtype)
+    logits, label = draw(classes=5, batch_size=3, dtype=dtype)
     annotated = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
     label = torch.where(annotated.gather(1, label.flatten(1)).view(label.shape), label, 0)
     if ignore is not None:
@@ -512,7 +545,7 @@ def in_parts(function, parts):
 
 def spread(seed=0):
     "Four samples that differ in what they show, what is ignored and what is annotated; two resolutions"
-    logits, label = draw(classes=4, batch=4, seed=seed, dtype=torch.float64)
+    logits, label = draw(classes=4, batch_size=4, seed=seed, dtype=torch.float64)
     coarse = logits[..., ::2, ::2, ::2] * 0.5
     label[0] %= 2
     label[1, :, 2:] = 7

@@ -48,13 +48,13 @@ def cases(one: Dataset, count: int, seed: int, size: int = 18, channels: int = 1
 SETS = {"belly": cases(BELLY, 6, 1), "chest": cases(CHEST, 3, 2), "trunk": cases(TRUNK, 1, 3)}
 
 
-def samplers(sets=SETS, augment="nnunet_elastic", batch=2, patch=(8, 8, 8), foreground=0.5, seed=0):
-    settings = (patch, batch, foreground, augment, seed)
+def samplers(sets=SETS, augment="nnunet_elastic", batch_size=2, patch=(8, 8, 8), foreground=0.5, seed=0):
+    settings = (patch, batch_size, foreground, augment, seed)
     return {name: PatchSampler(one, "train", *settings) for name, one in sets.items()}
 
 
-def mixture(weights="proportional", labels=SPACE, batch=4, annotated=None, allow=(), **options):
-    return MixtureSampler(samplers(**options), weights, labels, annotated, batch, allow)
+def mixture(sampling="proportional", labels=SPACE, batch_size=4, annotated=None, allow=(), **options):
+    return MixtureSampler(samplers(**options), sampling, labels, annotated, batch_size, allow)
 
 
 def equal(a, b):
@@ -205,25 +205,25 @@ def test_weights():
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"),
+    ("sampling", "message"),
     [
-        ("equal", "proportional, sqrt, or a number by data set, got 'equal'"),
-        ({"a": 1}, "weights are for a, the data sets are a, b"),
-        ({"a": 1, "b": 2, "c": 3}, "weights are for a, b, c"),
-        ({"a": 1, "b": 0}, "the weight of b must be positive, got 0"),
-        ({"a": math.nan, "b": 1}, "the weight of a must be positive, got nan"),
-        ({"a": 1, "b": math.inf}, "the weight of b"),
-        ({"a": 1, "b": "2"}, "the weight of b must be positive, got '2'"),
-        ({"a": True, "b": 1}, "the weight of a"),
+        ("equal", "proportional, sqrt, or a weight by data set, got 'equal'"),
+        ({"a": 1}, "sampling has weights for a, the data sets are a, b"),
+        ({"a": 1, "b": 2, "c": 3}, "sampling has weights for a, b, c"),
+        ({"a": 1, "b": 0}, "the sampling weight of b must be positive, got 0"),
+        ({"a": math.nan, "b": 1}, "the sampling weight of a must be positive, got nan"),
+        ({"a": 1, "b": math.inf}, "the sampling weight of b"),
+        ({"a": 1, "b": "2"}, "the sampling weight of b must be positive, got '2'"),
+        ({"a": True, "b": 1}, "the sampling weight of a"),
     ],
 )
-def test_bad_weights_are_explained(weights, message):
+def test_bad_weights_are_explained(sampling, message):
     with pytest.raises(ValueError, match=message):
-        integer_shares(weights, {"a": 1, "b": 2})
+        integer_shares(sampling, {"a": 1, "b": 2})
 
 
 def test_batches_keep_the_weights():
-    source = mixture({"belly": 0.5, "chest": 0.3, "trunk": 0.2}, batch=3)
+    source = mixture({"belly": 0.5, "chest": 0.3, "trunk": 0.2}, batch_size=3)
     seen = Counter(source.member(step, index)[0] for step in range(100) for index in range(3))
     assert seen == {"belly": 150, "chest": 90, "trunk": 60}
     assert mixture("proportional").shares == {"belly": 6, "chest": 3, "trunk": 1}
@@ -266,7 +266,7 @@ def test_stream_is_the_same_through_a_pickle():
 
 
 def test_processes_share_a_batch():
-    source = mixture(batch=4)
+    source = mixture(batch_size=4)
     for step in range(3):
         parts = [[source.sample(step, index) for index in range(rank, 4, 2)] for rank in range(2)]
         rebuilt = [torch.stack([parts[i % 2][i // 2][part] for i in range(4)]) for part in range(3)]
@@ -287,7 +287,7 @@ def by_name(space, name, one: Dataset, label: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_data_set_gives_its_own_stream_with_its_labels_by_name():
-    own, source = samplers(batch=2), mixture("sqrt", batch=3)
+    own, source = samplers(batch_size=2), mixture("sqrt", batch_size=3)
     given, shown = Counter(), set()
     for step in range(16):
         image, label, annotated = source.batch(step)
@@ -317,7 +317,7 @@ def test_weights_do_not_change_what_is_in_a_stream():
 def test_the_share_of_patches_on_a_class_holds_within_each_data_set():
     "Counted over the batch, every second patch on a class and every second of a set meet never or always"
     sets = {"belly": SETS["belly"], "chest": SETS["chest"]}
-    source = MixtureSampler(samplers(sets, foreground=0.5), {"belly": 1, "chest": 1}, SPACE, batch=2)
+    source = MixtureSampler(samplers(sets, foreground=0.5), {"belly": 1, "chest": 1}, SPACE, batch_size=2)
     aimed = Counter()
     for step in range(40):
         for index in range(2):
@@ -342,9 +342,9 @@ def test_a_mix_seeds_each_data_set_by_its_name():
 
 def test_cases_that_lack_labels():
     lacking = {"belly0": ("liver",), "belly1": ("spleen", "tumour")}
-    weights = {"belly": 8, "chest": 1, "trunk": 1}
-    source = mixture(weights, annotated={"belly": lacking}, augment="none")
-    plain = mixture(weights, augment="none")
+    sampling = {"belly": 8, "chest": 1, "trunk": 1}
+    source = mixture(sampling, annotated={"belly": lacking}, augment="none")
+    plain = mixture(sampling, augment="none")
     seen = Counter()
     for step in range(12):
         batch, whole = source.batch(step), plain.batch(step)
@@ -415,7 +415,7 @@ def test_bad_annotated_tables_are_explained(rows, message, tmp_path):
         ({"head": {}}, "annotated: no data set 'head'"),
         ({"belly": {"belly9": ["liver"]}}, "data set belly has no case 'belly9'"),
         ({"belly": {"belly0": ["lung"]}}, "belly has no label 'lung'; it has: spleen, liver, tumour"),
-        ({"belly": {"belly0": []}}, "a case that annotates no class teaches nothing"),
+        ({"belly": {"belly0": []}}, "a case without annotated classes cannot be used"),
     ],
 )
 def test_bad_annotations_are_explained(annotated, message):
@@ -480,7 +480,7 @@ TURNED = replace(BELLY, labels={"liver": 1, "spleen": 2, "tumour": 3})
     ("options", "message"),
     [
         (dict(allow=("colour",)), "allow: 'colour' is none of channels, modality, spacing, normalisation"),
-        (dict(batch=0), "batch must be given, and positive"),
+        (dict(batch_size=0), "batch_size must be given, and positive"),
         (dict(sets={}), "no data set to draw patches from"),
         (dict(labels=union_labels([BELLY, CHEST])), "no data set 'trunk' in these labels; there are: belly"),
         (dict(sets={"belly": AsPrepared(SETS["belly"], TURNED)}), "belly was prepared with other"),
@@ -498,17 +498,17 @@ def test_patches_must_have_one_size():
     with pytest.raises(ValueError, match=r"belly and trunk differ in patch, \(8, 8, 8\) and \(8, 8, 10\)"):
         MixtureSampler(parts, "sqrt", SPACE)
     parts["trunk"] = PatchSampler(SETS["trunk"], "train", (8, 8, 8), 3, augment="none")
-    with pytest.raises(ValueError, match="batch must be given"):
+    with pytest.raises(ValueError, match="batch_size must be given"):
         MixtureSampler(parts, "sqrt", SPACE)
-    assert MixtureSampler(parts, "sqrt", SPACE, batch=5).batch(1)[0].shape[0] == 5
+    assert MixtureSampler(parts, "sqrt", SPACE, batch_size=5).batch(1)[0].shape[0] == 5
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_undeclared_value_names_step_data_set_and_case(workers):
     broken = cases(TRUNK, 1, 3)
     broken.labels["trunk0"][:] = 5
-    weights = {"belly": 1, "chest": 1, "trunk": 2}
-    source = mixture(weights, sets=SETS | {"trunk": broken}, batch=1, augment="none")
+    sampling = {"belly": 1, "chest": 1, "trunk": 2}
+    source = mixture(sampling, sets=SETS | {"trunk": broken}, batch_size=1, augment="none")
     step = next(s for s in range(9) if source.member(s, 0)[0] == "trunk")
     message = f"^step {step}, patch 0, data set trunk: case trunk0: .* values 5 to 5, its data set has 0 to 2$"
     with pytest.raises(RuntimeError, match=message):
@@ -521,7 +521,7 @@ def test_a_case_that_cannot_be_read_names_the_step_of_the_mixture():
             raise OSError("no such file")
 
     parts = samplers(SETS | {"trunk": Gone(SETS["trunk"], TRUNK)})
-    source = MixtureSampler(parts, {"belly": 1, "chest": 1, "trunk": 1}, SPACE, batch=3)
+    source = MixtureSampler(parts, {"belly": 1, "chest": 1, "trunk": 1}, SPACE, batch_size=3)
     index = next(i for i in range(3) if source.member(7, i)[0] == "trunk")
     message = f"^step 7, patch {index}, data set trunk: .*case trunk0: OSError: no such file"
     with pytest.raises(RuntimeError, match=message):
@@ -541,7 +541,7 @@ def test_fingerprint_changes_with_all_that_decides_the_batches():
         mixture(),
         mixture("sqrt"),
         mixture({"belly": 6, "chest": 3, "trunk": 2}),
-        mixture(batch=3),
+        mixture(batch_size=3),
         mixture(seed=1),
         mixture(augment="none"),
         mixture(foreground=0.25),
@@ -677,8 +677,8 @@ def train(heads: str, marginal: bool, steps: int = 80) -> dict[str, tuple[float,
     "Dice and certainty on new scenes, after two half-annotated data sets, the cubes three times as often"
     sets, datasets = halves()
     space = union_labels(datasets, heads)
-    weights = {"round": 1, "square": 3}
-    source = mix(sets, (12, 12, 12), 4, weights, space, foreground=0.0, augment="none")
+    sampling = {"round": 1, "square": 3}
+    source = mix(sets, (12, 12, 12), 4, sampling, space, foreground=0.0, augment="none")
     torch.manual_seed(0)
     layers = [torch.nn.Conv3d(1, 8, 3, padding=1), torch.nn.Conv3d(8, 8, 3, padding=1)]
     model = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), torch.nn.Conv3d(8, len(space.outputs), 1))

@@ -359,6 +359,20 @@ def test_titles_are_those_of_the_registry_and_colours_differ():
     assert len(set(colours)) == len(colours)
 
 
+def test_a_backbone_without_a_style_gets_one(monkeypatch):
+    from dataclasses import replace
+
+    from mednext_v2.models.registry import BACKBONES
+
+    monkeypatch.setitem(BACKBONES, "new_net", replace(BACKBONES["unet"], name="new_net", title="New Net"))
+    assert tables.backbone_title("new_net") == "New Net"
+    assert tables.backbone_title("of_a_plugin") == "of_a_plugin"
+    styles = [(tables.backbone_colour(name), tables.backbone_marker(name)) for name in [*BACKBONES, "of_a_plugin"]]
+    assert len(set(styles)) == len(styles)
+    assert re.fullmatch("#[0-9A-F]{6}", tables.backbone_colour("new_net")) and tables.backbone_marker("new_net") != "o"
+    assert tables.backbone_marker("unet") == "o"
+
+
 def draw():
     import matplotlib.pyplot as plt
 

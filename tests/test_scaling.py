@@ -122,6 +122,9 @@ def test_create_model_without_grn_has_no_grn_parameters():
     [
         (lambda: create_model("giant", 1, 2), "no network is called 'giant'; known: tiny, small,.*v1_large"),
         (lambda: create_model("tiny", 1, 2, deep=3), "no 'deep'; it has: width, depths, ratios, kernel, grn"),
+        (lambda: create_model("mednext_v2_tiny", 1, 2), r"no network is called 'mednext_v2_tiny' \(here it is 'tiny'\); known: tiny"),
+        (lambda: create_model("mednext_v1_base", 1, 2), r"here it is 'v1_base'"),
+        (lambda: create_model("tiny", 1, 2, checkpointing="block"), "no 'checkpointing'; .*also takes grad_checkpointing"),
         (lambda: create_model("tiny", 1, 2, width=-1), "width must be a positive whole number"),
         (lambda: create_model("tiny", 1, 2, depths=(1, 1, 1)), "equally many entries, got 3 and 9"),
         (lambda: scale(Arch(), depth=0), "must be positive, got 0 and 1"),

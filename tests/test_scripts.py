@@ -65,6 +65,11 @@ def test_every_script_is_run():
     assert {path.stem for path in SCRIPTS.glob("*.py")} == set(NEEDS)
 
 
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_script_imports_from_the_top(name):
+    assert "mednext_v2." not in (SCRIPTS / f"{name}.py").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name, said", [
     ("make_network", "parameters, "),
     ("train", "for liver, spleen: (1, 3, 32, 32, 32)"),

@@ -13,6 +13,7 @@ import torch
 from mednext_v2 import cli
 from mednext_v2.data.preprocess import prepare
 from mednext_v2.models.card import read_card, read_state
+from mednext_v2.zoo import catalogue
 from test_importers import DNA, V2, dna, nnunet_folder
 from test_training_sets import CHEST, write_raw
 
@@ -108,3 +109,82 @@ def test_import_of_labels_that_the_file_does_not_tell(tmp_path):
     (tmp_path / "facts.json").write_text(json.dumps(facts))
     run(f"import {tmp_path / 'a.pth'} {tmp_path / 'm'} --facts {tmp_path / 'facts.json'} --spacing 1 1 1 --patch 32 32 32 --modality CT --licence CC0")
     assert read_card(tmp_path / "m").labels == {"liver": 1, "spleen": 2}
+
+
+# ------------------------------------------------------------------------------------------- mistakes on the command line
+
+DEVICE_LINES = [
+    "train data/chest {out} --device",
+    "finetune -d data/raw -o {out} --device",
+    "replay bundle --device",
+    "predict -m model -i scan.nii.gz -o {out}.nii.gz --device",
+]
+
+
+def mistake(line: str, capsys) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(line.split())
+    return f"{ended.value}{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("line", DEVICE_LINES)
+def test_find_device_answers_for_every_command_before_work(line, tmp_path, capsys, monkeypatch):
+    line = line.format(out=tmp_path / "out")
+    assert "mednextv2: device 'tpu' is not available here" in mistake(f"{line} tpu", capsys)
+    monkeypatch.setattr(cli, "find_device", lambda name: (_ for _ in ()).throw(ValueError(f"asked for {name}")))
+    assert "mednextv2: asked for npu:3" in mistake(f"{line} npu:3", capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_commands_say_the_same_of_devices(capsys):
+    said = set()
+    for command in ("train", "finetune", "predict", "replay"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        _, _, text = " ".join(capsys.readouterr().out.split()).partition("--device DEVICE where")
+        said.add(text.partition(" (default")[0])
+    assert len(said) == 1 and "auto" in said.pop()
+
+
+@pytest.mark.parametrize(
+    ("line", "usage", "hint"),
+    [
+        ("train a b --set steps=2", "usage: mednextv2 train", "--set: did you mean --recipe-set?"),
+        ("evaluate a b --dataset x", "usage: mednextv2 evaluate", "--dataset: did you mean --task?"),
+        ("predict -m a -i b -o c --weights d", "usage: mednextv2 predict", "--weights: did you mean --model?"),
+        ("train a b --weights d=1", "usage: mednextv2 train", "--weights: did you mean --from or --sampling?"),
+        ("info base --batch=3", "usage: mednextv2 info", ""),
+        ("zoo list --lang", "usage: mednextv2 zoo list", "--lang: did you mean --long?"),
+        ("doctor --data a --zzz", "usage: mednextv2 doctor", "unrecognized arguments: --zzz"),
+    ],
+)
+def test_unknown_options_show_the_usage_of_their_command_and_a_near_match(line, usage, hint, capsys):
+    if "--batch=3" in line:  # An abbreviation that argparse knows
+        assert "base" in run(line)
+        return
+    said = mistake(line, capsys)
+    assert said.startswith("2") and usage in said and hint in said
+
+
+def test_info_obeys_its_options_or_refuses_them(imported, capsys):
+    assert run("info tiny --batch-size 8 --precision fp32") != run("info tiny")
+    told = "--batch-size, --precision: no effect here, mednext_v2_tiny has it in `mednextv2 info tiny`"
+    assert told in mistake("info mednext_v2_tiny --batch-size 8 --precision fp32", capsys)
+    assert "--precision: no effect here, unet is no size of MedNeXt" in mistake("info unet --precision fp32", capsys)
+    assert "--patch: no effect here" in mistake(f"info {imported} --patch 64", capsys)
+
+
+def test_names_of_the_zoo_say_how_to_fetch_and_import(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MEDNEXT_V2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    name = "totalsegmentator_ct_291"
+    write_raw(CHEST, tmp_path / "raw")
+    lines = [f"train data {tmp_path}/out --from {name}", f"predict -m {name} -i a.nii.gz -o {tmp_path}/b.nii.gz"]
+    for line in [*lines, f"finetune -d raw/{CHEST.folder} -m {name} -o {tmp_path}/tuned"]:
+        assert f"on this machine: run `mednextv2 zoo fetch {name}`" in mistake(f"{line} --device cpu", capsys)
+    monkeypatch.setattr(catalogue, "is_cached", lambda entry, home: True)
+    for line in lines:
+        assert f"run `mednextv2 import {tmp_path / 'cache/zoo' / name / 'model'} models/{name}`" in mistake(f"{line} --device cpu", capsys)
+    assert catalogue.find_fetched(name) == tmp_path / "cache/zoo" / name / "model"
+    (tmp_path / name).mkdir()  # A folder of one's own comes first
+    assert str(catalogue.find_fetched(name)) == name

@@ -21,7 +21,7 @@ import torch
 from mednext_v2.core import Resources
 from mednext_v2.models.registry import create
 from mednext_v2.training import checkpoint
-from mednext_v2.training.checkpoint import read_checkpoint, save_checkpoint, weights_digest
+from mednext_v2.training.checkpoint import check_identity, read_checkpoint, save_checkpoint, weights_digest
 from mednext_v2.training.engine import make_engine
 from mednext_v2.training.losses import deep_supervision_loss
 from mednext_v2.training.monitor import log_curves
@@ -443,10 +443,30 @@ def test_another_run_is_refused_by_name(tmp_path, field, was):
     if field == "network":
         model = create("unet", 1, 3, True, filters=(4, 8, 12))
     sampler = training_sampler(recipe, toy_cases(), sampler_seed)
-    with pytest.raises(ValueError, match=rf"holds another run \({field} was .*{was}[^;]*\): give another folder, delete this one, or force it") as error:
+    with pytest.raises(
+        ValueError, match=rf"holds another run \({field} was .*{was}[^;]*\): give another folder, delete this one, or continue it by --resume force"
+    ) as error:
         fit(recipe, model, sampler, tmp_path, seed=seed, device="cpu", progress=False)
     assert "\n" not in str(error.value)
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_run_with_field_names_of_an_older_version_is_told_readably(tmp_path):
+    found, wanted = {"recipe.batch": "2", "seed": "0"}, {"recipe.batch_size": "2", "seed": "0"}
+    told = r"holds another run \(recipe.batch = 2 is no longer known; recipe.batch_size = 2 is new\)"
+    with pytest.raises(ValueError, match=told):
+        check_identity(found, wanted, tmp_path)
+    with pytest.warns(UserWarning, match=told):
+        check_identity(found, wanted, tmp_path, force=True)
+
+
+def test_a_named_recipe_is_named_once_with_what_to_set_too():
+    with pytest.raises(ValueError, match="^recipe quick: warmup must be below steps = 20, got 30; set warmup too$"):
+        get_recipe("quick", steps=20)
+    with pytest.raises(ValueError, match="^recipe quick: warmup must be below steps = 600, got 700$"):
+        get_recipe("quick", warmup=700)
+    with pytest.raises(ValueError, match="^recipe quick: Recipe has no 'batch'; it has: steps, batch_size"):
+        get_recipe("quick", batch=2)
 
 
 # ------------------------------------------------------------------------------------------- the rest

@@ -347,7 +347,7 @@ def test_command_line_trains_on_two_sets(sets, tmp_path, capsys):
     assert set(np.unique(nibabel.load(tmp_path / "l.nii.gz").dataobj)) <= {0, 1, 2}
     with pytest.raises(SystemExit, match="name one, got head None"):
         cli.main(ask)
-    with pytest.raises(SystemExit, match="weights are for chest, the data sets are chest, belly"):
+    with pytest.raises(SystemExit, match="sampling has weights for chest, the data sets are chest, belly"):
         cli.main([*line[:2], str(tmp_path / "other"), *line[3:], "--sampling", "chest=2", "--recipe-set", *settings])
 
 

@@ -419,7 +419,7 @@ def test_write_through_a_link_is_refused(place):
 def test_bomb_is_refused_by_its_ratio(pack, name, place):
     archive = pack(place / name, ("bomb", bytes(20 * 2**20)))
     assert archive.stat().st_size < 100_000
-    refused(archive, "promises 20971520 bytes")
+    refused(archive, "claims 20971520 bytes")
 
 
 def test_bomb_with_a_lying_header_is_refused(place):
@@ -429,7 +429,7 @@ def test_bomb_with_a_lying_header_is_refused(place):
     real = struct.pack("<I", 20 * 2**20)
     assert data.count(real) == 2  # In the local header and in the directory
     archive.write_bytes(data.replace(real, struct.pack("<I", 10)))
-    refused(archive, "Bad CRC-32|promises")
+    refused(archive, "Bad CRC-32|claims")
 
 
 def test_stream_longer_than_its_header_is_cut_off(place):
@@ -455,15 +455,15 @@ def test_overlapping_members_count_each_time(place):
     archive = zipped(place / "a.zip", *((f"{i:04d}", bytes(9000) + BODY[:1000]) for i in range(200)))
     with zipfile.ZipFile(archive) as opened:
         first = opened.infolist()[0]
-    refused(archive, "promises", total=100 * first.file_size)
+    refused(archive, "claims", total=100 * first.file_size)
 
 
 def test_header_that_promises_more_than_the_cap_is_refused(place):
     archive = zipped(place / "a.zip", ("a", BODY))
     real = struct.pack("<I", len(BODY))
     archive.write_bytes(archive.read_bytes().replace(real, struct.pack("<I", 2**31)))
-    refused(archive, "promises 2147483648 bytes")
-    refused(zipped(place / "b.zip", ("a", BODY), ("b", BODY)), "promises 700001 bytes", total=10**6)
+    refused(archive, "claims 2147483648 bytes")
+    refused(zipped(place / "b.zip", ("a", BODY), ("b", BODY)), "claims 700001 bytes", total=10**6)
 
 
 def test_too_many_files_are_refused(place):

@@ -499,25 +499,25 @@ class PatchLocator:
         prepared: CaseReader,  # A prepared folder or `ArrayCases`
         split: str,  # train, val or test
         patch: tuple[int, int, int],  # Voxels
-        batch: int = 2,  # Patches a step
+        batch_size: int = 2,  # Patches a step
         foreground: float = 0.33,  # Share of the patches that are centred on a class
         augment: str = "nnunet",  # Preset: none, light, nnunet, nnunet_elastic
         seed: int = 0,
     ):
         patch = cast("tuple[int, int, int]", tuple(patch))
-        if len(patch) != 3 or min(patch) < 1 or batch < 1:
-            wanted = "patch must be three positive sizes and batch positive"
-            raise ValueError(f"{wanted}, got {patch} and {batch}")
+        if len(patch) != 3 or min(patch) < 1 or batch_size < 1:
+            wanted = "patch must be three positive sizes and batch_size positive"
+            raise ValueError(f"{wanted}, got {patch} and {batch_size}")
         if not 0 <= foreground <= 1:
             raise ValueError(f"foreground is a share from 0 to 1, got {foreground}")
         self.cases = list(prepared.ids(split))
         if not self.cases:
             raise ValueError(f"split {split!r} has no case to draw patches from")
-        self.prepared, self.split, self.patch, self.batch_size = prepared, split, patch, batch
+        self.prepared, self.split, self.patch, self.batch_size = prepared, split, patch, batch_size
         self.foreground, self.augment, self.seed = foreground, augment, seed
         self.transforms = augmentation(augment, patch)
         self.opened = CaseCache(prepared)
-        self.indices = range(batch)
+        self.indices = range(batch_size)
 
     def is_foreground(self, step: int, index: int) -> bool:
         "Whether this patch is one of the share; evenly spread, exact in the long run"

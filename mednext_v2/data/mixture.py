@@ -83,7 +83,7 @@ class LabelSpace(ClassList):
         found = np.zeros(self.num_classes, bool)
         found[[number for number in known.values() if number not in missing]] = True
         if not found[1:].any():
-            raise ValueError(f"data set {name}: a case that annotates no class teaches nothing, leave it out")
+            raise ValueError(f"data set {name}: a case without annotated classes cannot be used: leave it out")
         found[0] = True
         return found
 
@@ -222,22 +222,22 @@ def known_only(
 
 # %% ../../nbs/data/60_mixture.ipynb #shares
 def integer_shares(
-    weights: dict[str, float] | str,  # By data set; "proportional" to its training cases, or "sqrt" of them
+    sampling: dict[str, float] | str,  # By data set; "proportional" to its training cases, or "sqrt" of them
     cases: dict[str, int],  # Training cases by data set
 ) -> dict[str, int]:  # In the same proportions, without a common factor
-    "Weights as whole numbers; ValueError for one that is not positive, or for names that do not fit"
-    if isinstance(weights, str):
+    "The sampling weights as whole numbers; ValueError for one that is not positive, or for names that do not fit"
+    if isinstance(sampling, str):
         rules = {"proportional": float, "sqrt": sqrt}
-        if weights not in rules:
-            raise ValueError(f"weights are {', '.join(rules)}, or a number by data set, got {weights!r}")
-        weights = {name: rules[weights](number) for name, number in cases.items()}
-    if set(weights) != set(cases):
-        raise ValueError(f"weights are for {', '.join(weights)}, the data sets are {', '.join(cases)}")
-    for name, weight in weights.items():
+        if sampling not in rules:
+            raise ValueError(f"sampling is {', '.join(rules)}, or a weight by data set, got {sampling!r}")
+        sampling = {name: rules[sampling](number) for name, number in cases.items()}
+    if set(sampling) != set(cases):
+        raise ValueError(f"sampling has weights for {', '.join(sampling)}, the data sets are {', '.join(cases)}")
+    for name, weight in sampling.items():
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not (number and isfinite(weight) and weight > 0):
-            raise ValueError(f"the weight of {name} must be positive, got {weight!r}; or leave it out")
-    exact = {name: Fraction(str(weights[name])) for name in cases}  # 0.1 as it was written
+            raise ValueError(f"the sampling weight of {name} must be positive, got {weight!r}; or leave it out")
+    exact = {name: Fraction(str(sampling[name])) for name in cases}  # 0.1 as it was written
     common = lcm(*(weight.denominator for weight in exact.values()))
     parts = {name: int(weight * common) for name, weight in exact.items()}
     return {name: part // gcd(*parts.values()) for name, part in parts.items()}
@@ -364,10 +364,10 @@ class MixtureLocator:
     def __init__(
         self,
         samplers: dict[str, PatchSampler],  # By the data set's name in `labels`
-        weights: dict[str, float] | str,  # By data set, or "proportional" or "sqrt": of the number of cases
+        sampling: dict[str, float] | str,  # Weights by data set, or "proportional" or "sqrt": of the number of cases
         labels: LabelSpace,  # From `union_labels`
         annotated: dict[str, dict[str, Collection[str]]] | None = None,  # By data set and case: labels it has
-        batch: int | None = None,  # Patches a step; that of the samplers if not given
+        batch_size: int | None = None,  # Patches a step; that of the samplers if not given
         allow: Collection[str] = (),  # Differences of the data sets that are meant: `DIFFERENCES`
     ):
         if not samplers:
@@ -377,11 +377,11 @@ class MixtureLocator:
         check_alike(self.samplers, self.allow)
         for name, sampler in self.samplers.items():
             check_members_labels(labels, name, sampler.prepared)
-        self.shares = integer_shares(weights, {name: len(s.cases) for name, s in self.samplers.items()})
+        self.shares = integer_shares(sampling, {name: len(s.cases) for name, s in self.samplers.items()})
         self.patch: tuple[int, int, int] = common_value(self.samplers, "patch")
-        size = common_value(self.samplers, "batch_size") if batch is None else batch
+        size = common_value(self.samplers, "batch_size") if batch_size is None else batch_size
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"batch must be given, and positive, unless all samplers have one, got {batch}")
+            raise ValueError(f"batch_size must be given, and positive, unless all samplers have one, got {batch_size}")
         self.batch_size = size
         if unknown := [name for name in annotated or {} if name not in self.samplers]:
             raise ValueError(f"annotated: no data set {unknown[0]!r}; there are: {', '.join(self.samplers)}")
@@ -477,8 +477,8 @@ class MixtureSampler(MixtureLocator):
 def mix(
     prepared: Mapping[str, Any],  # Prepared folders, or `ArrayCases`, by data set
     patch: tuple[int, int, int],  # Voxels
-    batch: int = 2,  # Patches a step
-    weights: dict[str, float] | str = "sqrt",  # By data set, or "proportional" or "sqrt": of the number of cases
+    batch_size: int = 2,  # Patches a step
+    sampling: dict[str, float] | str = "sqrt",  # Weights by data set, or "proportional" or "sqrt": of the number of cases
     labels: LabelSpace | None = None,  # The union of the prepared data sets' labels, with one head, if not given
     split: str = "train",
     seed: int = 0,  # From which every data set gets its own, by its name
@@ -491,5 +491,5 @@ def mix(
     ValueError if the data sets do not fit together, see `MixtureSampler`."""
     labels = labels or union_labels([one.dataset for one in prepared.values()])
     seeds = {name: np.random.SeedSequence([seed, zlib.crc32(name.encode())]) for name in prepared}
-    samplers = {name: PatchSampler(one, split, patch, batch, seed=int(seeds[name].generate_state(1)[0]), **options) for name, one in prepared.items()}
-    return MixtureSampler(samplers, weights, labels, annotated, allow=allow)
+    samplers = {name: PatchSampler(one, split, patch, batch_size, seed=int(seeds[name].generate_state(1)[0]), **options) for name, one in prepared.items()}
+    return MixtureSampler(samplers, sampling, labels, annotated, allow=allow)

@@ -511,7 +511,7 @@ def _prepare(dataset: Dataset, raw: str | Path, out: Path, workers: int, progres
 
 # %% ../../nbs/data/40_preprocess.ipynb #prepare-part
 def prepare(
-    dataset: Dataset,
+    dataset: Dataset,  # From `get_dataset` or `raw_dataset`
     raw: str | Path,  # Folder that holds the data set's folder
     out: str | Path,  # The prepared folder; its manifest is replaced when all cases are done
     workers: int = 1,  # Processes; the result does not depend on it

@@ -416,7 +416,11 @@ def score_files(
         raise ValueError(f"{prediction}: {error}") from error
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #nnunet-metrics
-EXTRAS = "nsd hd95 volume_error volume_error_ml lesion_f1 n_lesions n_tp n_fp".split()
+@lru_cache
+def extra_columns() -> list[str]:
+    "The columns of `score_masks` that nnU-Net has no name for"
+    nothing = np.zeros((1, 1, 1), dtype=bool)
+    return [name for name in score_masks(nothing, nothing, (1, 1, 1), 1) if name not in ("dsc", "n_voxels", "n_predicted", "n_overlap")]
 
 
 def nnunet_metrics(
@@ -435,7 +439,7 @@ def nnunet_metrics(
         "n_pred": predicted,
         "n_ref": true,
     }
-    return named | {name: float("nan") if pd.isna(row[name]) else float(row[name]) for name in EXTRAS}
+    return named | {name: float("nan") if pd.isna(row[name]) else float(row[name]) for name in extra_columns()}
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #summary
 def summarise(

@@ -152,7 +152,11 @@ def bootstrap(
     cluster: str = "case",  # What is drawn: all rows of one stay together
     method: str = "BCa",  # Or "percentile"
 ) -> Interval:
-    "Bootstrap interval over cases within each task, BCa (Efron, 1987) or of percentiles (Efron, 1979); NaN ends if a task has fewer than two cases"
+    """Bootstrap interval over cases within each task, BCa (Efron, 1987) or of percentiles (Efron, 1979); NaN ends if a task has fewer than two cases.
+
+    ValueError for a missing column, an unknown method, `n` below 1, or a level that is not between 0 and 1."""
+    if not 0 < level < 1 or n < 1:
+        raise ValueError(f"needs 0 < level < 1 and n >= 1, got {level} and {n}")
     require_columns(scores, ["task", cluster])
     parts = [list(part.groupby(cluster, sort=True)) for _, part in scores.groupby("task", sort=True)]
     parts = [[rows for _, rows in part] for part in parts]

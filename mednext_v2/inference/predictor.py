@@ -393,7 +393,7 @@ def predict(
     overlap: float = 0.5,  # Share of a window that its neighbour sees too
     device: str = "auto",  # auto, cpu, cuda or mps
     roi: Region | None = None,  # Mask on the scan's grid (file, image) or six voxel numbers x0 x1 y0 y1 z0 z1, ends not included
-    **settings: Any,  # Further fields of `PredictSettings`
+    **settings: Any,  # Further fields of `PredictSettings`: tta, fast, folds, head, memory, half
 ) -> nib.Nifti1Image | Iterator[nib.Nifti1Image]:  # Label map on the image's own grid; an iterator gives an iterator
     "Label map of a scan; ValueError for a scan of the wrong shape, grid, values or channels, FileNotFoundError for a missing file"
     chosen = PredictSettings(overlap=overlap, device=device, **settings)

@@ -162,11 +162,11 @@ class Card:
 
     backbone: str  # Name in the registry of backbones
     overrides: dict  # What differs from that backbone's defaults
-    in_channels: int
+    in_channels: int  # Of the image
     labels: dict[str, int]  # Class names and values, without background
     groups: dict[str, str]  # Class name to organ or pathology
-    task: str
-    modality: str
+    task: str  # Data set that it was trained on; of several, joined by +
+    modality: str  # CT or MR, which decides how intensities are normalised; of several data sets, joined by " / "
     spacing: tuple[float, ...]  # mm, that the network was trained at
     patch: tuple[int, ...]  # Voxels
     normalisation: dict  # What `preprocess.normalise` needs
@@ -181,9 +181,9 @@ class Card:
     scores: dict = field(default_factory=dict)  # Means over test cases, their grid and the command that made them; see `add_scores`
     init: str = "scratch"  # Or the name of what it was pretrained on
     parent: str | None = None  # sha256 of the pretrained weights
-    seed: int = 0
-    licence: str = ""
-    provenance: str = ""
+    seed: int = 0  # Of training: random weights, patches and their augmentation
+    licence: str = ""  # Of the weights, which may bind those who use them; empty if it was not given
+    provenance: str = ""  # Where the weights come from, in words
     sha256: str = ""  # Of model.safetensors; filled in when saving
     version: str = ""  # Of this library; filled in when saving
 

@@ -517,7 +517,9 @@ def get_backbone(name: str) -> Backbone:
         return BACKBONES[name]
     known = BACKBONES | plugins()
     if name not in known:
-        raise ValueError(f"no backbone {name!r}; there are: {', '.join(known)}")
+        hints = [entry for entry in known if entry.removeprefix("mednext_").removeprefix("v2_") == name]
+        hint = f" (here it is {hints[0]!r})" if hints else ""
+        raise ValueError(f"no backbone {name!r}{hint}; there are: {', '.join(known)}")
     return known[name]
 
 # %% ../../nbs/models/30_registry.ipynb #create

@@ -42,10 +42,12 @@ def get_arch(
 ) -> Arch:
     "A preset with some fields changed; ValueError names the presets or fields that exist"
     if name not in PRESETS:
-        raise ValueError(f"no network is called {name!r}; known: {', '.join(PRESETS)}")
+        short = name.removeprefix("mednext_").removeprefix("v2_")
+        hint = f" (here it is {short!r})" if short in PRESETS else ""
+        raise ValueError(f"no network is called {name!r}{hint}; known: {', '.join(PRESETS)}")
     known = [field.name for field in fields(Arch)]
     if unknown := [key for key in overrides if key not in known]:
-        raise ValueError(f"Arch has no {', '.join(map(repr, unknown))}; it has: {', '.join(known)}")
+        raise ValueError(f"Arch has no {', '.join(map(repr, unknown))}; it has: {', '.join(known)}; a network also takes grad_checkpointing")
     return replace(PRESETS[name], **overrides)
 
 
@@ -65,7 +67,7 @@ def create_model(
 def count_parameters(
     model: nn.Module,  # Any network, on any device
 ) -> int:
-    "How many numbers training changes"
+    "Number of trainable parameters"
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../../nbs/network/60_scaling.ipynb #scale

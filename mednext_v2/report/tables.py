@@ -7,7 +7,9 @@ __all__ = ['published', 'read_table', 'read_scores', 'summary', 'gains', 'captio
            'save_table', 'main_table']
 
 # %% ../../nbs/report/10_tables.ipynb #imports
+import colorsys
 import re
+import zlib
 from collections.abc import Sequence
 from html import escape, unescape
 from pathlib import Path
@@ -211,52 +213,64 @@ def score_text(
 COLUMN, PAGE = 3.5, 7.2  # Widths in inches
 
 # %% ../../nbs/report/10_tables.ipynb #looks
-BACKBONE_STYLES = {  # Name in the registry: title for readers, colour
-    "mednext_v2_tiny": ("MedNeXt-v2 Tiny", "#D55E00"),
-    "mednext_v2_small": ("MedNeXt-v2 Small", "#E69F00"),
-    "mednext_v2_base": ("MedNeXt-v2 Base", "#882255"),
-    "mednext_v2_wide": ("MedNeXt-v2 Wide", "#CC79A7"),
-    "mednext_v1_small": ("MedNeXt-v1 Small", "#44AA99"),
-    "mednext_v1_base": ("MedNeXt-v1 Base", "#009E73"),
-    "mednext_v1_medium": ("MedNeXt-v1 Medium", "#117733"),
-    "mednext_v1_large": ("MedNeXt-v1 Large", "#999933"),
-    "unet": ("U-Net (nnU-Net)", "#0072B2"),
-    "mednext_v1_small_k5": ("MedNeXt-v1 Small (kernel 5)", "#88CCBB"),
-    "mednext_v1_base_k5": ("MedNeXt-v1 Base (kernel 5)", "#66C2A5"),
-    "mednext_v1_medium_k5": ("MedNeXt-v1 Medium (kernel 5)", "#7A9E7E"),
-    "mednext_v1_large_k5": ("MedNeXt-v1 Large (kernel 5)", "#C2C26B"),
-    "nnunet_plain": ("nnU-Net (plain)", "#004C80"),
-    "resenc_m": ("nnU-Net ResEnc-M", "#A5D8F3"),
-    "resenc_l": ("nnU-Net ResEnc-L", "#56B4E9"),
-    "resenc_xl": ("nnU-Net ResEnc-XL", "#2A8CC4"),
-    "stunet_small": ("STU-Net-S", "#BCA9DD"),
-    "stunet_base": ("STU-Net-B", "#9779C7"),
-    "stunet_large": ("STU-Net-L", "#7149AD"),
-    "stunet_huge": ("STU-Net-H", "#4B2586"),
-    "swin_unetr": ("SwinUNETR", "#A0522D"),
-    "swin_unetr_v2": ("SwinUNETR-v2", "#7A3B1D"),
-    "unetr": ("UNETR", "#CD8B62"),
-    "segresnet": ("SegResNet", "#555555"),
-    "primus_s": ("Primus-S", "#F4A6A6"),
-    "primus_b": ("Primus-B", "#E57373"),
-    "primus_m": ("Primus-M", "#C94040"),
-    "primus_l": ("Primus-L", "#8E1B1B"),
+BACKBONE_COLOURS = {  # By name in the registry, whose titles are there too; a backbone without a line here gets colour and marker by its name
+    "mednext_v2_tiny": "#D55E00",
+    "mednext_v2_small": "#E69F00",
+    "mednext_v2_base": "#882255",
+    "mednext_v2_wide": "#CC79A7",
+    "mednext_v1_small": "#44AA99",
+    "mednext_v1_base": "#009E73",
+    "mednext_v1_medium": "#117733",
+    "mednext_v1_large": "#999933",
+    "unet": "#0072B2",
+    "mednext_v1_small_k5": "#88CCBB",
+    "mednext_v1_base_k5": "#66C2A5",
+    "mednext_v1_medium_k5": "#7A9E7E",
+    "mednext_v1_large_k5": "#C2C26B",
+    "nnunet_plain": "#004C80",
+    "resenc_m": "#A5D8F3",
+    "resenc_l": "#56B4E9",
+    "resenc_xl": "#2A8CC4",
+    "stunet_small": "#BCA9DD",
+    "stunet_base": "#9779C7",
+    "stunet_large": "#7149AD",
+    "stunet_huge": "#4B2586",
+    "swin_unetr": "#A0522D",
+    "swin_unetr_v2": "#7A3B1D",
+    "unetr": "#CD8B62",
+    "segresnet": "#555555",
+    "primus_s": "#F4A6A6",
+    "primus_b": "#E57373",
+    "primus_m": "#C94040",
+    "primus_l": "#8E1B1B",
 }
-SPARE_COLOURS = ("#DDAA33", "#332288", "#777777", "#AA3377", "#661100", "#6699CC")
+SPARE_MARKERS = "sDv^P"
 
 # %% ../../nbs/report/10_tables.ipynb #backbone-colour
 def backbone_colour(
     backbone: str,  # Name in the registry
 ) -> str:  # The same one in every figure
-    "Colour of a backbone; one that has none of its own gets a spare one that depends on its name alone"
-    return BACKBONE_STYLES[backbone][1] if backbone in BACKBONE_STYLES else SPARE_COLOURS[sum(backbone.encode()) % len(SPARE_COLOURS)]
+    "Colour of a backbone; one that has none of its own gets a hue that depends on its name alone"
+    if backbone in BACKBONE_COLOURS:
+        return BACKBONE_COLOURS[backbone]
+    shares = colorsys.hls_to_rgb(zlib.crc32(backbone.encode()) / 2**32, 0.45, 0.75)
+    return "#" + "".join(f"{round(255 * share):02X}" for share in shares)
+
+
+def backbone_marker(
+    backbone: str,  # Name in the registry
+) -> str:  # Of matplotlib, the same one in every figure
+    "Marker of a backbone: a circle, or one of `SPARE_MARKERS` if it has no colour of its own"
+    return "o" if backbone in BACKBONE_COLOURS else SPARE_MARKERS[zlib.crc32(backbone.encode()) % len(SPARE_MARKERS)]
 
 
 def backbone_title(
     backbone: str,  # Name in the registry
 ) -> str:  # As a reader writes it
-    "Title of a backbone, without building networks to find out; its name if it has no title here"
-    return BACKBONE_STYLES[backbone][0] if backbone in BACKBONE_STYLES else backbone
+    "Title of a backbone, from the registry; its name if the registry does not have it"
+    from mednext_v2.models.registry import BACKBONES  # Here: a table without backbones needs no torch
+
+    return BACKBONES[backbone].title if backbone in BACKBONES else backbone
 
 # %% ../../nbs/report/10_tables.ipynb #house-style
 def house_style() -> None:

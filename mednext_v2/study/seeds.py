@@ -109,7 +109,7 @@ def read_seed(
 
 # %% ../../nbs/study/10_seeds.ipynb #random
 def generator(
-    seed: int,  # SeedEntry of the suite
+    seed: int,  # Seed of the suite
     *key: str,  # Task and case
 ) -> np.random.Generator:
     "A random generator of its own for each key, the same in every process"
@@ -496,7 +496,7 @@ class CaseSource:
     "Where the cases of a task come from"
 
     train: tuple[str, ...]  # Seeds, taken in turn, for training and validation
-    test: str  # SeedEntry for test; empty if there is no test
+    test: str  # Seed for test; empty if there is no test
     make: Callable[[LabelledScan, CasePlan, Dataset, Spacing, np.random.Generator], Arrays]
     how_train: str
     how_test: str = ""

@@ -191,14 +191,21 @@ def cgroup_free_memory(
     return min(free, default=None)
 
 # %% ../../nbs/training/60_launch.ipynb #available-memory
+def has_own_memory(
+    device: str,  # As `find_device` gives it
+) -> bool:
+    "Whether a device has memory of its own; a CPU, and a GPU by mps, use that of the machine"
+    return device.partition(":")[0] not in ("cpu", "mps")
+
+
 def available_memory(
-    device: str = "cpu",  # Or cuda, cuda:1, ...
+    device: str = "cpu",  # As `find_device` gives it
 ) -> int:  # Bytes
-    "What is free: on the GPU, or of this machine within the limits of the job"
-    if device.startswith("cuda"):
+    "What is free: on the device, if it has memory of its own, or of this machine within the limits of the job"
+    if has_own_memory(device):
         import torch
 
-        return torch.cuda.mem_get_info(torch.device(device))[0]
+        return torch.get_device_module(device).mem_get_info(torch.device(device))[0]
     free, allowed = psutil.virtual_memory().available, cgroup_free_memory()
     return free if allowed is None else max(0, min(free, allowed))
 
@@ -511,13 +518,13 @@ def dry_step(
     import torch
     from mednext_v2.training.losses import deep_supervision_loss
 
-    gpu = device.startswith("cuda")
+    own = torch.get_device_module(device) if has_own_memory(device) else None
     model = Step(**step).create().to(device).train()
     optimizer = torch.optim.AdamW(model.parameters())
     resident = 0
     for fields in (small, small, step, step):
         if fields is step and not resident:
-            resident = torch.cuda.memory_reserved(device) if gpu else psutil.Process().memory_info().rss
+            resident = own.memory_reserved(device) if own else psutil.Process().memory_info().rss
         shape, start = (fields["batch_size"], fields["in_channels"], *fields["patch"]), time.perf_counter()
         image = torch.randn(shape, device=device)
         label = torch.randint(fields["num_classes"], (shape[0], 1, *shape[2:]), device=device)
@@ -527,10 +534,10 @@ def dry_step(
         deep_supervision_loss(outputs, label).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if gpu:
-            torch.cuda.synchronize(device)
+        if own:
+            own.synchronize(device)
         seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_reserved(device) if gpu else peak_bytes()
+    peak = own.max_memory_reserved(device) if own else peak_bytes()
     write_json(out, dict(resident=resident, peak=peak, seconds=seconds))
 
 # %% ../../nbs/training/60_launch.ipynb #forecast
@@ -647,7 +654,7 @@ def check_memory(
 ) -> tuple[int, float]:  # Bytes and seconds of a step
     "What a step needs; ValueError, with changes that help, if it is more than there is"
     measured = measured or forecast(step, device)
-    share = 1 if device.startswith("cuda") else processes
+    share = 1 if has_own_memory(device) else processes
     limit = (available_memory(device) if available is None else available) // share
     if (need := measured.needed(step)) <= limit:
         return need, measured.seconds(step)

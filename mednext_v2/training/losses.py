@@ -323,6 +323,9 @@ def shrink_label(
             label = label.index_select(axis, index)
     return label
 
+# %% ../../nbs/training/10_losses.ipynb #losses
+LOSSES: dict[str, Callable[..., Tensor]] = {"dice_ce": dice_ce}  # By the name in `Recipe.loss`; each takes the arguments of `dice_ce`
+
 # %% ../../nbs/training/10_losses.ipynb #deep-loss
 def deep_supervision_loss(
     outputs: Tensor | list[Tensor],  # Logits (B, C, *space), finest first; one tensor counts as a list of one
@@ -330,11 +333,14 @@ def deep_supervision_loss(
     *,
     weights: Sequence[float] | str = "mednext",  # One for each output, or a name in `WEIGHTINGS`
     check: bool = True,  # Check the values of label and annotated?
-    **options: Any,  # Passed to `dice_ce`
+    loss: str = "dice_ce",  # A name in `LOSSES`
+    **options: Any,  # Passed to the loss
 ) -> Tensor:  # Scalar
-    """The weighted sum of `dice_ce` over all resolutions of a decoder.
+    """The weighted sum of a loss over all resolutions of a decoder.
 
-    ValueError for weights or labels that do not fit."""
+    ValueError for an unknown loss, or for weights or labels that do not fit."""
+    if loss not in LOSSES:
+        raise ValueError(f"no loss {loss!r}; there are: {', '.join(LOSSES)}")
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
     weights = deep_supervision_weights(len(outputs), weights) if isinstance(weights, str) else weights
     if len(weights) != len(outputs) or not all(0 <= weight < float("inf") for weight in weights):
@@ -344,6 +350,6 @@ def deep_supervision_loss(
     for weight, logits in zip(weights, outputs):
         # Labels that were checked at full size need no second check, for which a GPU would have to wait
         needed = check and checked != logits.shape[1]
-        terms.append(weight * dice_ce(logits, shrink_label(label, logits.shape[2:]), check=needed, **options))
+        terms.append(weight * LOSSES[loss](logits, shrink_label(label, logits.shape[2:]), check=needed, **options))
         checked = logits.shape[1] if logits.shape[2:] == label.shape[2:] else checked
     return sum(terms[1:], terms[0])

@@ -18,7 +18,7 @@ from ..models.transfer import learning_rate_scales
 from ..data.augment import AUGMENTATIONS
 from ..models.registry import PARTS
 from ..core import build
-from .losses import WEIGHTINGS
+from .losses import LOSSES, WEIGHTINGS
 
 # %% ../../nbs/training/20_recipe.ipynb #rules
 def is_whole(value: object) -> bool:
@@ -45,6 +45,7 @@ def recipe_rules(recipe: "Recipe") -> dict[str, tuple[tuple[str, ...], Callable[
         "a number above 0, at most 1": (("layer_decay",), lambda v: is_real(v) and 0 < v <= 1),
         "true or false": (("deep_supervision", "batch_dice", "present_only"), lambda v: isinstance(v, bool)),
         f"one of {', '.join(AUGMENTATIONS)}": (("augment",), lambda v: v in AUGMENTATIONS),
+        f"one of {', '.join(LOSSES)}": (("loss",), lambda v: v in LOSSES),
         f"one of {', '.join(WEIGHTINGS)}": (("weighting",), lambda v: v in WEIGHTINGS),
         "adamw or sgd": (("optimizer",), lambda v: v in ("adamw", "sgd")),
         "fp32, bf16 or fp16": (("precision",), lambda v: v in ("fp32", "bf16", "fp16")),
@@ -72,6 +73,7 @@ class Recipe:
     augment: str = "nnunet"  # none, light, nnunet or nnunet_elastic
     precision: str = "fp32"  # Or bf16 or fp16: autocast, weights stay float32
     grad_accum_steps: int = 1  # Parts that a batch is put through the network in
+    loss: str = "dice_ce"  # A name in `losses.LOSSES`
     deep_supervision: bool = True  # Loss on every resolution of the decoder
     weighting: str = "mednext"  # Of these losses, or nnunet: the coarsest counts 0
     batch_dice: bool = True  # One Dice a class over the batch (or its part), not one a patch
@@ -124,7 +126,13 @@ def get_recipe(
     ValueError lists the names, or says which field a recipe does not have or what its value must be."""
     if name not in RECIPES:
         raise ValueError(f"no recipe {name!r}; there are: {', '.join(RECIPES)}")
-    return build(Recipe, RECIPES[name] | changes, f"recipe {name}")
+    try:
+        return build(Recipe, RECIPES[name] | changes, "recipe")
+    except ValueError as error:
+        text = str(error).removeprefix("recipe")
+        field = text.removeprefix(": ").partition(" must be ")[0]
+        hint = f"; set {field} too" if field in RECIPES[name] and field not in changes else ""  # A value of the recipe that a change made wrong
+        raise ValueError(f"recipe {name}{text}{hint}") from None
 
 # %% ../../nbs/training/20_recipe.ipynb #rate
 def learning_rate(

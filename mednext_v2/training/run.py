@@ -160,9 +160,9 @@ def cheapest_policy(
     "What recomputes least among the policies whose step fits into four fifths of the memory that is free"
     from mednext_v2.network.kernels import fused_form
     from mednext_v2.network.scaling import cheapest_checkpointing
-    from mednext_v2.training.launch import available_memory
+    from mednext_v2.training.launch import available_memory, has_own_memory
 
-    sharing = 1 if device.startswith("cuda") else processes
+    sharing = 1 if has_own_memory(device) else processes
     return cheapest_checkpointing(
         arch,
         patch,

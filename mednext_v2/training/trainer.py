@@ -50,7 +50,7 @@ def training_sampler(
     prepared: CaseReader | Mapping[str, CaseReader],  # A `Prepared` folder or `ArrayCases` with a `train` split; by data set if `labels` are given
     seed: int = 0,
     labels: LabelSpace | None = None,  # Of a mixture of data sets
-    weights: dict[str, float] | str = "sqrt",  # By data set: see `MixtureSampler`
+    sampling: dict[str, float] | str = "sqrt",  # Weights by data set: see `MixtureSampler`
     allow: Collection[str] = (),  # Differences of the data sets that are meant, of `mixture.DIFFERENCES`
 ) -> PatchSampler | MixtureSampler:
     """The sampler that a recipe describes: its patch, batch, augmentation and share of foreground patches.
@@ -62,7 +62,7 @@ def training_sampler(
         cast("Mapping[str, CaseReader]", prepared),
         recipe.patch,
         recipe.batch_size,
-        weights,
+        sampling,
         labels,
         seed=seed,
         allow=allow,
@@ -108,7 +108,7 @@ def loss_options(
 ) -> dict:
     "What `deep_supervision_loss` needs to know of recipe, data set and processes"
     dataset = getattr(sampler, "labels", None) or getattr(getattr(sampler, "prepared", None), "dataset", None)
-    options = {"present_only": recipe.present_only, "batch_dice": recipe.batch_dice, "weights": recipe.weighting, **label_rules(dataset)}
+    options = {"loss": recipe.loss, "present_only": recipe.present_only, "batch_dice": recipe.batch_dice, "weights": recipe.weighting, **label_rules(dataset)}
     if engine is not None and engine.num_processes > 1:
         options["reduce"] = sum_over_processes
     return options

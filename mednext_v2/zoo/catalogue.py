@@ -160,7 +160,9 @@ def get_entry(
 def zoo_table(
     path: str | Path | None = None,  # Another registry than the package's
 ) -> pd.DataFrame:  # One row a model
-    'The registry as a table for people, one row per model; a fact that is not known reads "not available"'
+    """The registry as a table for people, one row per model; a fact that is not known reads "not available".
+
+    ValueError names the entry and the field of a bad one; FileNotFoundError if `path` is missing."""
     rows = []
     for entry in load_zoo(path).values():
         spacing = " × ".join(f"{side:g}" for side in entry.spacing) or UNKNOWN
@@ -188,7 +190,7 @@ class ArchiveMember(NamedTuple):
 
     name: str
     folder: bool
-    size: int  # Bytes that its header promises
+    size: int  # Bytes that its header claims
     open: Callable  # () -> a stream
 
 
@@ -262,10 +264,10 @@ def write_member(
     path: Path,  # Where to; not there yet if it is a file
     max_bytes: int,  # Bytes it may have
 ) -> int:  # Bytes written
-    "A folder or a file; ValueError if it does not hold just the bytes that its header promises, or too many"
+    "A folder or a file; ValueError if it does not hold just the bytes that its header claims, or too many"
     allowed = 0 if member.folder else max_bytes
     if member.size > allowed:
-        raise ValueError(f"{member.name!r} promises {member.size} bytes, no more than {allowed} may come")
+        raise ValueError(f"{member.name!r} claims {member.size} bytes, the limit is {allowed}")
     if member.folder:
         path.mkdir(parents=True, exist_ok=True)
         return 0
@@ -278,7 +280,7 @@ def write_member(
                 break
             target.write(chunk)
     if written != member.size:
-        raise ValueError(f"{member.name!r} does not have the {member.size} bytes that its header promises")
+        raise ValueError(f"{member.name!r} does not have the {member.size} bytes that its header claims")
     return written
 
 # %% ../../nbs/zoo/20_catalogue.ipynb #unpack
@@ -599,6 +601,23 @@ def is_cached(entry: ZooEntry, home: Path) -> bool:
         return False
     files = {model / name: size for name, (size, _) in receipt["files"].items()}
     return all(path.is_file() and path.stat().st_size == size for path, size in files.items())
+
+# %% ../../nbs/zoo/20_catalogue.ipynb #find-fetched
+def find_fetched(
+    model: str | Path,  # A file or a folder, or the name of a model of the zoo
+    imported: bool = False,  # Whether a model folder is needed, which a fetched model is not
+) -> Path:  # As given, or the fetched model in the cache
+    "Where a model is that may be named as in the zoo; FileNotFoundError says how to fetch or import it"
+    model = Path(model)
+    zoo = {} if model.exists() or len(model.parts) != 1 else load_zoo()
+    if model.name not in zoo:
+        return model
+    home = cache_folder() / model.name
+    if not is_cached(zoo[model.name], home):
+        raise FileNotFoundError(f"{model} is a model of the zoo that is not on this machine: run `mednextv2 zoo fetch {model}`")
+    if imported:
+        raise FileNotFoundError(f"{model} is a model of the zoo, not a model folder yet: run `mednextv2 import {home / 'model'} models/{model}`")
+    return home / "model"
 
 # %% ../../nbs/zoo/20_catalogue.ipynb #download-files
 def download_files(

@@ -162,7 +162,7 @@ def read_content(
     "The content of a file by its format; FileNotFoundError, or ValueError saying what is wrong with it"
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, or a link to nothing")
+        raise FileNotFoundError(f"{path} does not exist (or is a broken link)")
     if path.name.endswith(".model.pkl"):
         raise ValueError(f"{path} is the plans file of nnU-Net v1, a bare pickle that is never read: give {path.stem}")
     return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path, trust)
@@ -776,7 +776,7 @@ def file_in_folder(
     "A file of a folder; FileNotFoundError if it is not there, ValueError if a link leads out of the folder"
     path = folder.joinpath(*parts)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, or a link to nothing")
+        raise FileNotFoundError(f"{path} does not exist (or is a broken link)")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path} is a link out of {folder}: refused, put the file itself there")
     return path
@@ -849,7 +849,7 @@ def weights_kind(path: Path) -> str:  # "model_folder", "nnunet_v2_folder", "run
     if path.is_file():
         return "file"
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is missing, or a link to nothing")
+        raise FileNotFoundError(f"{path} does not exist (or is a broken link)")
     for kind, names in (("model_folder", ["card.json"]), ("nnunet_v2_folder", ["plans.json", "dataset.json"])):
         if all((path / name).exists() for name in names):
             return kind
@@ -1127,7 +1127,7 @@ def import_model(
     path: str | Path,  # A file, or a folder, of another program
     folder: str | Path,  # The model folder to write
     facts: dict | None = None,  # Fields of `Card` that the file does not state, by name
-    **options,  # Of `import_checkpoint`
+    **options: Any,  # Of `import_checkpoint`: model, allow, trust, fold, prefix, grn, key, deep_supervision
 ) -> tuple[Card, LoadReport]:
     """Turn a checkpoint, with all its heads, into a model folder of this library
 

@@ -1,8 +1,6 @@
 "Fine-tune a model on a raw data set, from its files to the scores of its test cases"
 
-from mednext_v2 import finetune, get_recipe
-from mednext_v2.core import Resources
-from mednext_v2.models.transfer import Start
+from mednext_v2 import Resources, Start, finetune, get_recipe
 
 scores = finetune(
     "raw/Dataset901_ToyChest",

@@ -1,7 +1,6 @@
 "Predict a folder of scans with one model, and with an ensemble of two"
 
-from mednext_v2 import predict, predict_files
-from mednext_v2.inference.predictor import PredictSettings
+from mednext_v2 import PredictSettings, predict, predict_files
 
 settings = PredictSettings(device="cpu", fast=True)
 written = predict_files("models/trained", "scans", "predictions/trained", settings)

@@ -2,8 +2,7 @@
 
 import torch
 
-from mednext_v2 import get_recipe, load_model
-from mednext_v2.training.run import TrainSettings, train_model
+from mednext_v2 import TrainSettings, get_recipe, load_model, train_model
 
 settings = TrainSettings(
     data="prepared",

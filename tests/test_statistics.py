@@ -143,6 +143,22 @@ def test_no_interval_from_one_case_and_none_of_width_from_equal_ones():
     assert np.isnan(bootstrap(one_task([np.nan] * 5), n=50)).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(level=95), "needs 0 < level < 1 and n >= 1, got 95"),
+        (dict(level=0.0), "needs 0 < level < 1"),
+        (dict(n=0), "needs 0 < level < 1 and n >= 1, got 0.95 and 0"),
+        (dict(method="bogus"), "method"),
+        (dict(cluster="centre"), "scores need the column.s. centre"),
+        (dict(statistic="speed"), "scores need the column.s. speed"),
+    ],
+)
+def test_bad_settings_of_the_bootstrap_are_explained(options, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap(one_task([0.1, 0.2, 0.4]), **options)
+
+
 def test_bootstrap_is_repeatable_and_depends_on_the_seed():
     scores = make_scores()
     assert bootstrap(scores, n=100) == bootstrap(scores.sample(frac=1, random_state=0), n=100)
