@@ -474,3 +474,15 @@ def test_a_dry_step_measures_memory_and_time(monkeypatch):
     assert 5e7 < measured.resident < 2e9 and 0.3 < measured.memory < 5
     assert 0.01 < measured.seconds(step) < 100
     assert measured.seconds(replace(step, batch_size=2)) == pytest.approx(2 * measured.seconds(step))
+
+
+def test_only_devices_with_memory_of_their_own_are_asked_for_it(monkeypatch):
+    import types
+
+    import torch
+
+    for kind in ("cuda", "xpu"):
+        monkeypatch.setattr(torch, kind, types.SimpleNamespace(mem_get_info=lambda device: (7, 9)))
+    assert module.available_memory("cuda:1") == module.available_memory("xpu") == 7
+    assert module.available_memory("mps") > 10**6 and module.available_memory("cpu") > 10**6
+    assert [module.has_own_memory(name) for name in ("cpu", "cpu:0", "mps", "cuda", "cuda:1")] == [False, False, False, True, True]

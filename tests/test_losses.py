@@ -177,7 +177,7 @@ def test_recipe_weighs_outputs_as_its_source(name, weighting):
 
     recipe = get_recipe(name)
     assert recipe.weighting == loss_options(recipe)["weights"] == weighting
-    with pytest.raises(ValueError, match="recipe: weighting must be one of mednext, nnunet, got 'none'"):
+    with pytest.raises(ValueError, match=f"recipe {name}: weighting must be one of mednext, nnunet, got 'none'"):
         get_recipe(name, weighting="none")
 
 

@@ -205,7 +205,7 @@ def available_memory(
     if has_own_memory(device):
         import torch
 
-        return torch.get_device_module(device).mem_get_info(torch.device(device))[0]
+        return getattr(torch, device.partition(":")[0]).mem_get_info(torch.device(device))[0]
     free, allowed = psutil.virtual_memory().available, cgroup_free_memory()
     return free if allowed is None else max(0, min(free, allowed))
 
@@ -518,7 +518,7 @@ def dry_step(
     import torch
     from mednext_v2.training.losses import deep_supervision_loss
 
-    own = torch.get_device_module(device) if has_own_memory(device) else None
+    own = getattr(torch, device.partition(":")[0]) if has_own_memory(device) else None
     model = Step(**step).create().to(device).train()
     optimizer = torch.optim.AdamW(model.parameters())
     resident = 0
