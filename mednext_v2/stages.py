@@ -138,7 +138,8 @@ def compose_params(
         compose_and_dump(str(temporary), str(root() / "conf"), None, "config", "", [f"profile={profile}"])
         values = read_yaml(temporary)
         check_names(values)
-        check_plan(build(StudyPlan, {"profile": profile, "seeds": values["seeds"], **values["axes"]}, "params.yaml:axes"))
+        if not path.is_file() or temporary.read_bytes() != path.read_bytes():  # Else it was checked when it was written
+            check_plan(build(StudyPlan, {"profile": profile, "seeds": values["seeds"], **values["axes"]}, "params.yaml:axes"))
     return path
 
 # %% ../nbs/70_stages.ipynb #readme
