@@ -78,7 +78,8 @@ def use_fast_yaml() -> None:
     from dvc.utils.serialize import LOADERS
 
     parse: Any = strictyaml.parse_yaml
-    load: Any = LOADERS[".yaml"]
+    loaders: Any = LOADERS
+    load = loaders[".yaml"]
     dump = dvcfile.Lockfile.dump_stages
 
     def parse_yaml(text: str, path: str, typ: str = "safe") -> dict:
@@ -105,7 +106,7 @@ def use_fast_yaml() -> None:
             temporary.write_text(text, encoding="utf-8")
 
     strictyaml.parse_yaml = parse_yaml
-    LOADERS[".yaml"] = load_yaml
+    loaders[".yaml"] = load_yaml
     dvcfile.Lockfile.dump_stages = dump_stages
 
 # %% ../nbs/72_repro.ipynb #only-run
