@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 export PATH := $(BIN):$(PATH)
-# Pretrainings side by side: DVC runs one stage at a time, and at this size a training uses one core
+# Stages at a time, of those that keep one core busy (`side_by_side` in dvc.yaml)
 JOBS ?= $(if $(filter paper,$(PROFILE)),1,2)
 # A notebook on two cores gains nothing from more threads, and results stay the same on machines with more
 export OMP_NUM_THREADS ?= 1
@@ -30,10 +30,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt benchmarks/peers.
 	@touch $(READY)
 
 repro: $(READY) ## Regenerate results, tables and figures of a profile with DVC
-	@python -m mednext_v2.stages params $(PROFILE)
-	@dvc stage list --name-only | grep '^prepare@' | xargs dvc repro
-	@dvc stage list --name-only | grep '^pretrain@' | xargs -P $(JOBS) -I{} sh -c 'dvc repro -s {} || exit 1' || true
-	@dvc repro  # Whatever is left, and what two DVC processes did not get past each other
+	@python -m mednext_v2.repro $(PROFILE) --jobs $(JOBS)
 	@echo "scores, tables and figures: results/$(PROFILE)"
 
 verify: $(READY) ## Compare the results of make repro with the committed ones (RECORD=1 adds this machine to benchmarks/machines.md)
@@ -41,7 +38,7 @@ verify: $(READY) ## Compare the results of make repro with the committed ones (R
 
 smoke: $(READY) ## Run the whole pipeline at toy size in a scratch copy
 	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && git clone --quiet . "$$copy/mednext_v2" && cd "$$copy/mednext_v2" \
-	  && python -m mednext_v2.stages params smoke && dvc repro
+	  && { python -m mednext_v2.repro smoke --jobs $(JOBS) || { tail -n 40 $$(ls -t runs/smoke/logs/*.log | head -n 1); exit 1; }; }
 
 lint: $(READY) ## Look for unused names, unsorted imports and unformatted cells with ruff (rules in pyproject.toml)
 	@ruff check mednext_v2 tests benchmarks

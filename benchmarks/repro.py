@@ -3,12 +3,11 @@
     make repro 2>&1 | python benchmarks/repro.py     # passes the log through, and writes benchmarks/results/repro.json at its end
     python benchmarks/repro.py table                 # the table
 
-A stage's seconds are those from the line with which DVC starts it to the next such line. Pretrainings run two at a time, so theirs are
-counted together, as all stages of a kind are.
+The seconds are those that `make repro` itself notes in runs/mini/seconds.json: a stage's part of the wall clock, of which two stages side by
+side get half each. What came before the first stage is the installation.
 """
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -16,20 +15,18 @@ from pathlib import Path
 from data import heading, machine, row
 
 RESULTS = Path(__file__).resolve().parent / "results" / "repro.json"
-STARTS = re.compile(r"Running stage '([\w.-]+?)(?:@([\w.-]+))?'")
+SECONDS = Path(__file__).resolve().parents[1] / "runs" / "mini" / "seconds.json"
 
 
 def follow(lines) -> list:
     "Stage, variant and seconds, in order; the first row is what came before any stage"
-    found, begin = [], time.perf_counter()
-    name, variant = "installation", ""
+    installation, begin = 0.0, time.perf_counter()
     for line in lines:
         print(line, end="", flush=True)
-        if match := STARTS.search(line):
-            now = time.perf_counter()
-            found.append((name, variant, now - begin))
-            begin, (name, variant) = now, match.groups("")
-    return [*found, (name, variant, time.perf_counter() - begin)]
+        if line.startswith("stage 1 of "):
+            installation = time.perf_counter() - begin
+    seconds = json.loads(SECONDS.read_text())
+    return [("installation", "", installation), *((*name.partition("@")[::2], value) for name, value in seconds.items())]
 
 
 def table(stages: list) -> str:

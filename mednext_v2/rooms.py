@@ -27,6 +27,7 @@ ROOMS = {
     "finetuning": "from raw data to a model and its scores in one command",
     "scoring": "scores of many models, ablations, public models, features",
     "stages": "what dvc.yaml runs: notebooks, profiles, the README",
+    "repro": "make repro: what is out of date, in which order, and how long it takes",
     "report": "tables, figures and claims",
     "rooms": "this table",
     "cli": "the command line",

@@ -7,6 +7,7 @@ __all__ = ['run_stage', 'compose_params', 'readme']
 
 # %% ../nbs/70_stages.ipynb #imports
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -29,6 +30,12 @@ def notebook_parameters(
     return set(papermill.inspect_notebook(str(notebook)))
 
 
+QUIET = {
+    "SPYDER": "no",  # tqdm knows a console without widgets by such a name, and draws its bars as text
+    "NUMEXPR_MAX_THREADS": str(os.cpu_count()),
+}
+
+
 def run_notebook(
     notebook: str | Path,  # The notebook to run, from the project's root
     out: str | Path,  # Folder that gets the executed `notebook.ipynb`
@@ -44,6 +51,7 @@ def run_notebook(
         raise ValueError(f"{notebook}: its parameters cell does not set {', '.join(unknown)}")
     executed = Path(out) / "notebook.ipynb"
     executed.parent.mkdir(parents=True, exist_ok=True)
+    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})  # The kernel inherits them
     papermill.execute_notebook(
         str(notebook),
         str(executed),
@@ -77,6 +85,12 @@ def run_stage(
 def profiles() -> list[str]:
     "The profiles in `conf/profile/`"
     return sorted(path.stem for path in (root() / "conf/profile").glob("*.yaml"))
+
+
+def check_profile(profile: str) -> None:
+    "ValueError for a profile that `conf/profile/` does not have"
+    if profile not in profiles():
+        raise ValueError(f"no profile is called {profile!r}; conf/profile holds: {', '.join(profiles())}")
 
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # Safe in a shell, a path and DVC
@@ -116,8 +130,7 @@ def compose_params(
     "Compose `params.yaml` for a profile; ValueError for an unknown profile, or an unknown name in it"
     from dvc.utils.hydra import compose_and_dump
 
-    if profile not in profiles():
-        raise ValueError(f"no profile is called {profile!r}; conf/profile holds: {', '.join(profiles())}")
+    check_profile(profile)
     path = Path(path) if path else root() / "params.yaml"
     for part in (root() / "conf").rglob("*.yaml"):
         read_yaml(part)  # Refuses what Hydra would expand without limit
@@ -125,7 +138,8 @@ def compose_params(
         compose_and_dump(str(temporary), str(root() / "conf"), None, "config", "", [f"profile={profile}"])
         values = read_yaml(temporary)
         check_names(values)
-        check_plan(build(StudyPlan, {"profile": profile, "seeds": values["seeds"], **values["axes"]}, "params.yaml:axes"))
+        if not path.is_file() or temporary.read_bytes() != path.read_bytes():  # Else it was checked when it was written
+            check_plan(build(StudyPlan, {"profile": profile, "seeds": values["seeds"], **values["axes"]}, "params.yaml:axes"))
     return path
 
 # %% ../nbs/70_stages.ipynb #readme
