@@ -927,7 +927,7 @@ def test_plans_that_go_in_a_circle(tmp_path):
 def test_folders_of_other_kinds(tmp_path):
     with pytest.raises(ValueError, match="holds no model"):
         open_checkpoint(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is missing"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         open_checkpoint(tmp_path / "nothing")
     save(tmp_path / "last.pt", WRAPPED["run"](tiny().state_dict()))
     assert detect_layout(tmp_path) == "run/mednext"
