@@ -31,7 +31,7 @@ from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace, UnionType
-from typing import IO, TYPE_CHECKING, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import IO, TYPE_CHECKING, Any, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 from uuid import uuid4
 
 from . import __version__
@@ -319,6 +319,11 @@ def is_valid_patch(
 ) -> bool:
     "Whether a patch has positive sides and fits into memory"
     return all(0 < side <= MAX_PATCH_SIDE for side in sides) and math.prod(sides) <= MAX_PATCH_VOXELS
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    "Whether a value is a whole number, and not true or false"
+    return isinstance(value, int) and not isinstance(value, bool)
 
 # %% ../nbs/00_core.ipynb #atomic-claim
 HAS_LOCKS = find_spec("fcntl") is not None  # Not on Windows, where an open file cannot be renamed, nor a folder opened

@@ -16,34 +16,11 @@ from mednext_v2.data.scans import BadFile
 from mednext_v2.inference import files, predictor
 from mednext_v2.inference.files import colour, itksnap_table, label_names, list_jobs, names_extension, predict_files, read_names, slicer_table
 from mednext_v2.inference.predictor import PredictSettings, predict
-from mednext_v2.models.card import Card, read_card, save_model
+from mednext_v2.models.card import read_card
+from model_toys import KNOWN, save_unet
 
 torch.set_num_threads(1)
 CPU = PredictSettings(device="cpu")
-KNOWN = {"schemes": ["zscore"], "mean": [0], "std": [1], "low": [0], "high": [0], "nonzero": False}
-
-
-def save(folder, seed=0, **changes):
-    "A small U-Net with random weights"
-    from mednext_v2.models.registry import create
-
-    about = dict(
-        backbone="unet",
-        overrides={"filters": (4, 8, 8)},
-        in_channels=1,
-        labels={"core": 1, "rim": 2},
-        groups={"core": "organ", "rim": "organ"},
-        task="toy",
-        modality="MR",
-        spacing=(2.0, 2.0, 2.0),
-        patch=(16, 16, 16),
-        normalisation=KNOWN,
-        recipe={},
-    )
-    torch.manual_seed(seed)
-    card = Card(**about | changes)
-    save_model(folder, create("unet", card.in_channels, card.num_classes, filters=(4, 8, 8)), card)
-    return folder
 
 
 def scan(path, seed=0, shape=(18, 14, 9), spacing=(1.5, 1.5, 3.0)):
@@ -55,7 +32,7 @@ def scan(path, seed=0, shape=(18, 14, 9), spacing=(1.5, 1.5, 3.0)):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("models") / "one")
+    return save_unet(tmp_path_factory.mktemp("models") / "one")
 
 
 def voxels(path):
@@ -133,7 +110,7 @@ def test_probabilities_are_those_of_the_labels(model, tmp_path):
 
 def test_folds_average_logits_and_models_average_probabilities(model, tmp_path):
     source = scan(tmp_path / "anna.nii.gz")
-    other = save(tmp_path / "other", 1)
+    other = save_unet(tmp_path / "other", 1)
     for number, folder in enumerate((model, other)):
         (tmp_path / "folds").mkdir(exist_ok=True)
         (tmp_path / f"folds/fold_{number}").symlink_to(folder)
@@ -164,9 +141,9 @@ def test_folds_average_logits_and_models_average_probabilities(model, tmp_path):
 
 def test_models_of_an_ensemble_may_differ_in_grid_but_not_in_labels(model, tmp_path):
     source = scan(tmp_path / "anna.nii.gz")
-    coarse = save(tmp_path / "coarse", 2, spacing=(3.0, 3.0, 3.0), patch=(8, 8, 8))
+    coarse = save_unet(tmp_path / "coarse", 2, spacing=(3.0, 3.0, 3.0), patch=(8, 8, 8))
     assert predict([model, coarse], source, device="cpu").shape == (18, 14, 9)
-    others = save(tmp_path / "others", 3, labels={"core": 1, "edge": 2}, groups={"core": "organ", "edge": "organ"})
+    others = save_unet(tmp_path / "others", 3, labels={"core": 1, "edge": 2}, groups={"core": "organ", "edge": "organ"})
     with pytest.raises(ValueError, match="labels differs between models"):
         predict([model, others], source, device="cpu")
     (tmp_path / "folds").mkdir()
@@ -265,7 +242,7 @@ def test_probabilities_without_room_are_refused_and_do_not_end_the_process(model
 
 def test_channels_of_a_folder(tmp_path):
     known = {key: value * 2 if isinstance(value, list) else value for key, value in KNOWN.items()}
-    two = save(tmp_path / "two", in_channels=2, normalisation=known)
+    two = save_unet(tmp_path / "two", in_channels=2, normalisation=known)
     for channel in (0, 1):
         scan(tmp_path / f"in/anna_000{channel}.nii.gz", channel)
     scan(tmp_path / "in/ben_0000.nii.gz")
@@ -328,7 +305,7 @@ def test_masks_of_a_folder_limit_the_labels(model, tmp_path):
 
 def test_ct_that_is_not_in_hu_is_warned_of(tmp_path):
     known = KNOWN | {"schemes": ["ct"], "low": [-900.0], "high": [900.0], "std": [300.0]}
-    ct = save(tmp_path / "ct", modality="CT", normalisation=known)
+    ct = save_unet(tmp_path / "ct", modality="CT", normalisation=known)
     with pytest.warns(UserWarning, match="does not look like CT in HU"):
         predict_files(ct, scan(tmp_path / "in/a.nii.gz"), tmp_path / "out", CPU)
     assert "HU" in json.loads((tmp_path / "out/a.json").read_text())["warnings"][0]

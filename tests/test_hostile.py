@@ -19,6 +19,7 @@ from mednext_v2 import cli, stages
 from mednext_v2.core import MAX_DEPTH, read_csv, read_json, read_yaml, root, write_csv
 from mednext_v2.models.card import MAX_CARD_BYTES, Card, read_card, save_model
 from mednext_v2.models.registry import create, load_model
+from model_toys import UNET_CARD
 
 LAUGHS = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefghijk", "bcdefghijkl"))
 YAML_BOMBS = {
@@ -161,19 +162,7 @@ def test_profile_with_a_hostile_name_is_not_composed(tmp_path, monkeypatch):
 
 # ---- cards --------------------------------------------------------------------------------------------------------------
 
-CARD = dict(
-    backbone="unet",
-    overrides={"filters": (4, 8, 8)},
-    in_channels=1,
-    labels={"core": 1, "rim": 2},
-    groups={"core": "organ", "rim": "organ"},
-    task="toy",
-    modality="CT",
-    spacing=(2.0, 2.0, 2.0),
-    patch=(16, 16, 16),
-    normalisation={"schemes": ["ct"], "mean": [50.0], "std": [60.0], "low": [-100.0], "high": [200.0], "nonzero": False},
-    recipe={},
-)
+CARD = UNET_CARD | {"modality": "CT", "normalisation": {"schemes": ["ct"], "mean": [50.0], "std": [60.0], "low": [-100.0], "high": [200.0], "nonzero": False}}
 NAN, INFINITE, HUGE = float("nan"), float("inf"), 10**4000
 MANY = {f"c{number}": number for number in range(1, 65_537)}
 

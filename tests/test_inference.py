@@ -19,11 +19,9 @@ from mednext_v2.data.scans import read_scan
 from mednext_v2.inference import predictor, windows
 from mednext_v2.inference.predictor import predict, predict_scan
 from mednext_v2.inference.windows import MemoryBudget, average_models, eval_mode, labels_on_grid, lay_windows, resample_logits, sliding_window, tiled_labels
+from model_toys import save_unet
 
 torch.set_num_threads(1)
-
-
-KNOWN = {"schemes": ["zscore"], "mean": [0], "std": [1], "low": [0], "high": [0], "nonzero": False}
 
 
 class Echo(nn.Module):
@@ -324,31 +322,8 @@ def test_read_scan_refuses_broken_files(tmp_path):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    from mednext_v2.models.card import Card, save_model
-    from mednext_v2.models.registry import create
-
-    torch.manual_seed(0)
-    overrides = dict(filters=(4, 8, 8))
-    model = create("unet", 1, 3, **overrides)
     folder = tmp_path_factory.mktemp("models") / "toy"
-    save_model(
-        folder,
-        model,
-        Card(
-            backbone="unet",
-            overrides=overrides,
-            in_channels=1,
-            labels={"a": 1, "b": 2},
-            groups={"a": "organ", "b": "organ"},
-            task="toy",
-            modality="MR",
-            spacing=(2.0, 2.0, 2.0),
-            patch=(16, 16, 16),
-            normalisation=KNOWN,
-            recipe={},
-        ),
-    )
-    return folder
+    return save_unet(folder, labels={"a": 1, "b": 2}, groups={"a": "organ", "b": "organ"})
 
 
 def test_predict_from_a_file_equals_predict_from_memory(model_folder, tmp_path):

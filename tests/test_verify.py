@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from mednext_v2.core import write_csv, write_json
-from mednext_v2.report import verify
+from mednext_v2.report import provenance, verify
 from mednext_v2.study import paths
+from mednext_v2.study.arithmetic import PINS
 
 CLAIM = dict(claim=1, effect=0.10, low=0.05, high=0.15, of="one less other", verdict="supported at this scale")
 
@@ -36,7 +37,7 @@ def write_results(project, weights: bytes = b"weights", shift: float = 0.0, effe
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     "A repository whose committed results are those of `write_results`"
-    for module in (verify, paths):
+    for module in (verify, provenance, paths):
         monkeypatch.setattr(module, "root", lambda: tmp_path)
     write_results(tmp_path)
     (tmp_path / ".gitignore").write_text("models\nruns\n")
@@ -112,10 +113,17 @@ def test_a_machine_is_recorded_once_a_run(project):
     for _ in range(2):
         verify.main(["toy", "--record"])
     lines = (project / "benchmarks/machines.md").read_text().splitlines()
+    head = subprocess.run(["git", "-C", str(project), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert f"| toy | {head} |" in lines[-1]
     assert sum(line.startswith("| ") for line in lines) == 4 and lines[-1].endswith("| 1 of 1 | identical |")
 
 
-def test_digests_name_pins_machine_and_versions(project):
+def test_digests_name_pins_machine_and_versions(project, monkeypatch):
+    for name, value in PINS.items():
+        monkeypatch.setenv(name, value)
+    assert verify.write_digests("toy")["pinned"]
+    monkeypatch.delenv("MKL_CBWR")  # As in a notebook that is run by hand, on a machine that could be pinned
     found = verify.write_digests("toy")
+    assert not found["pinned"]
     assert json.loads((project / "results/toy/digests.json").read_text()) == json.loads(json.dumps(found))
     assert list(found) == ["pinned", "machine", "versions", "models"] and list(found["models"]) == ["pretrain/corpus/unet/corpus-s0"]

@@ -19,14 +19,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from typing import IO, NamedTuple, TypeGuard
+from typing import IO, NamedTuple
 
 import numpy as np
 import pandas as pd
 from nibabel.affines import voxel_sizes
 from nibabel.nifti1 import Nifti1Header
 
-from ..core import NEW_FOLDER, ItemsFailed, atomic_folder, check_output, map_items, read_csv, read_json, write_csv, write_json
+from ..core import NEW_FOLDER, ItemsFailed, atomic_folder, check_output, is_whole, map_items, read_csv, read_json, write_csv, write_json
 from ..data.scans import ENDINGS, FILE_FAULTS, UnreadableFile, Header, choose_affine, summarise_error, channel_of, split_ending
 from ..data.scans import corner_distance, read_header_bytes, float32_step, stored_affines, grid_distance, grid_tolerance, header_from_nifti
 from ..data.scans import inspect_header, is_nifti, open_bytes, parse_nifti_header, iterate_voxels, format_numbers, mm_per_unit, valid_affine
@@ -189,11 +189,6 @@ class Description:
     def values(self) -> tuple[int, ...]:
         "All values that a label file may hold"
         return tuple(sorted(self.names)) + ((self.ignore,) if self.ignore is not None else ())
-
-
-def is_whole(value: object) -> TypeGuard[int]:
-    "Whether a JSON value is a whole number; true and false are not"
-    return isinstance(value, int) and not isinstance(value, bool)
 
 # %% ../../nbs/intake/30_check.ipynb #label-names
 def label_names(labels: dict) -> tuple[dict[int, str], list[str]]:

@@ -28,6 +28,7 @@ from mednext_v2.core import (
     build,
     lists_to_tuples,
     is_valid_patch,
+    is_whole,
     read_json,
     sha256,
     shorten,
@@ -51,7 +52,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 # %% ../../nbs/models/20_card.ipynb #check-classes
 def _check_classes(labels: dict, regions: dict, order: tuple, name: str) -> None:
     "ValueError for labels and regions that no network has as its outputs"
-    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in labels.values())
+    whole = all(is_whole(value) for value in labels.values())
     numbers = sorted(labels.values()) if whole else []
     if not numbers or len(set(numbers)) < len(numbers) or numbers[0] < 1 or numbers[-1] > MAX_CLASSES:
         _refuse(name, f"names with distinct values from 1 to {MAX_CLASSES}", labels)

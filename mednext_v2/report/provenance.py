@@ -7,14 +7,13 @@ __all__ = []
 
 # %% ../../nbs/report/05_provenance.ipynb #imports
 import hashlib
-import os
 import re
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core import as_csv, as_json, code_digest, params, read_json, read_yaml, root, sha256, versions, write_texts
-from ..study.arithmetic import PINS, describe_machine, unpinned_because
+from ..study.arithmetic import PINS, describe_processor, is_pinned, unpinned_because
 from ..study.paths import StudyPaths, profile_of
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def stage_code(stage: str) -> str:
 # %% ../../nbs/report/05_provenance.ipynb #arithmetic
 def describe_arithmetic() -> str:
     "Whether the arithmetic of this process is pinned, and if not, why"
-    if all(os.environ.get(name) == value for name, value in PINS.items()):
+    if is_pinned():
         return f"pinned to {PINS['ONEDNN_MAX_CPU_ISA']}"
     return f"not pinned ({unpinned_because() or 'not started as a stage'})"
 
@@ -84,7 +83,7 @@ def provenance_file(path: Path) -> Path:
 
 def make_provenance(path: Path, profile: str, text: str) -> dict:
     "What makes a table of results: the state of code, data, configuration and machine; `table` is the SHA-256 of its text"
-    stage, machine = stage_of(path, profile), describe_machine(0)
+    stage, machine = stage_of(path, profile), describe_processor()
     return {
         **describe_commit(),
         "command": f"make repro PROFILE={profile}",

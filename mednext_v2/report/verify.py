@@ -15,8 +15,9 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import parse_json, read_csv, read_json, root, rows_of, sha256, versions, write_csv, write_json
+from .provenance import run_git
 from .tables import summary
-from ..study.arithmetic import describe_machine, unpinned_because
+from ..study.arithmetic import describe_machine, is_pinned
 from ..study.paths import StudyPaths
 
 # %% ../../nbs/report/70_verify.ipynb #digests
@@ -29,7 +30,7 @@ def model_digests(models: Path) -> dict[str, str]:  # By the folder's path below
 def write_digests(profile: str) -> dict:
     "Write digests.json of a profile: its models, and the machine and versions that they were made with"
     paths = StudyPaths(profile)
-    found = {"pinned": not unpinned_because(), "machine": describe_machine(), "versions": versions(), "models": model_digests(paths.models())}
+    found = {"pinned": is_pinned(), "machine": describe_machine(), "versions": versions(), "models": model_digests(paths.models())}
     write_json(paths.results / "digests.json", found)
     return found
 
@@ -179,7 +180,7 @@ def main(
         print(differing.to_string(index=False))
     print(f"\n{options.profile} against {options.revision}: {verdict} ({', '.join(f'{n} {word}' for word, n in table.verdict.value_counts().items())})")
     if options.record:
-        named = subprocess.run(["git", "rev-parse", "--short", options.revision], cwd=root(), capture_output=True, text=True).stdout.strip()
+        named = run_git("rev-parse", "--short", options.revision)
         record_machine(root() / "benchmarks/machines.md", options.profile, named, verdict, table, pd.Timestamp.now().date().isoformat())
     return int(verdict == "outside")
 

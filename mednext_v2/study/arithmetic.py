@@ -54,6 +54,20 @@ def pin_arithmetic() -> bool:  # Whether it is pinned
     os.environ.update(PINS)
     return True
 
+# %% ../../nbs/study/05_arithmetic.ipynb #is-pinned
+def is_pinned() -> bool:
+    "Whether the environment of this process holds all pins"
+    return all(os.environ.get(name) == value for name, value in PINS.items())
+
+# %% ../../nbs/study/05_arithmetic.ipynb #processor
+def describe_processor() -> dict:  # processor, instructions, cores
+    "The processor, its widest vector instructions, and its cores"
+    facts = cpu_facts()
+    flags = set(facts.get("flags", "").split())
+    widest = [name for flag, name in (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("amx_tile", "AMX")) if flag in flags]
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return {"processor": name, "instructions": widest[-1] if widest else "", "cores": os.cpu_count()}
+
 # %% ../../nbs/study/05_arithmetic.ipynb #machine
 def describe_machine(
     seconds: float = 0.5,  # To measure for
@@ -61,9 +75,6 @@ def describe_machine(
     "The processor, its widest vector instructions, its cores, and float32 GFLOP/s of one thread"
     import torch
 
-    facts = cpu_facts()
-    flags = set(facts.get("flags", "").split())
-    widest = [name for flag, name in (("avx2", "AVX2"), ("avx512f", "AVX-512"), ("amx_tile", "AMX")) if flag in flags]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -73,5 +84,4 @@ def describe_machine(
             count += 1
     finally:
         torch.set_num_threads(threads)
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    return {"processor": name, "instructions": widest[-1] if widest else "", "cores": os.cpu_count(), "gflops": round(2 * 512**3 * count / spent / 1e9, 1)}
+    return describe_processor() | {"gflops": round(2 * 512**3 * count / spent / 1e9, 1)}

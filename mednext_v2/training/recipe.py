@@ -17,15 +17,10 @@ from torch import nn
 from ..models.transfer import learning_rate_scales
 from ..data.augment import AUGMENTATIONS
 from ..models.registry import PARTS
-from ..core import build
+from ..core import build, is_whole
 from .losses import LOSSES, WEIGHTINGS
 
 # %% ../../nbs/training/20_recipe.ipynb #rules
-def is_whole(value: object) -> bool:
-    "Whether a value is a whole number, and not true or false"
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def is_real(value: object) -> bool:
     "Whether a value is a finite number"
     return is_whole(value) or isinstance(value, float) and math.isfinite(value)
