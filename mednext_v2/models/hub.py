@@ -113,7 +113,7 @@ def check_weights(
 
 
 def fetch_hub(name: HubName) -> Path:  # In the cache of huggingface_hub
-    "Download a model folder of the hub. FileNotFoundError, PermissionError or ConnectionError if it cannot be had, ValueError if it is none of ours or is altered"
+    "Download a model folder. FileNotFoundError, PermissionError or ConnectionError if it cannot be had, ValueError if it is none of ours or altered"
     with explain_hub(name.repo):
         from huggingface_hub import HfApi, snapshot_download
 
