@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup repro verify smoke lint test bench params export readme clean distclean
+.PHONY: help setup repro verify rehearsal smoke lint test bench params export readme clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -45,6 +45,9 @@ verify: $(PIPELINE) ## Compare the results of make repro with the committed ones
 smoke: $(READY) ## Run the whole pipeline at toy size in a scratch copy
 	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && git clone --quiet . "$$copy/mednext_v2" && cd "$$copy/mednext_v2" \
 	  && { python -m mednext_v2.repro smoke $(if $(JOBS),--jobs $(JOBS)) || { tail -n 40 $$(ls -t runs/smoke/logs/*.log | head -n 1); exit 1; }; }
+
+rehearsal: $(READY) ## Run mini in a scratch copy, killed in each kind of stage, and compare it with the committed results
+	@python tests/rehearsal.py
 
 lint: $(READY) ## Look for unused names, unsorted imports and unformatted cells with ruff (rules in pyproject.toml)
 	@ruff check mednext_v2 tests benchmarks
