@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 from data import heading, machine, row
-
 from mednext_v2.study.arithmetic import describe_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "repro.json"
