@@ -20,17 +20,18 @@ help: ## Show this list
 
 setup: $(READY) ## Install everything into .venv, with what tests and notebooks need (about three minutes, once)
 
-# What make repro needs; tests, editors and the programs that we compare with come on top
-$(PIPELINE): settings.ini setup.py pyproject.toml constraints.txt
+# What make repro needs, networks of nnU-Net included; tests and editors come on top
+$(PIPELINE): settings.ini setup.py pyproject.toml constraints.txt benchmarks/peers.txt
 	@test -n "$(PYTHON)" || { echo "no Python found: install Python 3.11 or newer, or run make PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: run make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing pinned versions into $(VENV) (minutes)"
 	$(PIP) torch
 	$(PIP) -e '.[pipeline]'
+	$(PIP) --no-deps $$(grep '^dynamic_network_architectures='  benchmarks/peers.txt)
 	@touch $(PIPELINE)
 
-$(READY): $(PIPELINE) benchmarks/peers.txt
+$(READY): $(PIPELINE)
 	$(PIP) -e '.[convert,remote,cluster,pipeline,dev]'
 	$(PIP) --no-deps -r benchmarks/peers.txt
 	@touch $(READY)

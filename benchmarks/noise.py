@@ -1,9 +1,8 @@
 """How far do the scores of a profile move with the processor's instructions alone, and with the seed alone?
 
-    make repro && python benchmarks/noise.py            (about four minutes on one core for each arithmetic and each seed)
+    make repro && python benchmarks/noise.py            (about five minutes on one core for each arithmetic and each seed)
 
-Each setting trains and scores the networks of the profile again, from pretraining on, in a clone of the committed state with the prepared data of
-`make repro`. benchmarks/results/noise.csv holds the mean of each backbone, start and task; noise.json says where and with what. A setting that is
+Each setting trains the networks of the profile from scratch and scores them, in a clone of the committed state with the prepared data of `make repro`. benchmarks/results/noise.csv holds the mean of each backbone, start and task; noise.json says where and with what. A setting that is
 already there is not run again. Read by nbs/report/25_power.ipynb and the ledger.
 """
 
@@ -28,33 +27,25 @@ ARITHMETIC = {
     "scalar": {"FAST": "1", "ATEN_CPU_CAPABILITY": "default"},
     "sse4.1": {"FAST": "1", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
 }
-SETTINGS = [("pinned", seed) for seed in range(4)] + [(name, 0) for name in ARITHMETIC if name != "pinned"]
+SETTINGS = [("pinned", seed) for seed in range(3)] + [(name, 0) for name in ARITHMETIC if name != "pinned"]
 
 
 def train_and_score(profile: str, seed: int) -> pd.DataFrame:
-    "Means by backbone, start and task of all networks of the profile, trained with one seed; pretraining has the profile's own"
+    "Means by backbone and task of the networks of the profile, trained from scratch with one seed"
     from mednext_v2.core import build, params
     from mednext_v2.scoring.evaluate import evaluate_runs
     from mednext_v2.study.paths import StudyPaths
     from mednext_v2.study.plan import read_plan
-    from mednext_v2.study.runs import TrainingRun, finetuning_runs, resources_of, train_runs
+    from mednext_v2.study.runs import finetuning_runs, resources_of, train_runs
     from mednext_v2.training.recipe import Recipe
 
     plan, paths, compute = read_plan(profile), StudyPaths(profile), params("compute")
-    recipes = {name: build(Recipe, params(f"recipes.{name}"), f"params.yaml:recipes.{name}") for name in ("pretrain", "finetune")}
-    scores = []
+    recipe, scores = build(Recipe, params("recipes.finetune"), "params.yaml:recipes.finetune"), []
     for backbone in plan.backbones:
-        overrides = params(f"backbones.{backbone}")
-        for init in plan.inits:
-            if init != "scratch":
-                where = paths.models("pretrain", init, backbone), paths.curves("pretrain", init, backbone)
-                run = TrainingRun(profile, backbone, "scratch", init)
-                train_runs([run], recipes["pretrain"], overrides, paths.prepared, *where, resources=resources_of(compute, "pretrain_"))
-            runs = [run for run in finetuning_runs(plan, backbone, init)]
-            models = paths.models("finetune", init, backbone)
-            where = models, paths.curves("finetune", init, backbone), paths.parent(init, backbone)
-            train_runs(runs, recipes["finetune"], overrides, paths.prepared, *where, resources=resources_of(compute))
-            scores.append(evaluate_runs(runs, models, paths.prepared, paths.raw, paths.evaluated(init, backbone), params("evaluate.overlap"), device="cpu"))
+        runs, models = finetuning_runs(plan, backbone, "scratch"), paths.models("finetune", "scratch", backbone)
+        curves = paths.curves("finetune", "scratch", backbone)
+        train_runs(runs, recipe, params(f"backbones.{backbone}"), paths.prepared, models, curves, resources=resources_of(compute))
+        scores.append(evaluate_runs(runs, models, paths.prepared, paths.raw, paths.evaluated("scratch", backbone), params("evaluate.overlap")))
     return pd.concat(scores).groupby(["backbone", "init", "task"], sort=False)[["dsc", "nsd"]].mean().reset_index().assign(seed=seed)
 
 
