@@ -28,7 +28,7 @@ $(PIPELINE): settings.ini setup.py pyproject.toml constraints.txt benchmarks/pee
 	@echo "installing pinned versions into $(VENV) (minutes)"
 	$(PIP) torch
 	$(PIP) -e '.[pipeline]'
-	$(PIP) --no-deps $$(grep '^dynamic_network_architectures='  benchmarks/peers.txt)
+	$(PIP) --no-deps $$(grep '^dynamic_network_architectures=' benchmarks/peers.txt)
 	@touch $(PIPELINE)
 
 $(READY): $(PIPELINE)

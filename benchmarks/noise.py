@@ -2,8 +2,9 @@
 
     make repro && python benchmarks/noise.py            (about five minutes on one core for each arithmetic and each seed)
 
-Each setting trains the networks of the profile from scratch and scores them, in a clone of the committed state with the prepared data of `make repro`. benchmarks/results/noise.csv holds the mean of each backbone, start and task; noise.json says where and with what. A setting that is
-already there is not run again. Read by nbs/report/25_power.ipynb and the ledger.
+Each setting trains the networks of the profile from scratch and scores them, in a clone of the committed state with the prepared data of
+`make repro`. benchmarks/results/noise.csv holds the mean of each backbone and task; noise.json says where and with what. A setting that is
+already there is not run again. The chapter on power and the ledger read it.
 """
 
 import argparse
