@@ -81,7 +81,7 @@ def explain_hub(
         raise ValueError(f"{repo}: reading from or writing to the hub needs huggingface_hub: pip install 'mednext_v2[hub]'") from error
     try:
         yield
-    except (FileNotFoundError, ValueError) as error:
+    except (FileExistsError, FileNotFoundError, ValueError) as error:
         if not isinstance(error, errors.LocalEntryNotFoundError):
             raise
         raise ConnectionError(f"{repo}: no answer from {os.environ.get('HF_ENDPOINT') or constants.ENDPOINT}, and no copy in its cache") from error
