@@ -85,6 +85,17 @@ def import_weights(options: argparse.Namespace) -> str:
     return f"{report}\n{options.out} holds {card.backbone}, {len(card.labels)} classes, sha256 {card.sha256[:12]}"
 
 
+def push(options: argparse.Namespace) -> str:
+    "Publish a model folder on the Hugging Face Hub, or show what would be published"
+    from mednext_v2.integrations.hub import model_files, push_to_hub
+
+    if options.show:
+        files = model_files(options.model, options.repo, options.licence)
+        return f"{cast(bytes, files['README.md']).decode()}\nwith {', '.join(name for name in files if name != 'README.md')}; nothing was sent"
+    address = push_to_hub(options.model, options.repo, options.licence, options.private)
+    return f"published at {address}; next, on any machine: mednextv2 predict -m {options.repo} -i scan.nii.gz -o labels.nii.gz"
+
+
 def zoo_list(options: argparse.Namespace) -> str:
     "List the public models that are known by name"
     from mednext_v2.zoo.catalogue import zoo_table
@@ -570,6 +581,14 @@ def add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--facts", type=Path, metavar="JSON", help=facts)
     add_checkpoint_options(command)
 
+    text = "Publish a model folder on the Hugging Face Hub, with a page made from its card. Log in once with `hf auth login`, or set HF_TOKEN."
+    command = add("push", push, text, "push spleen/model clinic/spleen --licence Apache-2.0 --show")
+    command.add_argument("model", type=Path, help="model folder, or folder with fold_0, fold_1, ...")
+    command.add_argument("repo", metavar="OWNER/NAME", help="repository on the hub; it is made if it is not there")
+    command.add_argument("--licence", default="", help="licence of the weights, if the model's card does not state one")
+    command.add_argument("--private", action="store_true", help="let only the owner see a new repository")
+    command.add_argument("--show", action="store_true", help="print the page and send nothing")
+
 # %% ../nbs/90_cli.ipynb #zoo-options
 def add_zoo_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     "Public pretrained models"
@@ -595,7 +614,9 @@ def add_train_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add("train", train, "Train a network on one or more prepared data sets. Resumes if it was interrupted.", example)
     command.add_argument("data", type=Path, help="data set that `mednextv2 prepare` wrote")
     command.add_argument("out", type=Path, help="model folder to write")
-    command.add_argument("--from", dest="parent", type=Path, metavar="MODEL", help="model folder to start from (default: random weights)")
+    command.add_argument(
+        "--from", dest="parent", type=Path, metavar="MODEL", help="model folder, or owner/name on the Hugging Face Hub, to start from (default: random weights)"
+    )
     command.add_argument("--folder", type=Path, help="folder for checkpoints and learning curves (default: OUT.run)")
 
     group = command.add_argument_group("several data sets")
@@ -624,7 +645,7 @@ def add_finetune_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     text = "Go from a raw data set to a trained model and its test scores. Resumes if it was interrupted."
     command = add("finetune", finetune, text, "finetune -d data/raw/Dataset012_Spleen -m models/cads -o spleen")
     command.add_argument("-d", "--data", type=Path, required=True, help="data set in nnU-Net's raw layout, or data/seeds")
-    model = "model folder, name of a fetched model of the zoo, or checkpoint of another program, to start from (default: random weights)"
+    model = "model folder, owner/name on the Hugging Face Hub, name of a fetched model of the zoo, or checkpoint of another program (default: random weights)"
     command.add_argument("-m", "--model", type=Path, help=model)
     command.add_argument("-o", "--out", type=Path, required=True, help="folder for the model, the scores and everything in between")
     add_spacing_option(command, "that of --model, else planned from the data")
@@ -648,7 +669,7 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     "`predict`"
     text = "Segment a scan or a folder of scans. Scans that already have a label map are skipped."
     command = add("predict", predict, text, "predict -m models/spleen -i scan.nii.gz -o labels.nii.gz")
-    model = "model folder, or folder with fold_0, fold_1, ...; several models are averaged as an ensemble"
+    model = "model folder, folder with fold_0, fold_1, ..., or owner/name on the Hugging Face Hub; several models are averaged as an ensemble"
     command.add_argument("-m", "--model", type=Path, nargs="+", required=True, help=model)
     scans = "scan, or folder of scans; the channels of a case end in _0000, _0001, ... as in nnU-Net"
     command.add_argument("-i", "--input", type=Path, required=True, help=scans)
