@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 
+from .factory import find_checkpoint
 from .core import Resources, check_output, short_hash, output_lock, read_csv, read_json, write_json
 from .evaluation.cases import predict_cases, record_scores, score_cases, write_scores
 from .training.monitor import Display
@@ -57,25 +58,6 @@ def check_raw(raw: Path, workers: int = 1) -> str:  # The verdict
         first = report.table[report.table.severity == "error"].iloc[0]
         raise ValueError(f"{raw} is {report.verdict}; first {first.file}: {first.what}; all of them: mednextv2 doctor --data {raw}")
     return report.verdict
-
-# %% ../nbs/60_finetuning.ipynb #parent-folder
-def find_checkpoint(
-    model: Path,  # A file, or a folder
-) -> Path:
-    "The checkpoint to import: what is given, or the only one in a folder, such as one of the zoo. ValueError for none or several"
-    from mednext_v2.zoo.importers import weights_kind
-
-    try:
-        weights_kind(model)
-        return model
-    except ValueError as error:
-        found = sorted({path.parent for path in model.rglob("plans.json") if (path.parent / "dataset.json").is_file()})
-        endings = (".pth", ".pt", ".safetensors", ".model", ".bin", ".ckpt")
-        found = found or sorted(path for path in model.rglob("*") if path.name.endswith(endings))
-        if len(found) == 1:
-            return found[0]
-        names = ", ".join(str(path.relative_to(model)) for path in found[:5])
-        raise ValueError(f"{error}; it has {len(found)} checkpoints {names}: name the one to start from") from None
 
 # %% ../nbs/60_finetuning.ipynb #parent-folder-part
 def import_parent(

@@ -7,7 +7,7 @@ import torch
 
 from mednext_v2.network.fused import use_fused
 from mednext_v2.network.mednext import Arch, MedNeXt
-from mednext_v2.network.scaling import PRESETS, MemoryMeter, count_flops, count_parameters, create_model, estimate, list_blocks, overview, scale
+from mednext_v2.network.scaling import PRESETS, MemoryMeter, build_mednext, count_flops, count_parameters, estimate, list_blocks, overview, scale
 
 MINI = Arch(width=4, depths=(1, 2, 1, 2, 1), ratios=(2, 3, 4, 2, 3))
 FLAT = replace(MINI, strides=((1, 2, 2), (2, 2, 1)), kernels=((1, 3, 3), (3, 3, 3), (3, 5, 3)))  # Thick slices
@@ -74,14 +74,14 @@ def flops_by_hand(arch, patch, in_channels=1, num_classes=3, heads=1):
 @pytest.mark.parametrize("name, expected", [("base", 61_969_507), ("wide", 246_536_387), ("v1_large", 61_779_299)])
 def test_counts_of_the_paper(name, expected):
     with torch.device("meta"):
-        assert count_parameters(create_model(name, 1, 3)) == expected
+        assert count_parameters(build_mednext(name, 1, 3)) == expected
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("deep_supervision", [False, True])
 def test_parameters_equal_the_sum_by_hand(name, deep_supervision):
     with torch.device("meta"):
-        model = create_model(name, 2, 5, deep_supervision)
+        model = build_mednext(name, 2, 5, deep_supervision)
     heads = 5 if deep_supervision else 1
     assert count_parameters(model) == parameters_by_hand(PRESETS[name], 2, 5, heads)
 
@@ -109,13 +109,13 @@ def test_tiny_trains_on_a_laptop():
     arch = PRESETS["tiny"]
     assert arch.levels == 4 and 8 <= arch.width <= 16
     assert estimate(arch, (32, 32, 32), batch_size=2).total_bytes < 5e8
-    model = create_model("tiny", 1, 3, deep_supervision=True)
+    model = build_mednext("tiny", 1, 3, deep_supervision=True)
     sum(o.square().mean() for o in model(torch.randn(1, 1, 32, 32, 32))).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_create_model_passes_everything_on():
-    model = create_model("tiny", 2, 4, True, "block", width=8, grn="sum", kernel=5)
+    model = build_mednext("tiny", 2, 4, True, "block", width=8, grn="sum", kernel=5)
     assert model.arch == Arch(8, (1,) * 9, (2,) * 9, kernel=5, grn="sum")
     assert (model.in_channels, model.num_classes) == (2, 4)
     assert model.deep_supervision and model.grad_checkpointing == "block"
@@ -124,20 +124,20 @@ def test_create_model_passes_everything_on():
 
 
 def test_create_model_without_grn_has_no_grn_parameters():
-    assert not [n for n in create_model("tiny", 1, 2, grn=None).state_dict() if "grn" in n]
-    assert [n for n in create_model("v1_small", 1, 2, width=2, grn="mean").state_dict() if "grn" in n]
+    assert not [n for n in build_mednext("tiny", 1, 2, grn=None).state_dict() if "grn" in n]
+    assert [n for n in build_mednext("v1_small", 1, 2, width=2, grn="mean").state_dict() if "grn" in n]
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: create_model("giant", 1, 2), "no network is called 'giant'; known: tiny, small,.*v1_large"),
-        (lambda: create_model("tiny", 1, 2, deep=3), "no 'deep'; it has: width, depths, ratios, kernel, grn"),
-        (lambda: create_model("mednext_v2_tiny", 1, 2), r"no network is called 'mednext_v2_tiny' \(here it is 'tiny'\); known: tiny"),
-        (lambda: create_model("mednext_v1_base", 1, 2), r"here it is 'v1_base'"),
-        (lambda: create_model("tiny", 1, 2, checkpointing="block"), "no 'checkpointing'; .*also takes grad_checkpointing"),
-        (lambda: create_model("tiny", 1, 2, width=-1), "width must be a positive whole number"),
-        (lambda: create_model("tiny", 1, 2, depths=(1, 1, 1)), "equally many entries, got 3 and 9"),
+        (lambda: build_mednext("giant", 1, 2), "no network is called 'giant'; known: tiny, small,.*v1_large"),
+        (lambda: build_mednext("tiny", 1, 2, deep=3), "no 'deep'; it has: width, depths, ratios, kernel, grn"),
+        (lambda: build_mednext("mednext_v2_tiny", 1, 2), r"no network is called 'mednext_v2_tiny' \(here it is 'tiny'\); known: tiny"),
+        (lambda: build_mednext("mednext_v1_base", 1, 2), r"here it is 'v1_base'"),
+        (lambda: build_mednext("tiny", 1, 2, checkpointing="block"), "no 'checkpointing'; .*also takes grad_checkpointing"),
+        (lambda: build_mednext("tiny", 1, 2, width=-1), "width must be a positive whole number"),
+        (lambda: build_mednext("tiny", 1, 2, depths=(1, 1, 1)), "equally many entries, got 3 and 9"),
         (lambda: scale(Arch(), depth=0), "must be positive, got 0 and 1"),
         (lambda: scale(Arch(), width=-2), "must be positive, got 1 and -2"),
         (lambda: estimate(MINI, (16, 16, 16), precision="tf32"), "fp32, bf16, fp16, got 'tf32'"),
@@ -173,7 +173,7 @@ def test_flops_equal_the_sum_by_hand(name, kernel, patch):
 
 
 def test_counting_flops_leaves_the_model_alone():
-    model = create_model("tiny", 1, 2, width=4, grad_checkpointing="block")
+    model = build_mednext("tiny", 1, 2, width=4, grad_checkpointing="block")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     count_flops(model, (32, 16, 16))
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
