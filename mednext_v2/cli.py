@@ -607,7 +607,9 @@ def add_train_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add("train", train, "Train a network on one or more prepared data sets. Resumes if it was interrupted.", example)
     command.add_argument("data", type=Path, help="data set that `mednextv2 prepare` wrote")
     command.add_argument("out", type=Path, help="model folder to write")
-    command.add_argument("--from", dest="parent", type=Path, metavar="MODEL", help="model folder to start from (default: random weights)")
+    command.add_argument(
+        "--from", dest="parent", type=Path, metavar="MODEL", help="model folder, or owner/name on the Hugging Face Hub, to start from (default: random weights)"
+    )
     command.add_argument("--folder", type=Path, help="folder for checkpoints and learning curves (default: OUT.run)")
 
     group = command.add_argument_group("several data sets")
@@ -636,7 +638,7 @@ def add_finetune_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     text = "Go from a raw data set to a trained model and its test scores. Resumes if it was interrupted."
     command = add("finetune", finetune, text, "finetune -d data/raw/Dataset012_Spleen -m models/cads -o spleen")
     command.add_argument("-d", "--data", type=Path, required=True, help="data set in nnU-Net's raw layout, or data/seeds")
-    model = "model folder, name of a fetched model of the zoo, or checkpoint of another program, to start from (default: random weights)"
+    model = "model folder, owner/name on the Hugging Face Hub, name of a fetched model of the zoo, or checkpoint of another program (default: random weights)"
     command.add_argument("-m", "--model", type=Path, help=model)
     command.add_argument("-o", "--out", type=Path, required=True, help="folder for the model, the scores and everything in between")
     add_spacing_option(command, "that of --model, else planned from the data")
@@ -660,7 +662,7 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     "`predict`"
     text = "Segment a scan or a folder of scans. Scans that already have a label map are skipped."
     command = add("predict", predict, text, "predict -m models/spleen -i scan.nii.gz -o labels.nii.gz")
-    model = "model folder, or folder with fold_0, fold_1, ...; several models are averaged as an ensemble"
+    model = "model folder, folder with fold_0, fold_1, ..., or owner/name on the Hugging Face Hub; several models are averaged as an ensemble"
     command.add_argument("-m", "--model", type=Path, nargs="+", required=True, help=model)
     scans = "scan, or folder of scans; the channels of a case end in _0000, _0001, ... as in nnU-Net"
     command.add_argument("-i", "--input", type=Path, required=True, help=scans)

@@ -20,11 +20,7 @@ from mednext_v2.data.augment import (
     NNUNET_TURN,
     ArrayCases,
     CaseCache,
-    EachChanneld,
     PatchSampler,
-    RandBlur,
-    RandGamma,
-    RandSpatiald,
     augment_patch,
     augmentation,
     crop,
@@ -32,10 +28,10 @@ from mednext_v2.data.augment import (
     iterate_batches,
     needed_margin,
     patch_loader,
-    random_displacement,
     thin_axis,
     voxels_by_class,
 )
+from mednext_v2.data.transforms import EachChanneld, RandBlur, RandGamma, RandSpatiald, random_displacement
 from training_toys import readers, toy_cases
 
 

@@ -16,28 +16,18 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import pandas as pd
 import torch
-from monai.data.meta_obj import get_track_meta, set_track_meta
-from monai.networks.layers.convutils import gaussian_1d
-from monai.networks.layers.simplelayers import separable_filtering
-from monai.transforms.compose import Compose
-from monai.transforms.intensity.array import RandAdjustContrast, RandGaussianSmooth
-from monai.transforms.intensity.dictionary import RandGaussianNoised, RandScaleIntensityd, RandScaleIntensityFixedMeand
-from monai.transforms.spatial.array import AffineGrid, RandSimulateLowResolution, Resample
-from monai.transforms.spatial.dictionary import RandFlipd
-from monai.transforms.transform import MapTransform, RandomizableTransform
-from monai.transforms.utils import create_grid
-from scipy import ndimage
-from scipy.spatial.transform import Rotation
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
 from ..core import short_hash
+
+if TYPE_CHECKING:
+    from monai.transforms.compose import Compose
 
 # %% ../../nbs/data/50_augment.ipynb #protocols
 class CaseReader(Protocol):
@@ -122,175 +112,22 @@ class ArrayCases:
         digests = [hashlib.sha256(image.tobytes() + label.tobytes()).hexdigest() for image, label in arrays]
         return pd.DataFrame(rows, columns=["case", "split"]).assign(sha256=digests)
 
-# %% ../../nbs/data/50_augment.ipynb #spatial
-BEND_STEP = 4  # Voxels between the places where a bend is drawn
-
-
-def random_displacement(
-    state: np.random.RandomState,
-    size: tuple[int, int, int],  # Of the patch
-    sigma: tuple[float, float],  # Range of the smoothing, voxels
-    magnitude: tuple[float, float],  # Range of the factor, as if drawn on every voxel
-) -> np.ndarray:  # float32 (3, x, y, z): displacement in voxels at every fourth voxel
-    "A random smooth displacement"
-    coarse = [-(-n // BEND_STEP) for n in size]
-    noise = state.uniform(-1, 1, (3, *coarse)).astype(np.float32)
-    # Smoothing white noise divides it by sigma to the power of 1.5, and sigma is four times smaller here
-    factor = state.uniform(*magnitude) / BEND_STEP**1.5
-    width = state.uniform(*sigma) / BEND_STEP
-    return np.stack([ndimage.gaussian_filter(axis, width, mode="constant") for axis in noise]) * factor
-
-# %% ../../nbs/data/50_augment.ipynb #lookup
-def lookup_grid(
-    patch: tuple[int, int, int],  # Voxels
-    matrix: np.ndarray,  # (3, 3): rotation and zoom
-    field: np.ndarray | None,  # (3, x, y, z): displacement in voxels, coarser than the patch
-    device: torch.device,
-) -> Tensor:  # (4, *patch): where each voxel of the patch is sampled, in voxels from the middle of the region
-    "Coordinates of rotation, zoom and displacement together"
-    grid = cast(Tensor, create_grid(patch, device=device, backend="torch", dtype=torch.float32))  # pyright: ignore[reportArgumentType] (MONAI takes the text)
-    if field is not None:
-        bent = torch.from_numpy(field).to(device)[None]
-        grid[:3] += interpolate(bent, patch, mode="trilinear", align_corners=True)[0]
-    affine = np.eye(4, dtype=np.float32)
-    affine[:3, :3] = matrix
-    return cast(Tensor, AffineGrid(affine=torch.from_numpy(affine))(grid=grid)[0])
-
-
-def crop_middle(
-    volume: Tensor,  # (C, *region)
-    patch: tuple[int, int, int],  # No larger
-) -> Tensor:  # (C, *patch)
-    "The patch in the middle of its region"
-    edges = [(n - size) // 2 for n, size in zip(volume.shape[1:], patch)]
-    return volume[(slice(None), *(slice(edge, edge + size) for edge, size in zip(edges, patch)))]
-
-# %% ../../nbs/data/50_augment.ipynb #rand-spatial
-class RandSpatiald(RandomizableTransform, MapTransform):
-    "Turn, zoom and bend a patch in one interpolation; takes the region around it, see `margin`"
-
-    def __init__(
-        self,
-        keys: tuple[str, ...],  # Linear interpolation for `image`, nearest voxel for others
-        patch: tuple[int, int, int],  # Voxels, of what comes out
-        turn: float = 0.0,  # Largest angle about each axis, radians
-        turn_prob: float = 0.0,
-        zoom: tuple[float, float] = (1.0, 1.0),  # Range; above 1 shrinks
-        zoom_prob: float = 0.0,
-        sigma: tuple[float, float] = (9.0, 13.0),  # Of the bend, voxels
-        magnitude: tuple[float, float] = (0.0, 900.0),  # Of the bend
-        bend_prob: float = 0.0,
-        flat: int | None = None,  # The axis of a slab's thickness: nothing moves along it
-        slab_turn: float | None = None,  # Largest angle in the plane of a slab, radians
-    ):
-        MapTransform.__init__(self, keys)
-        RandomizableTransform.__init__(self, prob=1.0)
-        self.patch, self.zoom, self.sigma, self.magnitude, self.flat = patch, zoom, sigma, magnitude, flat
-        in_plane = turn if slab_turn is None else slab_turn
-        self.turns = [turn if flat is None else in_plane * (axis == flat) for axis in range(3)]
-        self.chances = (turn_prob, zoom_prob, bend_prob)
-        self.matrix, self.margin = np.eye(3), (0, 0, 0)
-        self.field: np.ndarray | None = None
-
-    def randomize(self, data: object = None) -> None:
-        "Draws the change, and from it the `margin`: voxels needed on either side of the patch, per axis"
-        turned, zoomed, bent = (self.R.random_sample() < chance for chance in self.chances)
-        angles = [self.R.uniform(-turn, turn) * turned for turn in self.turns]
-        factor = self.R.uniform(*self.zoom) if zoomed else 1.0
-        factors = [1.0 if axis == self.flat else factor for axis in range(3)]
-        self.field = random_displacement(self.R, self.patch, self.sigma, self.magnitude) if bent else None
-        if self.field is not None and self.flat is not None:
-            self.field[self.flat] = 0
-        self.matrix = Rotation.from_euler("xyz", angles).as_matrix() * factors
-        self._do_transform = bool(turned or zoomed or bent)
-        half = (np.array(self.patch) - 1) / 2
-        far = half if self.field is None else half + np.abs(self.field).max((1, 2, 3))
-        need = np.abs(self.matrix) @ far - half
-        self.margin = tuple(int(n) for n in np.ceil(need.round(4)).clip(0) * self._do_transform)
-
-    def __call__(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
-        sample = dict(data)
-        self.randomize()
-        grid = lookup_grid(self.patch, self.matrix, self.field, sample["image"].device) if self._do_transform else None
-        for key in map(str, self.keys):
-            if grid is None:  # The patch itself, without an interpolation
-                sample[key] = crop_middle(sample[key], self.patch)
-            else:
-                resample = Resample("bilinear" if key == "image" else "nearest", "border", dtype=torch.float32)  # pyright: ignore[reportArgumentType]
-                sample[key] = cast(Tensor, resample(sample[key].float(), grid))
-        return sample
-
-# %% ../../nbs/data/50_augment.ipynb #channels
-class RandBlur(RandGaussianSmooth):
-    "MONAI's blur, with the border mirrored"
-
-    def __call__(self, img: Tensor, randomize: bool = True) -> Tensor:
-        self.randomize()
-        sigmas = torch.tensor([self.x, self.y, self.z])
-        kernels = [gaussian_1d(sigma, 3.0, "sampled", normalize=True) for sigma in sigmas]
-        mode = "reflect" if min(img.shape[1:]) > 3 else "replicate"  # Three voxels beyond need four to mirror
-        return separable_filtering(img[None], kernels, mode)[0]
-
-
-class RandGamma(RandAdjustContrast):
-    "MONAI's gamma, below 1 as often as above"
-
-    def randomize(self, data: object = None) -> None:
-        super().randomize(data)
-        low, high = self.gamma
-        self.gamma_value = self.R.uniform(*((low, 1) if self.R.random_sample() < 0.5 else (1, high)))
-
-# %% ../../nbs/data/50_augment.ipynb #each-channel
-class EachChanneld(RandomizableTransform, MapTransform):
-    "An array transform given one channel at a time, with draws of its own for each"
-
-    def __init__(
-        self,
-        transform: type,  # Of MONAI, for (1, X, Y, Z)
-        prob: float,  # That a patch is changed
-        channel_prob: float = 1.0,  # That a channel of such a patch is
-        flat: int | None = None,  # Take slices across this axis instead, (n, Y, Z)
-        **options: Any,  # Of the transform
-    ):
-        MapTransform.__init__(self, "image")
-        RandomizableTransform.__init__(self, prob)
-        self.transform, self.channel_prob, self.flat = transform(prob=1.0, **options), channel_prob, flat
-
-    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> "EachChanneld":
-        "One state for the draws here and those of the transform"
-        self.transform.set_random_state(seed, state)
-        super().set_random_state(seed, state)
-        return self
-
-    def change(self, channel: Tensor) -> Tensor:  # (X, Y, Z)
-        "One channel, changed"
-        if self.flat is None:
-            return self.transform(channel[None])[0]
-        return self.transform(channel.movedim(self.flat, 0)).movedim(0, self.flat)
-
-    def __call__(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.randomize(None)
-        if not self._do_transform:
-            return data
-        channels = [self.change(c) if self.R.random_sample() < self.channel_prob else c for c in data["image"]]
-        return {**data, "image": torch.stack(channels)}
-
 # %% ../../nbs/data/50_augment.ipynb #presets
 BOTH = ("image", "label")
-MIRROR = tuple((RandFlipd, dict(keys=BOTH, prob=0.5, spatial_axis=axis)) for axis in range(3))
+MIRROR = tuple(("RandFlipd", dict(keys=BOTH, prob=0.5, spatial_axis=axis)) for axis in range(3))
 BLUR = {f"sigma_{axis}": (0.5, 1.0) for axis in "xyz"}
-LOW_RESOLUTION = dict(transform=RandSimulateLowResolution, zoom_range=(0.5, 1.0), downsample_mode="nearest-exact")
-GAMMA = dict(transform=RandGamma, gamma=(0.7, 1.5), retain_stats=True)
+LOW_RESOLUTION = dict(transform="RandSimulateLowResolution", zoom_range=(0.5, 1.0), downsample_mode="nearest-exact")
+GAMMA = dict(transform="RandGamma", gamma=(0.7, 1.5), retain_stats=True)
 EACH_CHANNEL = dict(keys="image", channel_wise=True)
 NNUNET_TURN = dict(keys=BOTH, turn=np.pi / 6, slab_turn=np.pi, turn_prob=0.2, zoom=(0.7, 1.4), zoom_prob=0.2)
 NNUNET = (
-    (RandGaussianNoised, dict(keys="image", prob=0.1, std=0.1)),
-    (EachChanneld, dict(transform=RandBlur, prob=0.2, channel_prob=0.5, **BLUR)),
-    (RandScaleIntensityd, dict(prob=0.15, factors=0.25, **EACH_CHANNEL)),
-    (RandScaleIntensityFixedMeand, dict(prob=0.15, factors=0.25, preserve_range=True, **EACH_CHANNEL)),
-    (EachChanneld, dict(prob=0.25, channel_prob=0.5, **LOW_RESOLUTION)),
-    (EachChanneld, dict(prob=0.1, invert_image=True, **GAMMA)),
-    (EachChanneld, dict(prob=0.3, **GAMMA)),
+    ("RandGaussianNoised", dict(keys="image", prob=0.1, std=0.1)),
+    ("EachChanneld", dict(transform="RandBlur", prob=0.2, channel_prob=0.5, **BLUR)),
+    ("RandScaleIntensityd", dict(prob=0.15, factors=0.25, **EACH_CHANNEL)),
+    ("RandScaleIntensityFixedMeand", dict(prob=0.15, factors=0.25, preserve_range=True, **EACH_CHANNEL)),
+    ("EachChanneld", dict(prob=0.25, channel_prob=0.5, **LOW_RESOLUTION)),
+    ("EachChanneld", dict(prob=0.1, invert_image=True, **GAMMA)),
+    ("EachChanneld", dict(prob=0.3, **GAMMA)),
     *MIRROR,
 )
 
@@ -298,13 +135,13 @@ NNUNET = (
 AUGMENTATIONS = {
     "none": (),
     "light": (
-        (RandSpatiald, dict(keys=BOTH, turn=np.pi / 12, turn_prob=0.2, zoom=(0.85, 1.15), zoom_prob=0.2)),
-        (RandGaussianNoised, dict(keys="image", prob=0.2, std=0.1)),
-        (RandScaleIntensityd, dict(prob=0.3, factors=0.2, **EACH_CHANNEL)),
-        (RandScaleIntensityFixedMeand, dict(prob=0.3, factors=0.2, **EACH_CHANNEL)),
+        ("RandSpatiald", dict(keys=BOTH, turn=np.pi / 12, turn_prob=0.2, zoom=(0.85, 1.15), zoom_prob=0.2)),
+        ("RandGaussianNoised", dict(keys="image", prob=0.2, std=0.1)),
+        ("RandScaleIntensityd", dict(prob=0.3, factors=0.2, **EACH_CHANNEL)),
+        ("RandScaleIntensityFixedMeand", dict(prob=0.3, factors=0.2, **EACH_CHANNEL)),
     ),
-    "nnunet": ((RandSpatiald, NNUNET_TURN), *NNUNET),
-    "nnunet_elastic": ((RandSpatiald, NNUNET_TURN | dict(bend_prob=0.2)), *NNUNET),
+    "nnunet": (("RandSpatiald", NNUNET_TURN), *NNUNET),
+    "nnunet_elastic": (("RandSpatiald", NNUNET_TURN | dict(bend_prob=0.2)), *NNUNET),
 }
 
 # %% ../../nbs/data/50_augment.ipynb #mirrored
@@ -312,7 +149,7 @@ def mirrored_axes(
     preset: str,  # none, light, nnunet or nnunet_elastic
 ) -> tuple[int, ...]:  # Of X, Y, Z
     "Along which axes a preset mirrors: a network that has seen no mirror images may not be shown any"
-    return tuple(options["spatial_axis"] for transform, options in AUGMENTATIONS[preset] if transform is RandFlipd)
+    return tuple(options["spatial_axis"] for transform, options in AUGMENTATIONS[preset] if transform == "RandFlipd")
 
 # %% ../../nbs/data/50_augment.ipynb #augmentation
 def thin_axis(
@@ -325,25 +162,32 @@ def thin_axis(
 def augmentation(
     preset: str,  # none, light, nnunet or nnunet_elastic
     patch: tuple[int, int, int],  # Size of the patches, voxels
-) -> Compose:  # Takes {"image": (C, *region), "label": (1, *region)}, gives the same of the patch
+) -> "Compose":  # Takes {"image": (C, *region), "label": (1, *region)}, gives the same of the patch
     "A preset's transforms in order; ValueError lists the presets"
     if preset not in AUGMENTATIONS:
         raise ValueError(f"no augmentation {preset!r}; there are: {', '.join(AUGMENTATIONS)}")
+    from monai.transforms.compose import Compose
+    from mednext_v2.data.transforms import TRANSFORMS
+
     transforms: list[Any] = []
     flat = thin_axis(patch)
-    for transform, fixed in AUGMENTATIONS[preset]:
+    for name, fixed in AUGMENTATIONS[preset]:
         options: dict[str, Any] = dict(fixed)
-        if transform is RandSpatiald:
+        if name == "RandSpatiald":
             options |= dict(patch=tuple(patch), flat=flat)
-        elif options.get("transform") is RandSimulateLowResolution and flat is not None:
+        elif options.get("transform") == "RandSimulateLowResolution" and flat is not None:
             options |= dict(flat=flat, upsample_mode="bilinear")
-        transforms.append(transform(**options))
+        if "transform" in options:
+            options["transform"] = TRANSFORMS[options["transform"]]
+        transforms.append(TRANSFORMS[name](**options))
     return Compose(transforms)
 
 # %% ../../nbs/data/50_augment.ipynb #apply
 @contextmanager
 def deterministic_monai() -> Iterator[None]:
     "One thread, and MONAI on plain tensors, inside; as before afterwards"
+    from monai.data.meta_obj import get_track_meta, set_track_meta
+
     history, threads = get_track_meta(), torch.get_num_threads()
     set_track_meta(False)
     torch.set_num_threads(1)
@@ -355,7 +199,7 @@ def deterministic_monai() -> Iterator[None]:
 
 
 def seed_transforms(
-    transforms: Compose,  # From `augmentation`
+    transforms: "Compose",  # From `augmentation`
     seed: int,  # Decides all that is random
 ) -> list[Any]:  # The transforms, one state in all of them
     "Transforms whose next draws follow from the seed"
@@ -364,19 +208,19 @@ def seed_transforms(
 
 
 def needed_margin(
-    transforms: Compose,  # From `augmentation`
+    transforms: "Compose",  # From `augmentation`
     seed: int,  # As for `augment_patch`
 ) -> tuple[int, int, int]:  # Voxels on either side
     "How much more than the patch `augment_patch` needs for this seed"
     for transform in seed_transforms(transforms, seed)[:1]:
-        if isinstance(transform, RandSpatiald):
+        if hasattr(transform, "margin"):  # `RandSpatiald`
             transform.randomize()
             return cast("tuple[int, int, int]", transform.margin)
     return (0, 0, 0)
 
 
 def augment_patch(
-    transforms: Compose,  # From `augmentation`
+    transforms: "Compose",  # From `augmentation`
     image: np.ndarray | Tensor,  # (C, *region): the patch and its `margin`; on any device
     label: np.ndarray | Tensor,  # (*region)
     seed: int,  # Decides all that is random
@@ -542,6 +386,13 @@ class PatchLocator:
         "Case, first voxel and seed of every patch of a step"
         return [self.locate(step, index) for index in self.indices]
 
+# %% ../../nbs/data/50_augment.ipynb #describe
+def describe_options(options: dict[str, Any]) -> str:
+    "The settings of a transform as fingerprints have them: with the class that they were written with first, so that older runs go on"
+    homes = {"RandBlur": "mednext_v2.data.augment", "RandGamma": "mednext_v2.data.augment", "RandSimulateLowResolution": "monai.transforms.spatial.array"}
+    text, name = str(options), options.get("transform")
+    return text.replace(f"'transform': '{name}'", f"'transform': <class '{homes[name]}.{name}'>") if name else text
+
 # %% ../../nbs/data/50_augment.ipynb #sampler
 class PatchSampler(PatchLocator):
     """Batches of patches from one split; `sampler[step]` is a pure function of (seed, step).
@@ -552,7 +403,7 @@ class PatchSampler(PatchLocator):
     def fingerprint(self) -> str:
         "A hash of all that decides the batches: the cases' content, every setting, the preset's strengths"
         content = self.prepared.manifest.set_index("case").loc[self.cases, "sha256"].tolist()
-        preset = [(kind.__name__, str(options)) for kind, options in AUGMENTATIONS[self.augment]]
+        preset = [(name, describe_options(options)) for name, options in AUGMENTATIONS[self.augment]]
         settings = (self.patch, self.batch_size, self.foreground, self.augment, preset, self.seed)
         return short_hash(self.split, self.cases, content, settings)
 

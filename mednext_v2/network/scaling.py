@@ -9,9 +9,8 @@ __all__ = ['PRESETS', 'get_arch', 'create_model', 'count_parameters', 'scale', '
 import weakref
 from dataclasses import dataclass, fields, replace
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import pandas as pd
 import torch
 from .blocks import CHECKPOINTING, MedNeXtBlock
 from .fused import MAX_HELD, MAX_KEPT, row_chunks
@@ -21,7 +20,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../../nbs/network/60_scaling.ipynb #presets
 PRESETS: dict[str, Arch] = {
@@ -89,6 +90,8 @@ def count_flops(
     in_channels: int | None = None,  # Channels of the volume, for a network without `.in_channels`
 ) -> int:
     "FLOPs (2 per multiply-add) of convolutions and matrix products in one forward pass of one volume; ValueError without channels"
+    from torch.utils.flop_counter import FlopCounterMode  # Here, since it imports Triton
+
     if isinstance(network, Arch):
         with torch.device("meta"):
             network = MedNeXt(network, 1, 3)
@@ -303,8 +306,10 @@ def overview(
     archs: dict[str, Arch],  # Networks by name
     patch: tuple[int, int, int] = (128, 128, 128),  # Sides of a training patch
     **options,  # Further arguments of `estimate`
-) -> pd.DataFrame:  # One row per network
+) -> "pd.DataFrame":  # One row per network
     "Width, blocks, millions of parameters, GFLOP of a forward pass, and gigabytes of a training step"
+    import pandas as pd  # Here, since it takes as long as a quarter of PyTorch
+
     rows = []
     for name, arch in archs.items():
         cost = estimate(arch, patch, **options)

@@ -27,7 +27,7 @@ from .recipe import Recipe
 TRAINING_ROOMS = ("network", "models", "data", "training")  # What the weights of a run depend on
 STEP_MODULES = (  # What decides a step: a run does not go on after a change there
     "network/grn network/fused network/kernels network/blocks network/mednext network/scaling models/stunet models/registry models/transfer "
-    "data/storage data/augment training/losses training/recipe training/checkpoint data/mixture training/engine training/state training/trainer"
+    "data/storage data/transforms data/augment training/losses training/recipe training/checkpoint data/mixture training/engine training/state training/trainer"
 ).split()
 UNCHECKED_FIELDS = ("checkpoint_every",)  # Of a recipe: how a run is kept, not what it does
 

@@ -32,6 +32,7 @@ from urllib.request import url2pathname
 import pandas as pd
 
 from .. import __version__
+from ..models.hub import find_model, named_models
 from ..models.licence import UNKNOWN
 from mednext_v2.core import (
     FolderKind,
@@ -604,14 +605,16 @@ def is_cached(entry: ZooEntry, home: Path) -> bool:
 
 # %% ../../nbs/zoo/20_catalogue.ipynb #find-fetched
 def find_fetched(
-    model: str | Path,  # A file or a folder, or the name of a model of the zoo
+    model: str | Path,  # A file or a folder, the name of a model of the zoo, or as `find_model` takes it
     imported: bool = False,  # Whether a model folder is needed, which a fetched model is not
-) -> Path:  # As given, or the fetched model in the cache
-    "Where a model is that may be named as in the zoo; FileNotFoundError says how to fetch or import it"
+) -> Path:  # As given, the fetched model in the cache, or what `find_model` finds
+    "Where a model is that is given by name; FileNotFoundError says how to fetch or import it, or where it was looked for"
     model = Path(model)
     zoo = {} if model.exists() or len(model.parts) != 1 else load_zoo()
     if model.name not in zoo:
-        return model
+        return find_model(model)
+    if imported and len(made := named_models(model.name)) == 1:  # As the last line below says
+        return made[0]
     home = cache_folder() / model.name
     if not is_cached(zoo[model.name], home):
         raise FileNotFoundError(f"{model} is a model of the zoo that is not on this machine: run `mednextv2 zoo fetch {model}`")
