@@ -11,6 +11,7 @@ import torch
 from monai.networks.nets import DynUNet
 
 from mednext_v2.core import import_extra
+from mednext_v2.models import registry
 from mednext_v2.models.card import Card, save_model
 from mednext_v2.models.registry import BACKBONES, PlainUNet, backbone_table, cost, create, get_backbone, load_model, overrides_of, parts, plan_pooling
 from mednext_v2.models.transfer import transfer

@@ -105,7 +105,7 @@ def slide(network, image, weight, overlap, layout):
 # %% ../../nbs/integrations/25_consumer.ipynb #read-channels
 def read_channels(paths, count):
     "The first file, and all channels (C, X, Y, Z) in RAS; ends with one line for files that do not fit"
-    files = [nib.load(path) for path in paths]
+    files: list = [nib.load(path) for path in paths]
     first = files[0]
     if len(files) != count or any(len(file.shape) != 3 or file.shape != first.shape or not np.allclose(file.affine, first.affine, atol=0.01) for file in files):
         sys.exit(f"{', '.join(paths)}: {count} 3D scan(s) on one grid are needed, one for each channel")
