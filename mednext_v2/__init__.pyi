@@ -49,6 +49,8 @@ from .zoo.catalogue import fetch as fetch
 from .zoo.catalogue import zoo_table as zoo_table
 from .finetuning import FinetuneOptions as FinetuneOptions
 from .finetuning import finetune as finetune
+from .integrations.hub import from_pretrained as from_pretrained
+from .integrations.hub import push_to_hub as push_to_hub
 
 __version__: str
 __all__: list[str]

@@ -85,6 +85,17 @@ def import_weights(options: argparse.Namespace) -> str:
     return f"{report}\n{options.out} holds {card.backbone}, {len(card.labels)} classes, sha256 {card.sha256[:12]}"
 
 
+def push(options: argparse.Namespace) -> str:
+    "Publish a model folder on the Hugging Face Hub, or show what would be published"
+    from mednext_v2.integrations.hub import model_files, push_to_hub
+
+    if options.show:
+        files = model_files(options.model, options.repo, options.licence)
+        return f"{cast(bytes, files['README.md']).decode()}\nwith {', '.join(name for name in files if name != 'README.md')}; nothing was sent"
+    address = push_to_hub(options.model, options.repo, options.licence, options.private)
+    return f"published at {address}; next, on any machine: mednextv2 predict -m {options.repo} -i scan.nii.gz -o labels.nii.gz"
+
+
 def zoo_list(options: argparse.Namespace) -> str:
     "List the public models that are known by name"
     from mednext_v2.zoo.catalogue import zoo_table
@@ -581,6 +592,14 @@ def add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     facts = "fields of the model card that the checkpoint does not state: labels, groups, normalisation, ..."
     command.add_argument("--facts", type=Path, metavar="JSON", help=facts)
     add_checkpoint_options(command)
+
+    text = "Publish a model folder on the Hugging Face Hub, with a page made from its card. Log in once with `hf auth login`, or set HF_TOKEN."
+    command = add("push", push, text, "push spleen/model clinic/spleen --licence Apache-2.0 --show")
+    command.add_argument("model", type=Path, help="model folder, or folder with fold_0, fold_1, ...")
+    command.add_argument("repo", metavar="OWNER/NAME", help="repository on the hub; it is made if it is not there")
+    command.add_argument("--licence", default="", help="licence of the weights, if the model's card does not state one")
+    command.add_argument("--private", action="store_true", help="let only the owner see a new repository")
+    command.add_argument("--show", action="store_true", help="print the page and send nothing")
 
 # %% ../nbs/90_cli.ipynb #zoo-options
 def add_zoo_commands(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -34,6 +34,7 @@ HOMES = {
     "zoo.importers": ["import_model"],
     "zoo.catalogue": ["fetch", "zoo_table"],
     "finetuning": ["FinetuneOptions", "finetune"],
+    "integrations.hub": ["from_pretrained", "push_to_hub"],
 }
 HOME_OF = {name: module for module, names in HOMES.items() for name in names}
 

@@ -25,7 +25,7 @@ ROOMS = {
     "intake": "published forms of data sets, and faults in raw data",
     "study": "the seed scans, the plan of an experiment, its trainings",
     "finetuning": "from raw data to a model and its scores in one command",
-    "integrations": "doors to other programs: MONAI, ONNX and torch.export",
+    "integrations": "doors to other programs: nnU-Net, MONAI, ONNX, the Hugging Face Hub, DICOM",
     "scoring": "scores of many models, ablations, public models, features",
     "stages": "what dvc.yaml runs: notebooks, profiles, the README",
     "repro": "make repro: what is out of date, in which order, and how long it takes",

@@ -1,11 +1,21 @@
 "Models by name, and publishing and loading through a server with the hub's HTTP interface"
 
+import os
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+import torch
+from huggingface_hub import ModelCard
 
 from hub_toys import Hub, Repo
+from mednext_v2.cli import main
+from mednext_v2.finetuning import import_parent
+from mednext_v2.integrations.hub import from_pretrained, licence_fields, push_to_hub
+from mednext_v2.models.card import add_scores, read_card
 from mednext_v2.models.hub import find_model, parse_hub_name
+from mednext_v2.models.registry import load_model
 from mednext_v2.zoo.catalogue import find_fetched
 from model_toys import save_unet
 
@@ -130,3 +140,135 @@ def test_an_imported_model_of_the_zoo_goes_by_its_name(tmp_path, monkeypatch):
 )
 def test_what_is_no_name_of_the_hub(text):
     assert parse_hub_name(text) is None
+
+
+# Publishing
+
+
+def login(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_toy")
+
+
+def run(line: str, capsys) -> str:
+    main(line.split())
+    return capsys.readouterr().out
+
+
+def test_what_is_published_is_loaded_again(hub, tmp_path, monkeypatch, capsys):
+    login(monkeypatch)
+    save_unet(tmp_path / "mine", licence="MIT", provenance="the toys of a test")
+    add_scores(tmp_path / "mine", {"dsc": 0.5, "cases": 2, "split": "test"}, "mednextv2 finetune -d raw -o spleen")
+    assert f"published at {hub.url}/clinic/spleen; next" in run("push mine clinic/spleen", capsys)
+    model, card = from_pretrained("clinic/spleen")
+    own, kept = load_model(tmp_path / "mine")
+    assert card == kept == read_card(tmp_path / "mine")
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in model.state_dict().items())
+    page = hub.repos["clinic/spleen"].files["README.md"].decode()
+    about = ModelCard(page)
+    assert hub.validated == [page]
+    assert (about.data.license, about.data.library_name, about.data.pipeline_tag) == ("mit", "mednext_v2", "image-segmentation")
+    (result,) = about.data.eval_results
+    assert (result.dataset_name, result.dataset_split, result.metric_type, result.metric_value) == ("toy", "test", "dice", 0.5)
+    for text in (
+        "| 2 | rim | organ |",
+        "| Dice (DSC) | 0.5000 |",
+        "mednextv2 finetune -d raw -o spleen",
+        "2 × 2 × 2 mm",
+        "the toys of a test",
+        "predict -m clinic/spleen",
+    ):
+        assert text in page
+
+
+def test_the_commands_take_a_name_of_the_hub(hub, tmp_path, monkeypatch, capsys):
+    publish(hub, "clinic/spleen", files_of(save_unet(tmp_path / "mine")))
+    scan = nib.Nifti1Image(np.random.default_rng(0).normal(size=(20, 20, 20)).astype("float32"), np.diag([2, 2, 2, 1]))
+    nib.save(scan, tmp_path / "scan.nii.gz")
+    for model, out in (("mine", "a"), ("clinic/spleen", "b"), ("hf://clinic/spleen", "c")):
+        run(f"predict -m {model} -i scan.nii.gz -o {out}.nii.gz --device cpu", capsys)
+    first, *others = (np.asarray(nib.load(tmp_path / f"{out}.nii.gz").dataobj) for out in "abc")
+    assert first.any() and all((first == other).all() for other in others)
+    assert import_parent("clinic/spleen", tmp_path / "tuned") == find_model("clinic/spleen")
+
+
+def test_a_second_version_replaces_the_first(hub, tmp_path, monkeypatch):
+    login(monkeypatch)
+    for fold in range(3):
+        save_unet(tmp_path / f"old/fold_{fold}", seed=fold, licence="MIT")
+    push_to_hub(tmp_path / "old", "clinic/spleen")
+    assert "3 folds that are averaged" in hub.repos["clinic/spleen"].files["README.md"].decode()
+    with pytest.raises(ValueError, match="holds several folds: use `predict`"):
+        from_pretrained("clinic/spleen")
+    push_to_hub(save_unet(tmp_path / "new", licence="MIT"), "clinic/spleen")
+    assert set(hub.repos["clinic/spleen"].files) == {"card.json", "model.safetensors", "README.md"}
+
+
+def test_what_others_wrote_stays(hub, tmp_path, monkeypatch):
+    login(monkeypatch)
+    save_unet(tmp_path / "mine", licence="MIT")
+    publish(hub, "clinic/bert", {"pytorch_model.bin": b"x", "config.json": b"{}"})
+    with pytest.raises(FileExistsError, match="clinic/bert holds something else"):
+        push_to_hub(tmp_path / "mine", "clinic/bert")
+    publish(hub, "clinic/page", {"README.md": b"---\nlicense: mit\n---\nBy hand\n", ".gitattributes": b""})
+    with pytest.warns(UserWarning, match="written by hand"):
+        push_to_hub(tmp_path / "mine", "clinic/page")
+    assert b"By hand" in hub.repos["clinic/page"].files["README.md"] and "card.json" in hub.repos["clinic/page"].files
+
+
+def test_nothing_is_sent_that_may_not_be(hub, tmp_path, monkeypatch, capsys):
+    login(monkeypatch)
+    save_unet(tmp_path / "open")
+    for changes, licence, told in (
+        ({}, "", r"licence of the weights is not known \(empty\): give it with --licence"),
+        ({"licence": "MIT"}, "Apache-2.0", "its card states MIT, not Apache-2.0"),
+        ({"licence": "not to be shared: the parent's licence, CC BY-NC-ND 4.0, allows no derivatives"}, "MIT", "not to be shared"),
+        ({"licence": "unknown until the parent's terms are read (custom); own part MIT"}, "", "is not known"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            push_to_hub(save_unet(tmp_path / "mine", **changes), "clinic/spleen", licence)
+    with open(tmp_path / "mine/model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    with pytest.raises(ValueError, match="is not what card.json beside it describes"):
+        push_to_hub(tmp_path / "mine", "clinic/spleen")
+    with pytest.raises(ValueError, match="give owner/name"):
+        push_to_hub(tmp_path / "open", "spleen")
+    shown = run("push open clinic/spleen --licence MIT --show", capsys)
+    assert "license: mit" in shown and "with card.json, model.safetensors; nothing was sent" in shown
+    assert not hub.asked
+
+
+def test_a_given_licence_is_in_the_card_that_is_published(hub, tmp_path, monkeypatch):
+    login(monkeypatch)
+    push_to_hub(save_unet(tmp_path / "mine"), "clinic/spleen", licence="CC BY 4.0", private=True)
+    assert from_pretrained("clinic/spleen")[1].licence == "CC BY 4.0" and hub.repos["clinic/spleen"].private
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "another"))
+    with pytest.raises(FileNotFoundError, match="private"):
+        from_pretrained("clinic/spleen")
+
+
+def test_places_of_this_machine_are_named(hub, tmp_path, monkeypatch):
+    login(monkeypatch)
+    save_unet(tmp_path / "mine", licence="MIT")
+    add_scores(tmp_path / "mine", {"dsc": 0.5}, "mednextv2 finetune -d /home/me/raw -o spleen")
+    with pytest.warns(UserWarning, match="become public: /home/me/raw"):
+        push_to_hub(tmp_path / "mine", "clinic/spleen")
+
+
+def test_without_a_login_the_error_says_how(hub, tmp_path):
+    with pytest.raises((PermissionError, FileNotFoundError), match="hf auth login|does not do it"):
+        push_to_hub(save_unet(tmp_path / "mine", licence="MIT"), "clinic/spleen")
+    assert not hub.repos
+
+
+@pytest.mark.parametrize(
+    "licence, fields",
+    [
+        ("Apache-2.0", {"license": "apache-2.0"}),
+        ("CC BY-NC-SA 4.0", {"license": "cc-by-nc-sa-4.0"}),
+        ("MIT, with attribution: the parent is under CC BY 4.0", {"license": "other", "license_name": "mit-with-attribution-the-parent-is-under-cc-by-4.0"}),
+    ],
+)
+def test_licences_as_the_hub_names_them(licence, fields):
+    assert licence_fields(licence) == fields
