@@ -36,23 +36,25 @@ def info(options: argparse.Namespace) -> str:
         return describe(options.what, **checkpoint_options(options))
     import pandas as pd
 
+    from mednext_v2.factory import list_models
     from mednext_v2.models.registry import backbone_table, get_backbone
-    from mednext_v2.network.scaling import PRESETS, get_arch, overview
+    from mednext_v2.network.scaling import PRESETS, get_arch, overview, parse_name
 
     tables = []
     sides: list[int] = options.patch or [128]
+    names = list_models(options.what) if options.what and set(options.what) & set("*?[") else []
     for side in sides:
-        if options.what and options.what not in PRESETS:
-            if "/" in options.what or "." in options.what:
-                raise FileNotFoundError(f"{options.what} does not exist")
-            backbone = get_backbone(options.what).name
-            hint = backbone.removeprefix("mednext_").removeprefix("v2_")
-            reason = f"has it in `mednextv2 info {hint}`" if hint in PRESETS else "is no size of MedNeXt, whose training alone is estimated"
-            refuse_ignored([option for option in given if option != "patch"], backbone, reason)
-            table = backbone_table((side,) * 3, names=(backbone,))
-        else:
+        if not options.what or parse_name(options.what):
             archs = {name: get_arch(name) for name in ([options.what] if options.what else PRESETS)}
             table = overview(archs, (side, side, side), batch_size=options.batch_size or 2, precision=options.precision or "bf16")
+        else:
+            if not names and ("/" in options.what or "." in options.what):
+                raise FileNotFoundError(f"{options.what} does not exist")
+            found = names or [get_backbone(options.what).name]
+            refuse_ignored(
+                [option for option in given if option != "patch"], ", ".join(found), "is no single size of MedNeXt, whose training alone is estimated"
+            )
+            table = backbone_table((side,) * 3, names=tuple(found))
         tables.append(table.assign(patch=f"{side}³").reset_index())
     return pd.concat(tables).to_string(index=False, float_format="{:,.1f}".format)
 
@@ -412,6 +414,18 @@ def evaluate(options: argparse.Namespace) -> str:
         raise failed
     return f"scores.csv, summary.json{' and review.html' if options.html else ''} are in {out}"
 
+# %% ../nbs/90_cli.ipynb #export
+def export(options: argparse.Namespace) -> str:
+    "Write a network as ONNX or as PyTorch's exported program, with all that surrounds it"
+    from mednext_v2.integrations.export import export_model
+    from mednext_v2.zoo.catalogue import find_fetched
+
+    described = export_model(find_fetched(options.model, imported=True), options.out, options.format, options.head)
+    sides = " ".join(f"{word.replace('_', ' ')} {'x'.join(map(str, numbers))}" for word, numbers in described["sides"].items())
+    apart = max(described["differences"].values())
+    run = f"; next: python {options.out / 'predict.py'} scan.nii.gz labels.nii.gz" if options.format == "onnx" else ""
+    return f"{options.out / described['file']['name']}: sides {sides}, differs by at most {apart:.0e} of the largest logit{run}"
+
 # %% ../nbs/90_cli.ipynb #pipeline-commands
 def plan(options: argparse.Namespace) -> str:
     "Forecast a profile: runs, memory, storage, and A100 hours extrapolated from a published training"
@@ -489,7 +503,11 @@ def add_checkpoint_options(command: argparse.ArgumentParser) -> None:
 # %% ../nbs/90_cli.ipynb #training-options
 def add_recipe_options(command: argparse.ArgumentParser, source: str) -> None:
     group = command.add_argument_group("network and recipe")
-    group.add_argument("--backbone", metavar="NAME", help=f"network to train (default: that of {source}, else mednext_v2_base)")
+    group.add_argument(
+        "--backbone",
+        metavar="NAME",
+        help=f"network to train, such as base or resenc_l; `info '*'` lists them (default: that of {source}, else mednext_v2_base)",
+    )
     changes = "change the network, e.g. width=16 or grad_checkpointing=auto"
     group.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=changes)
     group.add_argument("--recipe", default="finetune", metavar="NAME", help="pretrain, finetune, v1, nnunet, quick or smoke (default: finetune)")
@@ -561,7 +579,11 @@ def add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     "Networks and weights"
     example = "info model.pth, or: mednextv2 info base --patch 128 192"
     command = add("info", info, "Show what a checkpoint holds, or what networks cost.", example)
-    command.add_argument("what", nargs="?", help="file or folder of weights, or name of a network (default: all sizes of MedNeXt)")
+    command.add_argument(
+        "what",
+        nargs="?",
+        help="file or folder of weights, or name of a network, such as base, or a pattern, such as 'mednext*' (default: all sizes of MedNeXt)",
+    )
     command.add_argument("--patch", type=int, nargs="+", metavar="N", help="side lengths of the patch (default: 128)")
     command.add_argument("--batch-size", type=at_least(1), metavar="N", help="patches per training batch, for the sizes of MedNeXt (default: 2)")
     command.add_argument("--precision", choices=["fp32", "bf16"], help="precision of training, for the sizes of MedNeXt (default: bf16)")
@@ -688,6 +710,17 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
 
+# %% ../nbs/90_cli.ipynb #door-options
+def add_door_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    "Doors to other programs"
+    text = "Write a model as ONNX or for torch.export, with voxel size, intensities, windows and labels as JSON. What was written is run and compared."
+    command = add("export", export, text, "export models/spleen spleen_onnx, then: python spleen_onnx/predict.py scan.nii.gz labels.nii.gz")
+    command.add_argument("model", type=Path, help="model folder of one network, or name of a fetched model of the zoo")
+    command.add_argument("out", type=Path, help="folder to write")
+    formats = "onnx, for ONNX Runtime and OpenVINO, or torch, for torch.export.load (default: onnx)"
+    command.add_argument("--format", choices=["onnx", "torch"], default="onnx", help=formats)
+    command.add_argument("--head", metavar="NAME", help="data set whose labels to predict, if the model has a head for each of several")
+
 # %% ../nbs/90_cli.ipynb #evaluation-options
 def add_evaluation_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     "Scores and the pipeline"
@@ -744,7 +777,8 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     for add_commands in (
-        add_data_commands, add_model_commands, add_zoo_commands, add_train_command, add_finetune_command, add_predict_command, add_evaluation_commands,
+        add_data_commands, add_model_commands, add_zoo_commands, add_train_command, add_finetune_command, add_predict_command, add_door_commands,
+        add_evaluation_commands,
     ):  # fmt: skip
         add_commands(add)
     return top

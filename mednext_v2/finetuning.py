@@ -133,6 +133,11 @@ class FinetunePlan:
     start: Start  # The parent as a model folder
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        from mednext_v2.models.registry import get_backbone
+
+        object.__setattr__(self, "backbone", get_backbone(self.backbone).name)  # However it was written
+
     @property
     def network(self) -> dict:
         "As functions of `run` take it"
