@@ -34,6 +34,7 @@ LOADS = {
     "evaluation.statistics": "numpy pandas scipy",
     "zoo.importers": "numpy pandas torch",
     "zoo.catalogue": TABLE,
+    "factory": NETWORK,
     "finetuning": f"{SCANS} torch",
 }
 IMPORT_EACH = """
