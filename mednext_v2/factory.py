@@ -60,25 +60,6 @@ def as_pyramid(network: "Network") -> FeaturePyramid:
     pyramid.load_state_dict({name: state[name] for name in pyramid.state_dict()})
     return pyramid
 
-# %% ../nbs/50_factory.ipynb #find-checkpoint
-def find_checkpoint(
-    model: Path,  # A file, or a folder
-) -> Path:
-    "The checkpoint to import: what is given, or the only one in a folder, such as one of the zoo. ValueError for none or several"
-    from mednext_v2.zoo.importers import weights_kind
-
-    try:
-        weights_kind(model)
-        return model
-    except ValueError as error:
-        found = sorted({path.parent for path in model.rglob("plans.json") if (path.parent / "dataset.json").is_file()})
-        endings = (".pth", ".pt", ".safetensors", ".model", ".bin", ".ckpt")
-        found = found or sorted(path for path in model.rglob("*") if path.name.endswith(endings))
-        if len(found) == 1:
-            return found[0]
-        names = ", ".join(str(path.relative_to(model)) for path in found[:5])
-        raise ValueError(f"{error}; it has {len(found)} checkpoints {names}: name the one to start from") from None
-
 # %% ../nbs/50_factory.ipynb #pretrained-model
 class Weights(NamedTuple):
     "A trained network, not built yet"
@@ -98,7 +79,7 @@ def read_weights(
     from mednext_v2.models.card import read_card, read_state
     from mednext_v2.models.registry import check_network
     from mednext_v2.zoo.catalogue import find_fetched
-    from mednext_v2.zoo.importers import import_checkpoint
+    from mednext_v2.zoo.importers import find_checkpoint, import_checkpoint
 
     folder = find_fetched(pretrained)
     if (folder / "card.json").is_file():

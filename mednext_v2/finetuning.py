@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 
-from .factory import find_checkpoint
 from .core import Resources, check_output, short_hash, output_lock, read_csv, read_json, write_json
 from .evaluation.cases import predict_cases, record_scores, score_cases, write_scores
 from .training.monitor import Display
@@ -66,7 +65,7 @@ def import_parent(
     **reading,  # Of `importers.import_checkpoint`: trust, fold, prefix, grn
 ) -> Path:  # Model folder
     "The model to start from as a model folder; ValueError says what a foreign checkpoint leaves open"
-    from mednext_v2.zoo.importers import import_model
+    from mednext_v2.zoo.importers import find_checkpoint, import_model
     from mednext_v2.zoo.catalogue import find_fetched, weights_source
 
     model, parent = find_fetched(model), Path(out) / "parent"

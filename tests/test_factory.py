@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from mednext_v2 import create_model, list_models
-from mednext_v2.factory import FeaturePyramid, find_checkpoint
+from mednext_v2.factory import FeaturePyramid
 from mednext_v2.models.card import save_model
 from mednext_v2.models.registry import BACKBONES, create, get_backbone, overrides_of
 from mednext_v2.network.scaling import PRESETS, count_parameters, get_arch, parse_name
+from mednext_v2.zoo.importers import find_checkpoint
 from model_toys import UNET_CARD, Card
 
 TINY = dict(width=2, depths=(1,) * 9, ratios=(2,) * 9)

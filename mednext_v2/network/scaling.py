@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from math import ceil, prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from .blocks import CHECKPOINTING, MedNeXtBlock
@@ -409,7 +409,7 @@ def arch_for_data(
     arch: Arch | str = "base",  # Where width, ratios and GRN come from, and depths of the levels
     batch_size: int = 2,
     precision: str = "bf16",
-    **options,  # Further arguments of `estimate`; `deep_supervision` is on and `fused` is "cuda" unless given
+    **options: Any,  # Further arguments of `estimate`; `deep_supervision` is on and `fused` is "cuda" unless given
 ) -> tuple[Arch, tuple[int, int, int]]:  # The network, and the patch to train it with
     """The network and the patch for a data set, as nnU-Net v2's `ExperimentPlanner` chooses its own
 
@@ -419,7 +419,7 @@ def arch_for_data(
     if len(spacing) != 3 or len(shape) != 3 or not min(spacing) > 0 or min(shape) < 1:
         raise ValueError(f"spacing and shape must be three positive numbers each, got {tuple(spacing)} and {tuple(shape)}")
     base = get_arch(arch) if isinstance(arch, str) else arch
-    options = dict(batch_size=batch_size, precision=precision, deep_supervision=True, fused="cuda") | options
+    options = {"deep_supervision": True, "fused": "cuda"} | options | {"batch_size": batch_size, "precision": precision}
     edge = 256 * prod(spacing) ** (1 / 3)
     sides = [max(1, min(round(edge / gap), side)) for gap, side in zip(spacing, shape)]
     planned, patch = arch_for_patch(base, spacing, sides)
