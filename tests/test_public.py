@@ -35,6 +35,8 @@ LOADS = {
     "zoo.importers": "numpy pandas torch",
     "zoo.catalogue": TABLE,
     "finetuning": f"{SCANS} torch",
+    "integrations.hub": "numpy pandas torch",
+    "integrations.dicom": f"{SCANS} torch",
 }
 IMPORT_EACH = """
 import os, sys
