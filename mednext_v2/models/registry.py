@@ -77,6 +77,7 @@ class Network(nn.Module):
     in_channels: int
     num_classes: int
     deep_supervision: bool
+    list_in_eval: bool  # With deep supervision, a list in `eval()` too? False unless it is set
     stride: int  # The largest over the axes
     strides: tuple[int, ...]  # What each side of an input must be a multiple of
     input_size: tuple[int, ...] | None  # The one size that an input may have, of networks by `declare`
@@ -548,6 +549,12 @@ def limit_size(
         handle.remove()
 
 # %% ../../nbs/models/30_registry.ipynb #required-attributes
+def one_in_eval(network: Network, inputs: tuple, output: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    "Hook after forward: the finest output alone, unless a list is wanted"
+    wanted = network.deep_supervision and (network.training or network.list_in_eval)
+    return output if wanted or isinstance(output, Tensor) else output[0]
+
+
 REQUIRED_ATTRIBUTES = ("stride", "in_channels", "num_classes", "deep_supervision")
 
 # %% ../../nbs/models/30_registry.ipynb #create-part
@@ -555,7 +562,7 @@ def create(
     name: str,  # One of `BACKBONES`, or of a plug-in
     in_channels: int,
     num_classes: int,  # Background included
-    deep_supervision: bool = False,  # A list of logits, finest first, instead of one tensor
+    deep_supervision: bool = False,  # In training a list of logits, finest first, instead of one tensor
     patch: Sequence[int] | None = None,  # Voxels of its input; some networks are built for them
     spacing: Sequence[float] | None = None,  # mm of these voxels
     **overrides,  # Of the network: `Arch` fields, `filters` of the U-Net, arguments of a library's class
@@ -578,6 +585,9 @@ def create(
         fits = tuple(-(-side // step) * step for side, step in zip(patch, network.strides))
         rule = f"patch {tuple(patch)} must be divisible by {network.strides}, as {fits} is"
         raise ValueError(f"backbone {name!r}: {rule}")
+    if deep_supervision and not hasattr(network, "list_in_eval"):
+        network.list_in_eval = False
+        network.register_forward_hook(one_in_eval)
     shape = {"name": name, "in_channels": in_channels, "num_classes": num_classes}
     network.blueprint = shape | {"deep_supervision": deep_supervision, **given, **overrides}
     return network
@@ -675,6 +685,7 @@ class OneHead(nn.Module):
         super().__init__()
         self.network, self.outputs, self.num_classes = network, list(outputs), len(outputs)
         self.stride, self.in_channels = network.stride, network.in_channels
+        self.strides = getattr(network, "strides", (network.stride,) * 3)
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         logits = self.network(image)
