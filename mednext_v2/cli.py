@@ -412,6 +412,40 @@ def evaluate(options: argparse.Namespace) -> str:
         raise failed
     return f"scores.csv, summary.json{' and review.html' if options.html else ''} are in {out}"
 
+# %% ../nbs/90_cli.ipynb #nnunet-commands
+def nnunet_plan(options: argparse.Namespace) -> str:
+    "Write plans of nnU-Net that name a MedNeXt-v2"
+    from mednext_v2.core import read_json
+    from mednext_v2.integrations.nnunet import plan_nnunet
+    from mednext_v2.zoo.catalogue import find_fetched
+
+    if options.parent:
+        options.parent = find_fetched(options.parent, imported=True)
+    path = plan_nnunet(
+        options.dataset,
+        options.backbone,
+        start_from_options(options),
+        memory=options.memory,
+        spacing=options.spacing,
+        plans_name=options.plans_name,
+        workers=options.workers,
+        overrides=dict(parse_pair(pair) for pair in options.network),
+    )
+    lines = []
+    for name, planned in read_json(path)["configurations"].items():
+        if "architecture" in planned:
+            sizes = " x ".join(map(str, planned["patch_size"]))
+            lines.append(f"{name}: patch {sizes} (Z, Y, X), batch {planned['batch_size']}, strides {planned['architecture']['arch_kwargs']['strides'][1:]}")
+    next_step = f"nnUNetv2_preprocess -d {options.dataset} -plans_name {path.stem} -c {' '.join(line.partition(':')[0] for line in lines)}"
+    return "\n".join([*lines, f"{path}\nnext: {next_step}, then nnUNetv2_train {options.dataset} 3d_fullres 0 -p {path.stem}"])
+
+
+def nnunet_trainers(options: argparse.Namespace) -> str:
+    "Print the folder where nnU-Net finds the trainers"
+    from mednext_v2.integrations.nnunet import trainers_folder
+
+    return str(trainers_folder())
+
 # %% ../nbs/90_cli.ipynb #pipeline-commands
 def plan(options: argparse.Namespace) -> str:
     "Forecast a profile: runs, memory, storage, and A100 hours extrapolated from a published training"
@@ -688,6 +722,32 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
 
+# %% ../nbs/90_cli.ipynb #nnunet-options
+def add_nnunet_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    "MedNeXt-v2 inside nnU-Net"
+    text = (
+        "Measure a raw data set of nnU-Net and write plans that name MedNeXt-v2: strides, kernels, patch and batch fit the data and the GPU. "
+        "nnUNetv2_preprocess, nnUNetv2_train and nnUNetv2_predict then take these plans with -p. Data that nnU-Net's default plans have preprocessed is shared."
+    )
+    command = add("nnunet plan", nnunet_plan, text, "nnunet plan -d 12 --backbone base --memory 24")
+    command.add_argument("-d", "--dataset", required=True, metavar="ID", help="number or folder name of the data set below $nnUNet_raw")
+    command.add_argument("--backbone", default="base", metavar="NAME", help="network: base, wide, small, ... (default: base)")
+    command.add_argument("--network", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the network, such as width=16")
+    start = "model folder, or name of a fetched model of the zoo, whose weights training begins with, whichever trainer runs; the network is the model's"
+    command.add_argument("--from", dest="parent", type=Path, metavar="MODEL", help=start)
+    memory = "memory of the GPU for training (default: what the network takes for two patches of 128 x 128 x 128, as in the paper)"
+    command.add_argument("--memory", type=float, metavar="GB", help=memory)
+    add_spacing_option(command, "nnU-Net's choice")
+    command.add_argument("--plans-name", metavar="NAME", help="name of the plans (default: nnUNetMedNeXtV2BasePlans and so on)")
+    add_workers_option(command)
+    add_start_options(command, "--from")
+
+    text = (
+        "Print the folder of trainers with the recipes of the paper and of MedNeXt-v1. Put it into nnUNet_extTrainer, and choose one of them with -tr: "
+        "nnUNetTrainerMedNeXtV2 (300 epochs), nnUNetTrainerMedNeXtV2_1000epochs, nnUNetTrainerMedNeXtV1 (1000 epochs). Needs nnunetv2 2.8.0 or newer."
+    )
+    add("nnunet trainers", nnunet_trainers, text, "nnunet trainers    (in a shell: export nnUNet_extTrainer=$(mednextv2 nnunet trainers))")
+
 # %% ../nbs/90_cli.ipynb #evaluation-options
 def add_evaluation_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     "Scores and the pipeline"
@@ -720,7 +780,7 @@ def add_evaluation_commands(add: Callable[..., argparse.ArgumentParser]) -> None
     command.add_argument("--csv", action="store_true", help="print CSV")
 
 # %% ../nbs/90_cli.ipynb #parser
-GROUPS = {"zoo": "List, download and verify public pretrained models."}
+GROUPS = {"nnunet": "Plan and train MedNeXt-v2 inside nnU-Net.", "zoo": "List, download and verify public pretrained models."}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -744,7 +804,8 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     for add_commands in (
-        add_data_commands, add_model_commands, add_zoo_commands, add_train_command, add_finetune_command, add_predict_command, add_evaluation_commands,
+        add_data_commands, add_model_commands, add_zoo_commands, add_train_command, add_finetune_command, add_predict_command,
+        add_nnunet_commands, add_evaluation_commands,
     ):  # fmt: skip
         add_commands(add)
     return top
