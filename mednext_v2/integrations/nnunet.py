@@ -29,7 +29,7 @@ from ..network.blocks import OutBlock
 from ..network.mednext import Arch, MedNeXt
 from ..network.scaling import estimate
 from ..training.recipe import Recipe, learning_rate
-from ..zoo.importers import nearest_backbone, nnunet_axes, nnunet_labels
+from ..zoo.importers import NNUNET_CLASS, nearest_backbone, nnunet_axes, nnunet_labels
 
 # %% ../../nbs/integrations/10_nnunet.ipynb #start
 class _Switch(nn.Module):
@@ -172,8 +172,7 @@ class _Wanted:
         row = [[1, 1, 1], *map(list, arch.level_strides)]
         sizes = {"width": arch.width, "depths": list(arch.depths), "ratios": list(arch.ratios), "grn": arch.grn}
         kwargs = sizes | {"strides": row, "kernel_sizes": [list(kernel) for kernel in arch.level_kernels]}
-        name = f"{NNUNetMedNeXt.__module__}.{NNUNetMedNeXt.__qualname__}"
-        return {"network_class_name": name, "arch_kwargs": kwargs | ({"start": start} if start else {}), "_kw_requires_import": []}
+        return {"network_class_name": NNUNET_CLASS, "arch_kwargs": kwargs | ({"start": start} if start else {}), "_kw_requires_import": []}
 
 
 def _differing(plans: dict, others: dict) -> list[str]:

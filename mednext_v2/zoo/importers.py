@@ -669,11 +669,14 @@ def plans_metadata(
     }
 
 
+NNUNET_CLASS = "mednext_v2.integrations.nnunet.NNUNetMedNeXt"  # What plans of this library name
+
+
 def planned_arch(
     architecture: dict,  # Of a configuration
 ) -> dict | None:  # Fields of `Arch`, axes as in the weights; None for other networks
     "What plans say of a MedNeXt of this library, and its weights do not show"
-    if architecture.get("network_class_name") != "mednext_v2.integrations.nnunet.NNUNetMedNeXt":
+    if architecture.get("network_class_name") != NNUNET_CLASS:
         return None
     known = architecture["arch_kwargs"]
     kernels = tuple(map(tuple, known["kernel_sizes"]))
