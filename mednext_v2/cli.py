@@ -446,6 +446,18 @@ def nnunet_trainers(options: argparse.Namespace) -> str:
 
     return str(trainers_folder())
 
+# %% ../nbs/90_cli.ipynb #export
+def export(options: argparse.Namespace) -> str:
+    "Write a network as ONNX or as PyTorch's exported program, with all that surrounds it"
+    from mednext_v2.integrations.export import export_model
+    from mednext_v2.zoo.catalogue import find_fetched
+
+    described = export_model(find_fetched(options.model, imported=True), options.out, options.format, options.head)
+    sides = " ".join(f"{word.replace('_', ' ')} {'x'.join(map(str, numbers))}" for word, numbers in described["sides"].items())
+    apart = max(described["differences"].values())
+    run = f"; next: python {options.out / 'predict.py'} scan.nii.gz labels.nii.gz" if options.format == "onnx" else ""
+    return f"{options.out / described['file']['name']}: sides {sides}, differs by at most {apart:.0e} of the largest logit{run}"
+
 # %% ../nbs/90_cli.ipynb #pipeline-commands
 def plan(options: argparse.Namespace) -> str:
     "Forecast a profile: runs, memory, storage, and A100 hours extrapolated from a published training"
@@ -748,6 +760,17 @@ def add_nnunet_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     add("nnunet trainers", nnunet_trainers, text, "nnunet trainers    (in a shell: export nnUNet_extTrainer=$(mednextv2 nnunet trainers))")
 
+# %% ../nbs/90_cli.ipynb #door-options
+def add_door_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    "Doors to other programs"
+    text = "Write a model as ONNX or for torch.export, with voxel size, intensities, windows and labels as JSON. What was written is run and compared."
+    command = add("export", export, text, "export models/spleen spleen_onnx, then: python spleen_onnx/predict.py scan.nii.gz labels.nii.gz")
+    command.add_argument("model", type=Path, help="model folder of one network, or name of a fetched model of the zoo")
+    command.add_argument("out", type=Path, help="folder to write")
+    formats = "onnx, for ONNX Runtime and OpenVINO, or torch, for torch.export.load (default: onnx)"
+    command.add_argument("--format", choices=["onnx", "torch"], default="onnx", help=formats)
+    command.add_argument("--head", metavar="NAME", help="data set whose labels to predict, if the model has a head for each of several")
+
 # %% ../nbs/90_cli.ipynb #evaluation-options
 def add_evaluation_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     "Scores and the pipeline"
@@ -804,7 +827,7 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     for add_commands in (
-        add_data_commands, add_model_commands, add_zoo_commands, add_train_command, add_finetune_command, add_predict_command,
+        add_data_commands, add_model_commands, add_zoo_commands, add_train_command, add_finetune_command, add_predict_command, add_door_commands,
         add_nnunet_commands, add_evaluation_commands,
     ):  # fmt: skip
         add_commands(add)

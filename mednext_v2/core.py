@@ -26,11 +26,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
-from types import SimpleNamespace, UnionType
+from types import ModuleType, SimpleNamespace, UnionType
 from typing import IO, TYPE_CHECKING, Any, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 from uuid import uuid4
 
@@ -921,3 +922,16 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not available"
     return found
+
+# %% ../nbs/00_core.ipynb #import-extra
+class MissingExtra(ImportError, ValueError):
+    "A package that comes with an extra is not installed, or does not work"
+
+
+def import_extra(module: str, extra: str) -> ModuleType:
+    "A module of a package that an extra brings; MissingExtra of one line that names the extra"
+    try:
+        return import_module(module)
+    except (ImportError, RuntimeError) as error:  # torchvision beside a torch that it was not built for: RuntimeError
+        reason = str(error).partition("\n")[0]
+        raise MissingExtra(f"{module} cannot be imported ({reason}): pip install 'mednext_v2[{extra}]'") from None

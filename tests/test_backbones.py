@@ -10,6 +10,7 @@ import pytest
 import torch
 from monai.networks.nets import DynUNet
 
+from mednext_v2.core import import_extra
 from mednext_v2.models import registry
 from mednext_v2.models.card import Card, save_model
 from mednext_v2.models.registry import BACKBONES, PlainUNet, backbone_table, cost, create, get_backbone, load_model, overrides_of, parts, plan_pooling
@@ -32,7 +33,7 @@ except (ImportError, RuntimeError):
 def why_not(module: str) -> str:
     "Why a module cannot be imported; empty if it can"
     try:
-        registry.import_extra(module)
+        import_extra(module, "backbones")
     except ImportError as error:
         return str(error)
     return ""

@@ -12,18 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from math import ceil, prod
 from pathlib import Path
-from types import ModuleType
 from typing import cast
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core import shorten
+from ..core import import_extra, shorten
 from ..network.scaling import PRESETS, count_flops, count_parameters, create_model
 from .stunet import check_volume, stunet
 from .card import Card, read_card, read_state
@@ -114,15 +112,6 @@ def declare(
         declared.register_forward_hook(as_list)
     return declared
 
-# %% ../../nbs/models/30_registry.ipynb #import-extra
-def import_extra(module: str) -> ModuleType:
-    "A module of the extra `backbones`; ImportError of one line that names the extra"
-    try:
-        return import_module(module)
-    except (ImportError, RuntimeError) as error:  # torchvision beside a torch that it was not built for: RuntimeError
-        reason = str(error).partition("\n")[0]
-        raise ImportError(f"{module} cannot be imported ({reason}): pip install 'mednext_v2[backbones]'") from None
-
 # %% ../../nbs/models/30_registry.ipynb #plan-pooling
 def plan_pooling(
     patch: tuple[int, ...],  # Voxels
@@ -202,7 +191,7 @@ def nnunet(
     **overrides,  # Arguments of the network, as in `arch_kwargs` of plans.json
 ) -> Network:
     "nnU-Net's own network out of dynamic_network_architectures"
-    module = import_extra("dynamic_network_architectures.architectures.unet")
+    module = import_extra("dynamic_network_architectures.architectures.unet", "backbones")
     kind = module.ResidualEncoderUNet if residual else module.PlainConvUNet
     options = nnunet_options(residual, patch, spacing, overrides)
     network = kind(in_channels, num_classes=num_classes, deep_supervision=deep_supervision, **options)
@@ -258,7 +247,7 @@ def segresnet(in_channels: int, num_classes: int, deep_supervision: bool = False
 def primus(size: str, in_channels: int, num_classes: int, deep_supervision: bool = False, patch: tuple[int, ...] | None = None, **overrides) -> Network:
     "Primus with tokens of 8³ voxels out of dynamic_network_architectures, with the options of nnU-Net's trainers"
     patch = check_patch("Primus", patch, 8)
-    module = import_extra("dynamic_network_architectures.architectures.primus")
+    module = import_extra("dynamic_network_architectures.architectures.primus", "backbones")
     width, depth, attention_heads = PRIMUS[size]
     options = {"embed_dim": width, "eva_depth": depth, "eva_numheads": attention_heads, "drop_path_rate": 0.2}
     options |= {"init_values": 0.1, "scale_attn_inner": True} | overrides
