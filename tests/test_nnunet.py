@@ -239,10 +239,7 @@ def test_without_nnunet_or_with_an_old_one_a_line_says_what_to_install(monkeypat
     with pytest.raises(ValueError, match="2.7.0 is too old, 2.8.0 is needed"):
         door.trainers_folder()
 
-    def absent(name):
-        raise door.PackageNotFoundError(name)
-
-    monkeypatch.setattr(door, "version", absent)
+    monkeypatch.setitem(sys.modules, "nnunetv2.experiment_planning.plan_and_preprocess_api", None)
     with pytest.raises(SystemExit, match=r"pip install 'mednext_v2\[nnunet\]'"):
         main(["nnunet", "plan", "-d", "42"])
 

@@ -11,8 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import read_json
+from ..core import import_extra, read_json
 from ..models.card import read_card, read_state
 from ..models.registry import create
 from ..models.transfer import Start, class_channels, transfer
@@ -130,15 +129,13 @@ def _training_bytes(arch: Arch, patch: Sequence[int], batch_size: int, in_channe
 OLDEST, OLDEST_TRAINERS = (2, 6, 2), (2, 8, 0)  # Releases of nnunetv2; the second finds trainers in folders of others
 
 
-def _import_nnunet(module: str = "", oldest: tuple[int, ...] = OLDEST) -> ModuleType:
+def _import_nnunet(module: str, oldest: tuple[int, ...] = OLDEST) -> ModuleType:
     "A module of nnunetv2; ValueError in one line if it is absent or too old"
-    try:
-        found = version("nnunetv2")
-    except PackageNotFoundError:
-        raise ValueError("nnU-Net is not installed: pip install 'mednext_v2[nnunet]'") from None
-    if tuple(map(int, found.split(".")[:3])) < oldest:
-        raise ValueError(f"nnunetv2 {found} is too old, {'.'.join(map(str, oldest))} is needed: pip install -U 'mednext_v2[nnunet]'")
-    return import_module(f"nnunetv2.{module}" if module else "nnunetv2")
+    found = import_extra(f"nnunetv2.{module}", "nnunet")
+    installed = version("nnunetv2")
+    if tuple(map(int, installed.split(".")[:3])) < oldest:
+        raise ValueError(f"nnunetv2 {installed} is too old, {'.'.join(map(str, oldest))} is needed: pip install -U 'mednext_v2[nnunet]'")
+    return found
 
 
 @contextmanager
@@ -317,5 +314,5 @@ class EpochSchedule:
 
 def trainers_folder() -> Path:
     "The folder for nnUNet_extTrainer; ValueError if nnunetv2 is absent or too old to look there"
-    _import_nnunet(oldest=OLDEST_TRAINERS)
+    _import_nnunet("paths", OLDEST_TRAINERS)
     return Path(__file__).parent / "nnunet_trainers"
