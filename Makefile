@@ -25,7 +25,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt benchmarks/peers.
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing pinned versions into $(VENV) (about three minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[convert,remote,cluster,pipeline,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,convert,remote,cluster,pipeline,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps -r benchmarks/peers.txt
 	@touch $(READY)
 

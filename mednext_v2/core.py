@@ -921,3 +921,24 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not available"
     return found
+
+# %% ../nbs/00_core.ipynb #extras
+EXTRAS = {  # The modules that an extra brings
+    "train": "accelerate blosc2 einops fsspec google_crc32c monai",
+    "review": "PIL",
+    "pipeline": "dvc dvclive hydra jinja2 matplotlib nbconvert papermill seaborn",
+}
+
+
+class MissingExtra(ImportError):
+    "A package is not installed; the text names the extra that brings it"
+
+
+def require_extra(
+    extra: str,  # One of `EXTRAS`
+    what: str,  # That needs it, for the error
+) -> None:
+    "`MissingExtra` unless the packages of an extra are installed; none of them is imported"
+    missing = [name for name in EXTRAS[extra].split() if find_spec(name) is None]
+    if missing:
+        raise MissingExtra(f"{what} needs {', '.join(missing)}: pip install 'mednext_v2[{extra}]' (in a clone: pip install '.[{extra}]')")

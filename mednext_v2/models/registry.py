@@ -23,10 +23,31 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core import shorten
+from ..core import MissingExtra, shorten
 from ..network.scaling import PRESETS, count_flops, count_parameters, create_model
 from .stunet import check_volume, stunet
 from .card import Card, read_card, read_state
+
+# %% ../../nbs/models/30_registry.ipynb #import-extra
+DNA = "dynamic_network_architectures"
+
+
+def how_to_install(module: str) -> str:
+    "The command that brings a library of networks and keeps the PyTorch that is there"
+    if module.endswith(".primus"):
+        return f"pip install --no-deps '{DNA}>=0.4.4,<0.5' 'timm<1.0.23' and the torchvision of your PyTorch, all of them with --no-deps, which keeps it"
+    if module.startswith(DNA):
+        return f"pip install --no-deps '{DNA}>=0.4.4,<0.5' (its requirements would replace your PyTorch)"
+    return "pip install 'mednext_v2[backbones]'"
+
+
+def import_extra(module: str) -> ModuleType:
+    "A module of a library of networks; `MissingExtra` of one line that says how to install it"
+    try:
+        return import_module(module)
+    except (ImportError, RuntimeError) as error:  # torchvision beside a torch that it was not built for: RuntimeError
+        reason = str(error).partition("\n")[0]
+        raise MissingExtra(f"{module} cannot be imported ({reason}): {how_to_install(module)}") from None
 
 # %% ../../nbs/models/30_registry.ipynb #unet
 class PlainUNet(nn.Module):
@@ -39,8 +60,8 @@ class PlainUNet(nn.Module):
         deep_supervision: bool = False,
         filters: tuple[int, ...] = (32, 64, 128, 256, 320, 320),  # Channels per level
     ):
-        from monai.networks.blocks.dynunet_block import UnetOutBlock  # Here, since MONAI takes seconds to import
-        from monai.networks.nets.dynunet import DynUNet
+        UnetOutBlock = import_extra("monai.networks.blocks.dynunet_block").UnetOutBlock  # Here, since MONAI takes seconds to import
+        DynUNet = import_extra("monai.networks.nets.dynunet").DynUNet
 
         super().__init__()
         filters = tuple(filters)
@@ -112,15 +133,6 @@ def declare(
     if deep_supervision and not auxiliary:
         declared.register_forward_hook(as_list)
     return declared
-
-# %% ../../nbs/models/30_registry.ipynb #import-extra
-def import_extra(module: str) -> ModuleType:
-    "A module of the extra `backbones`; ImportError of one line that names the extra"
-    try:
-        return import_module(module)
-    except (ImportError, RuntimeError) as error:  # torchvision beside a torch that it was not built for: RuntimeError
-        reason = str(error).partition("\n")[0]
-        raise ImportError(f"{module} cannot be imported ({reason}): pip install 'mednext_v2[backbones]'") from None
 
 # %% ../../nbs/models/30_registry.ipynb #plan-pooling
 def plan_pooling(
@@ -224,7 +236,7 @@ def check_patch(
 
 def unetr(in_channels: int, num_classes: int, deep_supervision: bool = False, patch: tuple[int, ...] | None = None, **overrides) -> Network:
     "MONAI's UNETR; overrides are its arguments"
-    from monai.networks.nets.unetr import UNETR
+    UNETR = import_extra("monai.networks.nets.unetr").UNETR
 
     patch = check_patch("UNETR", patch, 16)
     network = UNETR(in_channels, num_classes, img_size=patch, **overrides)
@@ -235,7 +247,7 @@ def unetr(in_channels: int, num_classes: int, deep_supervision: bool = False, pa
 
 def swin_unetr(in_channels: int, num_classes: int, deep_supervision: bool = False, **overrides) -> Network:
     "MONAI's SwinUNETR; overrides are its arguments"
-    from monai.networks.nets.swin_unetr import SwinUNETR
+    SwinUNETR = import_extra("monai.networks.nets.swin_unetr").SwinUNETR
 
     options: dict = {"feature_size": 48} | overrides
     with torch.device("cpu"):  # Its constructor reads numbers of a tensor, and a meta tensor has none
@@ -246,7 +258,7 @@ def swin_unetr(in_channels: int, num_classes: int, deep_supervision: bool = Fals
 
 def segresnet(in_channels: int, num_classes: int, deep_supervision: bool = False, **overrides) -> Network:
     "MONAI's SegResNet; overrides are its arguments"
-    from monai.networks.nets.segresnet import SegResNet
+    SegResNet = import_extra("monai.networks.nets.segresnet").SegResNet
 
     options: dict = {"init_filters": 32, "blocks_down": (1, 2, 2, 4), "blocks_up": (1, 1, 1)} | overrides
     network = SegResNet(in_channels=in_channels, out_channels=num_classes, **options)
@@ -347,7 +359,6 @@ UNET = Backbone(
 
 # %% ../../nbs/models/30_registry.ipynb #nnunet-entries
 PRIMUS_PAGE = "nnU-Net, documentation/primus.md"
-DNA = "dynamic_network_architectures"
 
 
 def nnunet_entry(
