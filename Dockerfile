@@ -31,6 +31,6 @@ RUN python -m venv "$VENV" \
 
 # With .git: DVC needs it, and each table says of which commit it is
 COPY --chown=reader . .
-RUN pip install --no-deps --no-build-isolation --editable . && touch "$VENV/.ready"
+RUN pip install --no-deps --no-build-isolation --editable . && touch "$VENV/.pipeline" "$VENV/.ready"
 
 CMD ["make", "repro"]

@@ -9,7 +9,10 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("train", "convert", "remote", "cluster", "backbones", "hub", "review", "pipeline", "dev")}
+extras = {
+    name: cfg[f"{name}_requirements"].split()
+    for name in ("train", "convert", "remote", "cluster", "backbones", "hub", "export", "bundle", "review", "pipeline", "dev")
+}
 
 setup(
     name=cfg["lib_name"],

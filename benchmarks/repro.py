@@ -1,6 +1,7 @@
 """Where the time of `make repro` goes.
 
-    make repro 2>&1 | python benchmarks/repro.py     # passes the log through, and writes benchmarks/results/repro.json at its end
+    make repro 2>&1 | .venv/bin/python benchmarks/repro.py   # passes the log through, and writes benchmarks/results/repro.json at its end
+    (in a fresh clone: with the Python of another environment that has this package, since .venv is not there yet)
     python benchmarks/repro.py table                 # the table
 
 The seconds are those that `make repro` itself notes in runs/mini/seconds.json: a stage's part of the wall clock, of which two stages side by
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 from data import heading, machine, row
+from mednext_v2.study.arithmetic import describe_machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "repro.json"
 SECONDS = Path(__file__).resolve().parents[1] / "runs" / "mini" / "seconds.json"
@@ -43,5 +45,5 @@ def table(stages: list) -> str:
 if __name__ == "__main__":
     if sys.argv[1:] != ["table"]:
         stages = follow(sys.stdin)
-        RESULTS.write_text(json.dumps({"machine": machine(), "stages": stages}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({"machine": machine() | describe_machine(), "stages": stages}, indent=1) + "\n")
     print(table(json.loads(RESULTS.read_text())["stages"]))

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from .core import ItemsFailed, MissingExtra, Resources, check_writable, find_device, read_csv, require_extra, versions
+from .core import ItemsFailed, Resources, check_writable, find_device, read_csv, require_extra, versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -418,6 +418,18 @@ def evaluate(options: argparse.Namespace) -> str:
         raise failed
     return f"scores.csv, summary.json{' and review.html' if options.html else ''} are in {out}"
 
+# %% ../nbs/90_cli.ipynb #export
+def export(options: argparse.Namespace) -> str:
+    "Write a network as ONNX or as PyTorch's exported program, with all that surrounds it"
+    from mednext_v2.integrations.export import export_model
+    from mednext_v2.zoo.catalogue import find_fetched
+
+    described = export_model(find_fetched(options.model, imported=True), options.out, options.format, options.head)
+    sides = " ".join(f"{word.replace('_', ' ')} {'x'.join(map(str, numbers))}" for word, numbers in described["sides"].items())
+    apart = max(described["differences"].values())
+    run = f"; next: python {options.out / 'predict.py'} scan.nii.gz labels.nii.gz" if options.format == "onnx" else ""
+    return f"{options.out / described['file']['name']}: sides {sides}, differs by at most {apart:.0e} of the largest logit{run}"
+
 # %% ../nbs/90_cli.ipynb #pipeline-commands
 def plan(options: argparse.Namespace) -> str:
     "Forecast a profile: runs, memory, storage, and A100 hours extrapolated from a published training"
@@ -695,6 +707,17 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
 
+# %% ../nbs/90_cli.ipynb #door-options
+def add_door_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    "Doors to other programs"
+    text = "Write a model as ONNX or for torch.export, with voxel size, intensities, windows and labels as JSON. What was written is run and compared."
+    command = add("export", export, text, "export models/spleen spleen_onnx, then: python spleen_onnx/predict.py scan.nii.gz labels.nii.gz")
+    command.add_argument("model", type=Path, help="model folder of one network, or name of a fetched model of the zoo")
+    command.add_argument("out", type=Path, help="folder to write")
+    formats = "onnx, for ONNX Runtime and OpenVINO, or torch, for torch.export.load (default: onnx)"
+    command.add_argument("--format", choices=["onnx", "torch"], default="onnx", help=formats)
+    command.add_argument("--head", metavar="NAME", help="data set whose labels to predict, if the model has a head for each of several")
+
 # %% ../nbs/90_cli.ipynb #evaluation-options
 def add_evaluation_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     "Scores and the pipeline"
@@ -751,14 +774,15 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     for add_commands in (
-        add_data_commands, add_model_commands, add_zoo_commands, add_train_command, add_finetune_command, add_predict_command, add_evaluation_commands,
+        add_data_commands, add_model_commands, add_zoo_commands, add_train_command, add_finetune_command, add_predict_command, add_door_commands,
+        add_evaluation_commands,
     ):  # fmt: skip
         add_commands(add)
     return top
 
 # %% ../nbs/90_cli.ipynb #main
 # Errors that a user can fix, from any command; any other is a bug of this library and shows its traceback
-USER_ERRORS = (ValueError, OSError, KeyError, FloatingPointError, MemoryError, ItemsFailed, MissingExtra)
+USER_ERRORS = (ValueError, OSError, KeyError, FloatingPointError, MemoryError, ItemsFailed)
 
 
 def one_line(error: Exception) -> str:

@@ -26,11 +26,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
-from types import SimpleNamespace, UnionType
+from types import ModuleType, SimpleNamespace, UnionType
 from typing import IO, TYPE_CHECKING, Any, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 from uuid import uuid4
 
@@ -922,23 +923,37 @@ def versions() -> dict[str, str]:
             found[name] = "not available"
     return found
 
-# %% ../nbs/00_core.ipynb #extras
-EXTRAS = {  # The modules that an extra brings
+# %% ../nbs/00_core.ipynb #import-extra
+class MissingExtra(ImportError, ValueError):
+    "A package that comes with an extra is not installed, or does not work"
+
+
+def import_extra(
+    module: str,
+    extra: str,  # That brings it
+    how: str = "",  # To install it, if not by the extra
+) -> ModuleType:
+    "A module of a package that an extra brings; MissingExtra of one line that names the extra"
+    try:
+        return import_module(module)
+    except (ImportError, RuntimeError) as error:  # torchvision beside a torch that it was not built for: RuntimeError
+        reason = str(error).partition("\n")[0]
+        how = how or f"pip install 'mednext_v2[{extra}]'"
+        raise MissingExtra(f"{module} cannot be imported ({reason}): {how}") from None
+
+
+EXTRAS = {  # The modules of extras that whole commands need
     "train": "accelerate blosc2 einops fsspec google_crc32c monai",
     "review": "PIL",
     "pipeline": "dvc dvclive hydra jinja2 matplotlib nbconvert papermill seaborn",
 }
 
 
-class MissingExtra(ImportError):
-    "A package is not installed; the text names the extra that brings it"
-
-
 def require_extra(
     extra: str,  # One of `EXTRAS`
     what: str,  # That needs it, for the error
 ) -> None:
-    "`MissingExtra` unless the packages of an extra are installed; none of them is imported"
+    "MissingExtra unless the packages of an extra are installed; none of them is imported"
     missing = [name for name in EXTRAS[extra].split() if find_spec(name) is None]
     if missing:
-        raise MissingExtra(f"{what} needs {', '.join(missing)}: pip install 'mednext_v2[{extra}]' (in a clone: pip install '.[{extra}]')")
+        raise MissingExtra(f"{what} needs {', '.join(missing)}: pip install 'mednext_v2[{extra}]'")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .core import atomic_file, output_lock, parse_json, read_json, root, write_json
+from .core import atomic_file, output_lock, parse_json, read_json, read_yaml, root, write_json
 from .stages import check_profile, compose_params
 
 if TYPE_CHECKING:
@@ -431,6 +431,16 @@ def reproduce(
         finally:  # What a killed stage has left, or all stages after Ctrl-C
             end_leftovers(folder)
 
+# %% ../nbs/72_repro.ipynb #default-jobs
+def default_jobs(profile: str) -> int:  # Stages at a time
+    "One for each core that this process may use, if the profile trains on CPUs and there are 2 GiB of memory for each; else one"
+    import psutil
+
+    if read_yaml(root() / f"conf/profile/{profile}.yaml")["compute"]["device"] != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, psutil.virtual_memory().total // 2**31))
+
 # %% ../nbs/72_repro.ipynb #main
 def main(
     arguments: list[str] | None = None,  # The command line without the program's name
@@ -438,12 +448,12 @@ def main(
     "Reproduce a profile; an error that a user can fix ends in one line and exit code 1"
     parser = argparse.ArgumentParser(prog="python -m mednext_v2.repro", description="What make repro calls: run what is out of date.")
     parser.add_argument("profile", help="one of conf/profile")
-    parser.add_argument("--jobs", type=int, default=1, help="stages at a time, of those that may run side by side (default: 1)")
+    parser.add_argument("--jobs", type=int, default=0, help="stages at a time, of those that may run side by side (default: one a core on CPUs, one on GPUs)")
     options = parser.parse_args(arguments)
     try:
         check_profile(options.profile)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        reproduce(root(), options.profile, max(1, options.jobs), lambda: compose_params(options.profile))
+        reproduce(root(), options.profile, options.jobs or default_jobs(options.profile), lambda: compose_params(options.profile))
     except KeyboardInterrupt:
         print("\nrepro: stopped; the next make repro goes on from here", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None

@@ -58,6 +58,7 @@ def run_notebook(
         parameters=parameters,
         cwd=str(root()),
         progress_bar=False,
+        start_timeout=600,  # Seconds that a kernel may take to start: minutes on a machine that is busy
         stdout_file=sys.stdout,
         stderr_file=sys.stderr,
         config=Config(KernelManager={"transport": "ipc"}),  # TCP ports can be read by others on the machine

@@ -10,6 +10,7 @@ import pytest
 import torch
 from monai.networks.nets import DynUNet
 
+from mednext_v2.core import import_extra
 from mednext_v2.models import registry
 from mednext_v2.models.card import Card, save_model
 from mednext_v2.models.registry import BACKBONES, PlainUNet, backbone_table, cost, create, get_backbone, load_model, overrides_of, parts, plan_pooling
@@ -32,7 +33,7 @@ except (ImportError, RuntimeError):
 def why_not(module: str) -> str:
     "Why a module cannot be imported; empty if it can"
     try:
-        registry.import_extra(module)
+        import_extra(module, "backbones")
     except ImportError as error:
         return str(error)
     return ""
@@ -137,14 +138,17 @@ def test_contract(name):
     deep.load_state_dict(deep.state_dict() | plain.state_dict())
     image = torch.randn(1, 2, *[2 * plain.stride] * 3)
     with torch.no_grad():
-        output, outputs = plain.eval()(image), deep.eval()(image)
+        output, alone = plain.eval()(image), deep.eval()(image)
+        deep.list_in_eval = True
+        outputs = deep(image)
         again = copy.deepcopy(plain.train())(image)  # As the running average of weights copies it
     assert isinstance(output, torch.Tensor) and isinstance(again, torch.Tensor)
     assert output.shape == again.shape == (1, 3, *image.shape[2:])
     assert isinstance(outputs, list) and (len(outputs) > 1) == BACKBONES[name].auxiliary
     for level, scores in enumerate(outputs):
         assert scores.shape == (1, 3, *(n // 2**level for n in image.shape[2:]))
-    assert torch.equal(outputs[0], output)
+    assert torch.equal(outputs[0], output) and torch.equal(alone, output)
+    assert isinstance(copy.deepcopy(deep).train()(image), list)
     label = torch.randint(0, 3, (1, 1, *image.shape[2:]))
     assert torch.isfinite(deep_supervision_loss(outputs, label))
 
@@ -310,7 +314,7 @@ def test_folder_holds_any_of_them(name, tmp_path):
     loaded, _ = load_model(tmp_path / "m")
     image = torch.randn(1, 1, *[2 * model.stride] * 3)
     with torch.no_grad():
-        assert torch.equal(loaded(image), model(image)[0])
+        assert torch.equal(loaded(image), model(image))
 
 
 @pytest.mark.parametrize("name", every(["nnunet_plain", "resenc_l", "stunet_base", "unetr", "segresnet"]))

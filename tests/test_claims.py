@@ -102,8 +102,8 @@ def test_released_models_are_compared_by_their_names_in_the_zoo(monkeypatch):
 
 @pytest.mark.parametrize("short", MIN_EVIDENCE)
 def test_too_few_of_anything_is_not_judged(short):
-    found = Evidence(0.1, 0.05, 0.2, True, **(MIN_EVIDENCE | {short: MIN_EVIDENCE[short] - 1}))
-    assert verdict(found, "study") == NOT and verdict(Evidence(0.1, 0.05, 0.2, True, **MIN_EVIDENCE), "study") == YES
+    found = Evidence(0.1, 0.05, 0.2, **(MIN_EVIDENCE | {short: MIN_EVIDENCE[short] - 1}))
+    assert verdict(found, "study") == NOT and verdict(Evidence(0.1, 0.05, 0.2, **MIN_EVIDENCE), "study") == YES
 
 
 def test_reproduced_is_kept_for_the_paper_and_smoke_is_never_judged():

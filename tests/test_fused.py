@@ -14,12 +14,13 @@ from mednext_v2.network.fused import can_fuse, pointwise, use_fused
 from mednext_v2.network.mednext import Arch, MedNeXt
 
 ARCH = {"width": 4, "depths": (1, 1, 1), "ratios": (2, 3, 2)}
+FLAT = {"strides": ((1, 2, 2),), "kernels": ((1, 3, 3), (3, 3, 5))}  # Thick slices
 
 
-def random_network(grn="mean", **options):
+def random_network(grn="mean", flat=False, **options):
     "A small network none of whose parameters is at its start"
     torch.manual_seed(0)
-    model = MedNeXt(Arch(**ARCH, grn=grn), 1, 2, **options)
+    model = MedNeXt(Arch(**ARCH | (FLAT if flat else {}), grn=grn), 1, 2, **options)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     return model
@@ -42,10 +43,11 @@ def error(found, expected):
 
 
 @pytest.mark.parametrize("grad_checkpointing", ["none", "expansion", "block"])
-@pytest.mark.parametrize("grn", ["mean", "sum", None])
-def test_network_equals_the_formula_in_float64(grn, grad_checkpointing):
-    model = random_network(grn, deep_supervision=True, grad_checkpointing=grad_checkpointing)
-    x = torch.randn(2, 1, 16, 12, 16)
+@pytest.mark.parametrize("grn, flat", [("mean", False), ("sum", False), (None, False), ("mean", True), (None, True)])
+def test_network_equals_the_formula_in_float64(grn, flat, grad_checkpointing):
+    model = random_network(grn, flat, deep_supervision=True, grad_checkpointing=grad_checkpointing)
+    x = torch.randn(2, 1, 3 if flat else 16, 12, 16)
+    assert all(can_fuse(block, torch.zeros(1, block.conv1.in_channels, 2, 2, 2)) for block in model.modules() if isinstance(block, MedNeXtBlock))
     expected = run(use_fused(copy.deepcopy(model).double(), on=False), x.double())
     found = run(use_fused(model), x)
     assert error(found[0], expected[0]) < 1e-5
@@ -55,9 +57,9 @@ def test_network_equals_the_formula_in_float64(grn, grad_checkpointing):
 
 
 @pytest.mark.parametrize("cls", [MedNeXtBlock, DownBlock, UpBlock])
-@pytest.mark.parametrize("kernel", [3, 5])
-def test_block_equals_in_double_precision(cls, kernel):
-    block = cls(3, 4 if cls is not MedNeXtBlock else None, ratio=2, kernel=kernel).double()
+@pytest.mark.parametrize("kernel, stride", [(3, None), (5, None), ((1, 3, 3), (1, 2, 2)), ((3, 5, 1), (2, 2, 1)), ((1, 1, 3), (1, 1, 2))])
+def test_block_equals_in_double_precision(cls, kernel, stride):
+    block = cls(3, 4 if cls is not MedNeXtBlock else None, ratio=2, kernel=kernel, stride=None if cls is MedNeXtBlock else stride).double()
     for parameter in block.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(2, 3, 5, 4, 6, dtype=torch.float64)

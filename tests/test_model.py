@@ -144,17 +144,73 @@ def test_equals_monai_with_the_same_weights(grn, deep_supervision):
         torch.testing.assert_close(a, b)
 
 
-def test_deep_supervision_is_finest_first_and_the_same_in_train_and_eval():
+def test_deep_supervision_is_finest_first_and_one_tensor_in_eval():
     model = awake(MedNeXt(TINY, 1, 3, deep_supervision=True))
     x = torch.randn(2, 1, 16, 8, 12)
     train, evaluation = model.train()(x), model.eval()(x)
     assert [tuple(o.shape) for o in train] == [(2, 3, 16, 8, 12), (2, 3, 8, 4, 6), (2, 3, 4, 2, 3)]
-    assert isinstance(evaluation, list) and len(evaluation) == 3
-    assert all(torch.equal(a, b) for a, b in zip(train, evaluation, strict=True))
+    assert torch.equal(evaluation, train[0])
+    model.list_in_eval = True
+    assert all(torch.equal(a, b) for a, b in zip(train, model(x), strict=True))
+    model.train().deep_supervision = False
+    assert torch.equal(model(x), train[0]) and len(model.state_dict()) > len(MedNeXt(TINY, 1, 3).state_dict())
+    model.deep_supervision = True
+    assert len(model(x)) == 3
     plain = MedNeXt(TINY, 1, 3)
     plain.load_state_dict(model.state_dict(), strict=False)
     out = plain(x)
     assert isinstance(out, torch.Tensor) and torch.equal(out, train[0])
+    with pytest.raises(ValueError, match="no heads for deep supervision: make it with deep_supervision=True"):
+        plain.deep_supervision = True
+
+
+def test_strides_and_kernels_per_axis():
+    "5 mm slices: two levels within the slice alone, then cubes"
+    arch = Arch(width=2, depths=(1,) * 7, ratios=(2,) * 7, strides=[[1, 2, 2], [1, 2, 2], 2], kernels=[[1, 3, 3], [1, 3, 3], 3, 3])
+    model = awake(MedNeXt(arch, 1, 3, deep_supervision=True))
+    assert (arch.stride, arch.axis_strides, model.stride, model.strides) == (8, (2, 8, 8), 8, (2, 8, 8))
+    x = torch.randn(1, 1, 6, 16, 24)
+    assert [tuple(o.shape[2:]) for o in model(x)] == [(6, 16, 24), (6, 8, 12), (6, 4, 6), (3, 2, 3)]
+    assert model.down_0.conv1.kernel_size == model.up_1.conv1.kernel_size == (1, 3, 3) and model.down_1.conv1.kernel_size == (3, 3, 3)
+    # Above the first level that halves them, slices do not see each other but through the lower levels
+    assert model.enc_block_0[0].conv1.weight.shape == (2, 1, 1, 3, 3)
+    with pytest.raises(ValueError, match=r"multiples of \(2, 8, 8\), got \(5, 16, 24\); nearest: \(4, 16, 24\) or \(6, 16, 24\)"):
+        model(x[:, :, :5])
+    padded, crop = pad_to_stride(x[:, :, :5], model.strides)
+    assert padded.shape == x.shape and padded[crop].shape[2:] == (5, 16, 24)
+    with pytest.raises(ValueError, match="leaves one voxel at stride .*at least one side must be twice that"):
+        model(x[:, :, :2, :8, :8])
+
+
+def test_the_defaults_said_in_other_words_are_the_same_network():
+    same = Arch(strides=[[2, 2, 2]] * 4, kernels=[[3, 3, 3]] * 5)
+    assert same == Arch() and hash(same) == hash(Arch())
+    assert Arch(kernels=[5] * 5) == Arch(kernel=5)
+    flat = Arch(strides=[[1, 2, 2], 2, 2, 2])
+    assert flat.strides == ((1, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2)) and flat != Arch()
+    state = MedNeXt(Arch(width=2, depths=(1,) * 3, ratios=(2,) * 3), 1, 2).state_dict()
+    MedNeXt(Arch(width=2, depths=(1,) * 3, ratios=(2,) * 3, strides=[(1, 2, 2)]), 1, 2).load_state_dict(state)  # Weights know no strides
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"strides": [2, 2, 2]}, "strides must have 4 entries for these depths"),
+        ({"strides": [1, 2, 2, 2]}, "strides must halve at least one axis at each level"),
+        ({"strides": [(1, 1, 1), 2, 2, 2, 2]}, "leave out nnU-Net's first one, of the stem"),
+        ({"strides": [3, 2, 2, 2]}, "strides must have 1 or 2 on each of three axes"),
+        ({"strides": [(2, 2), 2, 2, 2]}, "strides must have 1 or 2 on each of three axes"),
+        ({"strides": 2}, "strides must have 4 entries"),
+        ({"strides": [2.0, 2, 2, 2]}, "strides must have 1 or 2"),
+        ({"kernels": [3] * 4}, "kernels must have 5 entries for these depths"),
+        ({"kernels": [(2, 3, 3), 3, 3, 3, 3]}, "kernels must have an odd number on each of three axes"),
+        ({"kernels": [(1, 3, 3), 3, 3, 3, 3], "kernel": 5}, "give kernel or kernels"),
+        ({"kernels": [True] * 5}, "kernels must have an odd number"),
+    ],
+)
+def test_strides_and_kernels_that_no_network_has(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Arch(**fields)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 5])

@@ -10,6 +10,7 @@ from mednext_v2.network.mednext import Arch, MedNeXt
 from mednext_v2.network.scaling import PRESETS, MemoryMeter, count_flops, count_parameters, create_model, estimate, list_blocks, overview, scale
 
 MINI = Arch(width=4, depths=(1, 2, 1, 2, 1), ratios=(2, 3, 4, 2, 3))
+FLAT = replace(MINI, strides=((1, 2, 2), (2, 2, 1)), kernels=((1, 3, 3), (3, 3, 3), (3, 5, 3)))  # Thick slices
 ONE, TINY, BASE = (1,) * 9, PRESETS["tiny"].ratios, PRESETS["base"].ratios
 
 
@@ -21,22 +22,32 @@ def _seed():
 
 def parameters_by_hand(arch, in_channels=1, num_classes=3, heads=1):
     "Sums written from the description of the network alone"
-    L, k3, grn = len(arch.depths) // 2, arch.kernel**3, 2 if arch.grn else 0
+    L, grn = len(arch.depths) // 2, 2 if arch.grn else 0
 
-    def block(c, out, ratio, resampling):
+    def block(c, out, ratio, level, resampling):
         e = ratio * c
-        total = c * (k3 + 1) + 2 * c + e * (c + 1) + grn * e + out * (e + 1)
+        taps = arch.kernel**3 if arch.kernels is None else arch.kernels[level][0] * arch.kernels[level][1] * arch.kernels[level][2]
+        total = c * (taps + 1) + 2 * c + e * (c + 1) + grn * e + out * (e + 1)
         return total + (out * (c + 1) if resampling else 0)
 
     width = lambda level: arch.width * 2**level
     total = arch.width * (in_channels + 1)
     for place, (depth, ratio) in enumerate(zip(arch.depths, arch.ratios)):
         level = min(place, 2 * L - place)
-        total += depth * block(width(level), width(level), ratio, False)
+        total += depth * block(width(level), width(level), ratio, level, False)
         if place:
             origin = level - 1 if place <= L else level + 1
-            total += block(width(origin), width(level), ratio, True)
+            total += block(width(origin), width(level), ratio, level, True)
     return total + sum(num_classes * (width(i) + 1) for i in range(heads))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_thick_slices_have_the_numbers_by_hand_and_an_estimate_that_holds(fused):
+    assert count_parameters(MedNeXt(FLAT, 2, 5, True)) == parameters_by_hand(FLAT, 2, 5, 3)
+    arch = Arch(16, ONE, BASE, strides=((1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2)), kernels=((1, 3, 3), *[(3, 3, 3)] * 4))
+    cost = estimate(arch, (12, 64, 64), deep_supervision=True, fused="cpu" if fused else None)
+    assert cost.parameters == count_parameters(MedNeXt(arch, 1, 3, True))
+    assert cost.total_bytes - cost.optimizer_bytes == pytest.approx(peak_of_a_step(arch, (12, 64, 64), fused=fused), rel=0.15)
 
 
 def flops_by_hand(arch, patch, in_channels=1, num_classes=3, heads=1):
@@ -174,20 +185,22 @@ def test_flops_of_a_plain_convolution():
     assert count_flops(layer, (4, 5, 6), in_channels=2) == 2 * 27 * 6 * 4 * 5 * 6
 
 
-def test_walk_describes_the_blocks_that_are_there():
-    model, seen = MedNeXt(MINI, 1, 2), []
+@pytest.mark.parametrize("arch", [MINI, FLAT], ids=["cubes", "thick slices"])
+def test_walk_describes_the_blocks_that_are_there(arch):
+    model, seen = MedNeXt(arch, 1, 2), []
 
     def note(block, inputs, _):
         (x,) = inputs
         inner = block.conv1(x)
         ratio = block.conv2.out_channels // block.conv2.in_channels
-        seen.append((x.shape[1], ratio, x[0, 0].numel(), inner[0, 0].numel()))
+        sizes = x.shape[1], ratio, x[0, 0].numel(), inner[0, 0].numel(), block.conv3.out_channels
+        seen.append((*sizes, block.conv1.kernel_size, block.conv1.stride))
 
     for module in model.modules():
         if hasattr(module, "conv3"):
             module.register_forward_hook(note)
     model(torch.zeros(1, 1, 16, 8, 12))
-    assert seen == list_blocks(MINI, (16, 8, 12))
+    assert seen == list_blocks(arch, (16, 8, 12))
 
 
 def kept_for_backward(model, volume):

@@ -290,3 +290,21 @@ def test_decay_outside_its_range(decay):
 def test_match_classes():
     assert match_classes(AB, None) == {} and match_classes(None, AB) == dict.fromkeys(AB, "")
     assert match_classes({"background": 0, "a": 2, "b": 1}, ABC) == {"background": "background", "a": "a", "b": "b", "c": ""}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_heads_of_deep_supervision_there_and_back_are_named(name):
+    deep, plain = tiny(name=name, deep_supervision=True), tiny(seed=1, name=name)
+    extra = set(deep.state_dict()) - set(plain.state_dict())
+    there = transfer(plain, deep.state_dict(), AB, AB)
+    image = torch.randn(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(image), deep.eval()(image))
+    assert extra and set(there.skipped) == extra and there.missing == () and there.coverage == 1
+    assert all(there.notes[key] == "deep supervision: a head that the model does not have, left out" for key in extra)
+    other = tiny(seed=2, name=name, deep_supervision=True)
+    back = transfer(other, plain.state_dict(), AB, AB)
+    with torch.no_grad():
+        assert torch.equal(plain(image), other.eval()(image))
+    assert set(back.missing) == extra and back.skipped == ()
+    assert all(key in str(back) and "fresh" in back.notes[key] for key in extra)

@@ -313,7 +313,7 @@ class LoadReport:
             adapted=tuple(name for name in new if name in notes),
             skipped=tuple(name for name in state if name not in new),
             missing=tuple(name for name in own if name not in new),
-            notes={name: note for name, note in notes.items() if name in own},
+            notes={name: note for name, note in notes.items() if name in own or name in state},
             shapes={name: tuple(tuple(t[name].shape) if name in t else None for t in (own, state)) for name in own | state},
             classes=classes or {},
         )

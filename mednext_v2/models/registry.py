@@ -12,42 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from math import ceil, prod
 from pathlib import Path
-from types import ModuleType
 from typing import cast
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core import MissingExtra, shorten
+from ..core import import_extra, shorten
 from ..network.scaling import PRESETS, count_flops, count_parameters, create_model
 from .stunet import check_volume, stunet
 from .card import Card, read_card, read_state
-
-# %% ../../nbs/models/30_registry.ipynb #import-extra
-DNA = "dynamic_network_architectures"
-
-
-def how_to_install(module: str) -> str:
-    "The command that brings a library of networks and keeps the PyTorch that is there"
-    if module.endswith(".primus"):
-        return f"pip install --no-deps '{DNA}>=0.4.4,<0.5' 'timm<1.0.23' and the torchvision of your PyTorch, all of them with --no-deps, which keeps it"
-    if module.startswith(DNA):
-        return f"pip install --no-deps '{DNA}>=0.4.4,<0.5' (its requirements would replace your PyTorch)"
-    return "pip install 'mednext_v2[backbones]'"
-
-
-def import_extra(module: str) -> ModuleType:
-    "A module of a library of networks; `MissingExtra` of one line that says how to install it"
-    try:
-        return import_module(module)
-    except (ImportError, RuntimeError) as error:  # torchvision beside a torch that it was not built for: RuntimeError
-        reason = str(error).partition("\n")[0]
-        raise MissingExtra(f"{module} cannot be imported ({reason}): {how_to_install(module)}") from None
 
 # %% ../../nbs/models/30_registry.ipynb #unet
 class PlainUNet(nn.Module):
@@ -60,8 +37,8 @@ class PlainUNet(nn.Module):
         deep_supervision: bool = False,
         filters: tuple[int, ...] = (32, 64, 128, 256, 320, 320),  # Channels per level
     ):
-        UnetOutBlock = import_extra("monai.networks.blocks.dynunet_block").UnetOutBlock  # Here, since MONAI takes seconds to import
-        DynUNet = import_extra("monai.networks.nets.dynunet").DynUNet
+        UnetOutBlock = import_extra("monai.networks.blocks.dynunet_block", "backbones").UnetOutBlock  # Here, since MONAI takes seconds to import
+        DynUNet = import_extra("monai.networks.nets.dynunet", "backbones").DynUNet
 
         super().__init__()
         filters = tuple(filters)
@@ -98,6 +75,7 @@ class Network(nn.Module):
     in_channels: int
     num_classes: int
     deep_supervision: bool
+    list_in_eval: bool  # With deep supervision, a list in `eval()` too? False unless it is set
     stride: int  # The largest over the axes
     strides: tuple[int, ...]  # What each side of an input must be a multiple of
     input_size: tuple[int, ...] | None  # The one size that an input may have, of networks by `declare`
@@ -133,6 +111,11 @@ def declare(
     if deep_supervision and not auxiliary:
         declared.register_forward_hook(as_list)
     return declared
+
+# %% ../../nbs/models/30_registry.ipynb #optional
+DNA = "dynamic_network_architectures"
+DNA_INSTALL = f"pip install --no-deps '{DNA}>=0.4.4,<0.5' (its requirements would replace your PyTorch)"
+PRIMUS_INSTALL = f"pip install --no-deps '{DNA}>=0.4.4,<0.5' 'timm<1.0.23' and, with --no-deps too, the torchvision made for your PyTorch"
 
 # %% ../../nbs/models/30_registry.ipynb #plan-pooling
 def plan_pooling(
@@ -213,7 +196,7 @@ def nnunet(
     **overrides,  # Arguments of the network, as in `arch_kwargs` of plans.json
 ) -> Network:
     "nnU-Net's own network out of dynamic_network_architectures"
-    module = import_extra("dynamic_network_architectures.architectures.unet")
+    module = import_extra(f"{DNA}.architectures.unet", "backbones", DNA_INSTALL)
     kind = module.ResidualEncoderUNet if residual else module.PlainConvUNet
     options = nnunet_options(residual, patch, spacing, overrides)
     network = kind(in_channels, num_classes=num_classes, deep_supervision=deep_supervision, **options)
@@ -236,7 +219,7 @@ def check_patch(
 
 def unetr(in_channels: int, num_classes: int, deep_supervision: bool = False, patch: tuple[int, ...] | None = None, **overrides) -> Network:
     "MONAI's UNETR; overrides are its arguments"
-    UNETR = import_extra("monai.networks.nets.unetr").UNETR
+    UNETR = import_extra("monai.networks.nets.unetr", "backbones").UNETR
 
     patch = check_patch("UNETR", patch, 16)
     network = UNETR(in_channels, num_classes, img_size=patch, **overrides)
@@ -247,7 +230,7 @@ def unetr(in_channels: int, num_classes: int, deep_supervision: bool = False, pa
 
 def swin_unetr(in_channels: int, num_classes: int, deep_supervision: bool = False, **overrides) -> Network:
     "MONAI's SwinUNETR; overrides are its arguments"
-    SwinUNETR = import_extra("monai.networks.nets.swin_unetr").SwinUNETR
+    SwinUNETR = import_extra("monai.networks.nets.swin_unetr", "backbones").SwinUNETR
 
     options: dict = {"feature_size": 48} | overrides
     with torch.device("cpu"):  # Its constructor reads numbers of a tensor, and a meta tensor has none
@@ -258,7 +241,7 @@ def swin_unetr(in_channels: int, num_classes: int, deep_supervision: bool = Fals
 
 def segresnet(in_channels: int, num_classes: int, deep_supervision: bool = False, **overrides) -> Network:
     "MONAI's SegResNet; overrides are its arguments"
-    SegResNet = import_extra("monai.networks.nets.segresnet").SegResNet
+    SegResNet = import_extra("monai.networks.nets.segresnet", "backbones").SegResNet
 
     options: dict = {"init_filters": 32, "blocks_down": (1, 2, 2, 4), "blocks_up": (1, 1, 1)} | overrides
     network = SegResNet(in_channels=in_channels, out_channels=num_classes, **options)
@@ -269,7 +252,7 @@ def segresnet(in_channels: int, num_classes: int, deep_supervision: bool = False
 def primus(size: str, in_channels: int, num_classes: int, deep_supervision: bool = False, patch: tuple[int, ...] | None = None, **overrides) -> Network:
     "Primus with tokens of 8³ voxels out of dynamic_network_architectures, with the options of nnU-Net's trainers"
     patch = check_patch("Primus", patch, 8)
-    module = import_extra("dynamic_network_architectures.architectures.primus")
+    module = import_extra(f"{DNA}.architectures.primus", "backbones", PRIMUS_INSTALL)
     width, depth, attention_heads = PRIMUS[size]
     options = {"embed_dim": width, "eva_depth": depth, "eva_numheads": attention_heads, "drop_path_rate": 0.2}
     options |= {"init_values": 0.1, "scale_attn_inner": True} | overrides
@@ -559,6 +542,12 @@ def limit_size(
         handle.remove()
 
 # %% ../../nbs/models/30_registry.ipynb #required-attributes
+def one_in_eval(network: Network, inputs: tuple, output: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    "Hook after forward: the finest output alone, unless a list is wanted"
+    wanted = network.deep_supervision and (network.training or network.list_in_eval)
+    return output if wanted or isinstance(output, Tensor) else output[0]
+
+
 REQUIRED_ATTRIBUTES = ("stride", "in_channels", "num_classes", "deep_supervision")
 
 # %% ../../nbs/models/30_registry.ipynb #create-part
@@ -566,7 +555,7 @@ def create(
     name: str,  # One of `BACKBONES`, or of a plug-in
     in_channels: int,
     num_classes: int,  # Background included
-    deep_supervision: bool = False,  # A list of logits, finest first, instead of one tensor
+    deep_supervision: bool = False,  # In training a list of logits, finest first, instead of one tensor
     patch: Sequence[int] | None = None,  # Voxels of its input; some networks are built for them
     spacing: Sequence[float] | None = None,  # mm of these voxels
     **overrides,  # Of the network: `Arch` fields, `filters` of the U-Net, arguments of a library's class
@@ -589,6 +578,9 @@ def create(
         fits = tuple(-(-side // step) * step for side, step in zip(patch, network.strides))
         rule = f"patch {tuple(patch)} must be divisible by {network.strides}, as {fits} is"
         raise ValueError(f"backbone {name!r}: {rule}")
+    if deep_supervision and not hasattr(network, "list_in_eval"):
+        network.list_in_eval = False
+        network.register_forward_hook(one_in_eval)
     shape = {"name": name, "in_channels": in_channels, "num_classes": num_classes}
     network.blueprint = shape | {"deep_supervision": deep_supervision, **given, **overrides}
     return network
@@ -686,6 +678,7 @@ class OneHead(nn.Module):
         super().__init__()
         self.network, self.outputs, self.num_classes = network, list(outputs), len(outputs)
         self.stride, self.in_channels = network.stride, network.in_channels
+        self.strides = getattr(network, "strides", (network.stride,) * 3)
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         logits = self.network(image)

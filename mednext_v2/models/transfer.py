@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from .registry import PARTS, parts
+from .registry import PARTS, Network, get_backbone, parts
 from .card import LoadReport, read_card, read_state
 
 # %% ../../nbs/models/40_transfer.ipynb #stem
@@ -186,6 +186,19 @@ def convert_state(
     return state, notes
 
 # %% ../../nbs/models/40_transfer.ipynb #transfer
+def auxiliary_heads(
+    model: nn.Module,  # Made by `registry.create`
+    state: Mapping[str, Tensor],  # Weights of the source
+) -> dict[str, str]:  # Parameter to a note for the report
+    "Heads that only one of two networks has, as those of deep supervision; none if the source has no heads at all"
+    own, heads = model.state_dict(), get_backbone(cast(Network, model).blueprint["name"]).heads
+    sides = [{name for name in names if name.startswith(heads)} for names in (own, state)]
+    if not sides[0] & sides[1]:
+        return {}
+    notes = dict.fromkeys(sorted(sides[0] - sides[1]), "deep supervision: a head that the source does not have, fresh")
+    return notes | dict.fromkeys(sorted(sides[1] - sides[0]), "deep supervision: a head that the model does not have, left out")
+
+
 def read_source(
     source: str | Path | dict[str, Tensor],  # A model folder, or weights
     classes: dict[str, int] | None,  # Of the source; those of the folder's card if not given
@@ -229,6 +242,7 @@ def transfer(
         if value is not None:
             new[name] = value
         notes |= {name: note} if note else {}
+    notes = auxiliary_heads(model, state) | notes
     if unfit:
         more = f"; and {len(unfit) - 10} more" if len(unfit) > 10 else ""
         raise ValueError(f"{len(unfit)} tensors of the body do not fit the source: {'; '.join(unfit[:10])}{more}")

@@ -6,7 +6,7 @@
 __all__ = ['MedNeXtBlock', 'DownBlock', 'UpBlock']
 
 # %% ../../nbs/network/40_blocks.ipynb #imports
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mednext_v2.network.kernels  # noqa: F401, enters the kernels for GPUs in `BACKENDS`
 import torch
@@ -19,12 +19,20 @@ from torch.utils.checkpoint import checkpoint
 # %% ../../nbs/network/40_blocks.ipynb #checkpointing
 CHECKPOINTING = ("none", "expansion", "block")  # What backward recomputes
 
+
+def per_axis(
+    value: int | Sequence[int],  # One number, or one per axis
+) -> tuple[int, int, int]:
+    "A number for each of three axes; ValueError for another count"
+    x, y, z = (value,) * 3 if isinstance(value, int) else value
+    return x, y, z
+
 # %% ../../nbs/network/40_blocks.ipynb #block
 class MedNeXtBlock(FusableBlock):
     "Depthwise, norm, expand, GELU, GRN, compress, plus input; keeps `(X, Y, Z)`; ValueError for an unknown choice"
 
     convolution: type[nn.Conv3d] | type[nn.ConvTranspose3d] = nn.Conv3d
-    stride = 1
+    usual_stride = 1
     fused = True  # Without its expanded tensors, where `can_fuse` allows; `use_fused(model, False)` turns it off
 
     def __init__(
@@ -32,9 +40,10 @@ class MedNeXtBlock(FusableBlock):
         channels: int,  # Channels that come in
         out_channels: int | None = None,  # Channels that go out; as many if not given
         ratio: int = 4,  # Expanded channels per incoming channel
-        kernel: int = 3,  # Size of the depthwise kernel, odd
+        kernel: int | Sequence[int] = 3,  # Size of the depthwise kernel, odd; one number, or one per axis
         grn: str | None = "mean",  # Reduction of GRN, `mean` or `sum`; None leaves it out (v1)
         grad_checkpointing: str = "none",  # What backward recomputes: nothing, the `expansion` or the `block`
+        stride: int | Sequence[int] | None = None,  # One number, or one per axis; the class's own if not given
     ):
         super().__init__()
         if grn not in (None, *REDUCTIONS):
@@ -43,7 +52,9 @@ class MedNeXtBlock(FusableBlock):
             raise ValueError(f"grad_checkpointing must be one of {', '.join(CHECKPOINTING)}, got {grad_checkpointing!r}")
         out_channels, expanded = out_channels or channels, ratio * channels
         self.grn, self.grad_checkpointing = grn, grad_checkpointing
-        self.conv1 = self.convolution(channels, channels, kernel, groups=channels, stride=self.stride, padding=kernel // 2)
+        self.kernel, self.stride = per_axis(kernel), per_axis(self.usual_stride if stride is None else stride)
+        padding = tuple(side // 2 for side in self.kernel)
+        self.conv1 = self.convolution(channels, channels, self.kernel, groups=channels, stride=self.stride, padding=padding)
         self.norm = nn.GroupNorm(channels, channels)
         self.conv2 = nn.Conv3d(channels, expanded, 1)
         if grn:
@@ -51,7 +62,7 @@ class MedNeXtBlock(FusableBlock):
             self.grn_beta = nn.Parameter(torch.zeros(1, expanded, 1, 1, 1))
         self.conv3 = nn.Conv3d(expanded, out_channels, 1)
         self.res_conv = nn.Identity()
-        if self.stride > 1 or out_channels != channels:
+        if max(self.stride) > 1 or out_channels != channels:
             self.res_conv = self.convolution(channels, out_channels, 1, stride=self.stride)
 
     def _expansion(self, x: Tensor) -> Tensor:
@@ -77,19 +88,19 @@ class MedNeXtBlock(FusableBlock):
 
 # %% ../../nbs/network/40_blocks.ipynb #resample
 class DownBlock(MedNeXtBlock):
-    "A block that halves the resolution: `(N, C, X, Y, Z)` to `(N, out_channels, X/2, Y/2, Z/2)`"
+    "A block that lowers the resolution, by 2 unless `stride` says otherwise: `(N, C, X, Y, Z)` to `(N, out_channels, X/2, Y/2, Z/2)`"
 
-    stride = 2
+    usual_stride = 2
 
 
 class UpBlock(MedNeXtBlock):
-    "A block that doubles the resolution: `(N, C, X, Y, Z)` to `(N, out_channels, 2X, 2Y, 2Z)`"
+    "A block that raises the resolution, by 2 unless `stride` says otherwise: `(N, C, X, Y, Z)` to `(N, out_channels, 2X, 2Y, 2Z)`"
 
     convolution = nn.ConvTranspose3d
-    stride = 2
+    usual_stride = 2
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(super().forward(x), (1, 0) * 3)
+        return F.pad(super().forward(x), [amount for step in reversed(self.stride) for amount in (step - 1, 0)])
 
 # %% ../../nbs/network/40_blocks.ipynb #out-block
 class OutBlock(nn.Module):

@@ -304,42 +304,66 @@ def expand_gradients(
     return Weights(d_weight, d_bias, d_w1, d_b1, grn and grn.gamma, grn and grn.beta, d_w2, d_b2)
 
 # %% ../../nbs/network/20_fused.ipynb #depthwise
+class Kind(NamedTuple):
+    "What a depthwise convolution does to the grid"
+
+    name: str  # `same`, `down` (strided) or `up` (transposed, strided)
+    stride: tuple[int, ...] = (2, 2, 2)  # Per axis
+
+    def strided(
+        self,
+        x: Tensor,  # Shape `(N, C, X, Y, Z)`
+    ) -> Tensor:  # A view
+        "The voxels that a stride reads or, of a transposed convolution, writes"
+        sx, sy, sz = self.stride
+        return x[:, :, ::sx, ::sy, ::sz]
+
+
+SAME, DOWN, UP = Kind("same", (1, 1, 1)), Kind("down"), Kind("up")
+
+
+def half_kernel(weight: Tensor) -> list[int]:
+    "The padding per axis that keeps the sides"
+    return [side // 2 for side in weight.shape[2:]]
+
+
 def insert_zeros(
     x: Tensor,  # Shape `(N, C, X, Y, Z)`
-    size: Sequence[int],  # Sides of the result: `2X - 1` or `2X`, and so on
+    size: Sequence[int],  # Sides of the result: with a stride of 2, `2X - 1` or `2X`, and so on
+    kind: Kind,
 ) -> Tensor:  # Channels last
-    "Zeros between neighbouring voxels"
-    y = x.new_zeros(len(x), *size, x.shape[1])
-    y[:, ::2, ::2, ::2] = x.permute(0, 2, 3, 4, 1)
-    return y.permute(0, 4, 1, 2, 3)
+    "Zeros between voxels that a stride moves apart"
+    y = x.new_zeros(len(x), *size, x.shape[1]).permute(0, 4, 1, 2, 3)
+    kind.strided(y).copy_(x)
+    return y
 
 
 def depthwise(
     x: Tensor,  # Shape `(N, C, X, Y, Z)`, channels last
-    weight: Tensor,  # Shape `(C, 1, K, K, K)`, `K` odd
+    weight: Tensor,  # Shape `(C, 1, KX, KY, KZ)`, all odd
     bias: Tensor | None,  # Shape `(C,)`
-    kind: str,  # `same`, `down` (stride 2) or `up` (transposed, stride 2)
+    kind: Kind,
 ) -> Tensor:  # Channels last
-    "Depthwise convolution, padded by `K // 2`"
-    padding, groups = weight.shape[-1] // 2, x.shape[1]
-    if kind == "up":
-        wide = insert_zeros(x, [2 * side - 1 for side in x.shape[2:]])
+    "Depthwise convolution, padded by half its kernel"
+    padding, groups = half_kernel(weight), x.shape[1]
+    if kind.name == "up":
+        wide = insert_zeros(x, [(side - 1) * step + 1 for side, step in zip(x.shape[2:], kind.stride)], kind)
         return channels_last(F.conv3d(wide, weight.flip(2, 3, 4), bias, padding=padding, groups=groups))
-    return channels_last(F.conv3d(x, weight, bias, stride=2 if kind == "down" else 1, padding=padding, groups=groups))
+    return channels_last(F.conv3d(x, weight, bias, stride=kind.stride, padding=padding, groups=groups))
 
 # %% ../../nbs/network/20_fused.ipynb #depthwise-gradients
-def _weight_gradient(x: Tensor, grad: Tensor, kernel: int, stride: int) -> Tensor:
+def _weight_gradient(x: Tensor, grad: Tensor, kernel: Sequence[int], stride: Sequence[int]) -> Tensor:
     "Of a depthwise convolution, plane by plane of its kernel"
-    channels, depth, out_depth, pad = x.shape[1], x.shape[2], grad.shape[2], kernel // 2
-    result, like = x.new_zeros(kernel, channels, 1, kernel, kernel), x.new_empty(channels, 1, kernel, kernel)
-    options = ([stride] * 2, [pad] * 2, [1] * 2, False, [0] * 2, channels, [False, True, False])
+    channels, depth, out_depth, pad, step = x.shape[1], x.shape[2], grad.shape[2], kernel[0] // 2, stride[0]
+    result, like = x.new_zeros(kernel[0], channels, 1, *kernel[1:]), x.new_empty(channels, 1, *kernel[1:])
+    options = (list(stride[1:]), [side // 2 for side in kernel[1:]], [1] * 2, False, [0] * 2, channels, [False, True, False])
     # Planes of one sample lie one after the other, so that none is copied
     for planes, grads in zip(x.transpose(1, 2), grad.transpose(1, 2)):
-        for k in range(kernel):
+        for k in range(kernel[0]):
             # Outputs whose plane `k` lies inside
-            first, last = max(0, -((k - pad) // stride)), min(out_depth - 1, (depth - 1 + pad - k) // stride)
+            first, last = max(0, -((k - pad) // step)), min(out_depth - 1, (depth - 1 + pad - k) // step)
             if last >= first:
-                a = planes[first * stride + k - pad : last * stride + k - pad + 1 : stride]
+                a = planes[first * step + k - pad : last * step + k - pad + 1 : step]
                 result[k] += torch.ops.aten.convolution_backward(grads[first : last + 1], a, like, None, *options)[1]
     return result.movedim(0, 2)
 
@@ -348,31 +372,32 @@ def depthwise_gradients(
     grad: Tensor,  # Of the result, channels last
     x: Tensor,  # As in `depthwise`
     weight: Tensor,
-    kind: str,
+    kind: Kind,
 ) -> tuple[Tensor, Tensor]:  # Of `x` and `weight`
     "Exact gradients of `depthwise`"
-    kernel, padding, groups = weight.shape[-1], weight.shape[-1] // 2, x.shape[1]
-    if kind == "up":
-        return channels_last(F.conv3d(grad, weight, stride=2, padding=padding, groups=groups)), _weight_gradient(grad, x, kernel, 2)
-    wide = insert_zeros(grad, x.shape[2:]) if kind == "down" else grad
+    kernel, padding, groups = weight.shape[2:], half_kernel(weight), x.shape[1]
+    if kind.name == "up":
+        d_x = channels_last(F.conv3d(grad, weight, stride=kind.stride, padding=padding, groups=groups))
+        return d_x, _weight_gradient(grad, x, kernel, kind.stride)
+    wide = insert_zeros(grad, x.shape[2:], kind) if kind.name == "down" else grad
     d_x = channels_last(F.conv3d(wide, weight.flip(2, 3, 4), padding=padding, groups=groups))
     del wide
-    return d_x, _weight_gradient(x, grad, kernel, 2 if kind == "down" else 1)
+    return d_x, _weight_gradient(x, grad, kernel, kind.stride)
 
 # %% ../../nbs/network/20_fused.ipynb #plain-form
 def plain_branch(
     x: Tensor,  # Shape `(N, C, X, Y, Z)`
     weight: Tensor,  # Of the depthwise convolution, as is `bias`
     bias: Tensor,
-    kind: str,
+    kind: Kind,
     eps: float,  # Of the norm
     reduction: str,  # Of GRN
     *weights: Tensor | None,  # The fields of `Weights`
 ) -> Tensor:  # Shape `(N, out, ...)`
     "A block without its shortcut, from operations that PyTorch can differentiate any number of times"
     scale, shift, w1, b1, gamma, beta, w2, b2 = Weights(*weights)  # pyright: ignore[reportArgumentType]  # autograd hands them over as a flat list
-    convolution = F.conv_transpose3d if kind == "up" else F.conv3d
-    y = convolution(x, weight, bias, groups=x.shape[1], stride=1 if kind == "same" else 2, padding=weight.shape[-1] // 2)
+    convolution = F.conv_transpose3d if kind.name == "up" else F.conv3d
+    y = convolution(x, weight, bias, groups=x.shape[1], stride=kind.stride, padding=half_kernel(weight))
     y = F.gelu(F.conv3d(F.group_norm(y, x.shape[1], scale, shift, eps), w1[..., None, None, None], b1))
     if gamma is not None and beta is not None:
         y = global_response_norm(y, gamma.view(1, -1, 1, 1, 1), beta.view(1, -1, 1, 1, 1), reduction)
@@ -389,9 +414,9 @@ def plain_form(
     y, kind = plain_branch(x, *others), others[2]
     if res_weight is None:
         return y + x
-    if kind == "up":
-        return y + F.conv_transpose3d(x, res_weight.t()[..., None, None, None], res_bias, stride=2)
-    return y + F.conv3d(x, res_weight[..., None, None, None], res_bias, stride=2 if kind == "down" else 1)
+    if kind.name == "up":
+        return y + F.conv_transpose3d(x, res_weight.t()[..., None, None, None], res_bias, stride=kind.stride)
+    return y + F.conv3d(x, res_weight[..., None, None, None], res_bias, stride=kind.stride)
 
 # %% ../../nbs/network/20_fused.ipynb #transforms
 def in_transform() -> bool:
@@ -424,9 +449,9 @@ def plain_gradients(
     return [next(gradients) if value is not None and value.requires_grad else None for value in own]
 
 # %% ../../nbs/network/20_fused.ipynb #block
-def shortcut_rows(x: Tensor, kind: str) -> Tensor:
+def shortcut_rows(x: Tensor, kind: Kind) -> Tensor:
     "Rows of `x` that a shortcut reads"
-    return to_tokens(x[:, :, ::2, ::2, ::2] if kind == "down" else x)
+    return to_tokens(kind.strided(x) if kind.name == "down" else x)
 
 
 def shortcut_gradients(
@@ -434,12 +459,12 @@ def shortcut_gradients(
     x: Tensor,  # The block's input
     d_x: Tensor,  # Gradient of `x`; the shortcut's part is added in place
     res_weight: Tensor,
-    kind: str,
+    kind: Kind,
 ) -> Tensor:  # Of `res_weight`
     "Gradients of a shortcut with weights"
     d_res_weight, inputs = torch.zeros_like(res_weight), shortcut_rows(x, kind)
-    rows = to_tokens(grad[:, :, ::2, ::2, ::2] if kind == "up" else grad)
-    part = d_x[:, :, ::2, ::2, ::2] if kind == "down" else d_x
+    rows = to_tokens(kind.strided(grad) if kind.name == "up" else grad)
+    part = kind.strided(d_x) if kind.name == "down" else d_x
     for n in range(len(rows)):
         d_res_weight += transposed_product(rows[n], inputs[n])
         part[n] += from_tokens(linear(rows[n], res_weight.t())[None], part.shape[2:])[0]
@@ -451,7 +476,7 @@ def compute_block(
     res_weight: Tensor | None,
     res_bias: Tensor | None,
     d: Tensor,  # Behind the depthwise convolution, as tokens
-    kind: str,
+    kind: Kind,
     eps: float,
     reduction: str,
     weights: Weights,
@@ -459,15 +484,15 @@ def compute_block(
 ) -> tuple[Tensor, list[Tensor | None]]:  # The result as tokens; mean, inverse deviation and channel norms of each sample
     "A block behind its depthwise convolution, sample by sample"
     y, inputs, statistics = d.new_empty(*d.shape[:2], len(weights.w2)), shortcut_rows(x, kind), []
-    if kind == "up" and res_bias is not None:  # The shortcut's bias reaches every voxel, its weights every other one
+    if kind.name == "up" and res_bias is not None:  # The shortcut's bias reaches every voxel, its weights those that a stride writes
         weights = weights._replace(b2=weights.b2 + res_bias)
     for n in range(len(d)):
         mean, rstd = moments(d[n], eps)
-        shortcut = None if kind == "up" else inputs[n] if res_weight is None else linear(inputs[n], res_weight, res_bias)
+        shortcut = None if kind.name == "up" else inputs[n] if res_weight is None else linear(inputs[n], res_weight, res_bias)
         statistics += [mean, rstd, expand(d[n], shortcut, y[n], mean, rstd, weights, reduction)]
-        if kind == "up" and res_weight is not None:
-            even = from_tokens(y[n : n + 1], size)[:, :, ::2, ::2, ::2]
-            even += from_tokens(linear(inputs[n], res_weight)[None], x.shape[2:])
+        if kind.name == "up" and res_weight is not None:
+            reached = kind.strided(from_tokens(y[n : n + 1], size))
+            reached += from_tokens(linear(inputs[n], res_weight)[None], x.shape[2:])
     return y, statistics
 
 # %% ../../nbs/network/20_fused.ipynb #block-function
@@ -559,23 +584,23 @@ def pointwise(
     return from_tokens(F.linear(to_tokens(x), weight, conv.bias), x.shape[2:])
 
 # %% ../../nbs/network/20_fused.ipynb #can-fuse
-def block_kind(conv: Convolution) -> str | None:
-    "What `depthwise` calls this convolution: `same`, `down` or `up`; None if it cannot compute it"
-    kernel = conv.kernel_size[0]
-    usual = kernel % 2 == 1 and conv.kernel_size == (kernel,) * 3 and conv.padding == (kernel // 2,) * 3
+def block_kind(conv: Convolution) -> Kind | None:
+    "What `depthwise` calls this convolution; None if it cannot compute it"
+    usual = all(side % 2 for side in conv.kernel_size) and conv.padding == tuple(side // 2 for side in conv.kernel_size)
     usual &= conv.groups == conv.in_channels == conv.out_channels and conv.padding_mode == "zeros"
     usual &= conv.dilation == (1,) * 3 and not any(conv.output_padding) and conv.bias is not None
-    kinds = {(nn.Conv3d, 1): "same", (nn.Conv3d, 2): "down", (nn.ConvTranspose3d, 2): "up"}
-    return kinds.get((type(conv), conv.stride[0])) if usual and conv.stride == (conv.stride[0],) * 3 else None
+    if not usual or type(conv) not in CONVOLUTIONS:
+        return None
+    return Kind("up" if isinstance(conv, nn.ConvTranspose3d) else "same" if conv.stride == (1, 1, 1) else "down", tuple(conv.stride))
 
 
-def _shortcut_fits(shortcut: Convolution | nn.Identity, kind: str) -> bool:
+def _shortcut_fits(shortcut: Convolution | nn.Identity, kind: Kind) -> bool:
     "Is a shortcut the identity, or a convolution of kernel 1 as its block has it?"
     if isinstance(shortcut, nn.Identity):
-        return kind == "same"
+        return kind.name == "same"
     usual = shortcut.kernel_size == (1,) * 3 and shortcut.padding == (0,) * 3 and shortcut.groups == 1 and shortcut.bias is not None
-    expected = (nn.ConvTranspose3d if kind == "up" else nn.Conv3d, (1 if kind == "same" else 2,) * 3)
-    return usual and expected == (type(shortcut), shortcut.stride) and not any(shortcut.output_padding)
+    expected = nn.ConvTranspose3d if kind.name == "up" else nn.Conv3d, kind.stride
+    return usual and expected == (type(shortcut), tuple(shortcut.stride)) and not any(shortcut.output_padding)
 
 
 def can_fuse(
@@ -610,10 +635,11 @@ def fused_block(
         x = channels_last(x if x.dtype == torch.float64 else x.to(block.conv2.weight.dtype))
         norm, first, second, shortcut, kind = block.norm, block.conv2, block.conv3, block.res_conv, block_kind(block.conv1)
         gamma, beta = (block.grn_gamma.flatten(), block.grn_beta.flatten()) if block.grn else (None, None)
+        assert kind is not None  # `can_fuse` looks at it
         res_weight = res_bias = None
         if not isinstance(shortcut, nn.Identity):
             res_weight, res_bias = shortcut.weight.flatten(1), shortcut.bias
-            res_weight = res_weight.t() if kind == "up" else res_weight
+            res_weight = res_weight.t() if kind.name == "up" else res_weight
         y = Block.apply(
             *(x, res_weight, res_bias, block.conv1.weight, block.conv1.bias, kind, norm.eps, block.grn),
             *(norm.weight, norm.bias, first.weight.flatten(1), first.bias, gamma, beta, second.weight.flatten(1), second.bias),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from .fused import BACKENDS, FusableBlock, Weights, block_kind, channels_last, needs_plain_form
+from .fused import BACKENDS, FusableBlock, Kind, Weights, block_kind, channels_last, needs_plain_form
 from .fused import plain_branch, plain_gradients, relative_norm_gradients, relative_norms
 from torch import Tensor, nn
 
@@ -395,8 +395,8 @@ class Block(torch.autograd.Function):
     "A block without a weighted shortcut, `(N, C, X, Y, Z)` to `(N, out, ...)`, channels last; gradients are exact"
 
     @staticmethod
-    def forward(ctx, x, shortcut, weight, bias, kind, eps, reduction, *weights):
-        d, mean, variance = depthwise_moments(x, weight, bias, kind)
+    def forward(ctx, x, shortcut, weight, bias, kind: Kind, eps, reduction, *weights):
+        d, mean, variance = depthwise_moments(x, weight, bias, kind.name)
         rstd = (variance + eps).rsqrt_()
         y, norms = expand(d, shortcut, mean, rstd, Weights(*weights), reduction)
         ctx.save_for_backward(x, weight, bias, mean, rstd, norms, *weights)
@@ -416,10 +416,10 @@ class Block(torch.autograd.Function):
             d_x, d_weight, d_bias, *found = plain_gradients(again, (x, weight, bias, *weights), grad)
             return d_x, grad if ctx.shortcut else None, d_weight, d_bias, None, None, None, *found
         grad = channels_last(grad)
-        d = depthwise(x, weight, bias, ctx.kind)
+        d = depthwise(x, weight, bias, ctx.kind.name)
         d_d, found = expand_gradients(grad, d, mean, rstd, norms, Weights(*weights), ctx.reduction)
         del d
-        d_x, d_weight = depthwise_gradients(d_d, x, weight, ctx.kind)
+        d_x, d_weight = depthwise_gradients(d_d, x, weight, ctx.kind.name)
         # The norm removes every mean, so the bias before it has no gradient
         return d_x, grad if ctx.shortcut else None, d_weight, torch.zeros_like(bias), None, None, None, *found
 
@@ -430,13 +430,14 @@ def run_block(
 ) -> Tensor:  # Channels last, of the type of `x`
     "`block(x)` by kernels, which must exist for it (`has_kernels`)"
     kind, res, first, second, norm = block_kind(block.conv1), block.res_conv, block.conv2, block.conv3, block.norm
+    assert kind is not None  # `can_fuse` looks at it, and at the biases
     gamma, beta = (block.grn_gamma.flatten(), block.grn_beta.flatten()) if block.grn else (None, None)
     shortcut, added, last = x, None, second.bias
     if not isinstance(res, nn.Identity):
-        assert res.bias is not None and last is not None  # `can_fuse` looks at both
+        assert res.bias is not None and last is not None
         weight = res.weight.flatten(1).to(x.dtype)
-        rows = (x[:, :, ::2, ::2, ::2] if kind == "down" else x).permute(0, 2, 3, 4, 1)
-        if kind == "up":  # Its bias reaches every voxel, its weights every other one
+        rows = (kind.strided(x) if kind.name == "down" else x).permute(0, 2, 3, 4, 1)
+        if kind.name == "up":  # Its bias reaches every voxel, its weights every other one
             shortcut, added, last = None, F.linear(rows, weight.t()).permute(0, 4, 1, 2, 3), last + res.bias
         else:
             shortcut = F.linear(rows, weight, res.bias.to(x.dtype)).permute(0, 4, 1, 2, 3)
@@ -445,7 +446,8 @@ def run_block(
         *(first.weight.flatten(1), first.bias, gamma, beta, second.weight.flatten(1), last),
     )
     if added is not None:
-        y[:, :, ::2, ::2, ::2] += added
+        reached = kind.strided(y)
+        reached += added
     return y
 
 # %% ../../nbs/network/30_kernels.ipynb #backend
@@ -472,10 +474,12 @@ def has_kernels(
     out_channels: int,  # That go out
     ratio: int,  # Expanded channels per incoming channel
     precision: str,  # `fp32`, `bf16` or `fp16`
-    kernel: int = 3,  # Of the depthwise convolution
+    kernel: tuple[int, ...] = (3, 3, 3),  # Of the depthwise convolution, per axis
+    stride: tuple[int, ...] = (1, 1, 1),  # The same
 ) -> bool:
     "Are there kernels for such a block?"
-    return channels in KERNEL_CHANNELS and out_channels in KERNEL_CHANNELS and kernel == 3 and ratio > 0 and precision != "fp32"
+    usual = tuple(kernel) == (3, 3, 3) and tuple(stride) in ((1, 1, 1), (2, 2, 2))
+    return usual and channels in KERNEL_CHANNELS and out_channels in KERNEL_CHANNELS and ratio > 0 and precision != "fp32"
 
 # %% ../../nbs/network/30_kernels.ipynb #triton-block
 def triton_block(
@@ -486,7 +490,7 @@ def triton_block(
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
     channels, out, wide = block.conv1.in_channels, block.conv3.out_channels, block.conv2.out_channels
-    exist = has_kernels(channels, out, wide // channels, precision, block.conv1.kernel_size[0])
+    exist = has_kernels(channels, out, wide // channels, precision, block.conv1.kernel_size, block.conv1.stride)
     # Places within a sample are 32-bit numbers, and weights are `float32`
     usual = 8 * x[0, 0].numel() * max(channels, out) < 2**31 and block.conv2.weight.dtype == torch.float32
     if not (exist and usual and kernels_run_on(x.device)):

@@ -7,6 +7,7 @@ __all__ = ['PRESETS', 'get_arch', 'create_model', 'count_parameters', 'scale', '
 
 # %% ../../nbs/network/60_scaling.ipynb #imports
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -113,11 +114,21 @@ class BlockSize(NamedTuple):
     ratio: int
     outside: int  # Voxels that come in
     inside: int  # Voxels that are expanded
+    out_channels: int
+    kernel: tuple[int, ...] = (3, 3, 3)  # Per axis
+    stride: tuple[int, ...] = (1, 1, 1)  # The same; of a transposed convolution for a block that goes up
 
-    @property
-    def out_channels(self) -> int:
-        "A change of resolution doubles or halves the channels"
-        return 2 * self.channels if self.inside < self.outside else self.channels // 2 if self.inside > self.outside else self.channels
+
+def level_sizes(
+    arch: Arch,  # A network
+    patch: Sequence[int],  # Sides of the volume
+) -> list[tuple[int, ...]]:  # Finest first
+    "Sides of the volume at each level; ValueError for a patch that does not fit"
+    check_input((1, 1, *patch), 1, arch.axis_strides)
+    sizes = [tuple(patch)]
+    for steps in arch.level_strides:
+        sizes.append(tuple(side // step for side, step in zip(sizes[-1], steps)))
+    return sizes
 
 
 def list_blocks(
@@ -125,18 +136,19 @@ def list_blocks(
     patch: tuple[int, int, int],  # Sides of the volume
 ) -> list[BlockSize]:
     "Every block of a network, from the stem to the head; ValueError for a patch that does not fit"
-    levels, channels = arch.levels, arch.channels
+    levels, channels, strides, kernels = arch.levels, arch.channels, arch.level_strides, arch.level_kernels
     blocks: list[BlockSize] = []
-    check_input((1, 1, *patch), 1, arch.stride)
-    voxels = [prod(patch) // 8**level for level in range(levels + 1)]
+    sizes = level_sizes(arch, patch)
+    voxels = list(map(prod, sizes))
     for place, (depth, ratio) in enumerate(zip(arch.depths, arch.ratios)):
         level = min(place, 2 * levels - place)
+        size, kernel = voxels[level], kernels[level]
         if 0 < place <= levels:
-            blocks.append(BlockSize(channels[level - 1], ratio, voxels[level - 1], voxels[level]))
-        if place > levels:  # Its transposed convolution makes 2n - 1 voxels out of n
-            grown = prod(side // 2**level - 1 for side in patch)
-            blocks.append(BlockSize(channels[level + 1], ratio, voxels[level + 1], grown))
-        blocks += [BlockSize(channels[level], ratio, voxels[level], voxels[level])] * depth
+            blocks.append(BlockSize(channels[level - 1], ratio, voxels[level - 1], size, channels[level], kernel, strides[level - 1]))
+        if place > levels:  # Its transposed convolution of stride 2 makes 2n - 1 voxels out of n
+            grown = prod((side - 1) * step + 1 for side, step in zip(sizes[level + 1], strides[level]))
+            blocks.append(BlockSize(channels[level + 1], ratio, voxels[level + 1], grown, channels[level], kernel, strides[level]))
+        blocks += [BlockSize(channels[level], ratio, size, size, channels[level], kernel)] * depth
     return blocks
 
 # %% ../../nbs/network/60_scaling.ipynb #estimate
@@ -163,7 +175,7 @@ PRECISIONS = {"fp32": 4, "bf16": 2, "fp16": 2}  # Bytes per activation
 
 def _plain_bytes(block: BlockSize, grn: str | None, size: int, grad_checkpointing: str) -> tuple[int, int]:
     "Bytes that a sample keeps for backward, and bytes that backward needs on top, in the plain form"
-    channels, ratio, outside, inside = block
+    channels, ratio, outside, inside = block[:4]
     entry, middle = channels * outside * size, channels * inside * size
     expanded = ratio * middle
     everything = entry + channels * inside * 4 + middle + (3 if grn else 2) * expanded
@@ -173,7 +185,7 @@ def _plain_bytes(block: BlockSize, grn: str | None, size: int, grad_checkpointin
 
 def _fused_bytes(block: BlockSize, grn: str | None, batch_size: int) -> tuple[int, int]:
     "The same of a batch in the fused form, in `float32`"
-    channels, ratio, outside, inside = block
+    channels, ratio, outside, inside = block[:4]
     entry, middle, expanded = channels * outside, channels * inside, ratio * channels * inside
     held, stays = expanded <= MAX_HELD, expanded <= MAX_KEPT
     chunk, down = row_chunks(inside, ratio * channels)[0].stop * ratio * channels, inside < outside
@@ -187,7 +199,7 @@ def _fused_bytes(block: BlockSize, grn: str | None, batch_size: int) -> tuple[in
 
 def _kernel_bytes(block: BlockSize, size: int) -> tuple[int, int]:
     "The same of a sample where kernels compute the block"
-    channels, _, outside, inside = block
+    channels, _, outside, inside = block[:4]
     entry, middle, end = channels * outside, channels * inside, block.out_channels * inside
     down = inside < outside
     kept = entry + down * middle  # Of a stride's shortcut, the voxels that it reads
@@ -196,7 +208,7 @@ def _kernel_bytes(block: BlockSize, size: int) -> tuple[int, int]:
 
 def _waiting(arch: Arch, patch: tuple[int, int, int], deep_supervision: bool) -> list[int]:
     "For each block of `list_blocks`: the gradient values that are held, during its backward, for blocks nearer to the input"
-    level_size = [width * prod(patch) // 8**level for level, width in enumerate(arch.channels)]
+    level_size = [width * prod(size) for width, size in zip(arch.channels, level_sizes(arch, patch))]
     waiting = []
     for place, depth in enumerate(arch.depths):
         level = min(place, 2 * arch.levels - place)
@@ -230,7 +242,7 @@ def estimate(
     if fused == "cpu":
         size, costs = 4, [_fused_bytes(block, arch.grn, batch_size) for block in blocks]
     else:
-        kernels = [fused == "cuda" and has_kernels(block.channels, block.out_channels, block.ratio, precision, arch.kernel) for block in blocks]
+        kernels = [fused == "cuda" and has_kernels(block.channels, block.out_channels, block.ratio, precision, block.kernel, block.stride) for block in blocks]
         costs = [
             [batch_size * cost for cost in (_kernel_bytes(block, size) if ours else _plain_bytes(block, arch.grn, size, grad_checkpointing))]
             for block, ours in zip(blocks, kernels)

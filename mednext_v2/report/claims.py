@@ -6,14 +6,16 @@
 __all__ = ['ledger']
 
 # %% ../../nbs/report/30_claims.ipynb #imports
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pandas as pd
 
 from .analysis import effects, group_gains
 from ..core import read_csv, rows_of
+from .power import effect_noise, read_noise
 from .tables import MISSING, backbone_title, sample_counts, published
 from ..evaluation.statistics import select_method, compare, compare_all, means, scratch_predicts
 from ..study.paths import StudyPaths
@@ -32,11 +34,19 @@ class Evidence:
     effect: float  # In the claim's unit
     low: float  # Ends of its 95 % interval
     high: float
-    holds: bool  # Whether the rule is fulfilled
     seeds: int
     cases: int
     tasks: int
     detail: str = ""  # What the effect is of, in words
+    margin: float | None = None  # The rule asks for an interval within this distance of zero; if None, for one above zero
+    besides: bool = True  # Whether the rest of the rule is fulfilled
+    in_dsc: bool = True  # Whether the effect is a difference of mean DSC
+
+    @property
+    def holds(self) -> bool:
+        "Whether the rule is fulfilled"
+        inside = self.low > 0 if self.margin is None else -self.margin < self.low and self.high < self.margin
+        return bool(inside and self.besides)
 
     @property
     def enough(self) -> bool:
@@ -97,9 +107,8 @@ def best_beats_unet(tables: dict[str, pd.DataFrame]) -> Evidence | None:
         return None
     found = compare_all(scores, ["backbone"], against={"backbone": "unet"})
     best = next(rows_of(found.iloc[[int(found.difference.argmax())]]))
-    holds = bool(best.low > 0 and best.p_holm < 0.05)
     detail = f"{backbone_title(best.a)} less {backbone_title('unet')}, DSC from scratch"
-    return Evidence(best.difference, best.low, best.high, holds, **evidence_counts(scores), detail=detail)
+    return Evidence(best.difference, best.low, best.high, **evidence_counts(scores), detail=detail, besides=bool(best.p_holm < 0.05))
 
 
 def scratch_predicts_pretrained(tables: dict[str, pd.DataFrame]) -> Evidence | None:
@@ -110,7 +119,7 @@ def scratch_predicts_pretrained(tables: dict[str, pd.DataFrame]) -> Evidence | N
     _, coefficients = scratch_predicts(both)
     row = next(rows_of(coefficients[coefficients.coefficient == "Pearson"]))
     detail = f"Pearson's correlation over {row.backbones} backbones"
-    return Evidence(row.value, row.low, row.high, bool(row.low > 0), **evidence_counts(both), detail=detail)
+    return Evidence(row.value, row.low, row.high, **evidence_counts(both), detail=detail, in_dsc=False)
 
 
 def grn_and_scaling_help(tables: dict[str, pd.DataFrame]) -> Evidence | None:
@@ -127,8 +136,7 @@ def grn_and_scaling_help(tables: dict[str, pd.DataFrame]) -> Evidence | None:
     row, numbers = parts[weaker]
     detail = "; ".join(f"{row.variant} less {row.reference} {100 * row.difference:+.1f} points" for row, _ in parts.values())
     least = {key: min(numbers[key] for _, numbers in parts.values()) for key in numbers}
-    holds = all(row.low > 0 for row, _ in parts.values())
-    return Evidence(row.difference, row.low, row.high, holds, **least, detail=f"the weaker of: {detail}")
+    return Evidence(row.difference, row.low, row.high, **least, detail=f"the weaker of: {detail}")
 
 # %% ../../nbs/report/30_claims.ipynb #rules-pretrained
 def beats_released_models(tables: dict[str, pd.DataFrame]) -> Evidence | None:
@@ -145,7 +153,7 @@ def beats_released_models(tables: dict[str, pd.DataFrame]) -> Evidence | None:
     found = [compare(rows, {"method": "ours"}, {"method": other}) | {"other": other} for other in others]
     worst = min(found, key=lambda one: one["difference"])
     detail = f"ours less {worst['other']}, the best of {len(others)} released models"
-    return Evidence(worst["difference"], worst["low"], worst["high"], worst["low"] > 0, **evidence_counts(rows), detail=detail)
+    return Evidence(worst["difference"], worst["low"], worst["high"], **evidence_counts(rows), detail=detail)
 
 
 def stronger_backbone_wins(tables: dict[str, pd.DataFrame]) -> Evidence | None:
@@ -158,7 +166,7 @@ def stronger_backbone_wins(tables: dict[str, pd.DataFrame]) -> Evidence | None:
     found = compare(later, {"backbone": best}, {"backbone": worst})
     both = later[later.backbone.isin([best, worst])]
     detail = f"{backbone_title(best)} less {backbone_title(worst)} after pretraining; the order is that from scratch"
-    return Evidence(found["difference"], found["low"], found["high"], found["low"] > 0, **evidence_counts(both), detail=detail)
+    return Evidence(found["difference"], found["low"], found["high"], **evidence_counts(both), detail=detail)
 
 # %% ../../nbs/report/30_claims.ipynb #rules-gains
 def pathology_gains_more(tables: dict[str, pd.DataFrame]) -> Evidence | None:
@@ -168,7 +176,7 @@ def pathology_gains_more(tables: dict[str, pd.DataFrame]) -> Evidence | None:
         return None
     gained = group_gains(table, {"variant": "compound"}, {"variant": "base"})
     row = next(rows_of(gained[gained.group == "difference"]))
-    return Evidence(row.gain, row.low, row.high, bool(row.low > 0), **evidence_counts(table), detail="gain of pathology less gain of organs, DSC")
+    return Evidence(row.gain, row.low, row.high, **evidence_counts(table), detail="gain of pathology less gain of organs, DSC")
 
 
 def modalities_agree(tables: dict[str, pd.DataFrame]) -> Evidence | None:
@@ -178,10 +186,9 @@ def modalities_agree(tables: dict[str, pd.DataFrame]) -> Evidence | None:
     if not {"ct_full", "mr_full"} <= set(table.variant):
         return None
     found = compare(table, {"variant": "ct_full"}, {"variant": "mr_full"})
-    holds = -MARGIN < found["low"] and found["high"] < MARGIN
     used = select_method(table, {"variant": "ct_full"})
     detail = "CT- less MR-pretrained, all weights fine-tuned; negligible is within 1 point"
-    return Evidence(found["difference"], found["low"], found["high"], holds, **evidence_counts(used), detail=detail)
+    return Evidence(found["difference"], found["low"], found["high"], **evidence_counts(used), detail=detail, margin=MARGIN)
 
 # %% ../../nbs/report/30_claims.ipynb #claim-class
 @dataclass(frozen=True)
@@ -253,15 +260,30 @@ def reported(
         words.append(f"{model}{f' at {patch}³' if patch else ''} ({start}{on}) {part.iloc[0].value:.2f}")
     return "; ".join(words) or MISSING
 
+# %% ../../nbs/report/30_claims.ipynb #add-noise
+def add_noise(
+    found: Evidence,
+    noise: pd.DataFrame,  # From `power.read_noise`
+) -> Evidence:
+    "Evidence whose interval holds what instructions and, with a single seed, the seed change in a difference of mean DSC"
+    if not found.in_dsc or pd.isna(found.low):
+        return found
+    sd = effect_noise(noise, found.seeds, found.tasks)
+    down, up = (math.hypot(end - found.effect, 1.96 * sd) for end in (found.low, found.high))
+    return replace(found, low=found.effect - down, high=found.effect + up)
+
 # %% ../../nbs/report/30_claims.ipynb #ledger
 def ledger(
     tables: dict[str, pd.DataFrame],  # scores and ablations of a profile
     profile: str,
+    noise: pd.DataFrame | None = None,  # As from `power.read_noise`, which is read if not given
 ) -> pd.DataFrame:  # One row per claim
     "All claims: what the paper reports, what was found here, and the verdict"
     known, rows = published(), []
+    noise = read_noise() if noise is None else noise
     for claim in CLAIMS:
         found = claim.rule(tables)
+        found = add_noise(found, noise) if found and profile != "paper" else found
         numbers = (
             dict(effect=found.effect, low=found.low, high=found.high, of=found.detail, seeds=found.seeds, cases=found.cases, tasks=found.tasks)
             if found
