@@ -32,7 +32,7 @@ $(PIPELINE): settings.ini setup.py pyproject.toml constraints.txt benchmarks/pee
 	@touch $(PIPELINE)
 
 $(READY): $(PIPELINE)
-	$(PIP) -e '.[train,convert,remote,cluster,pipeline,dev]'
+	$(PIP) -e '.[train,convert,dicom,remote,cluster,pipeline,dev]'
 	$(PIP) --no-deps -r benchmarks/peers.txt
 	@touch $(READY)
 

@@ -367,6 +367,7 @@ def predict(options: argparse.Namespace) -> str:
     "Label a scan or a folder of scans, each on its own grid; skip scans that already have a label map"
     from mednext_v2.inference.predictor import PredictSettings
     from mednext_v2.inference.files import predict_files
+    from mednext_v2.integrations.dicom import is_dicom, predict_dicom
     from mednext_v2.zoo.catalogue import find_fetched
 
     roi = options.roi
@@ -375,16 +376,14 @@ def predict(options: argparse.Namespace) -> str:
     chosen = PredictSettings(
         tta=options.tta, fast=options.fast, folds=tuple(options.folds), head=options.head, device=options.device, memory=options.memory, half=options.half
     )
-    predict_files(
-        [find_fetched(model, imported=True) for model in options.model],
-        options.input,
-        options.output,
-        chosen,
-        roi or None,
-        options.save_probabilities,
-        options.overwrite,
-        progress=True,
-    )
+    models = [find_fetched(model, imported=True) for model in options.model]
+    results = [name for name in ("seg", "rtstruct") if getattr(options, f"dicom_{name}")]
+    if results or options.series or is_dicom(options.input):
+        written = predict_dicom(
+            models, options.input, options.output, chosen, options.series, results, roi or None, options.save_probabilities, options.overwrite
+        )
+        return f"wrote {', '.join(map(str, written))}"
+    predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
     return f"wrote {options.output}"
 
 
@@ -690,7 +689,7 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add("predict", predict, text, "predict -m models/spleen -i scan.nii.gz -o labels.nii.gz")
     model = "model folder, folder with fold_0, fold_1, ..., or owner/name on the Hugging Face Hub; several models are averaged as an ensemble"
     command.add_argument("-m", "--model", type=Path, nargs="+", required=True, help=model)
-    scans = "scan, or folder of scans; the channels of a case end in _0000, _0001, ... as in nnU-Net"
+    scans = "scan, folder of scans (the channels of a case end in _0000, _0001, ... as in nnU-Net), or folder with a DICOM series"
     command.add_argument("-i", "--input", type=Path, required=True, help=scans)
     command.add_argument("-o", "--output", type=Path, required=True, help="label map to write, or folder for label maps")
     add_device_option(command)
@@ -701,6 +700,10 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--head", metavar="NAME", help=head)
     roi = "region to segment: a mask, a folder of masks, or x0 x1 y0 y1 z0 z1; everything outside becomes background"
     command.add_argument("--roi", nargs="+", metavar="ROI", help=roi)
+    series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
+    command.add_argument("--series", nargs="+", default=[], metavar="N", help=series)
+    command.add_argument("--dicom-seg", action="store_true", help="also write a DICOM segmentation, if the input is DICOM")
+    command.add_argument("--rtstruct", dest="dicom_rtstruct", action="store_true", help="also write a DICOM structure set, if the input is DICOM")
     command.add_argument("--save-probabilities", action="store_true", help="also write the class probabilities")
     command.add_argument("--overwrite", action="store_true", help="segment scans again that already have a label map")
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
