@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from .core import ItemsFailed, Resources, check_writable, find_device, read_csv, versions
+from .core import ItemsFailed, Resources, check_writable, find_device, read_csv, require_extra, versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -279,6 +279,7 @@ def train(options: argparse.Namespace) -> str:
     from mednext_v2.core import check_output
     from mednext_v2.models.card import MODEL_FOLDER, read_card
 
+    require_extra("train", "training")
     check_output(options.out, MODEL_FOLDER)
     if options.parent:
         options.parent = find_fetched(options.parent, imported=True)
@@ -320,6 +321,9 @@ def finetune(options: argparse.Namespace) -> str:
     from mednext_v2.training.recipe import get_recipe
     from mednext_v2.evaluation.statistics import means
 
+    require_extra("train", "fine-tuning")
+    if options.html:
+        require_extra("review", "the page of --html")
     recipe = get_recipe(options.recipe, **dict(parse_pair(pair) for pair in options.recipe_set))
     resolve_training_device(recipe, options.device)
     try:
@@ -343,9 +347,9 @@ def finetune(options: argparse.Namespace) -> str:
         )
     except RunEnded as ended:
         exit_ended(ended)
-    page = f", {review_scores(options.out)}" if options.html else ""
     shown = means(table, ["split", "label"], ["dsc", "nsd", "hd95"], order=("case",))
-    print(shown.to_string(index=False, float_format="{:.3f}".format))
+    print(shown.to_string(index=False, float_format="{:.3f}".format), flush=True)
+    page = f", {review_scores(options.out)}" if options.html else ""
     return f"{options.out / 'model'}, {options.out / 'scores.csv'}{page}; next: mednextv2 predict -m {options.out / 'model'} ..."
 
 
@@ -389,6 +393,8 @@ def evaluate(options: argparse.Namespace) -> str:
     from mednext_v2.evaluation.metrics import evaluate as score
     from mednext_v2.evaluation.statistics import means
 
+    if options.html:
+        require_extra("review", "the page of --html")
     out = options.out or options.predictions.parent / f"{options.predictions.name}_scores"
     dataset = scored_dataset(options.task, *description_folders(options.predictions, options.truths))
     print("\n".join(f"{name:30} {rule}" for name, rule in conventions(dataset, options.tolerance).items()))
@@ -400,13 +406,13 @@ def evaluate(options: argparse.Namespace) -> str:
             raise
         failed = error
     table = read_csv(out / "scores.csv")
+    shown = means(table, ["label"], ["dsc", "nsd", "hd95"], order=("case",))
+    print(shown.to_string(index=False, float_format="{:.3f}".format), flush=True)
     if options.html:
         from mednext_v2.evaluation.review import review
 
         page = out / "review.html"
         review(table, options.predictions, options.truths, options.images, page, dataset, tolerance=options.tolerance)
-    shown = means(table, ["label"], ["dsc", "nsd", "hd95"], order=("case",))
-    print(shown.to_string(index=False, float_format="{:.3f}".format))
     if failed:
         raise failed
     return f"scores.csv, summary.json{' and review.html' if options.html else ''} are in {out}"
@@ -460,6 +466,7 @@ def export(options: argparse.Namespace) -> str:
 # %% ../nbs/90_cli.ipynb #pipeline-commands
 def plan(options: argparse.Namespace) -> str:
     "Forecast a profile: runs, memory, storage, and A100 hours extrapolated from a published training"
+    require_extra("pipeline", "the plan of a profile")
     from mednext_v2.report.forecast import forecast_summary, forecast_table
 
     table = forecast_table(options.profile)
