@@ -36,6 +36,7 @@ HOMES = {
     "factory": ["create_model", "list_models"],
     "finetuning": ["FinetuneOptions", "finetune"],
     "integrations.hub": ["from_pretrained", "push_to_hub"],
+    "integrations.dicom": ["predict_dicom"],
 }
 HOME_OF = {name: module for module, names in HOMES.items() for name in names}
 

@@ -231,18 +231,19 @@ def _waiting(arch: Arch, patch: tuple[int, int, int], deep_supervision: bool) ->
     return waiting
 
 # %% ../../nbs/network/60_scaling.ipynb #estimate-part
-def step_sizes(
-    arch: Arch,  # As in `estimate`, like all that follow
-    patch: tuple[int, int, int],
-    batch_size: int = 1,
-    precision: str = "fp32",
-    grad_checkpointing: str = "none",
-    in_channels: int = 1,
-    num_classes: int = 3,
-    deep_supervision: bool = False,
-    fused: str | None = None,
-) -> tuple[MedNeXt, dict[str, int]]:  # The network on the meta device; the fields of `Estimate` but for its FLOPs
-    "Parameters and bytes of a training step"
+def estimate(
+    arch: Arch,  # The network
+    patch: tuple[int, int, int],  # Sides of a training patch
+    batch_size: int = 1,  # Patches per step
+    precision: str = "fp32",  # `fp32`, or autocast to `bf16` or `fp16`
+    grad_checkpointing: str = "none",  # `none`, `expansion` or `block`
+    in_channels: int = 1,  # Channels of the image
+    num_classes: int = 3,  # Classes, background included
+    deep_supervision: bool = False,  # A head at every level?
+    fused: str | None = None,  # Form of blocks: `cpu` (`float32`, whatever is recomputed), `cuda` (where there are kernels), None for plain
+    flops: bool = True,  # Count them, which takes most of the time? Else 0
+) -> Estimate:
+    "What a training step costs, from sizes alone; ValueError for an unknown choice or a patch that does not fit"
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if fused not in (None, "cpu", "cuda"):
@@ -266,30 +267,15 @@ def step_sizes(
     sizes = [4 * count_parameters(module) for module in model.modules() if isinstance(module, MedNeXtBlock)]
     moments = (sum(kept[: place + 2]) + working + waiting[place] + sum(sizes[place + 1 :]) for place, (_, working) in enumerate(costs))
     parameters, activations, peak = count_parameters(model), sum(kept) + head, max(moments)
-    return model, dict(
+    return Estimate(
         parameters=parameters,
+        flops=batch_size * count_flops(model, patch) if flops else 0,
         weight_bytes=parameters * (4 if precision == "fp32" else 6),
         gradient_bytes=parameters * 4,
         optimizer_bytes=parameters * 8,
         activation_bytes=activations,
         working_bytes=max(peak - activations - 4 * parameters, 0),
     )
-
-# %% ../../nbs/network/60_scaling.ipynb #estimate-whole
-def estimate(
-    arch: Arch,  # The network
-    patch: tuple[int, int, int],  # Sides of a training patch
-    batch_size: int = 1,  # Patches per step
-    precision: str = "fp32",  # `fp32`, or autocast to `bf16` or `fp16`
-    grad_checkpointing: str = "none",  # `none`, `expansion` or `block`
-    in_channels: int = 1,  # Channels of the image
-    num_classes: int = 3,  # Classes, background included
-    deep_supervision: bool = False,  # A head at every level?
-    fused: str | None = None,  # Form of blocks: `cpu` (`float32`, whatever is recomputed), `cuda` (where there are kernels), None for plain
-) -> Estimate:
-    "What a training step costs, from sizes alone; ValueError for an unknown choice or a patch that does not fit"
-    model, sizes = step_sizes(arch, patch, batch_size, precision, grad_checkpointing, in_channels, num_classes, deep_supervision, fused)
-    return Estimate(flops=batch_size * count_flops(model, patch), **sizes)
 
 # %% ../../nbs/network/60_scaling.ipynb #meter
 def _tensors(tree: object) -> list[Tensor]:
@@ -419,11 +405,11 @@ def arch_for_data(
     if len(spacing) != 3 or len(shape) != 3 or not min(spacing) > 0 or min(shape) < 1:
         raise ValueError(f"spacing and shape must be three positive numbers each, got {tuple(spacing)} and {tuple(shape)}")
     base = get_arch(arch) if isinstance(arch, str) else arch
-    options = {"deep_supervision": True, "fused": "cuda"} | options | {"batch_size": batch_size, "precision": precision}
+    options = {"deep_supervision": True, "fused": "cuda"} | options | {"batch_size": batch_size, "precision": precision, "flops": False}
     edge = 256 * prod(spacing) ** (1 / 3)
     sides = [max(1, min(round(edge / gap), side)) for gap, side in zip(spacing, shape)]
     planned, patch = arch_for_patch(base, spacing, sides)
-    while (needed := Estimate(flops=0, **step_sizes(planned, patch, **options)[1]).total_bytes) > memory:
+    while (needed := estimate(planned, patch, **options).total_bytes) > memory:
         try:
             planned, patch = smaller_patch(base, spacing, shape, planned, patch)
         except ValueError:
