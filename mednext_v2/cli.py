@@ -734,15 +734,16 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--head", metavar="NAME", help=head)
     roi = "region to segment: a mask, a folder of masks, or x0 x1 y0 y1 z0 z1; everything outside becomes background"
     command.add_argument("--roi", nargs="+", metavar="ROI", help=roi)
-    series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
-    command.add_argument("--series", nargs="+", default=[], metavar="N", help=series)
-    command.add_argument("--dicom-seg", action="store_true", help="also write a DICOM segmentation, if the input is DICOM")
-    command.add_argument("--rtstruct", dest="dicom_rtstruct", action="store_true", help="also write a DICOM structure set, if the input is DICOM")
     command.add_argument("--save-probabilities", action="store_true", help="also write the class probabilities")
     command.add_argument("--overwrite", action="store_true", help="segment scans again that already have a label map")
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
+    group = command.add_argument_group("a folder of DICOM")
+    series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
+    group.add_argument("--series", nargs="+", default=[], metavar="N", help=series)
+    group.add_argument("--dicom-seg", action="store_true", help="also write a DICOM segmentation")
+    group.add_argument("--rtstruct", dest="dicom_rtstruct", action="store_true", help="also write a DICOM structure set")
 
 # %% ../nbs/90_cli.ipynb #nnunet-options
 def add_nnunet_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
