@@ -36,23 +36,25 @@ def info(options: argparse.Namespace) -> str:
         return describe(options.what, **checkpoint_options(options))
     import pandas as pd
 
+    from mednext_v2.factory import list_models
     from mednext_v2.models.registry import backbone_table, get_backbone
-    from mednext_v2.network.scaling import PRESETS, get_arch, overview
+    from mednext_v2.network.scaling import PRESETS, get_arch, overview, parse_name
 
     tables = []
     sides: list[int] = options.patch or [128]
+    names = list_models(options.what) if options.what and set(options.what) & set("*?[") else []
     for side in sides:
-        if options.what and options.what not in PRESETS:
-            if "/" in options.what or "." in options.what:
-                raise FileNotFoundError(f"{options.what} does not exist")
-            backbone = get_backbone(options.what).name
-            hint = backbone.removeprefix("mednext_").removeprefix("v2_")
-            reason = f"has it in `mednextv2 info {hint}`" if hint in PRESETS else "is no size of MedNeXt, whose training alone is estimated"
-            refuse_ignored([option for option in given if option != "patch"], backbone, reason)
-            table = backbone_table((side,) * 3, names=(backbone,))
-        else:
+        if not options.what or parse_name(options.what):
             archs = {name: get_arch(name) for name in ([options.what] if options.what else PRESETS)}
             table = overview(archs, (side, side, side), batch_size=options.batch_size or 2, precision=options.precision or "bf16")
+        else:
+            if not names and ("/" in options.what or "." in options.what):
+                raise FileNotFoundError(f"{options.what} does not exist")
+            found = names or [get_backbone(options.what).name]
+            refuse_ignored(
+                [option for option in given if option != "patch"], ", ".join(found), "is no single size of MedNeXt, whose training alone is estimated"
+            )
+            table = backbone_table((side,) * 3, names=tuple(found))
         tables.append(table.assign(patch=f"{side}³").reset_index())
     return pd.concat(tables).to_string(index=False, float_format="{:,.1f}".format)
 
@@ -541,7 +543,11 @@ def add_checkpoint_options(command: argparse.ArgumentParser) -> None:
 # %% ../nbs/90_cli.ipynb #training-options
 def add_recipe_options(command: argparse.ArgumentParser, source: str) -> None:
     group = command.add_argument_group("network and recipe")
-    group.add_argument("--backbone", metavar="NAME", help=f"network to train (default: that of {source}, else mednext_v2_base)")
+    group.add_argument(
+        "--backbone",
+        metavar="NAME",
+        help=f"network to train, such as base or resenc_l; `info '*'` lists them (default: that of {source}, else mednext_v2_base)",
+    )
     changes = "change the network, e.g. width=16 or grad_checkpointing=auto"
     group.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=changes)
     group.add_argument("--recipe", default="finetune", metavar="NAME", help="pretrain, finetune, v1, nnunet, quick or smoke (default: finetune)")
@@ -613,7 +619,11 @@ def add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     "Networks and weights"
     example = "info model.pth, or: mednextv2 info base --patch 128 192"
     command = add("info", info, "Show what a checkpoint holds, or what networks cost.", example)
-    command.add_argument("what", nargs="?", help="file or folder of weights, or name of a network (default: all sizes of MedNeXt)")
+    command.add_argument(
+        "what",
+        nargs="?",
+        help="file or folder of weights, or name of a network, such as base, or a pattern, such as 'mednext*' (default: all sizes of MedNeXt)",
+    )
     command.add_argument("--patch", type=int, nargs="+", metavar="N", help="side lengths of the patch (default: 128)")
     command.add_argument("--batch-size", type=at_least(1), metavar="N", help="patches per training batch, for the sizes of MedNeXt (default: 2)")
     command.add_argument("--precision", choices=["fp32", "bf16"], help="precision of training, for the sizes of MedNeXt (default: bf16)")
