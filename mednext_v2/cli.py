@@ -36,23 +36,25 @@ def info(options: argparse.Namespace) -> str:
         return describe(options.what, **checkpoint_options(options))
     import pandas as pd
 
+    from mednext_v2.factory import list_models
     from mednext_v2.models.registry import backbone_table, get_backbone
-    from mednext_v2.network.scaling import PRESETS, get_arch, overview
+    from mednext_v2.network.scaling import PRESETS, get_arch, overview, parse_name
 
     tables = []
     sides: list[int] = options.patch or [128]
+    names = list_models(options.what) if options.what and set(options.what) & set("*?[") else []
     for side in sides:
-        if options.what and options.what not in PRESETS:
-            if "/" in options.what or "." in options.what:
-                raise FileNotFoundError(f"{options.what} does not exist")
-            backbone = get_backbone(options.what).name
-            hint = backbone.removeprefix("mednext_").removeprefix("v2_")
-            reason = f"has it in `mednextv2 info {hint}`" if hint in PRESETS else "is no size of MedNeXt, whose training alone is estimated"
-            refuse_ignored([option for option in given if option != "patch"], backbone, reason)
-            table = backbone_table((side,) * 3, names=(backbone,))
-        else:
+        if not options.what or parse_name(options.what):
             archs = {name: get_arch(name) for name in ([options.what] if options.what else PRESETS)}
             table = overview(archs, (side, side, side), batch_size=options.batch_size or 2, precision=options.precision or "bf16")
+        else:
+            if not names and ("/" in options.what or "." in options.what):
+                raise FileNotFoundError(f"{options.what} does not exist")
+            found = names or [get_backbone(options.what).name]
+            refuse_ignored(
+                [option for option in given if option != "patch"], ", ".join(found), "is no single size of MedNeXt, whose training alone is estimated"
+            )
+            table = backbone_table((side,) * 3, names=tuple(found))
         tables.append(table.assign(patch=f"{side}³").reset_index())
     return pd.concat(tables).to_string(index=False, float_format="{:,.1f}".format)
 
@@ -554,7 +556,8 @@ def add_checkpoint_options(command: argparse.ArgumentParser) -> None:
 def add_recipe_options(command: argparse.ArgumentParser, source: str, recipe: str | None = "finetune") -> None:
     group = command.add_argument_group("network and recipe")
     by_machine = "" if recipe else " on a GPU; without one, and with no --recipe, mednext_v2_tiny"
-    group.add_argument("--backbone", metavar="NAME", help=f"network to train (default: that of {source}, else mednext_v2_base{by_machine})")
+    text = f"network to train, such as base or resenc_l; `info '*'` lists them (default: that of {source}, else mednext_v2_base{by_machine})"
+    group.add_argument("--backbone", metavar="NAME", help=text)
     changes = "change the network, e.g. width=16 or grad_checkpointing=auto"
     group.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=changes)
     default = recipe or "finetune on a GPU or with a model; else quick with what steps an hour allows"
@@ -627,7 +630,11 @@ def add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     "Networks and weights"
     example = "info model.pth, or: mednextv2 info base --patch 128 192"
     command = add("info", info, "Show what a checkpoint holds, or what networks cost.", example)
-    command.add_argument("what", nargs="?", help="file or folder of weights, or name of a network (default: all sizes of MedNeXt)")
+    command.add_argument(
+        "what",
+        nargs="?",
+        help="file or folder of weights, or name of a network, such as base, or a pattern, such as 'mednext*' (default: all sizes of MedNeXt)",
+    )
     command.add_argument("--patch", type=int, nargs="+", metavar="N", help="side lengths of the patch (default: 128)")
     command.add_argument("--batch-size", type=at_least(1), metavar="N", help="patches per training batch, for the sizes of MedNeXt (default: 2)")
     command.add_argument("--precision", choices=["fp32", "bf16"], help="precision of training, for the sizes of MedNeXt (default: bf16)")
@@ -749,15 +756,16 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--head", metavar="NAME", help=head)
     roi = "region to segment: a mask, a folder of masks, or x0 x1 y0 y1 z0 z1; everything outside becomes background"
     command.add_argument("--roi", nargs="+", metavar="ROI", help=roi)
-    series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
-    command.add_argument("--series", nargs="+", default=[], metavar="N", help=series)
-    command.add_argument("--dicom-seg", action="store_true", help="also write a DICOM segmentation, if the input is DICOM")
-    command.add_argument("--rtstruct", dest="dicom_rtstruct", action="store_true", help="also write a DICOM structure set, if the input is DICOM")
     command.add_argument("--save-probabilities", action="store_true", help="also write the class probabilities")
     command.add_argument("--overwrite", action="store_true", help="segment scans again that already have a label map")
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
+    group = command.add_argument_group("a folder of DICOM")
+    series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
+    group.add_argument("--series", nargs="+", default=[], metavar="N", help=series)
+    group.add_argument("--dicom-seg", action="store_true", help="also write a DICOM segmentation")
+    group.add_argument("--rtstruct", dest="dicom_rtstruct", action="store_true", help="also write a DICOM structure set")
 
 # %% ../nbs/90_cli.ipynb #nnunet-options
 def add_nnunet_commands(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -46,6 +46,7 @@ LOADS = {
     "evaluation.statistics": "numpy pandas scipy",
     "zoo.importers": "numpy pandas torch",
     "zoo.catalogue": TABLE,
+    "factory": NETWORK,
     "finetuning": f"{SCANS} torch",
     "integrations.hub": "numpy pandas torch",
     "integrations.dicom": f"{SCANS} torch",
