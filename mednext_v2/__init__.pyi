@@ -2,18 +2,16 @@
 from .core import Resources as Resources
 from .network.grn import GRN3d as GRN3d
 from .network.blocks import MedNeXtBlock as MedNeXtBlock
-from .network.mednext import Arch as Arch
 from .network.mednext import MedNeXt as MedNeXt
 from .network.mednext import pad_to_stride as pad_to_stride
 from .network.scaling import PRESETS as PRESETS
-from .network.scaling import create_model as create_model
+from .network.scaling import Arch as Arch
 from .network.scaling import scale as scale
 from .network.scaling import count_parameters as count_parameters
 from .network.scaling import estimate as estimate
 from .models.card import Card as Card
 from .models.card import save_model as save_model
 from .models.registry import backbone_table as backbone_table
-from .models.registry import create as create
 from .models.registry import declare as declare
 from .models.registry import load_model as load_model
 from .models.transfer import Start as Start
@@ -47,10 +45,13 @@ from .evaluation.statistics import compare as compare
 from .zoo.importers import import_model as import_model
 from .zoo.catalogue import fetch as fetch
 from .zoo.catalogue import zoo_table as zoo_table
+from .factory import create_model as create_model
+from .factory import list_models as list_models
 from .finetuning import FinetuneOptions as FinetuneOptions
 from .finetuning import finetune as finetune
 from .integrations.hub import from_pretrained as from_pretrained
 from .integrations.hub import push_to_hub as push_to_hub
+from .integrations.dicom import predict_dicom as predict_dicom
 
 __version__: str
 __all__: list[str]

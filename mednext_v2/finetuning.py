@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 
-from .core import Resources, check_output, short_hash, output_lock, read_csv, read_json, write_json
+from .core import Resources, check_output, output_lock, read_csv, read_json, require_extra, short_hash, write_json
 from .evaluation.cases import predict_cases, record_scores, score_cases, write_scores
 from .training.monitor import Display
 from .training.checkpoint import describe_differences
@@ -58,25 +58,6 @@ def check_raw(raw: Path, workers: int = 1) -> str:  # The verdict
         raise ValueError(f"{raw} is {report.verdict}; first {first.file}: {first.what}; all of them: mednextv2 doctor --data {raw}")
     return report.verdict
 
-# %% ../nbs/60_finetuning.ipynb #parent-folder
-def find_checkpoint(
-    model: Path,  # A file, or a folder
-) -> Path:
-    "The checkpoint to import: what is given, or the only one in a folder, such as one of the zoo. ValueError for none or several"
-    from mednext_v2.zoo.importers import weights_kind
-
-    try:
-        weights_kind(model)
-        return model
-    except ValueError as error:
-        found = sorted({path.parent for path in model.rglob("plans.json") if (path.parent / "dataset.json").is_file()})
-        endings = (".pth", ".pt", ".safetensors", ".model", ".bin", ".ckpt")
-        found = found or sorted(path for path in model.rglob("*") if path.name.endswith(endings))
-        if len(found) == 1:
-            return found[0]
-        names = ", ".join(str(path.relative_to(model)) for path in found[:5])
-        raise ValueError(f"{error}; it has {len(found)} checkpoints {names}: name the one to start from") from None
-
 # %% ../nbs/60_finetuning.ipynb #parent-folder-part
 def import_parent(
     model: str | Path,  # Model folder, foreign checkpoint, or name of a fetched model of the zoo
@@ -84,7 +65,7 @@ def import_parent(
     **reading,  # Of `importers.import_checkpoint`: trust, fold, prefix, grn
 ) -> Path:  # Model folder
     "The model to start from as a model folder; ValueError says what a foreign checkpoint leaves open"
-    from mednext_v2.zoo.importers import import_model
+    from mednext_v2.zoo.importers import find_checkpoint, import_model
     from mednext_v2.zoo.catalogue import find_fetched, weights_source
 
     model, parent = find_fetched(model), Path(out) / "parent"
@@ -150,6 +131,11 @@ class FinetunePlan:
     overrides: dict  # Changes to the backbone's published size
     start: Start  # The parent as a model folder
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        from mednext_v2.models.registry import get_backbone
+
+        object.__setattr__(self, "backbone", get_backbone(self.backbone).name)  # However it was written
 
     @property
     def network(self) -> dict:
@@ -312,6 +298,7 @@ def finetune(
     is too small, or a folder that holds the results of another request."""
     from mednext_v2.training.recipe import get_recipe
 
+    require_extra("train", "fine-tuning")
     out, report = Path(out), options.report
     check_folder(out)
     start = start if isinstance(start, Start) else Start(None if start is None else str(start))

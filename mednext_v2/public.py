@@ -13,10 +13,10 @@ HOMES = {
     "core": ["Resources"],
     "network.grn": ["GRN3d"],
     "network.blocks": ["MedNeXtBlock"],
-    "network.mednext": ["Arch", "MedNeXt", "pad_to_stride"],
-    "network.scaling": ["PRESETS", "create_model", "scale", "count_parameters", "estimate"],
+    "network.mednext": ["MedNeXt", "pad_to_stride"],
+    "network.scaling": ["PRESETS", "Arch", "scale", "count_parameters", "estimate"],
     "models.card": ["Card", "save_model"],
-    "models.registry": ["backbone_table", "create", "declare", "load_model"],
+    "models.registry": ["backbone_table", "declare", "load_model"],
     "models.transfer": ["Start", "freeze", "transfer"],
     "data.datasets": ["Dataset", "get_dataset", "raw_dataset"],
     "data.preprocess": ["Prepared", "prepare"],
@@ -33,8 +33,10 @@ HOMES = {
     "evaluation.statistics": ["bootstrap", "compare"],
     "zoo.importers": ["import_model"],
     "zoo.catalogue": ["fetch", "zoo_table"],
+    "factory": ["create_model", "list_models"],
     "finetuning": ["FinetuneOptions", "finetune"],
     "integrations.hub": ["from_pretrained", "push_to_hub"],
+    "integrations.dicom": ["predict_dicom"],
 }
 HOME_OF = {name: module for module, names in HOMES.items() for name in names}
 

@@ -338,7 +338,8 @@ def test_captions_name_profile_and_n():
     scores = make_scores()
     words = caption("Scores.", "mini", scores)
     assert words == (
-        "Scores. Profile mini: small networks on deformed real scans; not comparable with the reported column. n = 2 tasks, 8 test cases, 5 classes, 1 seed."
+        "Scores. Profile mini: small networks, a minute of training, deformed real scans: too little to show an effect; not comparable "
+        "with the reported column. n = 2 tasks, 8 test cases, 5 classes, 1 seed."
     )
     assert "the numbers mean nothing" in caption("Scores", "smoke", scores)
     assert "not comparable" in caption("Scores", "study", scores)
@@ -540,7 +541,9 @@ def test_main_table_notebook(project):
     mean = summary(names["scores"], ["backbone", "init"])
     assert saved.mean_nsd.dropna().tolist() == pytest.approx(mean.nsd.tolist(), rel=1e-5)
     html = (project / "results/mini/main_table/main_table.html").read_text()
-    assert "Profile mini: small networks on deformed real scans; not comparable with the reported column" in html
+    assert (
+        "Profile mini: small networks, a minute of training, deformed real scans: too little to show an effect; not comparable with the reported column" in html
+    )
     assert all(f"<td>{value:.2f}</td>" in html for fact in FACTS for value in fact[3:])
     assert "Mini abdomen CT" in html and "not available" in html and "not run" in html
 

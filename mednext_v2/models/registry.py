@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from math import ceil, prod
+from math import prod
 from pathlib import Path
 from typing import cast
 
@@ -21,10 +21,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core import import_extra, shorten
-from ..network.scaling import PRESETS, count_flops, count_parameters, create_model
+from ..core import import_extra, lists_to_tuples, shorten
+from ..network.scaling import PRESETS, build_mednext, count_flops, count_parameters, parse_name, plan_pooling
 from .stunet import check_volume, stunet
-from .card import Card, read_card, read_state
+from .card import Card, LoadReport, read_card, read_state
 
 # %% ../../nbs/models/30_registry.ipynb #unet
 class PlainUNet(nn.Module):
@@ -37,8 +37,8 @@ class PlainUNet(nn.Module):
         deep_supervision: bool = False,
         filters: tuple[int, ...] = (32, 64, 128, 256, 320, 320),  # Channels per level
     ):
-        from monai.networks.blocks.dynunet_block import UnetOutBlock  # Here, since MONAI takes seconds to import
-        from monai.networks.nets.dynunet import DynUNet
+        UnetOutBlock = import_extra("monai.networks.blocks.dynunet_block", "backbones").UnetOutBlock  # Here, since MONAI takes seconds to import
+        DynUNet = import_extra("monai.networks.nets.dynunet", "backbones").DynUNet
 
         super().__init__()
         filters = tuple(filters)
@@ -80,6 +80,7 @@ class Network(nn.Module):
     strides: tuple[int, ...]  # What each side of an input must be a multiple of
     input_size: tuple[int, ...] | None  # The one size that an input may have, of networks by `declare`
     blueprint: dict  # Arguments of `create`
+    report: LoadReport  # What became of each tensor, of a network that began with trained weights
     forward: Callable[[Tensor], Tensor | list[Tensor]]
 
 
@@ -112,26 +113,10 @@ def declare(
         declared.register_forward_hook(as_list)
     return declared
 
-# %% ../../nbs/models/30_registry.ipynb #plan-pooling
-def plan_pooling(
-    patch: tuple[int, ...],  # Voxels
-    spacing: tuple[float, ...],  # mm, or any unit: ratios count
-    smallest: int = 4,  # Voxels that a halved side keeps
-) -> tuple[tuple, tuple]:  # Strides and kernel sizes, one tuple per stage and one number per axis
-    "nnU-Net v2's strides and kernels of a U-Net (its `get_pool_and_conv_props`)"
-    size, gap, axes = list(patch), list(spacing), range(len(patch))
-    strides, kernels, kernel = [(1,) * len(patch)], [], [1] * len(patch)
-    while large := [axis for axis in axes if size[axis] >= 2 * smallest]:
-        finest = min(gap[axis] for axis in large)
-        halved = [axis for axis in large if gap[axis] / finest < 2]
-        if len(halved) == 1 and size[halved[0]] < 3 * smallest:
-            break
-        kernel = [3 if old == 3 or gap[axis] / min(gap) < 2 else 1 for axis, old in enumerate(kernel)]
-        kernels.append(tuple(kernel))
-        strides.append(tuple(2 if axis in halved else 1 for axis in axes))
-        for axis in halved:
-            size[axis], gap[axis] = ceil(size[axis] / 2), 2 * gap[axis]
-    return tuple(strides), (*kernels, (3,) * len(patch))
+# %% ../../nbs/models/30_registry.ipynb #optional
+DNA = "dynamic_network_architectures"
+DNA_INSTALL = f"pip install --no-deps '{DNA}>=0.4.4,<0.5' (its requirements would replace your PyTorch)"
+PRIMUS_INSTALL = f"pip install --no-deps '{DNA}>=0.4.4,<0.5' 'timm<1.0.23' and, with --no-deps too, the torchvision made for your PyTorch"
 
 # %% ../../nbs/models/30_registry.ipynb #nnunet
 NNUNET = {
@@ -191,7 +176,7 @@ def nnunet(
     **overrides,  # Arguments of the network, as in `arch_kwargs` of plans.json
 ) -> Network:
     "nnU-Net's own network out of dynamic_network_architectures"
-    module = import_extra("dynamic_network_architectures.architectures.unet", "backbones")
+    module = import_extra(f"{DNA}.architectures.unet", "backbones", DNA_INSTALL)
     kind = module.ResidualEncoderUNet if residual else module.PlainConvUNet
     options = nnunet_options(residual, patch, spacing, overrides)
     network = kind(in_channels, num_classes=num_classes, deep_supervision=deep_supervision, **options)
@@ -214,7 +199,7 @@ def check_patch(
 
 def unetr(in_channels: int, num_classes: int, deep_supervision: bool = False, patch: tuple[int, ...] | None = None, **overrides) -> Network:
     "MONAI's UNETR; overrides are its arguments"
-    from monai.networks.nets.unetr import UNETR
+    UNETR = import_extra("monai.networks.nets.unetr", "backbones").UNETR
 
     patch = check_patch("UNETR", patch, 16)
     network = UNETR(in_channels, num_classes, img_size=patch, **overrides)
@@ -225,7 +210,7 @@ def unetr(in_channels: int, num_classes: int, deep_supervision: bool = False, pa
 
 def swin_unetr(in_channels: int, num_classes: int, deep_supervision: bool = False, **overrides) -> Network:
     "MONAI's SwinUNETR; overrides are its arguments"
-    from monai.networks.nets.swin_unetr import SwinUNETR
+    SwinUNETR = import_extra("monai.networks.nets.swin_unetr", "backbones").SwinUNETR
 
     options: dict = {"feature_size": 48} | overrides
     with torch.device("cpu"):  # Its constructor reads numbers of a tensor, and a meta tensor has none
@@ -236,7 +221,7 @@ def swin_unetr(in_channels: int, num_classes: int, deep_supervision: bool = Fals
 
 def segresnet(in_channels: int, num_classes: int, deep_supervision: bool = False, **overrides) -> Network:
     "MONAI's SegResNet; overrides are its arguments"
-    from monai.networks.nets.segresnet import SegResNet
+    SegResNet = import_extra("monai.networks.nets.segresnet", "backbones").SegResNet
 
     options: dict = {"init_filters": 32, "blocks_down": (1, 2, 2, 4), "blocks_up": (1, 1, 1)} | overrides
     network = SegResNet(in_channels=in_channels, out_channels=num_classes, **options)
@@ -247,7 +232,7 @@ def segresnet(in_channels: int, num_classes: int, deep_supervision: bool = False
 def primus(size: str, in_channels: int, num_classes: int, deep_supervision: bool = False, patch: tuple[int, ...] | None = None, **overrides) -> Network:
     "Primus with tokens of 8³ voxels out of dynamic_network_architectures, with the options of nnU-Net's trainers"
     patch = check_patch("Primus", patch, 8)
-    module = import_extra("dynamic_network_architectures.architectures.primus", "backbones")
+    module = import_extra(f"{DNA}.architectures.primus", "backbones", PRIMUS_INSTALL)
     width, depth, attention_heads = PRIMUS[size]
     options = {"embed_dim": width, "eva_depth": depth, "eva_numheads": attention_heads, "drop_path_rate": 0.2}
     options |= {"init_values": 0.1, "scale_attn_inner": True} | overrides
@@ -313,7 +298,7 @@ def mednext(
     return Backbone(
         name=name,
         title=f"MedNeXt-{version or 'v2'} {size.capitalize()}" + (f" (kernel {kernel})" if kernel != 3 else ""),
-        build=partial(create_model, preset, **options),
+        build=partial(build_mednext, preset, **options),
         heads=("out_",),
         stem=("stem.",),
         encoder=("enc_block_", "down_", "bottleneck."),
@@ -337,7 +322,6 @@ UNET = Backbone(
 
 # %% ../../nbs/models/30_registry.ipynb #nnunet-entries
 PRIMUS_PAGE = "nnU-Net, documentation/primus.md"
-DNA = "dynamic_network_architectures"
 
 
 def nnunet_entry(
@@ -502,14 +486,14 @@ def plugins() -> dict[str, Backbone]:
 
 
 def get_backbone(name: str) -> Backbone:
-    "An entry by its name, built in or of a plug-in; ValueError lists the names"
+    "An entry by its name, built in or of a plug-in; `base` is `mednext_v2_base`; ValueError lists the names"
+    if name not in BACKBONES and (short := parse_name(name)):
+        name = mednext(*short[:1], **short[1]).name
     if name in BACKBONES:
         return BACKBONES[name]
     known = BACKBONES | plugins()
     if name not in known:
-        hints = [entry for entry in known if entry.removeprefix("mednext_").removeprefix("v2_") == name]
-        hint = f" (here it is {hints[0]!r})" if hints else ""
-        raise ValueError(f"no backbone {name!r}{hint}; there are: {', '.join(known)}")
+        raise ValueError(f"no backbone {name!r}; there are: {', '.join(known)}")
     return known[name]
 
 # %% ../../nbs/models/30_registry.ipynb #create
@@ -548,7 +532,7 @@ REQUIRED_ATTRIBUTES = ("stride", "in_channels", "num_classes", "deep_supervision
 
 # %% ../../nbs/models/30_registry.ipynb #create-part
 def create(
-    name: str,  # One of `BACKBONES`, or of a plug-in
+    name: str,  # One of `BACKBONES`, or of a plug-in; a MedNeXt also without `mednext_v2_`
     in_channels: int,
     num_classes: int,  # Background included
     deep_supervision: bool = False,  # In training a list of logits, finest first, instead of one tensor
@@ -557,7 +541,7 @@ def create(
     **overrides,  # Of the network: `Arch` fields, `filters` of the U-Net, arguments of a library's class
 ) -> Network:  # With `.stride`, `.strides`, `.in_channels`, `.num_classes`, `.deep_supervision`, `.blueprint`
     "A new network by name, `(B, C, X, Y, Z)` to logits; ValueError for a name, an override or a patch that does not fit"
-    backbone = get_backbone(name)
+    backbone, overrides = get_backbone(name), lists_to_tuples(overrides)  # As a card has them
     given = {key: tuple(value) for key, value in {"patch": patch, "spacing": spacing}.items() if value is not None}
     if wrong := [key for key, value in given.items() if len(value) not in (2, 3) or min(value) <= 0]:
         raise ValueError(f"{wrong[0]} must be one positive number per axis, got {given[wrong[0]]}")
@@ -577,7 +561,7 @@ def create(
     if deep_supervision and not hasattr(network, "list_in_eval"):
         network.list_in_eval = False
         network.register_forward_hook(one_in_eval)
-    shape = {"name": name, "in_channels": in_channels, "num_classes": num_classes}
+    shape = {"name": backbone.name, "in_channels": in_channels, "num_classes": num_classes}
     network.blueprint = shape | {"deep_supervision": deep_supervision, **given, **overrides}
     return network
 

@@ -120,6 +120,14 @@ def effect_noise(
     return float(np.sqrt(np.nansum(np.square(parts)) / (seeds * tasks)))
 
 # %% ../../nbs/report/25_power.ipynb #noise-table
+def mean_sd(
+    rows: pd.DataFrame,  # Of `noise_settings`
+    metric: str = "dsc",
+) -> float:
+    "How much the mean of a network over tasks moves from setting to setting: a standard deviation, pooled over networks; NaN for one setting"
+    return pooled_sd(rows.pivot_table(index=["backbone", "init"], columns=["arithmetic", "seed"], values=metric))
+
+
 def noise_table(
     noise: pd.DataFrame,  # From `read_noise`
     scores: pd.DataFrame,  # scores.csv of the profile that it was measured with
@@ -127,8 +135,8 @@ def noise_table(
     "What moves a score besides the network"
     rows = []
     for name, part in noise_settings(noise).items():
-        means = part.pivot_table(index=["backbone", "init"], columns=["arithmetic", "seed"], values="dsc")
-        rows.append(dict(source=f"{name} alone", settings=means.shape[1], sd_mean=100 * pooled_sd(means), sd_difference=100 * difference_sd(part)))
+        settings = len(part[["arithmetic", "seed"]].drop_duplicates())
+        rows.append(dict(source=f"{name} alone", settings=settings, sd_mean=100 * mean_sd(part), sd_difference=100 * difference_sd(part)))
     spread = summary(scores, ["backbone", "init"])
     sd = 100 * float((spread.dsc_high - spread.dsc_low).mean() / (2 * 1.96))
     return pd.DataFrame([*rows, dict(source="test cases alone", settings=scores[["task", "case"]].drop_duplicates().shape[0], sd_mean=sd)])

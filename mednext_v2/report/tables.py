@@ -167,7 +167,7 @@ def gains(
 # %% ../../nbs/report/10_tables.ipynb #caption
 PROFILES = {
     "smoke": "a few training steps, to check that the code runs; the numbers mean nothing",
-    "mini": "small networks on deformed real scans; not comparable with the reported column",
+    "mini": "small networks, a minute of training, deformed real scans: too little to show an effect; not comparable with the reported column",
     "study": "small networks on deformed real scans, three seeds; not comparable with the reported column",
     "paper": "full networks on the published data sets",
 }

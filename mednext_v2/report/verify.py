@@ -8,13 +8,16 @@ __all__ = ['verify_results']
 # %% ../../nbs/report/70_verify.ipynb #imports
 import argparse
 import io
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..core import parse_json, read_csv, read_json, root, rows_of, sha256, versions, write_csv, write_json
+from .power import mean_sd, noise_settings, read_noise
 from .provenance import run_git
 from .tables import summary
 from ..study.arithmetic import describe_machine, is_pinned
@@ -54,13 +57,23 @@ def within(value: float, low: float, high: float) -> str:
     return "within the noise" if low <= value <= high else "outside"
 
 
-def compare_means(ours: pd.DataFrame, committed: pd.DataFrame) -> pd.DataFrame:  # what, ours, committed, verdict
-    "The means of scores.csv by backbone and start, against the committed means and intervals"
+def compare_means(
+    ours: pd.DataFrame,
+    committed: pd.DataFrame,
+    noise: pd.DataFrame | None = None,  # As from `power.read_noise`, which is read if not given
+) -> pd.DataFrame:  # what, ours, committed, verdict
+    """The means of scores.csv by backbone and start, against the committed means and intervals.
+
+    An interval over test cases is widened by what instructions alone change in a mean: twice, since both runs have it.
+    """
     by, rows = ["backbone", "init"], []
+    between = noise_settings(read_noise() if noise is None else noise)["instructions"]
     both = summary(committed, by).merge(summary(ours, by), on=by, how="outer", suffixes=("_old", ""))
     for row in rows_of(both):
         for metric in ("dsc", "nsd"):
             value, old, low, high = (getattr(row, name) for name in (metric, f"{metric}_old", f"{metric}_low_old", f"{metric}_high_old"))
+            more = 0.0 if between.empty else 1.96 * math.sqrt(2) * float(np.nan_to_num(mean_sd(between, metric)))
+            low, high = old - math.hypot(old - low, more), old + math.hypot(high - old, more)
             interval = f"{100 * old:.1f} ({100 * low:.1f} to {100 * high:.1f})"
             rows.append(
                 dict(what=f"mean {metric.upper()} {row.backbone} {row.init}", ours=f"{100 * value:.1f}", committed=interval, verdict=within(value, low, high))

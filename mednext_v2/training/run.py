@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 
-from ..core import Resources, build, check_output, find_device, read_csv, write_csv
+from ..core import Resources, build, check_output, find_device, read_csv, require_extra, write_csv
 from ..models.transfer import Start
 
 if TYPE_CHECKING:
@@ -182,11 +182,11 @@ def parent_overrides(
 ) -> dict:
     "The size of a parent of the same backbone; empty for another one. ValueError if its weights are not those of its card"
     from mednext_v2.models.card import read_card, read_shapes
-    from mednext_v2.models.registry import check_network
+    from mednext_v2.models.registry import check_network, get_backbone
 
     card = read_card(parent)
     check_network(parent, card, read_shapes(parent))
-    return card.overrides if card.backbone == backbone else {}
+    return card.overrides if card.backbone == get_backbone(backbone).name else {}
 
 
 def build_network(
@@ -297,11 +297,11 @@ def forecast_cost(
 # %% ../../nbs/training/70_run.ipynb #settings
 @dataclass(frozen=True)
 class TrainSettings:
-    "What is trained on which data, and where it goes"
+    "What is trained on which data, and where it goes; ValueError for a backbone that does not exist"
 
     data: str | Path | tuple[str | Path, ...]  # A prepared data set, or several
     out: str | Path  # Model folder that appears at the end
-    backbone: str
+    backbone: str  # Name in the registry; a MedNeXt also without `mednext_v2_`, which is filled in
     recipe: "Recipe"  # Its patch is made no larger than the volumes of the data
     folder: str | Path  # Checkpoints, curves and run.json; an interrupted training of the same identity goes on
     overrides: dict[str, Any] | None = None  # Changes to the backbone's published size; `grad_checkpointing` of a MedNeXt, `auto` for what memory allows
@@ -311,6 +311,11 @@ class TrainSettings:
     sampling: dict[str, float] | str = "sqrt"  # Weights of several data sets, by name; or a rule of `MixtureSampler`
     heads: str = "shared"  # Or own: of several data sets, each keeps its labels and has outputs of its own
     allow: tuple[str, ...] = ()  # Differences of several data sets that are meant, of `mixture.DIFFERENCES`
+
+    def __post_init__(self) -> None:
+        from mednext_v2.models.registry import get_backbone  # Here, since it imports PyTorch
+
+        object.__setattr__(self, "backbone", get_backbone(self.backbone).name)
 
     def to_json(self) -> dict:
         "Values that JSON can hold"
@@ -373,6 +378,7 @@ def train_model(
     from mednext_v2.training.trainer import fit, training_sampler
     from mednext_v2.training.validation import patch_validation
 
+    require_extra("train", "training")
     check_output(settings.out, MODEL_FOLDER)
     check_output(settings.folder)
     data = read_data(settings.data, settings.heads)
