@@ -280,6 +280,7 @@ def train(options: argparse.Namespace) -> str:
     from mednext_v2.zoo.catalogue import find_fetched
     from mednext_v2.core import check_output
     from mednext_v2.models.card import MODEL_FOLDER, read_card
+    from mednext_v2.models.registry import get_backbone
 
     require_extra("train", "training")
     check_output(options.out, MODEL_FOLDER)
@@ -290,6 +291,7 @@ def train(options: argparse.Namespace) -> str:
     overrides = dict(parse_pair(pair) for pair in options.network)
     if options.backbone is None:
         options.backbone = read_card(options.parent).backbone if options.parent else "mednext_v2_base"
+    get_backbone(options.backbone)
     if not options.unchecked:
         print(forecast_training(options, recipe, overrides), file=sys.stderr)
     try:
@@ -312,6 +314,13 @@ def train(options: argparse.Namespace) -> str:
     return f"wrote {options.out}"
 
 # %% ../nbs/90_cli.ipynb #finetune
+def confirm_duration(text: str) -> bool:
+    "Ask whether to start what takes so long; without a terminal to ask on, it is started"
+    if not sys.stdin.isatty():
+        return True
+    return input(f"This takes about {text}. Start? [y/N] ").strip().lower() in ("y", "yes")
+
+
 def finetune(options: argparse.Namespace) -> str:
     "Go from a raw data set to a model folder and its scores"
     import shlex
@@ -326,8 +335,10 @@ def finetune(options: argparse.Namespace) -> str:
     require_extra("train", "fine-tuning")
     if options.html:
         require_extra("review", "the page of --html")
-    recipe = get_recipe(options.recipe, **dict(parse_pair(pair) for pair in options.recipe_set))
-    resolve_training_device(recipe, options.device)
+    recipe = None  # Chosen by the machine
+    if options.recipe or options.recipe_set:
+        recipe = get_recipe(options.recipe or "finetune", **dict(parse_pair(pair) for pair in options.recipe_set))
+        resolve_training_device(recipe, options.device)
     try:
         table = finetune_dataset(
             options.data,
@@ -344,6 +355,7 @@ def finetune(options: argparse.Namespace) -> str:
                 seed_task=options.seed_task,
                 registry=options.registry,
                 checkpoint=checkpoint_options(options),
+                confirm=None if options.yes else confirm_duration,
                 command=shlex.join(["mednextv2", *sys.argv[1:]]),
             ),
         )
@@ -550,16 +562,15 @@ def add_checkpoint_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--i-trust-this-file", dest="trust", action="store_true", help=trust)
 
 # %% ../nbs/90_cli.ipynb #training-options
-def add_recipe_options(command: argparse.ArgumentParser, source: str) -> None:
+def add_recipe_options(command: argparse.ArgumentParser, source: str, recipe: str | None = "finetune") -> None:
     group = command.add_argument_group("network and recipe")
-    group.add_argument(
-        "--backbone",
-        metavar="NAME",
-        help=f"network to train, such as base or resenc_l; `info '*'` lists them (default: that of {source}, else mednext_v2_base)",
-    )
+    by_machine = "" if recipe else " on a GPU; without one, and with no --recipe, mednext_v2_tiny"
+    text = f"network to train, such as base or resenc_l; `info '*'` lists them (default: that of {source}, else mednext_v2_base{by_machine})"
+    group.add_argument("--backbone", metavar="NAME", help=text)
     changes = "change the network, e.g. width=16 or grad_checkpointing=auto"
     group.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=changes)
-    group.add_argument("--recipe", default="finetune", metavar="NAME", help="pretrain, finetune, v1, nnunet, quick or smoke (default: finetune)")
+    default = recipe or "finetune on a GPU or with a model; else quick with what steps an hour allows"
+    group.add_argument("--recipe", default=recipe, metavar="NAME", help=f"pretrain, finetune, v1, nnunet, quick or smoke (default: {default})")
     group.add_argument("--recipe-set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change the recipe, e.g. lr=1e-4")
 
 
@@ -725,7 +736,8 @@ def add_finetune_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--seed-task", default="abdomen_ct", metavar="TASK", help=seeds)
     add_workers_option(command)
     add_registry_option(command)
-    add_recipe_options(command, "--model")
+    command.add_argument("--yes", action="store_true", help="do not ask before a training of more than an hour")
+    add_recipe_options(command, "--model", None)
     add_start_options(command, "--model")
     add_running_options(command)
     add_checkpoint_options(command)
@@ -753,15 +765,16 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--head", metavar="NAME", help=head)
     roi = "region to segment: a mask, a folder of masks, or x0 x1 y0 y1 z0 z1; everything outside becomes background"
     command.add_argument("--roi", nargs="+", metavar="ROI", help=roi)
-    series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
-    command.add_argument("--series", nargs="+", default=[], metavar="N", help=series)
-    command.add_argument("--dicom-seg", action="store_true", help="also write a DICOM segmentation, if the input is DICOM")
-    command.add_argument("--rtstruct", dest="dicom_rtstruct", action="store_true", help="also write a DICOM structure set, if the input is DICOM")
     command.add_argument("--save-probabilities", action="store_true", help="also write the class probabilities")
     command.add_argument("--overwrite", action="store_true", help="segment scans again that already have a label map")
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
+    group = command.add_argument_group("a folder of DICOM")
+    series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
+    group.add_argument("--series", nargs="+", default=[], metavar="N", help=series)
+    group.add_argument("--dicom-seg", action="store_true", help="also write a DICOM segmentation")
+    group.add_argument("--rtstruct", dest="dicom_rtstruct", action="store_true", help="also write a DICOM structure set")
 
 # %% ../nbs/90_cli.ipynb #nnunet-options
 def add_nnunet_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
