@@ -38,7 +38,7 @@ def shared_entries(card: Card) -> dict:
         "ckpt": "$@bundle_root + '/models/model.pt'",
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
         "labels": dict(card.labels),
-        "network_def": target("mednext_v2.create", name=card.backbone, in_channels=card.in_channels, num_classes=card.num_classes, **card.overrides),
+        "network_def": target("mednext_v2.create_model", name=card.backbone, in_channels=card.in_channels, num_classes=card.num_classes, **card.overrides),
         "network": "$@network_def.to(@device)",
     }
 
