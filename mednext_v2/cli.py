@@ -36,23 +36,25 @@ def info(options: argparse.Namespace) -> str:
         return describe(options.what, **checkpoint_options(options))
     import pandas as pd
 
+    from mednext_v2.factory import list_models
     from mednext_v2.models.registry import backbone_table, get_backbone
-    from mednext_v2.network.scaling import PRESETS, get_arch, overview
+    from mednext_v2.network.scaling import PRESETS, get_arch, overview, parse_name
 
     tables = []
     sides: list[int] = options.patch or [128]
+    names = list_models(options.what) if options.what and set(options.what) & set("*?[") else []
     for side in sides:
-        if options.what and options.what not in PRESETS:
-            if "/" in options.what or "." in options.what:
-                raise FileNotFoundError(f"{options.what} does not exist")
-            backbone = get_backbone(options.what).name
-            hint = backbone.removeprefix("mednext_").removeprefix("v2_")
-            reason = f"has it in `mednextv2 info {hint}`" if hint in PRESETS else "is no size of MedNeXt, whose training alone is estimated"
-            refuse_ignored([option for option in given if option != "patch"], backbone, reason)
-            table = backbone_table((side,) * 3, names=(backbone,))
-        else:
+        if not options.what or parse_name(options.what):
             archs = {name: get_arch(name) for name in ([options.what] if options.what else PRESETS)}
             table = overview(archs, (side, side, side), batch_size=options.batch_size or 2, precision=options.precision or "bf16")
+        else:
+            if not names and ("/" in options.what or "." in options.what):
+                raise FileNotFoundError(f"{options.what} does not exist")
+            found = names or [get_backbone(options.what).name]
+            refuse_ignored(
+                [option for option in given if option != "patch"], ", ".join(found), "is no single size of MedNeXt, whose training alone is estimated"
+            )
+            table = backbone_table((side,) * 3, names=tuple(found))
         tables.append(table.assign(patch=f"{side}³").reset_index())
     return pd.concat(tables).to_string(index=False, float_format="{:,.1f}".format)
 
@@ -278,6 +280,7 @@ def train(options: argparse.Namespace) -> str:
     from mednext_v2.zoo.catalogue import find_fetched
     from mednext_v2.core import check_output
     from mednext_v2.models.card import MODEL_FOLDER, read_card
+    from mednext_v2.models.registry import get_backbone
 
     require_extra("train", "training")
     check_output(options.out, MODEL_FOLDER)
@@ -288,6 +291,7 @@ def train(options: argparse.Namespace) -> str:
     overrides = dict(parse_pair(pair) for pair in options.network)
     if options.backbone is None:
         options.backbone = read_card(options.parent).backbone if options.parent else "mednext_v2_base"
+    get_backbone(options.backbone)
     if not options.unchecked:
         print(forecast_training(options, recipe, overrides), file=sys.stderr)
     try:
@@ -310,6 +314,13 @@ def train(options: argparse.Namespace) -> str:
     return f"wrote {options.out}"
 
 # %% ../nbs/90_cli.ipynb #finetune
+def confirm_duration(text: str) -> bool:
+    "Ask whether to start what takes so long; without a terminal to ask on, it is started"
+    if not sys.stdin.isatty():
+        return True
+    return input(f"This takes about {text}. Start? [y/N] ").strip().lower() in ("y", "yes")
+
+
 def finetune(options: argparse.Namespace) -> str:
     "Go from a raw data set to a model folder and its scores"
     import shlex
@@ -324,8 +335,10 @@ def finetune(options: argparse.Namespace) -> str:
     require_extra("train", "fine-tuning")
     if options.html:
         require_extra("review", "the page of --html")
-    recipe = get_recipe(options.recipe, **dict(parse_pair(pair) for pair in options.recipe_set))
-    resolve_training_device(recipe, options.device)
+    recipe = None  # Chosen by the machine
+    if options.recipe or options.recipe_set:
+        recipe = get_recipe(options.recipe or "finetune", **dict(parse_pair(pair) for pair in options.recipe_set))
+        resolve_training_device(recipe, options.device)
     try:
         table = finetune_dataset(
             options.data,
@@ -342,6 +355,7 @@ def finetune(options: argparse.Namespace) -> str:
                 seed_task=options.seed_task,
                 registry=options.registry,
                 checkpoint=checkpoint_options(options),
+                confirm=None if options.yes else confirm_duration,
                 command=shlex.join(["mednextv2", *sys.argv[1:]]),
             ),
         )
@@ -463,6 +477,15 @@ def export(options: argparse.Namespace) -> str:
     run = f"; next: python {options.out / 'predict.py'} scan.nii.gz labels.nii.gz" if options.format == "onnx" else ""
     return f"{options.out / described['file']['name']}: sides {sides}, differs by at most {apart:.0e} of the largest logit{run}"
 
+
+def bundle(options: argparse.Namespace) -> str:
+    "Write a model as a bundle of MONAI"
+    from mednext_v2.integrations.bundle import write_bundle
+    from mednext_v2.zoo.catalogue import find_fetched
+
+    folder = write_bundle(find_fetched(options.model, imported=True), options.out, options.head)
+    return f"{folder}: how to run its configurations is in {folder / 'docs/README.md'}"
+
 # %% ../nbs/90_cli.ipynb #pipeline-commands
 def plan(options: argparse.Namespace) -> str:
     "Forecast a profile: runs, memory, storage, and A100 hours extrapolated from a published training"
@@ -539,12 +562,15 @@ def add_checkpoint_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--i-trust-this-file", dest="trust", action="store_true", help=trust)
 
 # %% ../nbs/90_cli.ipynb #training-options
-def add_recipe_options(command: argparse.ArgumentParser, source: str) -> None:
+def add_recipe_options(command: argparse.ArgumentParser, source: str, recipe: str | None = "finetune") -> None:
     group = command.add_argument_group("network and recipe")
-    group.add_argument("--backbone", metavar="NAME", help=f"network to train (default: that of {source}, else mednext_v2_base)")
+    by_machine = "" if recipe else " on a GPU; without one, and with no --recipe, mednext_v2_tiny"
+    text = f"network to train, such as base or resenc_l; `info '*'` lists them (default: that of {source}, else mednext_v2_base{by_machine})"
+    group.add_argument("--backbone", metavar="NAME", help=text)
     changes = "change the network, e.g. width=16 or grad_checkpointing=auto"
     group.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=changes)
-    group.add_argument("--recipe", default="finetune", metavar="NAME", help="pretrain, finetune, v1, nnunet, quick or smoke (default: finetune)")
+    default = recipe or "finetune on a GPU or with a model; else quick with what steps an hour allows"
+    group.add_argument("--recipe", default=recipe, metavar="NAME", help=f"pretrain, finetune, v1, nnunet, quick or smoke (default: {default})")
     group.add_argument("--recipe-set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change the recipe, e.g. lr=1e-4")
 
 
@@ -613,7 +639,11 @@ def add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     "Networks and weights"
     example = "info model.pth, or: mednextv2 info base --patch 128 192"
     command = add("info", info, "Show what a checkpoint holds, or what networks cost.", example)
-    command.add_argument("what", nargs="?", help="file or folder of weights, or name of a network (default: all sizes of MedNeXt)")
+    command.add_argument(
+        "what",
+        nargs="?",
+        help="file or folder of weights, or name of a network, such as base, or a pattern, such as 'mednext*' (default: all sizes of MedNeXt)",
+    )
     command.add_argument("--patch", type=int, nargs="+", metavar="N", help="side lengths of the patch (default: 128)")
     command.add_argument("--batch-size", type=at_least(1), metavar="N", help="patches per training batch, for the sizes of MedNeXt (default: 2)")
     command.add_argument("--precision", choices=["fp32", "bf16"], help="precision of training, for the sizes of MedNeXt (default: bf16)")
@@ -706,7 +736,8 @@ def add_finetune_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--seed-task", default="abdomen_ct", metavar="TASK", help=seeds)
     add_workers_option(command)
     add_registry_option(command)
-    add_recipe_options(command, "--model")
+    command.add_argument("--yes", action="store_true", help="do not ask before a training of more than an hour")
+    add_recipe_options(command, "--model", None)
     add_start_options(command, "--model")
     add_running_options(command)
     add_checkpoint_options(command)
@@ -734,15 +765,16 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--head", metavar="NAME", help=head)
     roi = "region to segment: a mask, a folder of masks, or x0 x1 y0 y1 z0 z1; everything outside becomes background"
     command.add_argument("--roi", nargs="+", metavar="ROI", help=roi)
-    series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
-    command.add_argument("--series", nargs="+", default=[], metavar="N", help=series)
-    command.add_argument("--dicom-seg", action="store_true", help="also write a DICOM segmentation, if the input is DICOM")
-    command.add_argument("--rtstruct", dest="dicom_rtstruct", action="store_true", help="also write a DICOM structure set, if the input is DICOM")
     command.add_argument("--save-probabilities", action="store_true", help="also write the class probabilities")
     command.add_argument("--overwrite", action="store_true", help="segment scans again that already have a label map")
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
+    group = command.add_argument_group("a folder of DICOM")
+    series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
+    group.add_argument("--series", nargs="+", default=[], metavar="N", help=series)
+    group.add_argument("--dicom-seg", action="store_true", help="also write a DICOM segmentation")
+    group.add_argument("--rtstruct", dest="dicom_rtstruct", action="store_true", help="also write a DICOM structure set")
 
 # %% ../nbs/90_cli.ipynb #nnunet-options
 def add_nnunet_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -779,6 +811,12 @@ def add_door_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("out", type=Path, help="folder to write")
     formats = "onnx, for ONNX Runtime and OpenVINO, or torch, for torch.export.load (default: onnx)"
     command.add_argument("--format", choices=["onnx", "torch"], default="onnx", help=formats)
+    command.add_argument("--head", metavar="NAME", help="data set whose labels to predict, if the model has a head for each of several")
+
+    text = "Write a model as a bundle of MONAI, which `python -m monai.bundle run` trains, fine-tunes, applies and evaluates."
+    command = add("bundle", bundle, text, "bundle models/spleen spleen_bundle, then see spleen_bundle/docs/README.md")
+    command.add_argument("model", type=Path, help="model folder of one network, or name of a fetched model of the zoo")
+    command.add_argument("out", type=Path, help="folder to write")
     command.add_argument("--head", metavar="NAME", help="data set whose labels to predict, if the model has a head for each of several")
 
 # %% ../nbs/90_cli.ipynb #evaluation-options

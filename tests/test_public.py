@@ -46,7 +46,10 @@ LOADS = {
     "evaluation.statistics": "numpy pandas scipy",
     "zoo.importers": "numpy pandas torch",
     "zoo.catalogue": TABLE,
+    "factory": NETWORK,
     "finetuning": f"{SCANS} torch",
+    "integrations.hub": "numpy pandas torch",
+    "integrations.dicom": f"{SCANS} torch",
 }
 LATE = set("accelerate blosc2 dvc fsspec hydra joblib matplotlib monai psutil sklearn triton".split())  # Of no name, one that is not in the table included
 IMPORT_EACH = """

@@ -911,6 +911,23 @@ def detect_layout(
     "The layout of a checkpoint"
     return open_checkpoint(path).layout
 
+# %% ../../nbs/zoo/10_importers.ipynb #find-checkpoint
+def find_checkpoint(
+    model: Path,  # A file, or a folder
+) -> Path:
+    "The checkpoint to import: what is given, or the only one in a folder, such as one of the zoo. ValueError for none or several"
+    try:
+        weights_kind(model)
+        return model
+    except ValueError as error:
+        found = sorted({path.parent for path in model.rglob("plans.json") if (path.parent / "dataset.json").is_file()})
+        endings = (".pth", ".pt", ".safetensors", ".model", ".bin", ".ckpt")
+        found = found or sorted(path for path in model.rglob("*") if path.name.endswith(endings))
+        if len(found) == 1:
+            return found[0]
+        names = ", ".join(str(path.relative_to(model)) for path in found[:5])
+        raise ValueError(f"{error}; it has {len(found)} checkpoints {names}: name the one to start from") from None
+
 # %% ../../nbs/zoo/10_importers.ipynb #to-xyz-axes
 def to_xyz_axes(checkpoint: Checkpoint) -> Checkpoint:  # With `axes` (0, 1, 2)
     "The same network for images of (X, Y, Z); ValueError for one that is not of convolutions only"
