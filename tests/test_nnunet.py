@@ -224,7 +224,7 @@ def test_regions_start_from_regions_of_the_same_name(measured):
     folder = save_start(measured / "model", regions={"all": (1, 2), "inner": (2,)}, class_order=(1, 2), groups={})
     about = measured / "raw/Dataset042_Toy/dataset.json"
     labels = {"background": 0, "whole": [1, 2], "inner": 2, "ignore": 3}
-    write_json(about, read_json(about) | {"labels": labels, "regions_class_order": [1, 2]})
+    about.write_text(json.dumps(read_json(about) | {"labels": labels, "regions_class_order": [1, 2]}))  # Their order counts
     kwargs = fullres(plan_nnunet(42, start=Start(folder, mapping={"whole": "all"}), memory=0.2))["architecture"]["arch_kwargs"]
     assert kwargs["start"]["classes"] == {"whole": 0, "inner": 1} and kwargs["start"]["mapping"] == {"whole": "all"}
     network = NNUNetMedNeXt(1, 2, **kwargs).train()
