@@ -498,6 +498,15 @@ def export(options: argparse.Namespace) -> str:
     run = f"; next: python {options.out / 'predict.py'} scan.nii.gz labels.nii.gz" if options.format == "onnx" else ""
     return f"{options.out / described['file']['name']}: sides {sides}, differs by at most {apart:.0e} of the largest logit{run}"
 
+
+def bundle(options: argparse.Namespace) -> str:
+    "Write a model as a bundle of MONAI"
+    from mednext_v2.integrations.bundle import write_bundle
+    from mednext_v2.zoo.catalogue import find_fetched
+
+    folder = write_bundle(find_fetched(options.model, imported=True), options.out, options.head)
+    return f"{folder}: how to run its configurations is in {folder / 'docs/README.md'}"
+
 # %% ../nbs/90_cli.ipynb #pipeline-commands
 def plan(options: argparse.Namespace) -> str:
     "Forecast a profile: runs, memory, storage, and A100 hours extrapolated from a published training"
@@ -823,6 +832,12 @@ def add_door_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("out", type=Path, help="folder to write")
     formats = "onnx, for ONNX Runtime and OpenVINO, or torch, for torch.export.load (default: onnx)"
     command.add_argument("--format", choices=["onnx", "torch"], default="onnx", help=formats)
+    command.add_argument("--head", metavar="NAME", help="data set whose labels to predict, if the model has a head for each of several")
+
+    text = "Write a model as a bundle of MONAI, which `python -m monai.bundle run` trains, fine-tunes, applies and evaluates."
+    command = add("bundle", bundle, text, "bundle models/spleen spleen_bundle, then see spleen_bundle/docs/README.md")
+    command.add_argument("model", type=Path, help="model folder of one network, or name of a fetched model of the zoo")
+    command.add_argument("out", type=Path, help="folder to write")
     command.add_argument("--head", metavar="NAME", help="data set whose labels to predict, if the model has a head for each of several")
 
 # %% ../nbs/90_cli.ipynb #evaluation-options
