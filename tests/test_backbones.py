@@ -19,15 +19,9 @@ from mednext_v2.network.scaling import PRESETS, count_parameters, plan_pooling
 from mednext_v2.training.losses import deep_supervision_loss
 from mednext_v2.training.recipe import get_recipe
 from mednext_v2.training.trainer import check_run
+from model_toys import declare_torchvision
 
-# timm imports torchvision, whose compiled operators do not load beside a torch built for the CPU alone.
-# Primus uses none of them: declared, they let the Python part of torchvision import.
-try:
-    import torchvision  # noqa: F401
-except (ImportError, RuntimeError):
-    OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+declare_torchvision()
 
 
 def why_not(module: str) -> str:

@@ -401,7 +401,8 @@ def mednext_arch(
         raise ValueError(f"a MedNeXt for {dimensions}D images: only 3D ones can be imported")
     if absent := [name for name in ("down_0.res_conv.weight", *wide) if name not in state]:
         raise ValueError(f"not a whole MedNeXt with residual up and down blocks: {', '.join(absent)} not there")
-    kernels = [tuple(_size_of(state, f"{stage}.0.conv1.weight", axis) for axis in (2, 3, 4)) for stage in stages[: levels + 1]]
+    firsts = [f"{stage}.0.conv1.weight" for stage in stages[: levels + 1]]
+    kernels = [(_size_of(state, name, 2), _size_of(state, name, 3), _size_of(state, name, 4)) for name in firsts]
     return Arch(
         width=width,
         depths=tuple(count_indices(state, rf"{stage}\.(\d+)\.") for stage in stages),
