@@ -27,12 +27,12 @@ $(PIPELINE): settings.ini setup.py pyproject.toml constraints.txt benchmarks/pee
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing pinned versions into $(VENV) (minutes)"
 	$(PIP) torch
-	$(PIP) -e '.[pipeline]'
+	$(PIP) -e '.[train,pipeline]'
 	$(PIP) --no-deps $$(grep '^dynamic_network_architectures=' benchmarks/peers.txt)
 	@touch $(PIPELINE)
 
 $(READY): $(PIPELINE)
-	$(PIP) -e '.[convert,remote,cluster,pipeline,dev]'
+	$(PIP) -e '.[train,convert,dicom,remote,cluster,pipeline,dev]'
 	$(PIP) --no-deps -r benchmarks/peers.txt
 	@touch $(READY)
 

@@ -10,7 +10,8 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 extras = {
-    name: cfg[f"{name}_requirements"].split() for name in ("convert", "remote", "cluster", "backbones", "hub", "export", "bundle", "review", "pipeline", "dev")
+    name: cfg[f"{name}_requirements"].split()
+    for name in ("train", "convert", "dicom", "remote", "cluster", "backbones", "hub", "export", "bundle", "nnunet", "review", "pipeline", "dev")
 }
 
 setup(

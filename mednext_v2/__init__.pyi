@@ -51,6 +51,7 @@ from .finetuning import FinetuneOptions as FinetuneOptions
 from .finetuning import finetune as finetune
 from .integrations.hub import from_pretrained as from_pretrained
 from .integrations.hub import push_to_hub as push_to_hub
+from .integrations.dicom import predict_dicom as predict_dicom
 
 __version__: str
 __all__: list[str]

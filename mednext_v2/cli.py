@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from .core import ItemsFailed, Resources, check_writable, find_device, read_csv, versions
+from .core import ItemsFailed, Resources, check_writable, find_device, read_csv, require_extra, versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -279,6 +279,7 @@ def train(options: argparse.Namespace) -> str:
     from mednext_v2.core import check_output
     from mednext_v2.models.card import MODEL_FOLDER, read_card
 
+    require_extra("train", "training")
     check_output(options.out, MODEL_FOLDER)
     if options.parent:
         options.parent = find_fetched(options.parent, imported=True)
@@ -320,6 +321,9 @@ def finetune(options: argparse.Namespace) -> str:
     from mednext_v2.training.recipe import get_recipe
     from mednext_v2.evaluation.statistics import means
 
+    require_extra("train", "fine-tuning")
+    if options.html:
+        require_extra("review", "the page of --html")
     recipe = get_recipe(options.recipe, **dict(parse_pair(pair) for pair in options.recipe_set))
     resolve_training_device(recipe, options.device)
     try:
@@ -343,9 +347,9 @@ def finetune(options: argparse.Namespace) -> str:
         )
     except RunEnded as ended:
         exit_ended(ended)
-    page = f", {review_scores(options.out)}" if options.html else ""
     shown = means(table, ["split", "label"], ["dsc", "nsd", "hd95"], order=("case",))
-    print(shown.to_string(index=False, float_format="{:.3f}".format))
+    print(shown.to_string(index=False, float_format="{:.3f}".format), flush=True)
+    page = f", {review_scores(options.out)}" if options.html else ""
     return f"{options.out / 'model'}, {options.out / 'scores.csv'}{page}; next: mednextv2 predict -m {options.out / 'model'} ..."
 
 
@@ -363,6 +367,7 @@ def predict(options: argparse.Namespace) -> str:
     "Label a scan or a folder of scans, each on its own grid; skip scans that already have a label map"
     from mednext_v2.inference.predictor import PredictSettings
     from mednext_v2.inference.files import predict_files
+    from mednext_v2.integrations.dicom import is_dicom, predict_dicom
     from mednext_v2.zoo.catalogue import find_fetched
 
     roi = options.roi
@@ -371,16 +376,14 @@ def predict(options: argparse.Namespace) -> str:
     chosen = PredictSettings(
         tta=options.tta, fast=options.fast, folds=tuple(options.folds), head=options.head, device=options.device, memory=options.memory, half=options.half
     )
-    predict_files(
-        [find_fetched(model, imported=True) for model in options.model],
-        options.input,
-        options.output,
-        chosen,
-        roi or None,
-        options.save_probabilities,
-        options.overwrite,
-        progress=True,
-    )
+    models = [find_fetched(model, imported=True) for model in options.model]
+    results = [name for name in ("seg", "rtstruct") if getattr(options, f"dicom_{name}")]
+    if results or options.series or is_dicom(options.input):
+        written = predict_dicom(
+            models, options.input, options.output, chosen, options.series, results, roi or None, options.save_probabilities, options.overwrite
+        )
+        return f"wrote {', '.join(map(str, written))}"
+    predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
     return f"wrote {options.output}"
 
 
@@ -390,6 +393,8 @@ def evaluate(options: argparse.Namespace) -> str:
     from mednext_v2.evaluation.metrics import evaluate as score
     from mednext_v2.evaluation.statistics import means
 
+    if options.html:
+        require_extra("review", "the page of --html")
     out = options.out or options.predictions.parent / f"{options.predictions.name}_scores"
     dataset = scored_dataset(options.task, *description_folders(options.predictions, options.truths))
     print("\n".join(f"{name:30} {rule}" for name, rule in conventions(dataset, options.tolerance).items()))
@@ -401,16 +406,50 @@ def evaluate(options: argparse.Namespace) -> str:
             raise
         failed = error
     table = read_csv(out / "scores.csv")
+    shown = means(table, ["label"], ["dsc", "nsd", "hd95"], order=("case",))
+    print(shown.to_string(index=False, float_format="{:.3f}".format), flush=True)
     if options.html:
         from mednext_v2.evaluation.review import review
 
         page = out / "review.html"
         review(table, options.predictions, options.truths, options.images, page, dataset, tolerance=options.tolerance)
-    shown = means(table, ["label"], ["dsc", "nsd", "hd95"], order=("case",))
-    print(shown.to_string(index=False, float_format="{:.3f}".format))
     if failed:
         raise failed
     return f"scores.csv, summary.json{' and review.html' if options.html else ''} are in {out}"
+
+# %% ../nbs/90_cli.ipynb #nnunet-commands
+def nnunet_plan(options: argparse.Namespace) -> str:
+    "Write plans of nnU-Net that name a MedNeXt-v2"
+    from mednext_v2.core import read_json
+    from mednext_v2.integrations.nnunet import plan_nnunet
+    from mednext_v2.zoo.catalogue import find_fetched
+
+    if options.parent:
+        options.parent = find_fetched(options.parent, imported=True)
+    path = plan_nnunet(
+        options.dataset,
+        options.backbone,
+        start_from_options(options),
+        memory=options.memory,
+        spacing=options.spacing,
+        plans_name=options.plans_name,
+        workers=options.workers,
+        overrides=dict(parse_pair(pair) for pair in options.network),
+    )
+    lines = []
+    for name, planned in read_json(path)["configurations"].items():
+        if "architecture" in planned:
+            sizes = " x ".join(map(str, planned["patch_size"]))
+            lines.append(f"{name}: patch {sizes} (Z, Y, X), batch {planned['batch_size']}, strides {planned['architecture']['arch_kwargs']['strides'][1:]}")
+    next_step = f"nnUNetv2_preprocess -d {options.dataset} -plans_name {path.stem} -c {' '.join(line.partition(':')[0] for line in lines)}"
+    return "\n".join([*lines, f"{path}\nnext: {next_step}, then nnUNetv2_train {options.dataset} 3d_fullres 0 -p {path.stem}"])
+
+
+def nnunet_trainers(options: argparse.Namespace) -> str:
+    "Print the folder where nnU-Net finds the trainers"
+    from mednext_v2.integrations.nnunet import trainers_folder
+
+    return str(trainers_folder())
 
 # %% ../nbs/90_cli.ipynb #export
 def export(options: argparse.Namespace) -> str:
@@ -427,6 +466,7 @@ def export(options: argparse.Namespace) -> str:
 # %% ../nbs/90_cli.ipynb #pipeline-commands
 def plan(options: argparse.Namespace) -> str:
     "Forecast a profile: runs, memory, storage, and A100 hours extrapolated from a published training"
+    require_extra("pipeline", "the plan of a profile")
     from mednext_v2.report.forecast import forecast_summary, forecast_table
 
     table = forecast_table(options.profile)
@@ -683,7 +723,7 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add("predict", predict, text, "predict -m models/spleen -i scan.nii.gz -o labels.nii.gz")
     model = "model folder, folder with fold_0, fold_1, ..., or owner/name on the Hugging Face Hub; several models are averaged as an ensemble"
     command.add_argument("-m", "--model", type=Path, nargs="+", required=True, help=model)
-    scans = "scan, or folder of scans; the channels of a case end in _0000, _0001, ... as in nnU-Net"
+    scans = "scan, folder of scans (the channels of a case end in _0000, _0001, ... as in nnU-Net), or folder with a DICOM series"
     command.add_argument("-i", "--input", type=Path, required=True, help=scans)
     command.add_argument("-o", "--output", type=Path, required=True, help="label map to write, or folder for label maps")
     add_device_option(command)
@@ -694,11 +734,41 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--head", metavar="NAME", help=head)
     roi = "region to segment: a mask, a folder of masks, or x0 x1 y0 y1 z0 z1; everything outside becomes background"
     command.add_argument("--roi", nargs="+", metavar="ROI", help=roi)
+    series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
+    command.add_argument("--series", nargs="+", default=[], metavar="N", help=series)
+    command.add_argument("--dicom-seg", action="store_true", help="also write a DICOM segmentation, if the input is DICOM")
+    command.add_argument("--rtstruct", dest="dicom_rtstruct", action="store_true", help="also write a DICOM structure set, if the input is DICOM")
     command.add_argument("--save-probabilities", action="store_true", help="also write the class probabilities")
     command.add_argument("--overwrite", action="store_true", help="segment scans again that already have a label map")
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
+
+# %% ../nbs/90_cli.ipynb #nnunet-options
+def add_nnunet_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    "MedNeXt-v2 inside nnU-Net"
+    text = (
+        "Measure a raw data set of nnU-Net and write plans that name MedNeXt-v2: strides, kernels, patch and batch fit the data and the GPU. "
+        "nnUNetv2_preprocess, nnUNetv2_train and nnUNetv2_predict then take these plans with -p. Data that nnU-Net's default plans have preprocessed is shared."
+    )
+    command = add("nnunet plan", nnunet_plan, text, "nnunet plan -d 12 --backbone base --memory 24")
+    command.add_argument("-d", "--dataset", required=True, metavar="ID", help="number or folder name of the data set below $nnUNet_raw")
+    command.add_argument("--backbone", default="base", metavar="NAME", help="network: base, wide, small, ... (default: base)")
+    command.add_argument("--network", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the network, such as width=16")
+    start = "model folder, or name of a fetched model of the zoo, whose weights training begins with, whichever trainer runs; the network is the model's"
+    command.add_argument("--from", dest="parent", type=Path, metavar="MODEL", help=start)
+    memory = "memory of the GPU for training (default: what the network takes for two patches of 128 x 128 x 128, as in the paper)"
+    command.add_argument("--memory", type=float, metavar="GB", help=memory)
+    add_spacing_option(command, "nnU-Net's choice")
+    command.add_argument("--plans-name", metavar="NAME", help="name of the plans (default: nnUNetMedNeXtV2BasePlans and so on)")
+    add_workers_option(command)
+    add_start_options(command, "--from")
+
+    text = (
+        "Print the folder of trainers with the recipes of the paper and of MedNeXt-v1. Put it into nnUNet_extTrainer, and choose one of them with -tr: "
+        "nnUNetTrainerMedNeXtV2 (300 epochs), nnUNetTrainerMedNeXtV2_1000epochs, nnUNetTrainerMedNeXtV1 (1000 epochs). Needs nnunetv2 2.8.0 or newer."
+    )
+    add("nnunet trainers", nnunet_trainers, text, "nnunet trainers    (in a shell: export nnUNet_extTrainer=$(mednextv2 nnunet trainers))")
 
 # %% ../nbs/90_cli.ipynb #door-options
 def add_door_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -743,7 +813,7 @@ def add_evaluation_commands(add: Callable[..., argparse.ArgumentParser]) -> None
     command.add_argument("--csv", action="store_true", help="print CSV")
 
 # %% ../nbs/90_cli.ipynb #parser
-GROUPS = {"zoo": "List, download and verify public pretrained models."}
+GROUPS = {"nnunet": "Plan and train MedNeXt-v2 inside nnU-Net.", "zoo": "List, download and verify public pretrained models."}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -768,7 +838,7 @@ def parser() -> argparse.ArgumentParser:
 
     for add_commands in (
         add_data_commands, add_model_commands, add_zoo_commands, add_train_command, add_finetune_command, add_predict_command, add_door_commands,
-        add_evaluation_commands,
+        add_nnunet_commands, add_evaluation_commands,
     ):  # fmt: skip
         add_commands(add)
     return top

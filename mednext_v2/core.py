@@ -928,10 +928,32 @@ class MissingExtra(ImportError, ValueError):
     "A package that comes with an extra is not installed, or does not work"
 
 
-def import_extra(module: str, extra: str) -> ModuleType:
+def import_extra(
+    module: str,
+    extra: str,  # That brings it
+    how: str = "",  # To install it, if not by the extra
+) -> ModuleType:
     "A module of a package that an extra brings; MissingExtra of one line that names the extra"
     try:
         return import_module(module)
     except (ImportError, RuntimeError) as error:  # torchvision beside a torch that it was not built for: RuntimeError
         reason = str(error).partition("\n")[0]
-        raise MissingExtra(f"{module} cannot be imported ({reason}): pip install 'mednext_v2[{extra}]'") from None
+        how = how or f"pip install 'mednext_v2[{extra}]'"
+        raise MissingExtra(f"{module} cannot be imported ({reason}): {how}") from None
+
+
+EXTRAS = {  # The modules of extras that whole commands need
+    "train": "accelerate blosc2 einops fsspec google_crc32c monai",
+    "review": "PIL",
+    "pipeline": "dvc dvclive hydra jinja2 matplotlib nbconvert papermill seaborn",
+}
+
+
+def require_extra(
+    extra: str,  # One of `EXTRAS`
+    what: str,  # That needs it, for the error
+) -> None:
+    "MissingExtra unless the packages of an extra are installed; none of them is imported"
+    missing = [name for name in EXTRAS[extra].split() if find_spec(name) is None]
+    if missing:
+        raise MissingExtra(f"{what} needs {', '.join(missing)}: pip install 'mednext_v2[{extra}]'")

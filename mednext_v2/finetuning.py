@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 
-from .core import Resources, check_output, short_hash, output_lock, read_csv, read_json, write_json
+from .core import Resources, check_output, output_lock, read_csv, read_json, require_extra, short_hash, write_json
 from .evaluation.cases import predict_cases, record_scores, score_cases, write_scores
 from .training.monitor import Display
 from .training.checkpoint import describe_differences
@@ -312,6 +312,7 @@ def finetune(
     is too small, or a folder that holds the results of another request."""
     from mednext_v2.training.recipe import get_recipe
 
+    require_extra("train", "fine-tuning")
     out, report = Path(out), options.report
     check_folder(out)
     start = start if isinstance(start, Start) else Start(None if start is None else str(start))

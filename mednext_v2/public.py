@@ -35,6 +35,7 @@ HOMES = {
     "zoo.catalogue": ["fetch", "zoo_table"],
     "finetuning": ["FinetuneOptions", "finetune"],
     "integrations.hub": ["from_pretrained", "push_to_hub"],
+    "integrations.dicom": ["predict_dicom"],
 }
 HOME_OF = {name: module for module, names in HOMES.items() for name in names}
 

@@ -391,9 +391,9 @@ def test_patch_and_spacing_shape_nnunet(name):
 
 
 @pytest.mark.parametrize(("name", "module"), [("resenc_m", "unet"), ("primus_s", "primus")])
-def test_missing_package_names_the_extra(name, module, monkeypatch):
+def test_missing_package_says_what_to_install(name, module, monkeypatch):
     monkeypatch.setitem(sys.modules, f"{DNA}.{module}", None)
-    with pytest.raises(ImportError, match=r"pip install 'mednext_v2\[backbones\]'") as caught:
+    with pytest.raises(ImportError, match=r"pip install --no-deps 'dynamic_network_architectures>=0.4.4,<0.5'") as caught:
         create(name, 1, 2, patch=(32, 32, 32))
     assert "\n" not in str(caught.value)
 

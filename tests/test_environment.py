@@ -33,7 +33,7 @@ def asked_for() -> list[Requirement]:
     settings = configparser.ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     command = (ROOT / "Makefile").read_text(encoding="utf-8")
-    extras = re.search(r"-e '\.\[([\w,]+)\]'", command)[1].split(",")
+    extras = {extra for extras in re.findall(r"-e '\.\[([\w,]+)\]'", command) for extra in extras.split(",")}
     words = [settings["DEFAULT"][key] for key in ("requirements", *(f"{extra}_requirements" for extra in extras))]
     return [Requirement(word) for word in " ".join(words).split()]
 

@@ -216,8 +216,9 @@ def test_channels_added_to_a_down_block_learn(tmp_path):
 def test_monai_auxiliary_heads_are_those_of_the_same_level(tmp_path):
     source = monai(grn=True, deep_supervision=True)
     path = save(tmp_path / "a.pth", source.state_dict())
-    ours = import_checkpoint(path, deep_supervision=True).model.eval()(IMAGE)
-    theirs = source.train()(IMAGE)
+    model = import_checkpoint(path, deep_supervision=True).model.eval()
+    model.list_in_eval = True
+    ours, theirs = model(IMAGE), source.train()(IMAGE)
     assert len(ours) == len(theirs) == 3
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

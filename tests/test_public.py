@@ -1,11 +1,23 @@
 "What a process loads for each public name and each command: nobody waits for a package that is not used"
 
+import configparser
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
+import torch
 
+from mednext_v2.core import EXTRAS, MissingExtra, require_extra
+from mednext_v2.models.card import Card, save_model
+from mednext_v2.models.registry import create
 from mednext_v2.public import HOMES
+from model_toys import UNET_CARD
+
+ROOT = Path(__file__).parents[1]
 
 WATCHED = "accelerate blosc2 dvc fsspec hydra joblib matplotlib monai nibabel numpy pandas psutil scipy sklearn torch triton".split()
 # Of the module that each public name comes from. MONAI, Accelerate, Blosc and fsspec are loaded by a training when it starts, never here
@@ -35,7 +47,10 @@ LOADS = {
     "zoo.importers": "numpy pandas torch",
     "zoo.catalogue": TABLE,
     "finetuning": f"{SCANS} torch",
+    "integrations.hub": "numpy pandas torch",
+    "integrations.dicom": f"{SCANS} torch",
 }
+LATE = set("accelerate blosc2 dvc fsspec hydra joblib matplotlib monai psutil sklearn triton".split())  # Of no name, one that is not in the table included
 IMPORT_EACH = """
 import os, sys
 from importlib import import_module
@@ -60,10 +75,10 @@ def loaded(homes, first=""):
 
 @pytest.mark.skipif(not hasattr(sys, "getdlopenflags"), reason="needs fork")
 def test_each_public_name_loads_what_it_needs():
-    needs_torch = {home for home, names in LOADS.items() if "torch" in names.split()}
-    found = {**loaded([*LOADS.keys() - needs_torch]), **loaded(sorted(needs_torch), first="torch")}
-    assert found == {home: set(names.split()) for home, names in LOADS.items()}
-    assert LOADS.keys() == HOMES.keys(), "say here what the module of a new public name loads"
+    needs_torch = {home for home in HOMES if "torch" in LOADS.get(home, "torch").split()}
+    found = {**loaded(sorted(HOMES.keys() - needs_torch)), **loaded(sorted(needs_torch), first="torch")}
+    assert {home: found[home] for home in LOADS} == {home: set(names.split()) for home, names in LOADS.items()}
+    assert not {home: late for home in HOMES if (late := found[home] & LATE)}
 
 
 def test_recipes_scores_and_plans_know_names_without_monai():
@@ -99,3 +114,84 @@ def test_creating_a_model_costs_little_more_than_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
     torch_alone, both = map(int, done.stdout.split())
     assert both < 1.15 * torch_alone
+
+
+# ---- Extras
+
+WITHOUT = """
+import sys
+for name in sys.argv[1].split():
+    sys.modules[name] = None  # As if it were not installed
+from mednext_v2 import cli
+cli.main(sys.argv[2:])
+"""
+
+
+def run_without(names, *arguments):
+    command = [sys.executable, "-c", WITHOUT, names, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def test_extras_are_those_of_the_settings():
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    wanted = {extra: settings["DEFAULT"][f"{extra}_requirements"] for extra in EXTRAS}
+    as_module = {"pillow": "PIL", "hydra_core": "hydra", "ipykernel": None}
+    for extra, words in wanted.items():
+        names = [re.split("[><=!;]", word)[0].replace("-", "_") for word in words.split()]
+        assert {as_module.get(name, name) for name in names} - {None} == set(EXTRAS[extra].split()), extra
+    core = settings["DEFAULT"]["requirements"]
+    assert not [word for word in wanted["train"].split() if word in core.split()]
+    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert all(f'"{name.removesuffix("_requirements")}"' in text for name in settings["DEFAULT"] if name.endswith("_requirements"))
+
+
+def test_an_extra_that_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setitem(EXTRAS, "train", "monai no_such_package")
+    with pytest.raises(MissingExtra, match=r"^training needs no_such_package: pip install 'mednext_v2\[train\]'"):
+        require_extra("train", "training")
+
+
+def test_prediction_and_scores_need_no_extra(tmp_path):
+    torch.manual_seed(0)
+    settings = {"width": 4}
+    model, out = create("mednext_v2_tiny", 1, 3, **settings), tmp_path / "predictions"
+    save_model(tmp_path / "model", model, Card(**UNET_CARD | dict(backbone="mednext_v2_tiny", overrides=settings, patch=(32, 32, 32))))
+    for folder, voxels in (("images", np.random.default_rng(0).normal(size=(36, 34, 32))), ("truths", np.ones((36, 34, 32)))):
+        (tmp_path / folder).mkdir()
+        image = nibabel.Nifti1Image(voxels.astype(np.float32 if folder == "images" else np.uint8), np.diag([2, 2, 2, 1]))
+        nibabel.save(image, tmp_path / folder / f"a{'_0000' if folder == 'images' else ''}.nii.gz")
+    extras = " ".join([*EXTRAS.values(), "huggingface_hub", "pydicom", "SimpleITK"])
+    done = run_without(extras, "predict", "-m", tmp_path / "model", "-i", tmp_path / "images", "-o", out)
+    assert done.returncode == 0 and [path.name for path in out.glob("*.nii.gz")] == ["a.nii.gz"], done.stderr
+    (tmp_path / "truths" / "dataset.json").write_text(
+        '{"channel_names": {"0": "MR"}, "labels": {"background": 0, "core": 1, "rim": 2}, "numTraining": 1, "file_ending": ".nii.gz"}'
+    )
+    done = run_without(extras, "evaluate", out, tmp_path / "truths")
+    assert done.returncode == 0 and "core" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "extra"),
+    [
+        ("train data model", "train"),
+        ("finetune -d data -o out", "train"),
+        ("finetune -d data -o out --html", "review"),
+        ("evaluate predictions truths --html", "review"),
+        ("plan", "pipeline"),
+    ],
+)
+def test_commands_ask_for_their_extra_before_anything_else(line, extra, monkeypatch, capsys):
+    from mednext_v2 import cli
+
+    monkeypatch.setitem(EXTRAS, extra, "no_such_package")
+    with pytest.raises(SystemExit, match=rf"needs no_such_package: pip install 'mednext_v2\[{extra}\]'"):
+        cli.main(line.split())
+
+
+def test_no_extra_replaces_the_pytorch_that_is_there():
+    "timm asks for torchvision, and each release of torchvision for one of torch"
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    words = " ".join(value for name, value in settings["DEFAULT"].items() if name.endswith("_requirements")).split()
+    assert not {"timm", "torchvision", "torchaudio", "dynamic_network_architectures", "nnunetv2"} & {re.split("[><=!;]", word)[0] for word in words}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..core import short_hash
+from ..core import require_extra, short_hash
 
 if TYPE_CHECKING:
     from monai.transforms.compose import Compose
@@ -166,6 +166,7 @@ def augmentation(
     "A preset's transforms in order; ValueError lists the presets"
     if preset not in AUGMENTATIONS:
         raise ValueError(f"no augmentation {preset!r}; there are: {', '.join(AUGMENTATIONS)}")
+    require_extra("train", "augmenting patches")
     from monai.transforms.compose import Compose
     from mednext_v2.data.transforms import TRANSFORMS
 

@@ -19,6 +19,7 @@ import pandas as pd
 from scipy import ndimage
 
 from mednext_v2.core import (
+    require_extra,
     FolderKind,
     ItemsFailed,
     as_csv,
@@ -519,6 +520,7 @@ def prepare(
 ) -> pd.DataFrame:  # The manifest, one row per case
     """Prepares a raw data set for training: crops, normalises and resamples every case. ItemsFailed names the cases that cannot be used,
     after the others are done; FileExistsError if `out` holds something else."""
+    require_extra("train", "preparing data")
     out = Path(out)
     check_output(out, PREPARED)
     with output_lock(out):

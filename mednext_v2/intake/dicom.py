@@ -363,10 +363,10 @@ def to_ras(
     return Volume(np.ascontiguousarray(image.dataobj), image.affine)
 
 
-def read_series(
+def read_stack(
     paths: Sequence[str | Path],  # The files of one series, in any order
-) -> Volume:  # int16 or float32 voxels in RAS order, HU for CT
-    "A series as a volume; ValueError names what is missing, mixed, uneven, tilted or damaged"
+) -> Volume:  # int16 or float32 voxels, HU for CT; its axes are columns, rows and slices, and not yet R, A and S
+    "A series as it is stored; ValueError names what is missing, mixed, uneven, tilted or damaged"
     slices, affine = stack_slices(paths)
     columns, rows = slices[0].size
     whole = all(image.whole for image in slices)
@@ -375,7 +375,15 @@ def read_series(
         voxels[:, :, index] = slice_values(image).T
     if whole and -(2**15) <= voxels.min() and voxels.max() < 2**15:
         voxels = voxels.astype(np.int16)
-    return to_ras(voxels, affine)
+    return Volume(voxels, affine)
+
+
+def read_series(
+    paths: Sequence[str | Path],  # The files of one series, in any order
+) -> Volume:  # As `read_stack` gives it, turned to RAS
+    "A series as a volume; ValueError as `read_stack`"
+    stack = read_stack(paths)
+    return to_ras(stack.voxels, stack.affine)
 
 # %% ../../nbs/intake/10_dicom.ipynb #plain-name
 SIDES = {**dict.fromkeys(("l", "lt", "lef", "left"), "left"), **dict.fromkeys(("r", "rt", "rig", "right"), "right")}

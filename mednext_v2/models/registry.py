@@ -37,8 +37,8 @@ class PlainUNet(nn.Module):
         deep_supervision: bool = False,
         filters: tuple[int, ...] = (32, 64, 128, 256, 320, 320),  # Channels per level
     ):
-        from monai.networks.blocks.dynunet_block import UnetOutBlock  # Here, since MONAI takes seconds to import
-        from monai.networks.nets.dynunet import DynUNet
+        UnetOutBlock = import_extra("monai.networks.blocks.dynunet_block", "backbones").UnetOutBlock  # Here, since MONAI takes seconds to import
+        DynUNet = import_extra("monai.networks.nets.dynunet", "backbones").DynUNet
 
         super().__init__()
         filters = tuple(filters)
@@ -111,6 +111,11 @@ def declare(
     if deep_supervision and not auxiliary:
         declared.register_forward_hook(as_list)
     return declared
+
+# %% ../../nbs/models/30_registry.ipynb #optional
+DNA = "dynamic_network_architectures"
+DNA_INSTALL = f"pip install --no-deps '{DNA}>=0.4.4,<0.5' (its requirements would replace your PyTorch)"
+PRIMUS_INSTALL = f"pip install --no-deps '{DNA}>=0.4.4,<0.5' 'timm<1.0.23' and, with --no-deps too, the torchvision made for your PyTorch"
 
 # %% ../../nbs/models/30_registry.ipynb #plan-pooling
 def plan_pooling(
@@ -191,7 +196,7 @@ def nnunet(
     **overrides,  # Arguments of the network, as in `arch_kwargs` of plans.json
 ) -> Network:
     "nnU-Net's own network out of dynamic_network_architectures"
-    module = import_extra("dynamic_network_architectures.architectures.unet", "backbones")
+    module = import_extra(f"{DNA}.architectures.unet", "backbones", DNA_INSTALL)
     kind = module.ResidualEncoderUNet if residual else module.PlainConvUNet
     options = nnunet_options(residual, patch, spacing, overrides)
     network = kind(in_channels, num_classes=num_classes, deep_supervision=deep_supervision, **options)
@@ -214,7 +219,7 @@ def check_patch(
 
 def unetr(in_channels: int, num_classes: int, deep_supervision: bool = False, patch: tuple[int, ...] | None = None, **overrides) -> Network:
     "MONAI's UNETR; overrides are its arguments"
-    from monai.networks.nets.unetr import UNETR
+    UNETR = import_extra("monai.networks.nets.unetr", "backbones").UNETR
 
     patch = check_patch("UNETR", patch, 16)
     network = UNETR(in_channels, num_classes, img_size=patch, **overrides)
@@ -225,7 +230,7 @@ def unetr(in_channels: int, num_classes: int, deep_supervision: bool = False, pa
 
 def swin_unetr(in_channels: int, num_classes: int, deep_supervision: bool = False, **overrides) -> Network:
     "MONAI's SwinUNETR; overrides are its arguments"
-    from monai.networks.nets.swin_unetr import SwinUNETR
+    SwinUNETR = import_extra("monai.networks.nets.swin_unetr", "backbones").SwinUNETR
 
     options: dict = {"feature_size": 48} | overrides
     with torch.device("cpu"):  # Its constructor reads numbers of a tensor, and a meta tensor has none
@@ -236,7 +241,7 @@ def swin_unetr(in_channels: int, num_classes: int, deep_supervision: bool = Fals
 
 def segresnet(in_channels: int, num_classes: int, deep_supervision: bool = False, **overrides) -> Network:
     "MONAI's SegResNet; overrides are its arguments"
-    from monai.networks.nets.segresnet import SegResNet
+    SegResNet = import_extra("monai.networks.nets.segresnet", "backbones").SegResNet
 
     options: dict = {"init_filters": 32, "blocks_down": (1, 2, 2, 4), "blocks_up": (1, 1, 1)} | overrides
     network = SegResNet(in_channels=in_channels, out_channels=num_classes, **options)
@@ -247,7 +252,7 @@ def segresnet(in_channels: int, num_classes: int, deep_supervision: bool = False
 def primus(size: str, in_channels: int, num_classes: int, deep_supervision: bool = False, patch: tuple[int, ...] | None = None, **overrides) -> Network:
     "Primus with tokens of 8³ voxels out of dynamic_network_architectures, with the options of nnU-Net's trainers"
     patch = check_patch("Primus", patch, 8)
-    module = import_extra("dynamic_network_architectures.architectures.primus", "backbones")
+    module = import_extra(f"{DNA}.architectures.primus", "backbones", PRIMUS_INSTALL)
     width, depth, attention_heads = PRIMUS[size]
     options = {"embed_dim": width, "eva_depth": depth, "eva_numheads": attention_heads, "drop_path_rate": 0.2}
     options |= {"init_values": 0.1, "scale_attn_inner": True} | overrides
@@ -337,7 +342,6 @@ UNET = Backbone(
 
 # %% ../../nbs/models/30_registry.ipynb #nnunet-entries
 PRIMUS_PAGE = "nnU-Net, documentation/primus.md"
-DNA = "dynamic_network_architectures"
 
 
 def nnunet_entry(

@@ -238,12 +238,17 @@ class MedNeXt(nn.Module):
             x = self.get_submodule(f"down_{i}")(x)
         return [*features, self.bottleneck(x)]
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        *skips, x = self.encode(x)
+    def decode(self, features: list[Tensor]) -> list[Tensor]:
+        "Features of the decoder from those of the encoder, the same levels, finest first; those of the bottleneck stay"
+        *skips, x = features
         features = [x]
         for i in reversed(range(self.arch.levels)):
             x = skips.pop() + self.get_submodule(f"up_{i}")(x)
             features.append(x := self.get_submodule(f"dec_block_{i}")(x))
+        return features[::-1]
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        features = self.decode(self.encode(x))
         if not self.deep_supervision or not (self.training or self.list_in_eval):
-            return self.get_submodule("out_0")(x)
-        return [self.get_submodule(f"out_{i}")(f) for i, f in enumerate(reversed(features))]
+            return self.get_submodule("out_0")(features[0])
+        return [self.get_submodule(f"out_{i}")(f) for i, f in enumerate(features)]

@@ -230,6 +230,7 @@ def estimate(
     num_classes: int = 3,  # Classes, background included
     deep_supervision: bool = False,  # A head at every level?
     fused: str | None = None,  # Form of blocks: `cpu` (`float32`, whatever is recomputed), `cuda` (where there are kernels), None for plain
+    flops: bool = True,  # Count them, which takes most of the time? Else 0
 ) -> Estimate:
     "What a training step costs, from sizes alone; ValueError for an unknown choice or a patch that does not fit"
     if precision not in PRECISIONS:
@@ -257,7 +258,7 @@ def estimate(
     parameters, activations, peak = count_parameters(model), sum(kept) + head, max(moments)
     return Estimate(
         parameters=parameters,
-        flops=batch_size * count_flops(model, patch),
+        flops=batch_size * count_flops(model, patch) if flops else 0,
         weight_bytes=parameters * (4 if precision == "fp32" else 6),
         gradient_bytes=parameters * 4,
         optimizer_bytes=parameters * 8,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 
-from ..core import Resources, build, check_output, find_device, read_csv, write_csv
+from ..core import Resources, build, check_output, find_device, read_csv, require_extra, write_csv
 from ..models.transfer import Start
 
 if TYPE_CHECKING:
@@ -373,6 +373,7 @@ def train_model(
     from mednext_v2.training.trainer import fit, training_sampler
     from mednext_v2.training.validation import patch_validation
 
+    require_extra("train", "training")
     check_output(settings.out, MODEL_FOLDER)
     check_output(settings.folder)
     data = read_data(settings.data, settings.heads)

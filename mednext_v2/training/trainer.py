@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core import Resources, check_output, output_lock
+from ..core import Resources, check_output, output_lock, require_extra
 from ..data.augment import CaseReader, PatchSampler, Sampler, patch_loader
 from ..data.mixture import LabelSpace, MixtureSampler, mix, select_outputs
 from .checkpoint import identity
@@ -278,6 +278,7 @@ def fit(
 
     ValueError names what does not fit together, or in what the folder's run differs; FloatingPointError ends a run whose numbers are
     no longer finite; `Preempted`, with exit code 75, one that was stopped by a signal and has saved."""
+    require_extra("train", "training")
     check_run(recipe, model, sampler)
     folder, may = open_folder(folder), resources
     settings = dict(compiled=may.compiled, channels_last=may.channels_last, augment_on_device=may.augment_on_device)

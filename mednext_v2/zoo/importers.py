@@ -401,22 +401,19 @@ def mednext_arch(
         raise ValueError(f"a MedNeXt for {dimensions}D images: only 3D ones can be imported")
     if absent := [name for name in ("down_0.res_conv.weight", *wide) if name not in state]:
         raise ValueError(f"not a whole MedNeXt with residual up and down blocks: {', '.join(absent)} not there")
+    kernels = [tuple(_size_of(state, f"{stage}.0.conv1.weight", axis) for axis in (2, 3, 4)) for stage in stages[: levels + 1]]
     return Arch(
         width=width,
         depths=tuple(count_indices(state, rf"{stage}\.(\d+)\.") for stage in stages),
         ratios=tuple(_size_of(state, name, 0) // _size_of(state, name, 1) for name in wide),
-        kernel=_size_of(state, first, -1),
+        kernel=max(map(max, kernels)),
+        kernels=tuple(kernels),
         grn="mean" if any(name.endswith("grn_gamma") for name in state) else None,
     )
 
 
-def guess_mednext(
-    state: dict[str, Tensor],  # Under our names
-    grn: str,  # Convention of the source, if it has GRN
-) -> tuple[str, dict]:  # Name in the registry, overrides
+def nearest_backbone(arch: Arch) -> tuple[str, dict]:  # Name in the registry, overrides
     "The entry of the registry that a MedNeXt is nearest to, and what differs from it"
-    arch = mednext_arch(state)
-    arch = replace(arch, grn=grn if arch.grn else None)
     differing = {
         preset: {f.name: getattr(arch, f.name) for f in fields(Arch) if getattr(arch, f.name) != getattr(known, f.name)}
         for preset, known in PRESETS.items()
@@ -424,6 +421,18 @@ def guess_mednext(
     }
     preset = min(differing, key=lambda name: len(differing[name]))
     return mednext(preset).name, differing[preset]
+
+
+def guess_mednext(
+    state: dict[str, Tensor],  # Under our names
+    grn: str,  # Convention of the source, if it has GRN
+    planned: dict | None = None,  # Fields of `Arch` that plans state, and weights do not
+) -> tuple[str, dict]:  # Name in the registry, overrides
+    "The entry of the registry that a MedNeXt is nearest to, and what differs from it"
+    arch = mednext_arch(state)
+    if arch.kernels and not planned:
+        raise ValueError("kernels differ from axis to axis, so its strides may too, and they are not in its weights: give nnU-Net's folder, or a model folder")
+    return nearest_backbone(replace(arch, grn=grn if arch.grn else None, **(planned or {})))
 
 # %% ../../nbs/zoo/10_importers.ipynb #guess-unet
 def unet_arch(
@@ -498,10 +507,11 @@ def guess_backbone(
     family: str,  # One of `FAMILIES`
     state: dict[str, Tensor],  # Under that class's names
     grn: str | None = None,  # Convention of GRN, if it is not the one of that class
+    planned: dict | None = None,  # Fields of `Arch`, from `planned_arch`
 ) -> tuple[str | None, dict]:  # Name in the registry, overrides; None if there is none for it
     "The entry of the registry that could hold these weights"
     if family in MAPS:
-        return guess_mednext(to_mednext(family, state), grn or MAPS[family].grn)
+        return guess_mednext(to_mednext(family, state), grn or MAPS[family].grn, planned)
     if family in ("resenc", "nnunet_plain"):
         residual = family == "resenc"
         return "resenc_l" if residual else family, unet_arch(state, residual)
@@ -638,7 +648,7 @@ def plans_metadata(
     plans: dict,  # Of plans.json
     name: str,  # Of the configuration
     dataset: dict,  # Of dataset.json
-) -> dict:  # The fields of a `Checkpoint`, and `nonstandard` settings of its network
+) -> dict:  # The fields of a `Checkpoint`, and `planned` and `nonstandard` settings of its network
     "What plans and data set say of a network"
     configuration, axes = configuration_of(plans, name), nnunet_axes(plans)
     normalisation, reader = nnunet_normalisation(plans, configuration), plans.get("image_reader_writer")
@@ -653,9 +663,24 @@ def plans_metadata(
         "patch": tuple(int(configuration["patch_size"][axis]) for axis in axes),
         "normalisation": normalisation,
         "channels": tuple(str(channels[key]) for key in sorted(channels, key=int)),
+        "planned": planned_arch(configuration.get("architecture", {})),
         "nonstandard": nonstandard_settings(configuration.get("architecture", {}).get("arch_kwargs")),
         "notes": tuple(notes),
     }
+
+
+NNUNET_CLASS = "mednext_v2.integrations.nnunet.NNUNetMedNeXt"  # What plans of this library name
+
+
+def planned_arch(
+    architecture: dict,  # Of a configuration
+) -> dict | None:  # Fields of `Arch`, axes as in the weights; None for other networks
+    "What plans say of a MedNeXt of this library, and its weights do not show"
+    if architecture.get("network_class_name") != NNUNET_CLASS:
+        return None
+    known = architecture["arch_kwargs"]
+    kernels = tuple(map(tuple, known["kernel_sizes"]))
+    return {"strides": tuple(map(tuple, known["strides"][1:])), "kernels": kernels, "kernel": max(map(max, kernels)), "grn": known.get("grn", "mean")}
 
 # %% ../../nbs/zoo/10_importers.ipynb #metadata-readers
 def nnunet_v2_metadata(content: dict) -> dict:
@@ -729,6 +754,7 @@ def identify_network(
     state: dict[str, Tensor],  # Under that class's names
     nonstandard: tuple[str, ...] = (),  # From `nonstandard_settings`
     grn: str | None = None,  # Convention of GRN, if it is not the one of that class
+    planned: dict | None = None,  # From `planned_arch`
 ) -> tuple[dict, tuple[str, ...]]:  # Fields of a `Checkpoint`, and notes
     "What the weights say about a network, and which backbone of the registry it is, if any"
     known = FAMILIES[family]
@@ -736,7 +762,7 @@ def identify_network(
     if nonstandard and family in ("resenc", "nnunet_plain"):
         return sizes, (f"not a network of ours: {', '.join(nonstandard)}",)
     try:
-        backbone, overrides = guess_backbone(family, state, grn)
+        backbone, overrides = guess_backbone(family, state, grn, planned)
     except _UnexpectedShape:
         raise
     except (LookupError, ValueError) as error:
@@ -757,12 +783,13 @@ def parse_checkpoint(
     family, state, outside = strip_prefix(tensors, prefix)
     known = WRAPPINGS.get(wrapping) or Wrapping("the dictionary at --key", key or "")
     metadata, network, notes = read_metadata(wrapping, content), {}, ()
-    nonstandard = metadata.pop("nonstandard", ())
+    nonstandard, planned = metadata.pop("nonstandard", ()), metadata.pop("planned", None)
+    stated = planned and planned.pop("grn")
     how = f"{known.title} by its keys ({' and '.join(filter(None, (known.weights, *known.other_keys))) or 'tensors only'})"
     if family:
         how += f", {FAMILIES[family].title} by {FAMILIES[family].marker}"
         try:
-            network, notes = identify_network(family, state, nonstandard, grn)
+            network, notes = identify_network(family, state, nonstandard, grn or stated, planned)
         except _UnexpectedShape as error:
             raise ValueError(f"{path}: {error}: not weights of {FAMILIES[family].title}, or damaged") from None
     metadata["notes"] = (*metadata.get("notes", ()), *notes)
@@ -896,8 +923,8 @@ def to_xyz_axes(checkpoint: Checkpoint) -> Checkpoint:  # With `axes` (0, 1, 2)
     state = {n: v.permute(0, 1, *order).contiguous() if v.ndim == 5 else v for n, v in checkpoint.state.items()}
     turn = {
         key: [[row[axis] for axis in checkpoint.axes] for row in checkpoint.overrides[key]]
-        for key in ("kernel_sizes", "strides")
-        if key in checkpoint.overrides
+        for key in ("kernel_sizes", "kernels", "strides")
+        if checkpoint.overrides.get(key)
     }
     mirror = tuple(i for i in range(3) if checkpoint.axes[i] in checkpoint.mirror_axes)
     return replace(checkpoint, state=state, overrides=checkpoint.overrides | turn, mirror_axes=mirror, axes=(0, 1, 2))
@@ -1045,9 +1072,10 @@ def build_network(
 
 
 def has_auxiliary_heads(checkpoint: Checkpoint) -> bool:
-    "Whether the weights hold more than one head"
-    heads = [re.match(r"(?:out_|heads\.|decoder\.seg_layers\.|seg_outputs\.)(\d+)", name) for name in library_state(checkpoint)]
-    return len({match[1] for match in heads if match}) > 1
+    "Whether the weights hold a head for each level that a network with deep supervision has; in nnU-Net a MedNeXt's bottleneck has none"
+    state = library_state(checkpoint)
+    heads = {match[1] for name in state if (match := re.match(r"(?:out_|heads\.|decoder\.seg_layers\.|seg_outputs\.)(\d+)", name))}
+    return len(heads) > (count_indices(state, r"enc_block_(\d+)\.") if checkpoint.family in MAPS else 1)
 
 # %% ../../nbs/zoo/10_importers.ipynb #import-checkpoint
 def import_checkpoint(
