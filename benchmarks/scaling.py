@@ -37,12 +37,12 @@ def step_of(**values):
     "A training step and a forward pass of these sizes, as functions"
     import torch
 
-    from mednext_v2.network.scaling import create_model
+    from mednext_v2.network.scaling import build_mednext
     from mednext_v2.training.losses import deep_supervision_loss
 
     patch, batch, classes = [values["side"]] * 3, values["batch"], values["classes"]
     torch.manual_seed(0)
-    model = create_model("tiny", 1, classes, deep_supervision=True, width=values["width"], depths=(values["depth"],) * 9)
+    model = build_mednext("tiny", 1, classes, deep_supervision=True, width=values["width"], depths=(values["depth"],) * 9)
     image, label = torch.randn(batch, 1, *patch), torch.randint(classes, (batch, 1, *patch))
 
     def step():

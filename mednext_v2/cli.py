@@ -7,11 +7,12 @@ __all__ = []
 
 # %% ../nbs/90_cli.ipynb #imports
 import argparse
+import json
 import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -25,6 +26,25 @@ if TYPE_CHECKING:
     from mednext_v2.training.launch import RunEnded
     from mednext_v2.training.recipe import Recipe
 
+# %% ../nbs/90_cli.ipynb #answer
+class Answer(str):
+    "What a command prints, with the same as values for `--json`"
+
+    code: int  # Of the process
+    values: dict[str, object]
+
+    def __new__(cls, text: str = "", code: int = 0, **values: object) -> "Answer":
+        made = super().__new__(cls, text)
+        made.code, made.values = code, values
+        return made
+
+
+def as_json_line(command: str, answer: str | None) -> str:
+    "One JSON object: the command, and its values or, if it has none, its text"
+    values = getattr(answer, "values", {}) or {"message": str(answer or "")}
+    plain = {name: json.loads(value.to_json(orient="records")) if hasattr(value, "to_json") else value for name, value in values.items()}
+    return json.dumps({"command": command, **plain}, default=str)
+
 # %% ../nbs/90_cli.ipynb #info
 def info(options: argparse.Namespace) -> str:
     "Describe a file or a folder of weights, or what networks cost"
@@ -36,25 +56,28 @@ def info(options: argparse.Namespace) -> str:
         return describe(options.what, **checkpoint_options(options))
     import pandas as pd
 
+    from mednext_v2.factory import list_models
     from mednext_v2.models.registry import backbone_table, get_backbone
-    from mednext_v2.network.scaling import PRESETS, get_arch, overview
+    from mednext_v2.network.scaling import PRESETS, get_arch, overview, parse_name
 
     tables = []
     sides: list[int] = options.patch or [128]
+    names = list_models(options.what) if options.what and set(options.what) & set("*?[") else []
     for side in sides:
-        if options.what and options.what not in PRESETS:
-            if "/" in options.what or "." in options.what:
-                raise FileNotFoundError(f"{options.what} does not exist")
-            backbone = get_backbone(options.what).name
-            hint = backbone.removeprefix("mednext_").removeprefix("v2_")
-            reason = f"has it in `mednextv2 info {hint}`" if hint in PRESETS else "is no size of MedNeXt, whose training alone is estimated"
-            refuse_ignored([option for option in given if option != "patch"], backbone, reason)
-            table = backbone_table((side,) * 3, names=(backbone,))
-        else:
+        if not options.what or parse_name(options.what):
             archs = {name: get_arch(name) for name in ([options.what] if options.what else PRESETS)}
             table = overview(archs, (side, side, side), batch_size=options.batch_size or 2, precision=options.precision or "bf16")
+        else:
+            if not names and ("/" in options.what or "." in options.what):
+                raise FileNotFoundError(f"{options.what} does not exist")
+            found = names or [get_backbone(options.what).name]
+            refuse_ignored(
+                [option for option in given if option != "patch"], ", ".join(found), "is no single size of MedNeXt, whose training alone is estimated"
+            )
+            table = backbone_table((side,) * 3, names=tuple(found))
         tables.append(table.assign(patch=f"{side}³").reset_index())
-    return pd.concat(tables).to_string(index=False, float_format="{:,.1f}".format)
+    table = pd.concat(tables)
+    return Answer(table.to_string(index=False, float_format="{:,.1f}".format), networks=table)
 
 
 def refuse_ignored(options: list[str], what: str, reason: str) -> None:
@@ -101,7 +124,7 @@ def zoo_list(options: argparse.Namespace) -> str:
     from mednext_v2.zoo.catalogue import zoo_table
 
     table = zoo_table(options.zoo)
-    return (table if options.long else table.drop(columns=["where", "source"])).to_string(index=False)
+    return Answer((table if options.long else table.drop(columns=["where", "source"])).to_string(index=False), models=table)
 
 
 def zoo_fetch(options: argparse.Namespace) -> str:
@@ -146,7 +169,7 @@ def datasets(options: argparse.Namespace) -> str:
         }
         for dataset in load_datasets(options.registry).values()
     ]
-    return pd.DataFrame(rows).to_string(index=False)
+    return Answer(pd.DataFrame(rows).to_string(index=False), datasets=rows)
 
 # %% ../nbs/90_cli.ipynb #parse-pair
 def parse_pair(
@@ -202,9 +225,7 @@ def doctor(options: argparse.Namespace) -> str:
     print(report.text())
     if options.fix:
         print(fix_raw_dataset(options.data, options.fix, options.workers, report=None if options.quick else report).text())
-    if not report.clean:
-        raise SystemExit(1)
-    return ""
+    return Answer(code=0 if report.clean else 1, clean=report.clean, verdict=report.verdict, findings=report.table)
 
 # %% ../nbs/90_cli.ipynb #prepare
 @contextmanager
@@ -278,6 +299,7 @@ def train(options: argparse.Namespace) -> str:
     from mednext_v2.zoo.catalogue import find_fetched
     from mednext_v2.core import check_output
     from mednext_v2.models.card import MODEL_FOLDER, read_card
+    from mednext_v2.models.registry import get_backbone
 
     require_extra("train", "training")
     check_output(options.out, MODEL_FOLDER)
@@ -288,6 +310,7 @@ def train(options: argparse.Namespace) -> str:
     overrides = dict(parse_pair(pair) for pair in options.network)
     if options.backbone is None:
         options.backbone = read_card(options.parent).backbone if options.parent else "mednext_v2_base"
+    get_backbone(options.backbone)
     if not options.unchecked:
         print(forecast_training(options, recipe, overrides), file=sys.stderr)
     try:
@@ -307,9 +330,16 @@ def train(options: argparse.Namespace) -> str:
         train_in_processes(settings, resources_from_options(options), Display(pictures=pictures_by_default()), options.resume)
     except RunEnded as ended:
         exit_ended(ended)
-    return f"wrote {options.out}"
+    return Answer(f"wrote {options.out}", model=options.out)
 
 # %% ../nbs/90_cli.ipynb #finetune
+def confirm_duration(text: str) -> bool:
+    "Ask whether to start what takes so long; without a terminal to ask on, it is started"
+    if not sys.stdin.isatty():
+        return True
+    return input(f"This takes about {text}. Start? [y/N] ").strip().lower() in ("y", "yes")
+
+
 def finetune(options: argparse.Namespace) -> str:
     "Go from a raw data set to a model folder and its scores"
     import shlex
@@ -324,8 +354,10 @@ def finetune(options: argparse.Namespace) -> str:
     require_extra("train", "fine-tuning")
     if options.html:
         require_extra("review", "the page of --html")
-    recipe = get_recipe(options.recipe, **dict(parse_pair(pair) for pair in options.recipe_set))
-    resolve_training_device(recipe, options.device)
+    recipe = None  # Chosen by the machine
+    if options.recipe or options.recipe_set:
+        recipe = get_recipe(options.recipe or "finetune", **dict(parse_pair(pair) for pair in options.recipe_set))
+        resolve_training_device(recipe, options.device)
     try:
         table = finetune_dataset(
             options.data,
@@ -342,6 +374,7 @@ def finetune(options: argparse.Namespace) -> str:
                 seed_task=options.seed_task,
                 registry=options.registry,
                 checkpoint=checkpoint_options(options),
+                confirm=None if options.yes else confirm_duration,
                 command=shlex.join(["mednextv2", *sys.argv[1:]]),
             ),
         )
@@ -350,7 +383,8 @@ def finetune(options: argparse.Namespace) -> str:
     shown = means(table, ["split", "label"], ["dsc", "nsd", "hd95"], order=("case",))
     print(shown.to_string(index=False, float_format="{:.3f}".format), flush=True)
     page = f", {review_scores(options.out)}" if options.html else ""
-    return f"{options.out / 'model'}, {options.out / 'scores.csv'}{page}; next: mednextv2 predict -m {options.out / 'model'} ..."
+    said = f"{options.out / 'model'}, {options.out / 'scores.csv'}{page}; next: mednextv2 predict -m {options.out / 'model'} ..."
+    return Answer(said, model=options.out / "model", scores=options.out / "scores.csv", means=shown)
 
 
 def replay(options: argparse.Namespace) -> str:
@@ -382,9 +416,9 @@ def predict(options: argparse.Namespace) -> str:
         written = predict_dicom(
             models, options.input, options.output, chosen, options.series, results, roi or None, options.save_probabilities, options.overwrite
         )
-        return f"wrote {', '.join(map(str, written))}"
-    predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
-    return f"wrote {options.output}"
+        return Answer(f"wrote {', '.join(map(str, written))}", files=list(map(str, written)))
+    labelled = predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
+    return Answer(f"wrote {options.output}", labels=labelled)
 
 
 def evaluate(options: argparse.Namespace) -> str:
@@ -415,7 +449,8 @@ def evaluate(options: argparse.Namespace) -> str:
         review(table, options.predictions, options.truths, options.images, page, dataset, tolerance=options.tolerance)
     if failed:
         raise failed
-    return f"scores.csv, summary.json{' and review.html' if options.html else ''} are in {out}"
+    said = f"scores.csv, summary.json{' and review.html' if options.html else ''} are in {out}"
+    return Answer(said, out=out, means=shown)
 
 # %% ../nbs/90_cli.ipynb #nnunet-commands
 def nnunet_plan(options: argparse.Namespace) -> str:
@@ -463,6 +498,15 @@ def export(options: argparse.Namespace) -> str:
     run = f"; next: python {options.out / 'predict.py'} scan.nii.gz labels.nii.gz" if options.format == "onnx" else ""
     return f"{options.out / described['file']['name']}: sides {sides}, differs by at most {apart:.0e} of the largest logit{run}"
 
+
+def bundle(options: argparse.Namespace) -> str:
+    "Write a model as a bundle of MONAI"
+    from mednext_v2.integrations.bundle import write_bundle
+    from mednext_v2.zoo.catalogue import find_fetched
+
+    folder = write_bundle(find_fetched(options.model, imported=True), options.out, options.head)
+    return f"{folder}: how to run its configurations is in {folder / 'docs/README.md'}"
+
 # %% ../nbs/90_cli.ipynb #pipeline-commands
 def plan(options: argparse.Namespace) -> str:
     "Forecast a profile: runs, memory, storage, and A100 hours extrapolated from a published training"
@@ -471,7 +515,7 @@ def plan(options: argparse.Namespace) -> str:
 
     table = forecast_table(options.profile)
     shown = table.drop(columns=["flops"], errors="ignore") if options.all else forecast_summary(table)
-    return shown.to_string(index=False, float_format="{:.1f}".format, na_rep="not available")
+    return Answer(shown.to_string(index=False, float_format="{:.1f}".format, na_rep="not available"), plan=shown)
 
 
 def results(options: argparse.Namespace) -> str:
@@ -490,7 +534,7 @@ def results(options: argparse.Namespace) -> str:
         return table.to_csv(index=False).rstrip("\n")
     shown = table.to_string(index=False, float_format="{:.4g}".format, na_rep="not available")
     path = StudyPaths(options.profile).results / f"{options.table}.csv"
-    return f"{shown}\n\n{describe_provenance(path, options.profile)}" if options.where else shown
+    return Answer(f"{shown}\n\n{describe_provenance(path, options.profile)}" if options.where else shown, rows=table)
 
 # %% ../nbs/90_cli.ipynb #shared-options
 def at_least(least: int) -> Callable[[str], int]:
@@ -539,12 +583,15 @@ def add_checkpoint_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--i-trust-this-file", dest="trust", action="store_true", help=trust)
 
 # %% ../nbs/90_cli.ipynb #training-options
-def add_recipe_options(command: argparse.ArgumentParser, source: str) -> None:
+def add_recipe_options(command: argparse.ArgumentParser, source: str, recipe: str | None = "finetune") -> None:
     group = command.add_argument_group("network and recipe")
-    group.add_argument("--backbone", metavar="NAME", help=f"network to train (default: that of {source}, else mednext_v2_base)")
+    by_machine = "" if recipe else " on a GPU; without one, and with no --recipe, mednext_v2_tiny"
+    text = f"network to train, such as base or resenc_l; `info '*'` lists them (default: that of {source}, else mednext_v2_base{by_machine})"
+    group.add_argument("--backbone", metavar="NAME", help=text)
     changes = "change the network, e.g. width=16 or grad_checkpointing=auto"
     group.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=changes)
-    group.add_argument("--recipe", default="finetune", metavar="NAME", help="pretrain, finetune, v1, nnunet, quick or smoke (default: finetune)")
+    default = recipe or "finetune on a GPU or with a model; else quick with what steps an hour allows"
+    group.add_argument("--recipe", default=recipe, metavar="NAME", help=f"pretrain, finetune, v1, nnunet, quick or smoke (default: {default})")
     group.add_argument("--recipe-set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change the recipe, e.g. lr=1e-4")
 
 
@@ -613,7 +660,11 @@ def add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     "Networks and weights"
     example = "info model.pth, or: mednextv2 info base --patch 128 192"
     command = add("info", info, "Show what a checkpoint holds, or what networks cost.", example)
-    command.add_argument("what", nargs="?", help="file or folder of weights, or name of a network (default: all sizes of MedNeXt)")
+    command.add_argument(
+        "what",
+        nargs="?",
+        help="file or folder of weights, or name of a network, such as base, or a pattern, such as 'mednext*' (default: all sizes of MedNeXt)",
+    )
     command.add_argument("--patch", type=int, nargs="+", metavar="N", help="side lengths of the patch (default: 128)")
     command.add_argument("--batch-size", type=at_least(1), metavar="N", help="patches per training batch, for the sizes of MedNeXt (default: 2)")
     command.add_argument("--precision", choices=["fp32", "bf16"], help="precision of training, for the sizes of MedNeXt (default: bf16)")
@@ -706,7 +757,8 @@ def add_finetune_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--seed-task", default="abdomen_ct", metavar="TASK", help=seeds)
     add_workers_option(command)
     add_registry_option(command)
-    add_recipe_options(command, "--model")
+    command.add_argument("--yes", action="store_true", help="do not ask before a training of more than an hour")
+    add_recipe_options(command, "--model", None)
     add_start_options(command, "--model")
     add_running_options(command)
     add_checkpoint_options(command)
@@ -734,15 +786,16 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--head", metavar="NAME", help=head)
     roi = "region to segment: a mask, a folder of masks, or x0 x1 y0 y1 z0 z1; everything outside becomes background"
     command.add_argument("--roi", nargs="+", metavar="ROI", help=roi)
-    series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
-    command.add_argument("--series", nargs="+", default=[], metavar="N", help=series)
-    command.add_argument("--dicom-seg", action="store_true", help="also write a DICOM segmentation, if the input is DICOM")
-    command.add_argument("--rtstruct", dest="dicom_rtstruct", action="store_true", help="also write a DICOM structure set, if the input is DICOM")
     command.add_argument("--save-probabilities", action="store_true", help="also write the class probabilities")
     command.add_argument("--overwrite", action="store_true", help="segment scans again that already have a label map")
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
+    group = command.add_argument_group("a folder of DICOM")
+    series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
+    group.add_argument("--series", nargs="+", default=[], metavar="N", help=series)
+    group.add_argument("--dicom-seg", action="store_true", help="also write a DICOM segmentation")
+    group.add_argument("--rtstruct", dest="dicom_rtstruct", action="store_true", help="also write a DICOM structure set")
 
 # %% ../nbs/90_cli.ipynb #nnunet-options
 def add_nnunet_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -781,6 +834,12 @@ def add_door_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--format", choices=["onnx", "torch"], default="onnx", help=formats)
     command.add_argument("--head", metavar="NAME", help="data set whose labels to predict, if the model has a head for each of several")
 
+    text = "Write a model as a bundle of MONAI, which `python -m monai.bundle run` trains, fine-tunes, applies and evaluates."
+    command = add("bundle", bundle, text, "bundle models/spleen spleen_bundle, then see spleen_bundle/docs/README.md")
+    command.add_argument("model", type=Path, help="model folder of one network, or name of a fetched model of the zoo")
+    command.add_argument("out", type=Path, help="folder to write")
+    command.add_argument("--head", metavar="NAME", help="data set whose labels to predict, if the model has a head for each of several")
+
 # %% ../nbs/90_cli.ipynb #evaluation-options
 def add_evaluation_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     "Scores and the pipeline"
@@ -812,20 +871,63 @@ def add_evaluation_commands(add: Callable[..., argparse.ArgumentParser]) -> None
     command.add_argument("--by", metavar="COLUMN,COLUMN", help="show means with 95 %% intervals, grouped by these columns")
     command.add_argument("--csv", action="store_true", help="print CSV")
 
+# %% ../nbs/90_cli.ipynb #completion
+def completion(options: argparse.Namespace) -> str:
+    "The script that completes commands and options in a shell"
+    import shtab
+
+    return shtab.complete(parser(), shell=options.shell)
+
+
+def add_completion_command(add: Callable[..., argparse.ArgumentParser]) -> None:
+    "`completion`"
+    text = "Print a script that completes commands and options when you press the tab key."
+    command = add("completion", completion, text, "completion bash > ~/.local/share/bash-completion/completions/mednextv2    (then open a new shell)")
+    command.add_argument("shell", choices=["bash", "zsh", "tcsh"], help="your shell")
+
 # %% ../nbs/90_cli.ipynb #parser
 GROUPS = {"nnunet": "Plan and train MedNeXt-v2 inside nnU-Net.", "zoo": "List, download and verify public pretrained models."}
 
 
+SECTIONS = {  # What one wants to do, and the commands for it; a command that is not here is shown last
+    "label and score scans": "predict evaluate",
+    "train a network": "finetune doctor prepare train replay",
+    "get data and models": "datasets convert zoo info import push",
+    "use other programs": "nnunet export bundle",
+    "reproduce the paper": "plan results",
+}
+
+
+class SectionParser(argparse.ArgumentParser):
+    "A parser whose help lists its commands by what one wants to do"
+
+    def format_help(self) -> str:
+        formatter, commands = self._get_formatter(), next(a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        left = {action.dest: action for action in commands._get_subactions()}
+        for title, names in SECTIONS.items():
+            formatter.start_section(title)
+            formatter.add_arguments([left.pop(name) for name in names.split() if name in left])
+            formatter.end_section()
+        for title, actions in (("more", left.values()), ("options", [action for action in self._actions if action is not commands])):
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+
 def parser() -> argparse.ArgumentParser:
     "The parser of all commands and their options"
-    top = argparse.ArgumentParser(
+    top = SectionParser(
         prog="mednextv2",
         description="MedNeXt-v2 for 3D medical image segmentation. `mednextv2 COMMAND --help` explains a command.",
         epilog="In a clone of the repository, `make repro` makes the paper's tables and figures.",
     )
     version = ", ".join([*(f"{name} {number}" for name, number in versions().items()), platform.platform()])
     top.add_argument("--version", action="version", version=version, help="show the versions that a bug report needs")
-    groups = {"": top.add_subparsers(title="commands", metavar="COMMAND", required=True)}
+    groups = {"": top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser)}
 
     def add(name: str, function: Callable, text: str, example: str) -> argparse.ArgumentParser:
         group, _, last = name.rpartition(" ")
@@ -833,12 +935,13 @@ def parser() -> argparse.ArgumentParser:
             parent = groups[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
             groups[group] = parent.add_subparsers(title="commands", metavar="COMMAND", required=True)
         command = groups[group].add_parser(last, help=text, description=text, epilog=f"example: mednextv2 {example}")
-        command.set_defaults(function=function, parser=command)
+        command.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+        command.set_defaults(function=function, parser=command, command=name)
         return command
 
     for add_commands in (
         add_data_commands, add_model_commands, add_zoo_commands, add_train_command, add_finetune_command, add_predict_command, add_door_commands,
-        add_nnunet_commands, add_evaluation_commands,
+        add_nnunet_commands, add_evaluation_commands, add_completion_command,
     ):  # fmt: skip
         add_commands(add)
     return top
@@ -888,9 +991,13 @@ def main(
         for name in OUTPUTS:
             if isinstance(place := getattr(options, name, None), Path):
                 check_writable(place)
-        text = options.function(options)
+        with redirect_stdout(sys.stderr) if options.json else nullcontext():
+            answer = options.function(options)
+        text = as_json_line(options.command, answer) if options.json else answer
         if text:
             print(text, flush=True)
+        if code := getattr(answer, "code", 0):
+            raise SystemExit(code)
     except KeyboardInterrupt:
         print("mednextv2: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -898,6 +1005,8 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except USER_ERRORS as error:
+        if options.json:
+            print(json.dumps({"command": options.command, "error": one_line(error)}), flush=True)
         raise SystemExit(f"mednextv2: {one_line(error)}") from None
 
 # %% ../nbs/90_cli.ipynb #command

@@ -957,3 +957,17 @@ def require_extra(
     missing = [name for name in EXTRAS[extra].split() if find_spec(name) is None]
     if missing:
         raise MissingExtra(f"{what} needs {', '.join(missing)}: pip install 'mednext_v2[{extra}]'")
+
+# %% ../nbs/00_core.ipynb #duration
+def describe_duration(
+    seconds: float,  # From 0 on
+) -> str:
+    "In seconds, minutes, hours and minutes, or days and hours"
+    whole, minutes, hours = max(1, round(seconds)), round(seconds / 60), round(seconds / 3600)
+    if hours >= 24:
+        parts = [(hours // 24, "day"), (hours % 24 if hours < 240 else 0, "hour")]
+    elif minutes >= 60:
+        parts = [(minutes // 60, "hour"), (minutes % 60 if minutes < 600 else 0, "minute")]
+    else:
+        parts = [(minutes, "minute")] if whole >= 60 else [(whole, "second")]
+    return " ".join(f"{number} {word}{'s' * (number != 1)}" for number, word in parts if number)

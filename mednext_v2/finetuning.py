@@ -16,11 +16,23 @@ from typing import TYPE_CHECKING, cast
 
 import pandas as pd
 
-from .core import Resources, check_output, output_lock, read_csv, read_json, require_extra, short_hash, write_json
+from mednext_v2.core import (
+    Resources,
+    build,
+    check_output,
+    describe_duration,
+    find_device,
+    output_lock,
+    read_csv,
+    read_json,
+    require_extra,
+    short_hash,
+    write_json,
+)
 from .evaluation.cases import predict_cases, record_scores, score_cases, write_scores
 from .training.monitor import Display
 from .training.checkpoint import describe_differences
-from .training.run import TrainingData, TrainSettings, build_network, forecast_cost, load_start, pictures_by_default, train_in_processes
+from .training.run import TrainingData, TrainSettings, build_network, describe_cost, load_start, measure_cost, pictures_by_default, train_in_processes
 from .models.transfer import Start
 
 if TYPE_CHECKING:
@@ -58,25 +70,6 @@ def check_raw(raw: Path, workers: int = 1) -> str:  # The verdict
         raise ValueError(f"{raw} is {report.verdict}; first {first.file}: {first.what}; all of them: mednextv2 doctor --data {raw}")
     return report.verdict
 
-# %% ../nbs/60_finetuning.ipynb #parent-folder
-def find_checkpoint(
-    model: Path,  # A file, or a folder
-) -> Path:
-    "The checkpoint to import: what is given, or the only one in a folder, such as one of the zoo. ValueError for none or several"
-    from mednext_v2.zoo.importers import weights_kind
-
-    try:
-        weights_kind(model)
-        return model
-    except ValueError as error:
-        found = sorted({path.parent for path in model.rglob("plans.json") if (path.parent / "dataset.json").is_file()})
-        endings = (".pth", ".pt", ".safetensors", ".model", ".bin", ".ckpt")
-        found = found or sorted(path for path in model.rglob("*") if path.name.endswith(endings))
-        if len(found) == 1:
-            return found[0]
-        names = ", ".join(str(path.relative_to(model)) for path in found[:5])
-        raise ValueError(f"{error}; it has {len(found)} checkpoints {names}: name the one to start from") from None
-
 # %% ../nbs/60_finetuning.ipynb #parent-folder-part
 def import_parent(
     model: str | Path,  # Model folder, foreign checkpoint, or name of a fetched model of the zoo
@@ -84,7 +77,7 @@ def import_parent(
     **reading,  # Of `importers.import_checkpoint`: trust, fold, prefix, grn
 ) -> Path:  # Model folder
     "The model to start from as a model folder; ValueError says what a foreign checkpoint leaves open"
-    from mednext_v2.zoo.importers import import_model
+    from mednext_v2.zoo.importers import find_checkpoint, import_model
     from mednext_v2.zoo.catalogue import find_fetched, weights_source
 
     model, parent = find_fetched(model), Path(out) / "parent"
@@ -151,6 +144,11 @@ class FinetunePlan:
     start: Start  # The parent as a model folder
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        from mednext_v2.models.registry import get_backbone
+
+        object.__setattr__(self, "backbone", get_backbone(self.backbone).name)  # However it was written
+
     @property
     def network(self) -> dict:
         "As functions of `run` take it"
@@ -185,7 +183,44 @@ class FinetuneOptions:
     registry: str | Path | None = None  # Another file than the project's data/datasets.yaml
     checkpoint: dict = field(default_factory=dict)  # How a foreign checkpoint is read: trust, fold, prefix, grn
     command: str = "mednext_v2.finetuning.finetune"  # That made the scores, by the model's card
+    confirm: Callable[[str], bool] | None = None  # Asked before a training of more than an hour, with how long it takes; False ends it
     report: Callable[[str], None] = print_step  # Gets a line for each step
+
+# %% ../nbs/60_finetuning.ipynb #choice
+HOUR = 3600  # Seconds
+SMALL = ("mednext_v2_tiny", dict(patch=(64, 64, 64)))  # Network, and changes to the recipe `quick`, where there is no GPU
+STEPS = (600, 20_000)  # At least, so that something is learnt; and at most
+
+
+def choose_training(
+    out: Path,
+    start: Start,
+    backbone: str | None,  # If the user names one
+    device: str,
+) -> tuple["Recipe", str | None, str]:  # Recipe, network if it is chosen, and why
+    "What is trained if no recipe is named: by the machine, or as an earlier call with this folder chose"
+    from mednext_v2.training.recipe import Recipe, get_recipe
+
+    if (out / "plan.json").is_file():
+        known = read_json(out / "plan.json")
+        return build(Recipe, known["recipe"], "plan.json"), backbone or known["backbone"], ""
+    if start.model or device != "cpu":
+        reason = "a model to start from is given" if start.model else f"there is a GPU ({device})"
+        return get_recipe("finetune"), backbone, f"chosen: the paper's recipe finetune, since {reason}; --recipe quick is a short one"
+    small, changes = SMALL
+    network = f"{backbone}, as you say," if backbone else f"the small network {small}"
+    reason = "since there is no GPU; the paper's is --backbone mednext_v2_base --recipe finetune, which needs one"
+    return get_recipe("quick", **changes), backbone or small, f"chosen: {network} and as many steps as an hour allows, {reason}"
+
+
+def fill_hour(
+    recipe: "Recipe",
+    seconds: float,  # Of a step
+) -> "Recipe":
+    "With the steps that four fifths of an hour allow; the rest is for preparation, validation and scores"
+    least, most = STEPS
+    steps = min(max(int(0.8 * HOUR / seconds) // 100 * 100, least), most)
+    return replace(recipe, steps=steps, validate_every=steps // 10)
 
 # %% ../nbs/60_finetuning.ipynb #make-plan
 def make_plan(
@@ -293,12 +328,36 @@ def check_folder(
         if (out / name).exists():
             raise FileExistsError(f"{out / name} is there and was not made by this command: choose another folder")
 
+# %% ../nbs/60_finetuning.ipynb #costs
+def settle_costs(
+    plan: FinetunePlan,
+    data: TrainingData,  # That need not be prepared
+    resources: Resources,
+    options: FinetuneOptions,
+    free: bool,  # May the steps be chosen?
+) -> FinetunePlan:
+    "Say what is done and what it costs; ValueError for weights that do not fit, memory that is too small, or a user who declines"
+    if not options.forecast:
+        options.report(plan.describe())
+        plan.check_start(data)
+        return plan
+    plan.check_start(data)
+    cost = measure_cost(data, **plan.network, parent=plan.start.model, device=resources.device, processes=resources.processes)
+    if free:
+        plan = replace(plan, recipe=fill_hour(plan.recipe, cost[1]))
+    options.report(plan.describe())
+    options.report(describe_cost(cost, plan.recipe))
+    seconds, begun = cost[1] * plan.recipe.steps, (plan.out / "plan.json").is_file()
+    if seconds > HOUR and not begun and options.confirm and not options.confirm(describe_duration(seconds)):
+        raise ValueError(f"not started: a training of {describe_duration(seconds)} was declined; --recipe quick is shorter")
+    return plan
+
 # %% ../nbs/60_finetuning.ipynb #finetune
 def finetune(
     raw: str | Path,  # Data set in nnU-Net's raw layout, or the folder of the seed scans
     start: Start | str | Path | None,  # Model folder or foreign checkpoint to start from, or None: random weights; `Start` says how
     out: str | Path,  # Folder for all results; the same call goes on where it was
-    recipe: "str | Recipe" = "finetune",  # Its name, or as `get_recipe` changes it
+    recipe: "str | Recipe | None" = "finetune",  # Its name, or as `get_recipe` changes it; None chooses network and recipe by the machine
     backbone: str | None = None,  # The parent's, or mednext_v2_base, if not given
     overrides: dict | None = None,  # Changes to the backbone's published size
     spacing: tuple[float, ...] | None = None,  # Voxel size, mm; the parent's, or planned from the data, if not given
@@ -310,6 +369,7 @@ def finetune(
 
     ValueError before costly steps where possible: for data that are not clean, weights that do not fit, memory that
     is too small, or a folder that holds the results of another request."""
+    from mednext_v2.models.registry import get_backbone
     from mednext_v2.training.recipe import get_recipe
 
     require_extra("train", "fine-tuning")
@@ -317,21 +377,22 @@ def finetune(
     check_folder(out)
     start = start if isinstance(start, Start) else Start(None if start is None else str(start))
     recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    if backbone:
+        get_backbone(backbone)  # ValueError for a name that there is not, before the data are read
+    free = recipe is None and not start.model and not (out / "plan.json").is_file() and find_device(resources.device) == "cpu"  # Steps fill an hour
+    if recipe is None:
+        recipe, backbone, why = choose_training(out, start, backbone, find_device(resources.device))
+        report(why) if why else None
     with output_lock(out):
         raw = raw_folder(raw, out, options.seed_task, max(1, resources.workers))
         trained = (out / "model").is_dir()  # It appears whole
         if not trained:
             report(f"data: {check_raw(raw, max(1, resources.workers))}")
         plan = make_plan(raw, start, out, recipe, backbone, overrides or {}, spacing, seed, options)
-        request = build_request(plan)
-        check_request(out / "plan.json", request)
+        check_request(out / "plan.json", build_request(plan))
         if not trained:
-            data = unprepared_data(plan.dataset, raw)
-            report(plan.describe())
-            plan.check_start(data)
-            if options.forecast:
-                report(forecast_cost(data, **plan.network, parent=plan.start.model, device=resources.device, processes=resources.processes))
-            write_json(out / "plan.json", request, sort_keys=False)
+            plan = settle_costs(plan, unprepared_data(plan.dataset, raw), resources, options, free)
+            write_json(out / "plan.json", build_request(plan), sort_keys=False)
             fit_model(plan, resources)
         return score_model(plan, options, resources)
 

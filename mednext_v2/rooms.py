@@ -22,6 +22,7 @@ ROOMS = {
     "inference": "sliding windows and label maps",
     "evaluation": "scores, their intervals and tests, a page of the worst cases",
     "zoo": "weights of other programs: how they are read and downloaded, their licences",
+    "factory": "one call for every network, new or pretrained",
     "intake": "published forms of data sets, and faults in raw data",
     "study": "the seed scans, the plan of an experiment, its trainings",
     "finetuning": "from raw data to a model and its scores in one command",

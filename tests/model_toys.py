@@ -5,6 +5,7 @@ import torch
 from mednext_v2.models.card import Card, save_model
 from mednext_v2.models.registry import create
 
+OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # Definitions last as long as this
 KNOWN = {"schemes": ["zscore"], "mean": [0], "std": [1], "low": [0], "high": [0], "nonzero": False}
 UNET_CARD = dict(
     backbone="unet",
@@ -27,3 +28,14 @@ def save_unet(folder, seed: int = 0, **changes):
     card = Card(**UNET_CARD | changes)
     save_model(folder, create("unet", card.in_channels, card.num_classes, filters=(4, 8, 8)), card)
     return folder
+
+
+def declare_torchvision():
+    """Let torchvision be imported beside a torch that it was not built for, as the one for the CPU alone is.
+
+    Its compiled operators do not load there. timm and torchmetrics import it and use none of them: declared, they let its Python part be imported."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        for operator in ("nms", "qnms"):
+            OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -3,12 +3,14 @@
     python tests/nnunet_round.py FOLDER [stock | trainers]
 
 A program of its own, because nnU-Net reads its folders from the environment; tests/test_nnunet.py runs it, and so may another
-installation of nnU-Net. It prints one line of JSON. `stock` trains with nnU-Net's own trainer, `trainers` with one of ours.
+installation of nnU-Net. It prints one line of JSON. `trainers` trains with a trainer of ours from random weights, `stock` with nnU-Net's own from
+a model folder, which is taken away before prediction.
 """
 
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -86,6 +88,17 @@ def shorten_stock_trainer() -> None:
     nnUNetTrainer.print_plans = print_plans
 
 
+def write_start(folder: Path) -> None:
+    "A model folder of random weights with a class in common"
+    from mednext_v2.models.card import Card, save_model
+    from mednext_v2.models.registry import create
+
+    sizes = {"width": 4, "depths": (1,) * 7, "ratios": (2,) * 7}
+    scaling = {"schemes": ["zscore"], "mean": [0], "std": [1], "low": [0], "high": [0], "nonzero": False}
+    known = {"labels": {"large": 1}, "groups": {"large": "organ"}, "task": "toy", "modality": "MR", "spacing": (5.0, 1.25, 1.0), "patch": (16, 32, 32)}
+    save_model(folder, create("mednext_v2_tiny", 1, 2, **sizes), Card("mednext_v2_tiny", sizes, 1, normalisation=scaling, recipe={}, **known))
+
+
 def run(program, *words: str) -> None:
     "An entry point of nnU-Net with its command line"
     sys.argv = [program.__name__, *words]
@@ -105,13 +118,16 @@ def main(folder: Path, kind: str) -> dict:
     from nnunetv2.run.run_training import run_training_entry
 
     torch.manual_seed(0)
-    plans, trainer = "nnUNetMedNeXtV2TinyPlans", "nnUNetTrainer" if kind == "stock" else "nnUNetTrainerShort"
+    plans, trainer, network = "nnUNetMedNeXtV2TinyPlans", "nnUNetTrainerShort", ["--backbone", "tiny", "--network", "width=4"]
     if kind == "stock":
         shorten_stock_trainer()
-    mednextv2(["nnunet", "plan", "-d", "42", "--backbone", "tiny", "--network", "width=4", "--memory", "0.05"])
+        write_start(folder / "start")
+        plans, trainer, network = "nnUNetMedNeXtV2TinyPretrainedPlans", "nnUNetTrainer", ["--from", str(folder / "start")]
+    mednextv2(["nnunet", "plan", "-d", "42", *network, "--memory", "0.05"])
     run(preprocess_entry, "-d", "42", "-plans_name", plans, "-c", "3d_fullres", "-np", "1")
     run(run_training_entry, "42", "3d_fullres", "0", "-p", plans, "-tr", trainer, "-device", "cpu")
     torch.set_num_threads(1)
+    shutil.rmtree(folder / "start", ignore_errors=True)
     results, scans = folder / f"results/Dataset042_Toy/{trainer}__{plans}__3d_fullres", folder / "raw/Dataset042_Toy/imagesTs"
     torch.half = torch.float32  # The type of nnU-Net's sums, which would decide ties by chance
     same = ["-d", "42", "-i", str(scans), "-c", "3d_fullres", "-f", "0", "-p", plans, "-tr", trainer, "-device", "cpu"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mednext_v2.core import root
-from mednext_v2.network.scaling import create_model
+from mednext_v2.network.scaling import build_mednext
 from mednext_v2.report.analysis import effects, forest, group_gains, scaling_law
 from mednext_v2.scoring.features import feature_statistics, network_features
 from table_toys import toy_ablations, toy_models, toy_scores, write_tables
@@ -90,7 +90,7 @@ def test_feature_statistics_equal_a_singular_value_decomposition():
 @pytest.mark.parametrize("grn", [None, "mean", "sum"])
 def test_network_features_look_in_front_of_the_projection_and_leave_no_hook(grn):
     torch.manual_seed(0)
-    model = create_model("tiny", 1, 2, width=2, depths=(1, 1, 1), ratios=(2, 3, 2), grn=grn).train()
+    model = build_mednext("tiny", 1, 2, width=2, depths=(1, 1, 1), ratios=(2, 3, 2), grn=grn).train()
     table = network_features(model, torch.randn(1, 1, 8, 8, 8))
     assert table.layer.tolist() == ["enc_block_0.0", "down_0", "bottleneck.0", "up_0", "dec_block_0.0"]
     assert table.channels.tolist() == [4, 6, 12, 8, 4] and table.depth.tolist() == list(range(5))

@@ -237,3 +237,45 @@ def test_seed_scans_become_a_data_set(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     finetuning.raw_folder(seeds, tmp_path / "out", "brain_mr")
     assert len(built) == 1 and finetuning.raw_folder(tmp_path, tmp_path / "out") == tmp_path
+
+
+def test_without_recipe_and_model_the_machine_decides(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "forecast", lambda *given: launch.Forecast(10**8, 1.0, 1e12))
+    said, asked = [], []
+    kept = dict(overrides={"width": 4}, resources=Resources("cpu", workers=1))
+
+    def stop(plan, resources):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetuning, "fit_model", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(raw, None, tmp_path / "out", None, options=FinetuneOptions(report=said.append, confirm=asked.append), **kept)
+    known = json.loads((tmp_path / "out/plan.json").read_text())
+    assert known["backbone"] == "mednext_v2_tiny" and 600 < known["recipe"]["steps"] <= 20_000 and not asked
+    assert said[0].startswith("chosen: the small network mednext_v2_tiny") and "no GPU" in said[0]
+    monkeypatch.setattr(launch, "forecast", lambda *given: launch.Forecast(10**8, 1.0, 2e12))  # Measured anew, on a machine that is less busy
+    with pytest.raises(KeyboardInterrupt):
+        finetune(raw, None, tmp_path / "out", None, options=FinetuneOptions(report=said.append), **kept)
+    assert json.loads((tmp_path / "out/plan.json").read_text()) == known
+
+
+def test_more_than_an_hour_is_asked_about(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "forecast", lambda *given: launch.Forecast(10**8, 1.0, 1e3))
+    asked = []
+    options = FinetuneOptions(confirm=lambda text: asked.append(text), report=lambda text: None)
+    with pytest.raises(ValueError, match="not started: a training of .* was declined"):
+        finetune(raw, None, tmp_path / "out", **SETTINGS | {"options": options})
+    assert len(asked) == 1 and ("hour" in asked[0] or "day" in asked[0]) and not (tmp_path / "out/plan.json").exists()
+
+
+def test_questions_need_a_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("no\n"))
+    assert cli.confirm_duration("2 days")  # A queue has nobody to ask
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert not cli.confirm_duration("2 days")
+
+
+def test_a_wrong_backbone_is_refused_before_the_data_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "check_raw", lambda *given: pytest.fail("the data were read first"))
+    with pytest.raises(ValueError, match="no backbone 'mednext_v2_tyni'"):
+        finetune(tmp_path, None, tmp_path / "out", backbone="mednext_v2_tyni", resources=Resources("cpu"))

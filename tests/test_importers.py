@@ -25,7 +25,7 @@ from torch import nn
 from mednext_v2.models.card import Card, save_model
 from mednext_v2.models.registry import BACKBONES, Backbone, create, load_model
 from mednext_v2.network.fused import use_fused
-from mednext_v2.network.scaling import create_model
+from mednext_v2.network.scaling import build_mednext
 from mednext_v2.zoo import importers
 from mednext_v2.zoo.importers import (
     MAPS,
@@ -66,7 +66,7 @@ def shaken(model):
 
 
 def tiny(name="tiny", **changes):
-    return shaken(create_model(name, 1, 3, **{"width": 4} | changes))
+    return shaken(build_mednext(name, 1, 3, **{"width": 4} | changes))
 
 
 def save(path, content):
@@ -669,7 +669,7 @@ def test_less_than_the_whole_network_is_an_error_and_changes_nothing(tmp_path):
 
 def test_another_number_of_classes_is_an_error_unless_the_head_is_allowed(tmp_path):
     path = save(tmp_path / "a.pth", tiny().state_dict())
-    model = create_model("tiny", 1, 5, width=4)
+    model = build_mednext("tiny", 1, 5, width=4)
     with pytest.raises(ValueError, match="out_0.conv_out.weight"):
         import_checkpoint(path, model)
     report = import_checkpoint(path, model, allow=("out_0.*",)).report
@@ -679,7 +679,7 @@ def test_another_number_of_classes_is_an_error_unless_the_head_is_allowed(tmp_pa
 def test_a_grn_network_does_not_fit_a_v1_model(tmp_path):
     path = save(tmp_path / "a.pth", tiny().state_dict())
     with pytest.raises(ValueError, match="not in the model"):
-        import_checkpoint(path, create_model("v1_small", 1, 3, width=4, depths=(1,) * 9))
+        import_checkpoint(path, build_mednext("v1_small", 1, 3, width=4, depths=(1,) * 9))
 
 
 def test_another_network_is_named(tmp_path):

@@ -220,6 +220,18 @@ def test_plans_from_a_model_folder(measured, capsys):
 
 
 @needs_nnunet
+def test_regions_start_from_regions_of_the_same_name(measured):
+    folder = save_start(measured / "model", regions={"all": (1, 2), "inner": (2,)}, class_order=(1, 2), groups={})
+    about = measured / "raw/Dataset042_Toy/dataset.json"
+    labels = {"background": 0, "whole": [1, 2], "inner": 2, "ignore": 3}
+    about.write_text(json.dumps(read_json(about) | {"labels": labels, "regions_class_order": [1, 2]}))  # Their order counts
+    kwargs = fullres(plan_nnunet(42, start=Start(folder, mapping={"whole": "all"}), memory=0.2))["architecture"]["arch_kwargs"]
+    assert kwargs["start"]["classes"] == {"whole": 0, "inner": 1} and kwargs["start"]["mapping"] == {"whole": "all"}
+    network = NNUNetMedNeXt(1, 2, **kwargs).train()
+    assert torch.equal(network.out_0.conv_out.bias, import_checkpoint(folder).model.out_0.conv_out.bias)
+
+
+@needs_nnunet
 def test_what_cannot_be_planned_is_refused_in_one_line(measured, monkeypatch):
     with pytest.raises(ValueError, match="nnU-Net: Could not find a dataset with the ID 7"):
         plan_nnunet(7)

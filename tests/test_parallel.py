@@ -21,7 +21,7 @@ import torch
 
 import mednext_v2
 from mednext_v2.data.augment import PatchSampler
-from mednext_v2.network.scaling import create_model
+from mednext_v2.network.scaling import build_mednext
 from mednext_v2.training.validation import PatchValidation, patch_validation
 from training_toys import fit, toy_cases, toy_recipe
 
@@ -52,7 +52,7 @@ class Patches(PatchSampler):
 def toy_mednext(dtype=torch.float32) -> torch.nn.Module:
     "Three levels; a buffer, since DDP treats networks that have one in another way"
     torch.manual_seed(0)
-    model = create_model("tiny", 1, 3, deep_supervision=True, width=4, depths=(1,) * 3, ratios=(2,) * 3)
+    model = build_mednext("tiny", 1, 3, deep_supervision=True, width=4, depths=(1,) * 3, ratios=(2,) * 3)
     model.register_buffer("marker", torch.ones(3))
     return model.to(dtype)
 

@@ -10,7 +10,7 @@ import torch
 
 from mednext_v2.data.datasets import get_dataset
 from mednext_v2.models.registry import BACKBONES
-from mednext_v2.network.scaling import count_parameters, create_model
+from mednext_v2.network.scaling import build_mednext, count_parameters
 from mednext_v2.report.claims import CLAIMS, ledger_markdown
 from mednext_v2.report.forecast import profile_params
 from mednext_v2.report.speed import block_costs, read_benchmark
@@ -33,7 +33,7 @@ def prose(text: str) -> str:
 
 def wide() -> int:
     with torch.device("meta"):
-        return count_parameters(create_model("wide", 1, 3))
+        return count_parameters(build_mednext("wide", 1, 3))
 
 
 def hours(profile: str) -> float:

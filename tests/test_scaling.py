@@ -1,5 +1,6 @@
 "Presets, counts and estimates: against numbers written down, formulas by hand, and what autograd really keeps"
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,18 @@ import torch
 
 from mednext_v2.network.fused import use_fused
 from mednext_v2.network.mednext import Arch, MedNeXt
-from mednext_v2.network.scaling import PRESETS, MemoryMeter, count_flops, count_parameters, create_model, estimate, list_blocks, overview, scale
+from mednext_v2.network.scaling import (
+    PRESETS,
+    MemoryMeter,
+    arch_for_patch,
+    build_mednext,
+    count_flops,
+    count_parameters,
+    estimate,
+    list_blocks,
+    overview,
+    scale,
+)
 
 MINI = Arch(width=4, depths=(1, 2, 1, 2, 1), ratios=(2, 3, 4, 2, 3))
 FLAT = replace(MINI, strides=((1, 2, 2), (2, 2, 1)), kernels=((1, 3, 3), (3, 3, 3), (3, 5, 3)))  # Thick slices
@@ -74,14 +86,14 @@ def flops_by_hand(arch, patch, in_channels=1, num_classes=3, heads=1):
 @pytest.mark.parametrize("name, expected", [("base", 61_969_507), ("wide", 246_536_387), ("v1_large", 61_779_299)])
 def test_counts_of_the_paper(name, expected):
     with torch.device("meta"):
-        assert count_parameters(create_model(name, 1, 3)) == expected
+        assert count_parameters(build_mednext(name, 1, 3)) == expected
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("deep_supervision", [False, True])
 def test_parameters_equal_the_sum_by_hand(name, deep_supervision):
     with torch.device("meta"):
-        model = create_model(name, 2, 5, deep_supervision)
+        model = build_mednext(name, 2, 5, deep_supervision)
     heads = 5 if deep_supervision else 1
     assert count_parameters(model) == parameters_by_hand(PRESETS[name], 2, 5, heads)
 
@@ -109,13 +121,13 @@ def test_tiny_trains_on_a_laptop():
     arch = PRESETS["tiny"]
     assert arch.levels == 4 and 8 <= arch.width <= 16
     assert estimate(arch, (32, 32, 32), batch_size=2).total_bytes < 5e8
-    model = create_model("tiny", 1, 3, deep_supervision=True)
+    model = build_mednext("tiny", 1, 3, deep_supervision=True)
     sum(o.square().mean() for o in model(torch.randn(1, 1, 32, 32, 32))).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_create_model_passes_everything_on():
-    model = create_model("tiny", 2, 4, True, "block", width=8, grn="sum", kernel=5)
+    model = build_mednext("tiny", 2, 4, True, "block", width=8, grn="sum", kernel=5)
     assert model.arch == Arch(8, (1,) * 9, (2,) * 9, kernel=5, grn="sum")
     assert (model.in_channels, model.num_classes) == (2, 4)
     assert model.deep_supervision and model.grad_checkpointing == "block"
@@ -124,20 +136,19 @@ def test_create_model_passes_everything_on():
 
 
 def test_create_model_without_grn_has_no_grn_parameters():
-    assert not [n for n in create_model("tiny", 1, 2, grn=None).state_dict() if "grn" in n]
-    assert [n for n in create_model("v1_small", 1, 2, width=2, grn="mean").state_dict() if "grn" in n]
+    assert not [n for n in build_mednext("tiny", 1, 2, grn=None).state_dict() if "grn" in n]
+    assert [n for n in build_mednext("v1_small", 1, 2, width=2, grn="mean").state_dict() if "grn" in n]
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: create_model("giant", 1, 2), "no network is called 'giant'; known: tiny, small,.*v1_large"),
-        (lambda: create_model("tiny", 1, 2, deep=3), "no 'deep'; it has: width, depths, ratios, kernel, grn"),
-        (lambda: create_model("mednext_v2_tiny", 1, 2), r"no network is called 'mednext_v2_tiny' \(here it is 'tiny'\); known: tiny"),
-        (lambda: create_model("mednext_v1_base", 1, 2), r"here it is 'v1_base'"),
-        (lambda: create_model("tiny", 1, 2, checkpointing="block"), "no 'checkpointing'; .*also takes grad_checkpointing"),
-        (lambda: create_model("tiny", 1, 2, width=-1), "width must be a positive whole number"),
-        (lambda: create_model("tiny", 1, 2, depths=(1, 1, 1)), "equally many entries, got 3 and 9"),
+        (lambda: build_mednext("giant", 1, 2), "no MedNeXt is called 'giant'; known: tiny, small,.*v1_large"),
+        (lambda: build_mednext("base_k5", 1, 2), "no MedNeXt is called 'base_k5'"),
+        (lambda: build_mednext("tiny", 1, 2, deep=3), "no 'deep'; it has: width, depths, ratios, kernel, grn"),
+        (lambda: build_mednext("tiny", 1, 2, checkpointing="block"), "no 'checkpointing'; .*also takes grad_checkpointing"),
+        (lambda: build_mednext("tiny", 1, 2, width=-1), "width must be a positive whole number"),
+        (lambda: build_mednext("tiny", 1, 2, depths=(1, 1, 1)), "equally many entries, got 3 and 9"),
         (lambda: scale(Arch(), depth=0), "must be positive, got 0 and 1"),
         (lambda: scale(Arch(), width=-2), "must be positive, got 1 and -2"),
         (lambda: estimate(MINI, (16, 16, 16), precision="tf32"), "fp32, bf16, fp16, got 'tf32'"),
@@ -173,7 +184,7 @@ def test_flops_equal_the_sum_by_hand(name, kernel, patch):
 
 
 def test_counting_flops_leaves_the_model_alone():
-    model = create_model("tiny", 1, 2, width=4, grad_checkpointing="block")
+    model = build_mednext("tiny", 1, 2, width=4, grad_checkpointing="block")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     count_flops(model, (32, 16, 16))
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
@@ -317,3 +328,61 @@ def test_overview_agrees_with_the_estimates():
     assert table.loc["mini", "parameters (M)"] == cost.parameters / 1e6
     assert table.loc["mini", "training step (GB)"] == cost.total_bytes / 1e9
     assert table.loc["mini", "blocks"] == 7 + 4 and table.loc["deep", "blocks"] == 14 + 4
+
+
+def test_a_network_for_cubes_is_the_paper_s_and_larger_memory_gives_a_larger_patch():
+    sizes = []
+    for memory in (8e9, 16e9, 80e9):
+        arch, patch = Arch.for_data((1, 1, 1), (300, 300, 300), memory)
+        assert arch == PRESETS["base"] and all(side % 16 == 0 for side in patch)
+        assert estimate(arch, patch, 2, "bf16", deep_supervision=True, fused="cuda").total_bytes <= memory
+        sizes.append(patch[0] * patch[1] * patch[2])
+    assert sizes == sorted(set(sizes)) and sizes[0] >= 112**3 and sizes[-1] == 256**3
+
+
+@pytest.mark.parametrize("thick", [0, 1, 2])
+def test_thick_slices_are_halved_when_the_others_have_caught_up(thick):
+    "Slices of 5 mm, voxels of 1 mm, whichever axis they lie across"
+    order = lambda slices, others: tuple(slices if axis == thick else others for axis in range(3))
+    arch, patch = Arch.for_data(order(5, 1), order(60, 400), 24e9)
+    assert arch.strides == (order(1, 2), order(1, 2), (2, 2, 2), (2, 2, 2))
+    assert arch.kernels == (order(1, 3), order(1, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))
+    assert (arch.depths, arch.ratios) == (PRESETS["base"].depths, PRESETS["base"].ratios)
+    assert patch[thick] < 60 < max(patch) and not any(side % step for side, step in zip(patch, arch.axis_strides))
+    small = replace(arch, width=2, depths=ONE, ratios=TINY)
+    sides = [2 * step for step in arch.axis_strides]
+    assert MedNeXt(small, 1, 3)(torch.zeros(1, 1, *sides)).shape == (1, 3, *sides)
+
+
+def test_small_volumes_get_fewer_levels_and_their_own_size():
+    arch, patch = Arch.for_data((1, 1, 1), (36, 50, 35), 24e9)
+    assert (arch.levels, patch) == (3, (40, 56, 40))
+    assert arch.depths == (3, 4, 8, 8, 8, 4, 3) == arch.ratios
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_topology_is_nnunet_s_as_far_as_the_levels_go(seed):
+    theirs = pytest.importorskip("nnunetv2.experiment_planning.experiment_planners.network_topology")
+    generator = random.Random(seed)
+    spacing = [generator.choice((0.5, 0.8, 1, 2, 3, 5)) for _ in range(3)]
+    patch = [generator.randrange(16, 200) for _ in range(3)]
+    arch, fitted = arch_for_patch(PRESETS["tiny"], spacing, patch)
+    _, strides, kernels, _, _ = theirs.get_pool_and_conv_props(spacing, patch, 4, 999999)
+    assert arch.level_strides == strides[1 : arch.levels + 1] and arch.levels == min(4, len(strides) - 1)
+    assert arch.level_kernels[:-1] == kernels[: arch.levels]
+    assert all(old <= new < old + step for old, new, step in zip(patch, fitted, arch.axis_strides))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Arch.for_data((1, 1, 1), (300,) * 3, 1e7), "the smallest, takes .* take a smaller network"),
+        (lambda: Arch.for_data((1, 1), (300,) * 3, 1e9), "spacing and shape must be three positive numbers each"),
+        (lambda: Arch.for_data((1, 0, 1), (300,) * 3, 1e9), "three positive numbers"),
+        (lambda: Arch.for_data((1, 1, 1), (6, 7, 7), 1e9), "too small to halve"),
+        (lambda: Arch.for_data((1, 1, 1), (300,) * 3, 1e9, "giant"), "no MedNeXt is called 'giant'"),
+    ],
+)
+def test_data_for_which_there_is_no_network(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -12,6 +12,7 @@ import torch
 
 from mednext_v2.data.preprocess import prepare
 from mednext_v2.data.scans import write_volume
+from model_toys import declare_torchvision
 from test_training_sets import CHEST, scan, write_raw
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -21,6 +22,8 @@ NEEDS = {  # What a script reads is written by these
     "fine_tune": ("train",),
     "predict_folder": ("fine_tune",),
     "compare_models": ("predict_folder",),
+    "monai_loop": (),
+    "lightning_loop": (),
 }
 
 
@@ -57,6 +60,7 @@ def run(tmp_path_factory):
         return printed[name]
 
     torch.set_num_threads(1)
+    declare_torchvision()
     run_script.folder = folder
     return run_script
 
@@ -76,6 +80,8 @@ def test_a_script_imports_from_the_top(name):
     ("fine_tune", "spleen"),
     ("predict_folder", "(20, 20, 20)"),
     ("compare_models", "surface dice"),
+    ("monai_loop", "MetaTensor (1, 3, 20, 20, 20)"),
+    ("lightning_loop", "10 steps"),
 ])  # fmt: skip
 def test_a_script_runs(run, name, said):
     assert said in run(name)

@@ -168,9 +168,11 @@ def test_unknown_options_show_the_usage_of_their_command_and_a_near_match(line, 
 
 def test_info_obeys_its_options_or_refuses_them(imported, capsys):
     assert run("info tiny --batch-size 8 --precision fp32") != run("info tiny")
-    told = "--batch-size, --precision: no effect here, mednext_v2_tiny has it in `mednextv2 info tiny`"
-    assert told in mistake("info mednext_v2_tiny --batch-size 8 --precision fp32", capsys)
-    assert "--precision: no effect here, unet is no size of MedNeXt" in mistake("info unet --precision fp32", capsys)
+    assert run("info mednext_v2_tiny --batch-size 8").split()[-8:] == run("info tiny --batch-size 8").split()[-8:]
+    assert "mednext_v1_small_k5" in run("info v1_small* --patch 32")
+    told = "--batch-size, --precision: no effect here, mednext_v1_small, mednext_v1_small_k5 is no single size of MedNeXt"
+    assert told in mistake("info v1_small* --batch-size 8 --precision fp32", capsys)
+    assert "--precision: no effect here, unet is no single size of MedNeXt" in mistake("info unet --precision fp32", capsys)
     assert "--patch: no effect here" in mistake(f"info {imported} --patch 64", capsys)
 
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from torch import nn
 
 from ..models.card import Card, read_card
-from ..models.hub import HUB_FILES, check_weights, explain_hub, find_model, hub_options
+from ..models.hub import HUB_FILES, check_weights, explain_hub, hub_options
 from ..models.licence import licence_terms
 from ..models.registry import load_model
+from ..zoo.catalogue import find_fetched
 
 # %% ../../nbs/integrations/40_hub.ipynb #from-pretrained
 def from_pretrained(
@@ -28,8 +29,8 @@ def from_pretrained(
     deep_supervision: bool = False,  # Keep the auxiliary heads; the model must have them
     head: str | None = None,  # Data set whose labels are wanted, if the model has a head for each of several
 ) -> tuple[nn.Module, Card]:  # In evaluation mode, on the CPU
-    "A trained network and its card. Errors are those of `find_model`, and ValueError for folds, which `predict` averages"
-    folder = find_model(name)
+    "A trained network and its card. Errors are those of `find_fetched`, and ValueError for folds, which `predict` averages"
+    folder = find_fetched(name, imported=True)
     if not (folder / "card.json").is_file() and any(folder.glob("fold_*/card.json")):
         raise ValueError(f"{name} holds several folds: use `predict`, which averages them, or give the folder of one")
     return load_model(folder, deep_supervision, head)

@@ -10,11 +10,11 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -120,9 +120,9 @@ def _adapt_arch(
 
 
 def _training_bytes(arch: Arch, patch: Sequence[int], batch_size: int, in_channels: int, num_classes: int) -> float:
-    "Bytes of a training step under nnU-Net on a GPU: half precision, kernels, deep supervision and the loss"
+    "Bytes of a training step under nnU-Net on a GPU: half precision, kernels or recomputed blocks, deep supervision, the loss"
     x, y, z = map(int, patch)
-    cost = estimate(arch, (x, y, z), batch_size, "fp16", "none", in_channels, num_classes, True, "cuda", flops=False)
+    cost = estimate(arch, (x, y, z), batch_size, "fp16", "block", in_channels, num_classes, True, "cuda", flops=False)
     return cost.total_bytes + 16 * num_classes * batch_size * x * y * z
 
 # %% ../../nbs/integrations/10_nnunet.ipynb #import-nnunet
@@ -152,6 +152,15 @@ def _nnunet_errors():
 
 # %% ../../nbs/integrations/10_nnunet.ipynb #wanted
 @dataclass(frozen=True)
+class _Classes:
+    "What a dataset.json says of them, for `class_channels`"
+
+    labels: dict[str, int]
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    class_order: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class _Wanted:
     "The network that is planned for"
 
@@ -167,7 +176,7 @@ class _Wanted:
     def architecture(self, arch: Arch, start: dict | None) -> dict:
         "The entry `architecture` of plans"
         row = [[1, 1, 1], *map(list, arch.level_strides)]
-        sizes = {"width": arch.width, "depths": list(arch.depths), "ratios": list(arch.ratios), "grn": arch.grn}
+        sizes = {"width": arch.width, "depths": list(arch.depths), "ratios": list(arch.ratios), "grn": arch.grn, "grad_checkpointing": "block"}
         kwargs = sizes | {"strides": row, "kernel_sizes": [list(kernel) for kernel in arch.level_kernels]}
         return {"network_class_name": NNUNET_CLASS, "arch_kwargs": kwargs | ({"start": start} if start else {}), "_kw_requires_import": []}
 
@@ -220,7 +229,7 @@ def _planner_class(
             return plan
 
         def start(self) -> dict | None:
-            classes = class_channels(_described(self.dataset_json))
+            classes = class_channels(_Classes(**nnunet_labels(self.dataset_json)))
             return wanted.start and wanted.start | {"axes": list(nnunet_axes({"transpose_forward": self.forward})), "classes": classes}
 
         def save_plans(self, plans):
@@ -229,19 +238,14 @@ def _planner_class(
                 raise ValueError(f"{self.dataset_name} is a data set of 2D images: MedNeXt is 3D")
             fix(plans)
             architecture = plans["configurations"]["3d_fullres"]["architecture"]
-            if wanted.start:  # Whether the weights fit is known before hours are spent
-                NNUNetMedNeXt(self.channels, len(self.start()["classes"]), **architecture["arch_kwargs"]).train()
+            if start := self.start():  # Whether the weights fit is known before hours are spent
+                NNUNetMedNeXt(self.channels, len(start["classes"]), **architecture["arch_kwargs"]).train()
             stock = Path(os.environ["nnUNet_preprocessed"], self.dataset_name, "nnUNetPlans.json")
             if not (_differing(plans, read_json(stock)) if stock.exists() else self.overwrite_target_spacing):
                 plans["configurations"]["3d_fullres"]["data_identifier"] = "nnUNetPlans_3d_fullres"
             super().save_plans(plans)
 
     return MedNeXtPlanner
-
-
-def _described(dataset: dict) -> SimpleNamespace:
-    "The classes of a dataset.json, for `class_channels`"
-    return SimpleNamespace(**{"labels": {}, "regions": {}} | nnunet_labels(dataset))
 
 # %% ../../nbs/integrations/10_nnunet.ipynb #plan
 def plan_nnunet(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from .. import __version__
 from ..core import root, sha256
+from .card import read_card
 
 # %% ../../nbs/models/28_hub.ipynb #hub-name
 WEIGHTS = (".bin", ".ckpt", ".model", ".pickle", ".pkl", ".pt", ".pth", ".safetensors")
@@ -104,8 +105,6 @@ def check_weights(
     folder: Path,  # A model folder, or one with fold_0, fold_1, ...
 ) -> None:
     "ValueError or FileNotFoundError unless every card is valid and its weights are there with the hash that it states"
-    from mednext_v2.models.card import read_card  # Here, since it imports PyTorch
-
     for card in (folder / "card.json", *sorted(folder.glob("fold_*/card.json"))):
         if card.is_file():
             weights, expected = card.with_name("model.safetensors"), read_card(card.parent).sha256
@@ -134,7 +133,7 @@ def find_model(
     name: str | Path,  # Model folder, name of a model of this repository, or owner/name[@revision] on the hub
 ) -> Path:  # On this machine; a path that exists is given back as it is
     "Where a model is. FileNotFoundError says where it was looked for, ValueError that a name means several; others as `fetch_hub`"
-    text = os.fspath(name)
+    text = name.as_posix() if isinstance(name, Path) else name
     if Path(text).exists():
         return Path(text)
     hub, found = parse_hub_name(text), [] if text.startswith("hf:") else named_models(text)
@@ -145,7 +144,10 @@ def find_model(
         return found[0]
     looked = f"there is no such file or folder, and no model of that name below {', '.join(map(str, model_places())) or 'models'}"
     if hub is None:
-        raise FileNotFoundError(f"{text}: {looked}; a model on the hub is given as owner/name, and `mednextv2 zoo list` lists the public ones")
+        raise FileNotFoundError(
+            f"{text}: {looked}; a model on the hub is given as owner/name, or hf://owner/name if a folder here is called owner; "
+            "`mednextv2 zoo list` lists the public ones"
+        )
     try:
         return fetch_hub(hub)
     except (FileNotFoundError, ConnectionError) as error:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from math import ceil, prod
+from math import prod
 from pathlib import Path
 from typing import cast
 
@@ -21,10 +21,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..core import import_extra, shorten
-from ..network.scaling import PRESETS, count_flops, count_parameters, create_model
+from ..core import import_extra, lists_to_tuples, shorten
+from ..network.scaling import PRESETS, build_mednext, count_flops, count_parameters, parse_name, plan_pooling
 from .stunet import check_volume, stunet
-from .card import Card, read_card, read_state
+from .card import Card, LoadReport, read_card, read_state
 
 # %% ../../nbs/models/30_registry.ipynb #unet
 class PlainUNet(nn.Module):
@@ -80,6 +80,7 @@ class Network(nn.Module):
     strides: tuple[int, ...]  # What each side of an input must be a multiple of
     input_size: tuple[int, ...] | None  # The one size that an input may have, of networks by `declare`
     blueprint: dict  # Arguments of `create`
+    report: LoadReport  # What became of each tensor, of a network that began with trained weights
     forward: Callable[[Tensor], Tensor | list[Tensor]]
 
 
@@ -116,27 +117,6 @@ def declare(
 DNA = "dynamic_network_architectures"
 DNA_INSTALL = f"pip install --no-deps '{DNA}>=0.4.4,<0.5' (its requirements would replace your PyTorch)"
 PRIMUS_INSTALL = f"pip install --no-deps '{DNA}>=0.4.4,<0.5' 'timm<1.0.23' and, with --no-deps too, the torchvision made for your PyTorch"
-
-# %% ../../nbs/models/30_registry.ipynb #plan-pooling
-def plan_pooling(
-    patch: tuple[int, ...],  # Voxels
-    spacing: tuple[float, ...],  # mm, or any unit: ratios count
-    smallest: int = 4,  # Voxels that a halved side keeps
-) -> tuple[tuple, tuple]:  # Strides and kernel sizes, one tuple per stage and one number per axis
-    "nnU-Net v2's strides and kernels of a U-Net (its `get_pool_and_conv_props`)"
-    size, gap, axes = list(patch), list(spacing), range(len(patch))
-    strides, kernels, kernel = [(1,) * len(patch)], [], [1] * len(patch)
-    while large := [axis for axis in axes if size[axis] >= 2 * smallest]:
-        finest = min(gap[axis] for axis in large)
-        halved = [axis for axis in large if gap[axis] / finest < 2]
-        if len(halved) == 1 and size[halved[0]] < 3 * smallest:
-            break
-        kernel = [3 if old == 3 or gap[axis] / min(gap) < 2 else 1 for axis, old in enumerate(kernel)]
-        kernels.append(tuple(kernel))
-        strides.append(tuple(2 if axis in halved else 1 for axis in axes))
-        for axis in halved:
-            size[axis], gap[axis] = ceil(size[axis] / 2), 2 * gap[axis]
-    return tuple(strides), (*kernels, (3,) * len(patch))
 
 # %% ../../nbs/models/30_registry.ipynb #nnunet
 NNUNET = {
@@ -318,7 +298,7 @@ def mednext(
     return Backbone(
         name=name,
         title=f"MedNeXt-{version or 'v2'} {size.capitalize()}" + (f" (kernel {kernel})" if kernel != 3 else ""),
-        build=partial(create_model, preset, **options),
+        build=partial(build_mednext, preset, **options),
         heads=("out_",),
         stem=("stem.",),
         encoder=("enc_block_", "down_", "bottleneck."),
@@ -506,14 +486,14 @@ def plugins() -> dict[str, Backbone]:
 
 
 def get_backbone(name: str) -> Backbone:
-    "An entry by its name, built in or of a plug-in; ValueError lists the names"
+    "An entry by its name, built in or of a plug-in; `base` is `mednext_v2_base`; ValueError lists the names"
+    if name not in BACKBONES and (short := parse_name(name)):
+        name = mednext(*short[:1], **short[1]).name
     if name in BACKBONES:
         return BACKBONES[name]
     known = BACKBONES | plugins()
     if name not in known:
-        hints = [entry for entry in known if entry.removeprefix("mednext_").removeprefix("v2_") == name]
-        hint = f" (here it is {hints[0]!r})" if hints else ""
-        raise ValueError(f"no backbone {name!r}{hint}; there are: {', '.join(known)}")
+        raise ValueError(f"no backbone {name!r}; there are: {', '.join(known)}")
     return known[name]
 
 # %% ../../nbs/models/30_registry.ipynb #create
@@ -552,7 +532,7 @@ REQUIRED_ATTRIBUTES = ("stride", "in_channels", "num_classes", "deep_supervision
 
 # %% ../../nbs/models/30_registry.ipynb #create-part
 def create(
-    name: str,  # One of `BACKBONES`, or of a plug-in
+    name: str,  # One of `BACKBONES`, or of a plug-in; a MedNeXt also without `mednext_v2_`
     in_channels: int,
     num_classes: int,  # Background included
     deep_supervision: bool = False,  # In training a list of logits, finest first, instead of one tensor
@@ -561,7 +541,7 @@ def create(
     **overrides,  # Of the network: `Arch` fields, `filters` of the U-Net, arguments of a library's class
 ) -> Network:  # With `.stride`, `.strides`, `.in_channels`, `.num_classes`, `.deep_supervision`, `.blueprint`
     "A new network by name, `(B, C, X, Y, Z)` to logits; ValueError for a name, an override or a patch that does not fit"
-    backbone = get_backbone(name)
+    backbone, overrides = get_backbone(name), lists_to_tuples(overrides)  # As a card has them
     given = {key: tuple(value) for key, value in {"patch": patch, "spacing": spacing}.items() if value is not None}
     if wrong := [key for key, value in given.items() if len(value) not in (2, 3) or min(value) <= 0]:
         raise ValueError(f"{wrong[0]} must be one positive number per axis, got {given[wrong[0]]}")
@@ -581,7 +561,7 @@ def create(
     if deep_supervision and not hasattr(network, "list_in_eval"):
         network.list_in_eval = False
         network.register_forward_hook(one_in_eval)
-    shape = {"name": name, "in_channels": in_channels, "num_classes": num_classes}
+    shape = {"name": backbone.name, "in_channels": in_channels, "num_classes": num_classes}
     network.blueprint = shape | {"deep_supervision": deep_supervision, **given, **overrides}
     return network
 

@@ -53,7 +53,7 @@ class MedNeXtBlock(FusableBlock):
         out_channels, expanded = out_channels or channels, ratio * channels
         self.grn, self.grad_checkpointing = grn, grad_checkpointing
         self.kernel, self.stride = per_axis(kernel), per_axis(self.usual_stride if stride is None else stride)
-        padding = tuple(side // 2 for side in self.kernel)
+        padding = per_axis([side // 2 for side in self.kernel])
         self.conv1 = self.convolution(channels, channels, self.kernel, groups=channels, stride=self.stride, padding=padding)
         self.norm = nn.GroupNorm(channels, channels)
         self.conv2 = nn.Conv3d(channels, expanded, 1)

@@ -308,7 +308,7 @@ class Kind(NamedTuple):
     "What a depthwise convolution does to the grid"
 
     name: str  # `same`, `down` (strided) or `up` (transposed, strided)
-    stride: tuple[int, ...] = (2, 2, 2)  # Per axis
+    stride: tuple[int, int, int] = (2, 2, 2)  # Per axis
 
     def strided(
         self,
@@ -591,7 +591,8 @@ def block_kind(conv: Convolution) -> Kind | None:
     usual &= conv.dilation == (1,) * 3 and not any(conv.output_padding) and conv.bias is not None
     if not usual or type(conv) not in CONVOLUTIONS:
         return None
-    return Kind("up" if isinstance(conv, nn.ConvTranspose3d) else "same" if conv.stride == (1, 1, 1) else "down", tuple(conv.stride))
+    x, y, z = conv.stride
+    return Kind("up" if isinstance(conv, nn.ConvTranspose3d) else "same" if conv.stride == (1, 1, 1) else "down", (x, y, z))
 
 
 def _shortcut_fits(shortcut: Convolution | nn.Identity, kind: Kind) -> bool:

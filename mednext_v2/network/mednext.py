@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from collections.abc import Callable, Sequence
 from math import prod
 from numbers import Integral
+from typing import Any, ClassVar
 
 from .blocks import DownBlock, MedNeXtBlock, OutBlock, UpBlock
 from .fused import pointwise
@@ -30,14 +31,14 @@ def numbers_per_level(
     name: str,  # Of the field, for errors
     values: object,  # For each level, a number or one per axis
     count: int,  # Of levels
-    allowed: Callable[[object], bool],  # Which numbers
+    allowed: Callable[[int], bool],  # Which numbers
     rule: str,  # The same in words
 ) -> PerLevel:
     "A tuple of three numbers for each level; ValueError for anything else"
     if not isinstance(values, (list, tuple)) or len(values) != count:
         raise ValueError(f"{name} must have {count} entries for these depths, got {values!r}")
-    found = [value if isinstance(value, (list, tuple)) else (value,) * 3 for value in values]
-    if not all(len(axes) == 3 and all(is_positive_integer(number) and allowed(number) for number in axes) for axes in found):
+    found: list[Sequence[Any]] = [value if isinstance(value, (list, tuple)) else (value,) * 3 for value in values]
+    if not all(len(axes) == 3 and all(is_positive_integer(number) and allowed(int(number)) for number in axes) for axes in found):
         raise ValueError(f"{name} must have {rule} on each of three axes, got {values!r}")
     return tuple((int(x), int(y), int(z)) for x, y, z in found)
 
@@ -53,6 +54,8 @@ class Arch:
     grn: str | None = "mean"  # Reduction of GRN, `mean` or `sum`; None for v1
     strides: PerLevel | None = None  # From each level down to the next, per axis, 1 or 2; None: 2 on each axis
     kernels: PerLevel | None = None  # Of each level, finest first, bottleneck last, per axis; None: `kernel` on each
+
+    for_data: ClassVar[Callable[..., "tuple[Arch, tuple[int, int, int]]"]]  # Added by the chapter on scaling, for it needs the estimate
 
     def __post_init__(self) -> None:
         for name in ("depths", "ratios"):
@@ -87,7 +90,7 @@ class Arch:
         object.__setattr__(self, "strides", None if set(strides) == {(2, 2, 2)} else strides)
 
     def _set_kernels(self, values: object) -> None:
-        kernels = numbers_per_level("kernels", values, self.levels + 1, lambda side: int(side) % 2 == 1, "an odd number")
+        kernels = numbers_per_level("kernels", values, self.levels + 1, lambda side: side % 2 == 1, "an odd number")
         largest = max(map(max, kernels))
         if self.kernel not in (3, largest):
             raise ValueError(f"give kernel or kernels, got kernel {self.kernel} and kernels {values!r}")
@@ -102,12 +105,12 @@ class Arch:
     @property
     def level_strides(self) -> PerLevel:
         "`strides`, whether given or not"
-        return self.strides or ((2, 2, 2),) * self.levels
+        return self.strides or tuple((2, 2, 2) for _ in range(self.levels))
 
     @property
     def level_kernels(self) -> PerLevel:
         "`kernels`, whether given or not"
-        return self.kernels or ((self.kernel,) * 3,) * (self.levels + 1)
+        return self.kernels or tuple((self.kernel, self.kernel, self.kernel) for _ in range(self.levels + 1))
 
     @property
     def axis_strides(self) -> tuple[int, ...]:

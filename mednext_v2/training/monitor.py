@@ -220,7 +220,12 @@ class Reporter:
             with warn_on_error("trackers"):
                 self.state.engine.log({name: value for name, value in row.items() if value == value}, step=at.step)
             share = self.seconds_waited / max(time.perf_counter() - self.begin, 1e-9)
-            shown = {"loss": f"{row['loss']:.3f}", "dice": f"{at.running:.3f}", "lr": f"{row['lr']:.1e}", "wait": f"{share:.0%}"}
+            shown = {
+                "loss": f"{row['loss']:.3f}",
+                "dice": "–" if math.isnan(at.running) else f"{at.running:.3f}",
+                "lr": f"{row['lr']:.1e}",
+                "wait": f"{share:.0%}",
+            }
             self.bar.set_postfix(shown, refresh=False)
         with warn_on_error("progress bar"):  # Standard error may have been closed
             self.bar.update()

@@ -8,6 +8,8 @@ __all__ = ['TrainSettings', 'train_model', 'train_in_processes']
 # %% ../../nbs/training/70_run.ipynb #imports
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 
-from ..core import Resources, build, check_output, find_device, read_csv, require_extra, write_csv
+from ..core import Resources, build, check_output, describe_duration, find_device, read_csv, require_extra, write_csv
 from ..models.transfer import Start
 
 if TYPE_CHECKING:
@@ -182,11 +184,11 @@ def parent_overrides(
 ) -> dict:
     "The size of a parent of the same backbone; empty for another one. ValueError if its weights are not those of its card"
     from mednext_v2.models.card import read_card, read_shapes
-    from mednext_v2.models.registry import check_network
+    from mednext_v2.models.registry import check_network, get_backbone
 
     card = read_card(parent)
     check_network(parent, card, read_shapes(parent))
-    return card.overrides if card.backbone == backbone else {}
+    return card.overrides if card.backbone == get_backbone(backbone).name else {}
 
 
 def build_network(
@@ -258,8 +260,31 @@ def as_options(
     words = [["--recipe-set", *recipe]] * bool(recipe) + [["--network", *network]] * bool(network)
     return " ".join(sum(words, []))
 
+# %% ../../nbs/training/70_run.ipynb #elapsed
+@contextmanager
+def show_elapsed(text: str) -> Iterator[None]:
+    "A line on standard error that counts seconds while something runs"
+    from threading import Event, Thread
+
+    from tqdm import tqdm
+
+    done = Event()
+    with tqdm(desc=text, bar_format="{desc}: {elapsed}", leave=True) as bar:
+
+        def tick() -> None:
+            while not done.wait(1):
+                bar.refresh()
+
+        ticker = Thread(target=tick, daemon=True)
+        ticker.start()
+        try:
+            yield
+        finally:
+            done.set()
+            ticker.join()
+
 # %% ../../nbs/training/70_run.ipynb #forecast-fit
-def forecast_cost(
+def measure_cost(
     data: TrainingData,
     backbone: str,
     recipe: "Recipe",
@@ -267,8 +292,8 @@ def forecast_cost(
     parent: str | Path | None = None,  # Model folder whose weights it will start from
     device: str = "auto",
     processes: int = 1,  # That train together
-) -> str:  # One line
-    "What the training will take, measured by a dry step; ValueError, with what would fit, if memory is too small"
+) -> tuple[int, float]:  # Bytes of a process, and seconds of a step
+    "What a training needs, measured by a dry step; ValueError, with what would fit, if memory is too small"
     import torch
 
     from mednext_v2.models.registry import overrides_of
@@ -290,18 +315,31 @@ def forecast_cost(
         deep_supervision=recipe.deep_supervision,
         overrides=tuple(others.items()),
     )
-    need, seconds = check_memory(step, device, processes, show=lambda change: as_options(change, parts))
-    hours = seconds * recipe.steps * recipe.grad_accum_steps / 3600
-    return f"forecast: {need / 1e9:.2f} GB a process, {seconds:.2g} s a step, {hours:.2g} h for {recipe.steps} steps"
+    with show_elapsed(f"measuring a step of {backbone} on {device}"):
+        need, seconds = check_memory(step, device, processes, show=lambda change: as_options(change, parts))
+    return need, seconds * recipe.grad_accum_steps
+
+
+def describe_cost(cost: tuple[int, float], recipe: "Recipe") -> str:
+    "The same in one line"
+    need, seconds = cost
+    return f"forecast: {need / 1e9:.2f} GB a process, {seconds:.2g} s a step, {describe_duration(seconds * recipe.steps)} for {recipe.steps} steps"
+
+
+def forecast_cost(
+    data: TrainingData, backbone: str, recipe: "Recipe", overrides: dict, parent: str | Path | None = None, device: str = "auto", processes: int = 1
+) -> str:  # One line
+    "What the training will take, as `measure_cost` finds it"
+    return describe_cost(measure_cost(data, backbone, recipe, overrides, parent, device, processes), recipe)
 
 # %% ../../nbs/training/70_run.ipynb #settings
 @dataclass(frozen=True)
 class TrainSettings:
-    "What is trained on which data, and where it goes"
+    "What is trained on which data, and where it goes; ValueError for a backbone that does not exist"
 
     data: str | Path | tuple[str | Path, ...]  # A prepared data set, or several
     out: str | Path  # Model folder that appears at the end
-    backbone: str
+    backbone: str  # Name in the registry; a MedNeXt also without `mednext_v2_`, which is filled in
     recipe: "Recipe"  # Its patch is made no larger than the volumes of the data
     folder: str | Path  # Checkpoints, curves and run.json; an interrupted training of the same identity goes on
     overrides: dict[str, Any] | None = None  # Changes to the backbone's published size; `grad_checkpointing` of a MedNeXt, `auto` for what memory allows
@@ -311,6 +349,11 @@ class TrainSettings:
     sampling: dict[str, float] | str = "sqrt"  # Weights of several data sets, by name; or a rule of `MixtureSampler`
     heads: str = "shared"  # Or own: of several data sets, each keeps its labels and has outputs of its own
     allow: tuple[str, ...] = ()  # Differences of several data sets that are meant, of `mixture.DIFFERENCES`
+
+    def __post_init__(self) -> None:
+        from mednext_v2.models.registry import get_backbone  # Here, since it imports PyTorch
+
+        object.__setattr__(self, "backbone", get_backbone(self.backbone).name)
 
     def to_json(self) -> dict:
         "Values that JSON can hold"

@@ -401,7 +401,8 @@ def mednext_arch(
         raise ValueError(f"a MedNeXt for {dimensions}D images: only 3D ones can be imported")
     if absent := [name for name in ("down_0.res_conv.weight", *wide) if name not in state]:
         raise ValueError(f"not a whole MedNeXt with residual up and down blocks: {', '.join(absent)} not there")
-    kernels = [tuple(_size_of(state, f"{stage}.0.conv1.weight", axis) for axis in (2, 3, 4)) for stage in stages[: levels + 1]]
+    firsts = [f"{stage}.0.conv1.weight" for stage in stages[: levels + 1]]
+    kernels = [(_size_of(state, name, 2), _size_of(state, name, 3), _size_of(state, name, 4)) for name in firsts]
     return Arch(
         width=width,
         depths=tuple(count_indices(state, rf"{stage}\.(\d+)\.") for stage in stages),
@@ -909,6 +910,23 @@ def detect_layout(
 ) -> str:  # Wrapping and family, e.g. `nnunet_v2/resenc`
     "The layout of a checkpoint"
     return open_checkpoint(path).layout
+
+# %% ../../nbs/zoo/10_importers.ipynb #find-checkpoint
+def find_checkpoint(
+    model: Path,  # A file, or a folder
+) -> Path:
+    "The checkpoint to import: what is given, or the only one in a folder, such as one of the zoo. ValueError for none or several"
+    try:
+        weights_kind(model)
+        return model
+    except ValueError as error:
+        found = sorted({path.parent for path in model.rglob("plans.json") if (path.parent / "dataset.json").is_file()})
+        endings = (".pth", ".pt", ".safetensors", ".model", ".bin", ".ckpt")
+        found = found or sorted(path for path in model.rglob("*") if path.name.endswith(endings))
+        if len(found) == 1:
+            return found[0]
+        names = ", ".join(str(path.relative_to(model)) for path in found[:5])
+        raise ValueError(f"{error}; it has {len(found)} checkpoints {names}: name the one to start from") from None
 
 # %% ../../nbs/zoo/10_importers.ipynb #to-xyz-axes
 def to_xyz_axes(checkpoint: Checkpoint) -> Checkpoint:  # With `axes` (0, 1, 2)

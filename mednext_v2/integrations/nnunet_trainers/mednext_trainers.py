@@ -26,6 +26,7 @@ class nnUNetTrainerMedNeXtV2(nnUNetTrainer):
 
     def configure_optimizers(self):
         recipe = replace(self.epoch_recipe, steps=self.num_epochs, lr=self.initial_lr, weight_decay=self.weight_decay)
+        assert isinstance(self.network, torch.nn.Module)
         optimizer = recipes.make_optimizer(recipe, self.network)
         return optimizer, door.EpochSchedule(optimizer, recipe)
 

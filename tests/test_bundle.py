@@ -1,0 +1,164 @@
+"Bundles run by MONAI itself: labels against `predict`, Dice against ours, training and fine-tuning"
+
+import json
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from monai import bundle as monai_bundle
+
+from mednext_v2.core import root
+from mednext_v2.data.scans import read_label, write_volume
+from mednext_v2.evaluation.metrics import dice
+from mednext_v2.inference.predictor import predict
+from mednext_v2.integrations.bundle import write_bundle
+from mednext_v2.integrations.monai import PrepareScand, case_items
+from mednext_v2.models.card import Card, save_model
+from mednext_v2.models.registry import create, load_model
+from test_training_sets import BELLY, CHEST, write_raw
+
+pytest.importorskip("ignite")
+SEEDS = root() / "data/seeds"
+CT = {"schemes": ["ct"], "mean": [-500.0], "std": [300.0], "low": [-1000.0], "high": [1000.0], "nonzero": False}
+CARD = dict(
+    backbone="mednext_v2_tiny",
+    overrides={"width": 4, "depths": (1, 1, 1), "ratios": (2, 2, 2)},
+    in_channels=1,
+    labels=CHEST.labels,
+    groups={},
+    task="chest",
+    modality="CT",
+    spacing=(1.0, 1.0, 1.0),
+    patch=(16, 16, 16),
+    normalisation=CT,
+    recipe={},
+    mirror_axes=(0, 1),
+)
+
+
+def save(folder, **changes):
+    torch.manual_seed(0)
+    card = Card(**CARD | changes)
+    save_model(folder, create(card.backbone, card.in_channels, card.num_classes, **card.overrides), card)
+    return card
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A model, its bundle and two raw data sets"
+    folder = tmp_path_factory.mktemp("bundle")
+    save(folder / "model")
+    write_bundle(folder / "model", folder / "bundle")
+    for one in (CHEST, BELLY):
+        write_raw(one, folder / "raw")
+        raw = folder / "raw" / one.folder
+        for kind, ending in (("images", "_0000.nii.gz"), ("labels", ".nii.gz")):
+            (raw / f"{kind}Ts").mkdir()
+            for number in range(2):
+                (raw / f"{kind}Ts/{one.name}_t{number}{ending}").write_bytes((raw / f"{kind}Tr/{one.name}_{number}{ending}").read_bytes())
+    return folder
+
+
+def run(made, configs, monkeypatch, **overrides):
+    "`monai.bundle.run` in the bundle's folder"
+    monkeypatch.chdir(made / "bundle")
+    logging.disable(logging.CRITICAL)
+    try:
+        monai_bundle.run(config_file=[f"configs/{name}.json" for name in configs], meta_file="configs/metadata.json", logging_file=False, **overrides)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def test_monai_labels_scans_as_predict_does(made, tmp_path):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for name in ("ctK", "mrP"):
+        (scans / f"{name}_0000.nii.gz").write_bytes((SEEDS / f"{name}.nii.gz").read_bytes())
+    save(tmp_path / "model", spacing=(6.0, 5.0, 7.0), patch=(16, 20, 24), normalisation={"schemes": ["zscore"], "nonzero": True}, modality="MR")
+    write_bundle(tmp_path / "model", tmp_path / "bundle")
+    options = ["--config_file", "configs/inference.json", "--dataset_dir", str(scans), "--output_dir", str(tmp_path / "labels")]
+    subprocess.run([sys.executable, "-m", "monai.bundle", "run", *options, "--device", "$torch.device('cpu')"], cwd=tmp_path / "bundle", check=True)
+    for name in ("ctK", "mrP"):
+        got, expected = read_label(tmp_path / f"labels/{name}_0000_labels.nii.gz"), predict(tmp_path / "model", SEEDS / f"{name}.nii.gz", device="cpu")
+        assert got.header.shape == expected.shape and np.allclose(got.header.affine, expected.affine, atol=1e-5)
+        native = got.to_native(got.voxels)
+        assert len(np.unique(native)) > 1 and np.array_equal(native, np.asarray(expected.dataobj))
+
+
+def test_dice_of_the_bundle_is_ours(made, monkeypatch, tmp_path):
+    data = made / "raw" / CHEST.folder
+    run(made, ["evaluate"], monkeypatch, dataset_dir=str(data), output_dir=str(tmp_path))
+    table = pd.read_csv(tmp_path / "val_mean_dice_raw.csv").set_index("filename")
+    assert len(table) == 2
+    for item in case_items(data, "test"):
+        truth, found = (
+            read_label(item["label"]).voxels,
+            read_label(next(tmp_path.glob(f"{(item['image'][0].split('/')[-1]).removesuffix('.nii.gz')}_labels*"))).voxels,
+        )
+        row = table[[item["image"][0] in str(name) for name in table.index]].iloc[0]
+        assert [row.iloc[value - 1] for value in (1, 2)] == pytest.approx([dice(found == value, truth == value) for value in (1, 2)], abs=1e-6)
+
+
+def test_training_learns_and_leaves_the_weights_that_were_given(made, monkeypatch, capsys):
+    before = (made / "bundle/models/model.pt").read_bytes()
+    data = str(made / "raw" / CHEST.folder)
+    run(made, ["train"], monkeypatch, dataset_dir=data, epochs=6, warmup=0, val_interval=3, learning_rate=1e-2)
+    trained = torch.load(made / "bundle/models/model_trained.pt", weights_only=True)
+    assert (made / "bundle/models/model.pt").read_bytes() == before
+    given = torch.load(made / "bundle/models/model.pt", weights_only=True)
+    assert set(trained) == set(given) and any(not torch.equal(trained[name], given[name]) for name in given)
+
+
+def test_finetuning_starts_classes_from_those_of_the_same_name(made, monkeypatch, capsys):
+    data = str(made / "raw" / BELLY.folder)
+    run(made, ["train", "finetune"], monkeypatch, dataset_dir=data, epochs=1, warmup=0, val_interval=1, learning_rate=0.0)
+    assert "adapted" in capsys.readouterr().out
+    given, tuned = (torch.load(made / f"bundle/models/{name}.pt", weights_only=True) for name in ("model", "model_finetuned"))
+    assert torch.equal(given["stem.weight"], tuned["stem.weight"])
+    assert torch.equal(given["out_0.conv_out.bias"][CHEST.labels["spleen"]], tuned["out_0.conv_out.bias"][BELLY.labels["spleen"]])
+    with pytest.raises(RuntimeError) as caught:
+        run(made, ["train"], monkeypatch, dataset_dir=data, epochs=1)
+    assert "use configs/finetune.json" in str(caught.value.__cause__)
+
+
+def test_monai_agrees_with_what_the_metadata_says(made, monkeypatch):
+    monkeypatch.chdir(made / "bundle")
+    monai_bundle.verify_net_in_out("network_def", meta_file="configs/metadata.json", config_file="configs/inference.json", device="cpu")
+    from monai.bundle import ConfigWorkflow
+
+    for name, kind in (("inference", "inference"), ("train", "train")):
+        data = str(made / "raw" / CHEST.folder / ("imagesTr" if name == "inference" else "."))
+        flow = ConfigWorkflow(config_file=f"configs/{name}.json", meta_file="configs/metadata.json", logging_file=False, workflow_type=kind, dataset_dir=data)
+        flow.initialize()
+        assert not flow.check_properties()
+
+
+def test_a_head_and_regions(tmp_path):
+    head = dict(labels={"a": 1}, groups={}, modality="CT", spacing=(1.0, 1.0, 1.0), normalisation=CT)
+    save(tmp_path / "model", labels={"one/a": 1, "two/a": 2}, heads={"one": head | {"outputs": (0, 1)}, "two": head | {"outputs": (3, 2)}})
+    with pytest.raises(ValueError, match="name one"):
+        write_bundle(tmp_path / "model", tmp_path / "bundle")
+    write_bundle(tmp_path / "model", tmp_path / "bundle", head="two")
+    network = create("mednext_v2_tiny", 1, 2, **CARD["overrides"]).eval()
+    network.load_state_dict(torch.load(tmp_path / "bundle/models/model.pt", weights_only=True))
+    x = torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(network(x), load_model(tmp_path / "model", head="two")[0](x), atol=1e-6)
+    save(tmp_path / "regions", regions={"all": (1, 2), "part": (2,)}, class_order=(1, 2))
+    write_bundle(tmp_path / "regions", tmp_path / "other")
+    assert not (tmp_path / "other/configs/train.json").exists()
+    assert json.loads((tmp_path / "other/configs/inference.json").read_text())["postprocessing"]["transforms"][1]["class_order"] == [1, 2]
+
+
+def test_axes_that_were_not_turned_are_refused(tmp_path):
+    from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
+
+    write_volume(tmp_path / "scan.nii.gz", np.ones((8, 8, 8), np.float32), np.diag([-1.0, 1, 1, 1]))
+    steps = Compose([LoadImaged("image"), EnsureChannelFirstd("image"), PrepareScand("image", (1, 1, 1), CT)])
+    with pytest.raises(RuntimeError) as caught:
+        steps({"image": tmp_path / "scan.nii.gz"})
+    assert "scan.nii.gz must be (C, X, Y, Z) in RAS" in str(caught.value.__cause__)
