@@ -7,11 +7,12 @@ __all__ = []
 
 # %% ../nbs/90_cli.ipynb #imports
 import argparse
+import json
 import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -24,6 +25,25 @@ if TYPE_CHECKING:
     from mednext_v2.models.transfer import Start
     from mednext_v2.training.launch import RunEnded
     from mednext_v2.training.recipe import Recipe
+
+# %% ../nbs/90_cli.ipynb #answer
+class Answer(str):
+    "What a command prints, with the same as values for `--json`"
+
+    code: int  # Of the process
+    values: dict[str, object]
+
+    def __new__(cls, text: str = "", code: int = 0, **values: object) -> "Answer":
+        made = super().__new__(cls, text)
+        made.code, made.values = code, values
+        return made
+
+
+def as_json_line(command: str, answer: str | None) -> str:
+    "One JSON object: the command, and its values or, if it has none, its text"
+    values = getattr(answer, "values", {}) or {"message": str(answer or "")}
+    plain = {name: json.loads(value.to_json(orient="records")) if hasattr(value, "to_json") else value for name, value in values.items()}
+    return json.dumps({"command": command, **plain}, default=str)
 
 # %% ../nbs/90_cli.ipynb #info
 def info(options: argparse.Namespace) -> str:
@@ -56,7 +76,8 @@ def info(options: argparse.Namespace) -> str:
             )
             table = backbone_table((side,) * 3, names=tuple(found))
         tables.append(table.assign(patch=f"{side}³").reset_index())
-    return pd.concat(tables).to_string(index=False, float_format="{:,.1f}".format)
+    table = pd.concat(tables)
+    return Answer(table.to_string(index=False, float_format="{:,.1f}".format), networks=table)
 
 
 def refuse_ignored(options: list[str], what: str, reason: str) -> None:
@@ -103,7 +124,7 @@ def zoo_list(options: argparse.Namespace) -> str:
     from mednext_v2.zoo.catalogue import zoo_table
 
     table = zoo_table(options.zoo)
-    return (table if options.long else table.drop(columns=["where", "source"])).to_string(index=False)
+    return Answer((table if options.long else table.drop(columns=["where", "source"])).to_string(index=False), models=table)
 
 
 def zoo_fetch(options: argparse.Namespace) -> str:
@@ -148,7 +169,7 @@ def datasets(options: argparse.Namespace) -> str:
         }
         for dataset in load_datasets(options.registry).values()
     ]
-    return pd.DataFrame(rows).to_string(index=False)
+    return Answer(pd.DataFrame(rows).to_string(index=False), datasets=rows)
 
 # %% ../nbs/90_cli.ipynb #parse-pair
 def parse_pair(
@@ -204,9 +225,7 @@ def doctor(options: argparse.Namespace) -> str:
     print(report.text())
     if options.fix:
         print(fix_raw_dataset(options.data, options.fix, options.workers, report=None if options.quick else report).text())
-    if not report.clean:
-        raise SystemExit(1)
-    return ""
+    return Answer(code=0 if report.clean else 1, clean=report.clean, verdict=report.verdict, findings=report.table)
 
 # %% ../nbs/90_cli.ipynb #prepare
 @contextmanager
@@ -311,7 +330,7 @@ def train(options: argparse.Namespace) -> str:
         train_in_processes(settings, resources_from_options(options), Display(pictures=pictures_by_default()), options.resume)
     except RunEnded as ended:
         exit_ended(ended)
-    return f"wrote {options.out}"
+    return Answer(f"wrote {options.out}", model=options.out)
 
 # %% ../nbs/90_cli.ipynb #finetune
 def confirm_duration(text: str) -> bool:
@@ -364,7 +383,8 @@ def finetune(options: argparse.Namespace) -> str:
     shown = means(table, ["split", "label"], ["dsc", "nsd", "hd95"], order=("case",))
     print(shown.to_string(index=False, float_format="{:.3f}".format), flush=True)
     page = f", {review_scores(options.out)}" if options.html else ""
-    return f"{options.out / 'model'}, {options.out / 'scores.csv'}{page}; next: mednextv2 predict -m {options.out / 'model'} ..."
+    said = f"{options.out / 'model'}, {options.out / 'scores.csv'}{page}; next: mednextv2 predict -m {options.out / 'model'} ..."
+    return Answer(said, model=options.out / "model", scores=options.out / "scores.csv", means=shown)
 
 
 def replay(options: argparse.Namespace) -> str:
@@ -393,12 +413,19 @@ def predict(options: argparse.Namespace) -> str:
     models = [find_fetched(model, imported=True) for model in options.model]
     results = [name for name in ("seg", "rtstruct") if getattr(options, f"dicom_{name}")]
     if results or options.series or is_dicom(options.input):
+        if options.statistics or options.preview:
+            raise ValueError("--statistics and --preview are for scans in files, not yet for a folder of DICOM: leave them out")
         written = predict_dicom(
             models, options.input, options.output, chosen, options.series, results, roi or None, options.save_probabilities, options.overwrite
         )
-        return f"wrote {', '.join(map(str, written))}"
-    predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
-    return f"wrote {options.output}"
+        return Answer(f"wrote {', '.join(map(str, written))}", files=list(map(str, written)))
+    labelled = predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
+    if not (options.statistics or options.preview):
+        return Answer(f"wrote {options.output}", labels=labelled)
+    from mednext_v2.inference.summary import describe_statistics, summarise_predictions
+
+    table = summarise_predictions(models, options.input, options.output, options.statistics, options.preview)
+    return Answer(f"{describe_statistics(table)}\nwrote {options.output}", labels=labelled, statistics=table)
 
 
 def evaluate(options: argparse.Namespace) -> str:
@@ -429,7 +456,8 @@ def evaluate(options: argparse.Namespace) -> str:
         review(table, options.predictions, options.truths, options.images, page, dataset, tolerance=options.tolerance)
     if failed:
         raise failed
-    return f"scores.csv, summary.json{' and review.html' if options.html else ''} are in {out}"
+    said = f"scores.csv, summary.json{' and review.html' if options.html else ''} are in {out}"
+    return Answer(said, out=out, means=shown)
 
 # %% ../nbs/90_cli.ipynb #nnunet-commands
 def nnunet_plan(options: argparse.Namespace) -> str:
@@ -494,7 +522,7 @@ def plan(options: argparse.Namespace) -> str:
 
     table = forecast_table(options.profile)
     shown = table.drop(columns=["flops"], errors="ignore") if options.all else forecast_summary(table)
-    return shown.to_string(index=False, float_format="{:.1f}".format, na_rep="not available")
+    return Answer(shown.to_string(index=False, float_format="{:.1f}".format, na_rep="not available"), plan=shown)
 
 
 def results(options: argparse.Namespace) -> str:
@@ -513,7 +541,7 @@ def results(options: argparse.Namespace) -> str:
         return table.to_csv(index=False).rstrip("\n")
     shown = table.to_string(index=False, float_format="{:.4g}".format, na_rep="not available")
     path = StudyPaths(options.profile).results / f"{options.table}.csv"
-    return f"{shown}\n\n{describe_provenance(path, options.profile)}" if options.where else shown
+    return Answer(f"{shown}\n\n{describe_provenance(path, options.profile)}" if options.where else shown, rows=table)
 
 # %% ../nbs/90_cli.ipynb #shared-options
 def at_least(least: int) -> Callable[[str], int]:
@@ -767,6 +795,8 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--roi", nargs="+", metavar="ROI", help=roi)
     command.add_argument("--save-probabilities", action="store_true", help="also write the class probabilities")
     command.add_argument("--overwrite", action="store_true", help="segment scans again that already have a label map")
+    command.add_argument("--statistics", action="store_true", help="also write millilitres and mean intensity (of CT: HU) of each label, as CSV")
+    command.add_argument("--preview", action="store_true", help="also write a picture of three slices beside each label map, as PNG")
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
@@ -850,20 +880,63 @@ def add_evaluation_commands(add: Callable[..., argparse.ArgumentParser]) -> None
     command.add_argument("--by", metavar="COLUMN,COLUMN", help="show means with 95 %% intervals, grouped by these columns")
     command.add_argument("--csv", action="store_true", help="print CSV")
 
+# %% ../nbs/90_cli.ipynb #completion
+def completion(options: argparse.Namespace) -> str:
+    "The script that completes commands and options in a shell"
+    import shtab
+
+    return shtab.complete(parser(), shell=options.shell)
+
+
+def add_completion_command(add: Callable[..., argparse.ArgumentParser]) -> None:
+    "`completion`"
+    text = "Print a script that completes commands and options when you press the tab key."
+    command = add("completion", completion, text, "completion bash > ~/.local/share/bash-completion/completions/mednextv2    (then open a new shell)")
+    command.add_argument("shell", choices=["bash", "zsh", "tcsh"], help="your shell")
+
 # %% ../nbs/90_cli.ipynb #parser
 GROUPS = {"nnunet": "Plan and train MedNeXt-v2 inside nnU-Net.", "zoo": "List, download and verify public pretrained models."}
 
 
+SECTIONS = {  # What one wants to do, and the commands for it; a command that is not here is shown last
+    "label and score scans": "predict evaluate",
+    "train a network": "finetune doctor prepare train replay",
+    "get data and models": "datasets convert zoo info import push",
+    "use other programs": "nnunet export bundle",
+    "reproduce the paper": "plan results",
+}
+
+
+class SectionParser(argparse.ArgumentParser):
+    "A parser whose help lists its commands by what one wants to do"
+
+    def format_help(self) -> str:
+        formatter, commands = self._get_formatter(), next(a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        left = {action.dest: action for action in commands._get_subactions()}
+        for title, names in SECTIONS.items():
+            formatter.start_section(title)
+            formatter.add_arguments([left.pop(name) for name in names.split() if name in left])
+            formatter.end_section()
+        for title, actions in (("more", left.values()), ("options", [action for action in self._actions if action is not commands])):
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+
 def parser() -> argparse.ArgumentParser:
     "The parser of all commands and their options"
-    top = argparse.ArgumentParser(
+    top = SectionParser(
         prog="mednextv2",
         description="MedNeXt-v2 for 3D medical image segmentation. `mednextv2 COMMAND --help` explains a command.",
         epilog="In a clone of the repository, `make repro` makes the paper's tables and figures.",
     )
     version = ", ".join([*(f"{name} {number}" for name, number in versions().items()), platform.platform()])
     top.add_argument("--version", action="version", version=version, help="show the versions that a bug report needs")
-    groups = {"": top.add_subparsers(title="commands", metavar="COMMAND", required=True)}
+    groups = {"": top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser)}
 
     def add(name: str, function: Callable, text: str, example: str) -> argparse.ArgumentParser:
         group, _, last = name.rpartition(" ")
@@ -871,12 +944,13 @@ def parser() -> argparse.ArgumentParser:
             parent = groups[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
             groups[group] = parent.add_subparsers(title="commands", metavar="COMMAND", required=True)
         command = groups[group].add_parser(last, help=text, description=text, epilog=f"example: mednextv2 {example}")
-        command.set_defaults(function=function, parser=command)
+        command.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+        command.set_defaults(function=function, parser=command, command=name)
         return command
 
     for add_commands in (
         add_data_commands, add_model_commands, add_zoo_commands, add_train_command, add_finetune_command, add_predict_command, add_door_commands,
-        add_nnunet_commands, add_evaluation_commands,
+        add_nnunet_commands, add_evaluation_commands, add_completion_command,
     ):  # fmt: skip
         add_commands(add)
     return top
@@ -926,9 +1000,13 @@ def main(
         for name in OUTPUTS:
             if isinstance(place := getattr(options, name, None), Path):
                 check_writable(place)
-        text = options.function(options)
+        with redirect_stdout(sys.stderr) if options.json else nullcontext():
+            answer = options.function(options)
+        text = as_json_line(options.command, answer) if options.json else answer
         if text:
             print(text, flush=True)
+        if code := getattr(answer, "code", 0):
+            raise SystemExit(code)
     except KeyboardInterrupt:
         print("mednextv2: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -936,6 +1014,8 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except USER_ERRORS as error:
+        if options.json:
+            print(json.dumps({"command": options.command, "error": one_line(error)}), flush=True)
         raise SystemExit(f"mednextv2: {one_line(error)}") from None
 
 # %% ../nbs/90_cli.ipynb #command

@@ -145,6 +145,19 @@ def test_a_structure_set_holds_exactly_the_labelled_voxels(tmp_path, axes, spaci
         assert (count == (labels == LABELS[name])).all()  # Each voxel in one contour, so that any rule of filling gives the same
 
 
+def test_contours_may_be_long(tmp_path):
+    """An explicit transfer syntax has two bytes for the length of a contour."""
+    slices = write_series(tmp_path / "ct", (120, 130, 2))
+    labels = np.zeros((120, 130, 2), np.uint8)
+    labels[1::2] = 1
+    labels[:, 60] = 1
+    labels[::2, 5:-5] = np.random.default_rng(0).integers(0, 2, (60, 120, 2))
+    write_rtstruct(tmp_path / "a.dcm", labels, slices, list_segments(labels, CARD), CARD)
+    lengths = [item.get_item("ContourData").length for item in dcmread(tmp_path / "a.dcm").ROIContourSequence[0].ContourSequence]
+    assert max(lengths) > 65_534
+    assert (slice_masks(tmp_path / "a.dcm", slices)["spleen"] == (labels == 1)).all()
+
+
 def test_a_structure_set_says_what_it_is(tmp_path):
     slices, labels = write_series(tmp_path / "ct"), noisy_labels((20, 18, 6))
     write_rtstruct(tmp_path / "a.dcm", labels, slices, list_segments(labels, CARD), CARD)
@@ -252,7 +265,7 @@ def test_several_series_are_listed_and_chosen(tmp_path, model, capsys):
         run(line)
     told = str(caught.value)
     assert "holds 2 CT or MR series" in told and "'arterial'" in told and "'venous'" in told and "choose one with --series" in told
-    lines = {text.split("'")[1]: text.split() for text in told.splitlines() if text.startswith("  ")}
+    lines = {text.split("'")[3]: text.split() for text in told.splitlines() if text.startswith("  ")}
     for word in (lines["venous"][0], lines["venous"][-1], lines["venous"][-1][-6:]):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         run([*line, "--series", word])

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from hub_toys import Hub, Repo
 from mednext_v2.cli import main
+from mednext_v2.factory import create_model
 from mednext_v2.finetuning import import_parent
 from mednext_v2.integrations.hub import from_pretrained, licence_fields, push_to_hub
 from mednext_v2.models.card import add_scores, read_card
@@ -189,6 +190,8 @@ def test_the_commands_take_a_name_of_the_hub(hub, tmp_path, monkeypatch, capsys)
     first, *others = (np.asarray(nib.load(tmp_path / f"{out}.nii.gz").dataobj) for out in "abc")
     assert first.any() and all((first == other).all() for other in others)
     assert import_parent("clinic/spleen", tmp_path / "tuned") == find_model("clinic/spleen")
+    network, (trained, _) = create_model(pretrained="clinic/spleen"), load_model(tmp_path / "mine")
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in trained.state_dict().items())
 
 
 def test_a_second_version_replaces_the_first(hub, tmp_path, monkeypatch):

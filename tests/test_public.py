@@ -1,7 +1,9 @@
 "What a process loads for each public name and each command: nobody waits for a package that is not used"
 
 import configparser
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -196,3 +198,49 @@ def test_no_extra_replaces_the_pytorch_that_is_there():
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     words = " ".join(value for name, value in settings["DEFAULT"].items() if name.endswith("_requirements")).split()
     assert not {"timm", "torchvision", "torchaudio", "dynamic_network_architectures", "nnunetv2"} & {re.split("[><=!;]", word)[0] for word in words}
+
+
+# ---- Help, JSON, completion
+
+
+def test_help_lists_each_command_once_under_what_one_wants_to_do(capsys):
+    from mednext_v2 import cli
+
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    said = capsys.readouterr().out
+    verbs = cli.parser()._subparsers._group_actions[0].choices
+    assert all(len(re.findall(rf"^  {verb}( |$)", said, flags=re.M)) == 1 for verb in verbs)
+    titles = [line.rstrip(":") for line in said.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles[: len(cli.SECTIONS)] == list(cli.SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [("datasets --json", "datasets"), ("zoo list --json", "models"), ("info --patch 32 --json", "networks"), ("datasets amos --json", "message")],
+)
+def test_answers_as_json(line, key, capsys):
+    from mednext_v2 import cli
+
+    cli.main(line.split())
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["command"] == line.partition(" --")[0].removesuffix(" amos") and len(answer[key]) > 1
+
+
+def test_errors_as_json_and_as_a_line(tmp_path, capsys):
+    from mednext_v2 import cli
+
+    with pytest.raises(SystemExit, match="^mednextv2: "):
+        cli.main(["doctor", "--data", str(tmp_path / "none"), "--json"])
+    assert "none" in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_and_options(shell, capsys):
+    from mednext_v2 import cli
+
+    cli.main(["completion", shell])
+    script = capsys.readouterr().out
+    assert "finetune" in script and "--save-probabilities" in script
+    if shutil.which(shell):
+        assert subprocess.run([shell, "-n"], input=script, text=True, capture_output=True).returncode == 0

@@ -56,7 +56,7 @@ def is_dicom(source: Path) -> bool:  # False for a folder with scans in other fo
 
 def describe_series(series: Iterable[Series]) -> str:
     "A line for each series: its number, what it is, and its identifier"
-    return "\n".join(f"  {number}  {s.modality}  {len(s.paths):>4} files  {s.patient}  {s.description!r}  {s.uid}" for number, s in enumerate(series, 1))
+    return "\n".join(f"  {number}  {s.modality}  {len(s.paths):>4} files  {s.patient!r}  {s.description!r}  {s.uid}" for number, s in enumerate(series, 1))
 
 
 def choose_series(
@@ -359,8 +359,10 @@ def contour_items(
 ) -> list["Dataset"]:  # A ContourSequence
     "The closed contours of a label, in mm, each with the slice it lies on"
     from pydicom import Dataset
+    from pydicom.dataelem import RawDataElement
+    from pydicom.tag import Tag
 
-    items = []
+    items, tag = [], Tag("ContourData")
     for index in np.flatnonzero((labels == value).any(axis=(0, 1))).tolist():
         image, reference = slices[index], Dataset()
         reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = headers[index].SOPClassUID, headers[index].SOPInstanceUID
@@ -369,7 +371,10 @@ def contour_items(
             points = image.corner + np.outer(columns * image.spacing[0], image.along[0]) + np.outer(rows * image.spacing[1], image.along[1])
             item = Dataset()
             item.ContourImageSequence, item.ContourGeometricType = [reference], "CLOSED_PLANAR"
-            item.NumberOfContourPoints, item.ContourData = len(points), [f"{number:.4f}" for number in points.ravel()]
+            text = "\\".join(f"{number:.4f}" for number in points.ravel()).encode()
+            text += b" " * (len(text) % 2)
+            item.NumberOfContourPoints = len(points)
+            item[tag] = RawDataElement(tag, "DS", len(text), text, 0, True, True)  # As it is written: pydicom would check a million numbers one by one
             items.append(item)
     return items
 
@@ -380,7 +385,7 @@ def new_structure_set(headers: Sequence["Dataset"], card: "Card") -> "Dataset":
 
     from pydicom import Dataset
     from pydicom.dataset import FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
+    from pydicom.uid import ImplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
     first, made, now = headers[0], Dataset(), datetime.now()
     for word in (*PATIENT, "StudyInstanceUID", "FrameOfReferenceUID"):
@@ -388,7 +393,7 @@ def new_structure_set(headers: Sequence["Dataset"], card: "Card") -> "Dataset":
     made.file_meta = FileMetaDataset()
     made.file_meta.MediaStorageSOPClassUID = made.SOPClassUID = RTStructureSetStorage
     made.file_meta.MediaStorageSOPInstanceUID = made.SOPInstanceUID = generate_uid()
-    made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    made.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian  # An explicit one has no room for a contour of more than 65,534 characters
     made.SpecificCharacterSet, made.Modality, made.SeriesInstanceUID, made.SeriesNumber = "ISO_IR 192", "RTSTRUCT", generate_uid(), 902
     made.SeriesDescription, made.StructureSetLabel, made.OperatorsName = f"mednext_v2: {card.task}"[:64], "mednext_v2", ""
     made.Manufacturer, made.ManufacturerModelName, made.SoftwareVersions = "mednext_v2", f"{card.backbone}, {card.task}"[:64], __version__
