@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 from .. import __version__
 from ..core import root, sha256
-from .card import read_card
 
 # %% ../../nbs/models/28_hub.ipynb #hub-name
 WEIGHTS = (".bin", ".ckpt", ".model", ".pickle", ".pkl", ".pt", ".pth", ".safetensors")
@@ -105,6 +104,8 @@ def check_weights(
     folder: Path,  # A model folder, or one with fold_0, fold_1, ...
 ) -> None:
     "ValueError or FileNotFoundError unless every card is valid and its weights are there with the hash that it states"
+    from mednext_v2.models.card import read_card  # Here, since it loads PyTorch
+
     for card in (folder / "card.json", *sorted(folder.glob("fold_*/card.json"))):
         if card.is_file():
             weights, expected = card.with_name("model.safetensors"), read_card(card.parent).sha256
