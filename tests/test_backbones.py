@@ -283,7 +283,7 @@ def test_load_model(tmp_path, saved_deep):
     expected = model(image)[0] if saved_deep else model(image)
     assert read == card and not loaded.training and torch.equal(loaded(image), expected)
     if saved_deep:
-        outputs = load_model(tmp_path / "m", deep_supervision=True)[0](image)
+        outputs = load_model(tmp_path / "m", deep_supervision=True)[0].train()(image)
         assert all(torch.equal(a, b) for a, b in zip(outputs, model(image)))
     else:
         with pytest.raises(ValueError, match="4 absent, 0 surplus"):

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mednext_v2 import create_model, list_models
+from mednext_v2 import create_model, list_models, sliding_window
 from mednext_v2.factory import FeaturePyramid
 from mednext_v2.models.card import save_model
-from mednext_v2.models.registry import BACKBONES, create, get_backbone, overrides_of
+from mednext_v2.models.registry import BACKBONES, create, get_backbone, load_model, overrides_of
 from mednext_v2.network.scaling import PRESETS, count_parameters, get_arch, parse_name
+from mednext_v2.training.launch import Step, smaller_patches
+from mednext_v2.training.run import fit_patch
 from mednext_v2.zoo.importers import find_checkpoint
 from model_toys import UNET_CARD, Card
 
@@ -148,3 +150,26 @@ def test_pretrained_features(folder):
     with torch.no_grad():
         found = create_model(pretrained=path, features_only=True)(image)
         assert all(torch.equal(a, b) for a, b in zip(found, trained.encode(image), strict=True))
+
+
+def test_thick_slices_through_card_windows_and_forecast(tmp_path):
+    "Strides and kernels per axis, given as lists, in a model folder and wherever a patch has to fit"
+    torch.manual_seed(0)
+    flat = dict(TINY, strides=[[1, 2, 2], [1, 2, 2], 2, 2], kernels=[[1, 3, 3], [1, 3, 3], 3, 3, 3])
+    model = create_model("base", 1, 3, deep_supervision=True, **flat).eval()
+    assert model.strides == (4, 16, 16) and hash(tuple(overrides_of(model).items()))
+    card = Card(**UNET_CARD | dict(backbone="mednext_v2_base", overrides=overrides_of(model), labels={"a": 1, "b": 2}, groups={}, patch=(8, 32, 32)))
+    save_model(tmp_path / "flat", model, card)
+    loaded, kept = load_model(tmp_path / "flat")
+    assert loaded.arch == model.arch and kept.overrides["strides"] == ((1, 2, 2), (1, 2, 2), 2, 2)
+    with torch.no_grad():
+        scan = torch.randn(1, 1, 8, 32, 32)
+        assert torch.equal(loaded(scan), model(scan)) and torch.equal(create_model(pretrained=tmp_path / "flat").eval()(scan), model(scan))
+        assert sliding_window(loaded, torch.randn(1, 11, 40, 50), patch=(8, 32, 32)).shape == (3, 11, 40, 50)
+    save_model(tmp_path / "bad", model, replace(card, patch=(6, 32, 32)))
+    with pytest.raises(ValueError, match=r"patch must be divisible by \(4, 16, 16\), got \(6, 32, 32\)"):
+        load_model(tmp_path / "bad")
+    step = Step("mednext_v2_base", (8, 32, 32), overrides=tuple(overrides_of(model).items()))
+    assert step.cost("cpu").parameters == count_parameters(model)
+    assert fit_patch((64, 64, 64), (30, 70, 500), model.strides) == (28, 64, 64)
+    assert all(not any(side % step for side, step in zip(patch, model.strides)) for patch in smaller_patches((20, 64, 64), model.stride))

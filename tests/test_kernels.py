@@ -23,6 +23,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CASES = {  # A block, and sides that no tile divides; norms of a few voxels would make the gradients before them a difference of equals
     "same": (MedNeXtBlock, dict(channels=16, ratio=2), (3, 2, 2)),
     "wider": (MedNeXtBlock, dict(channels=16, out_channels=32, ratio=3), (3, 2, 2)),
+    "thin": (MedNeXtBlock, dict(channels=16, ratio=2, kernel=(1, 3, 3)), (3, 2, 2)),
     "down": (DownBlock, dict(channels=16, out_channels=32), (5, 4, 3)),
     "up": (UpBlock, dict(channels=32, out_channels=16), (3, 2, 2)),
 }
@@ -61,7 +62,7 @@ def errors(case: str, grn: str | None) -> list[float]:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.parametrize("case, grn", [("same", "mean"), ("wider", "sum"), ("down", "mean"), ("up", "mean"), ("same", None)])
+@pytest.mark.parametrize("case, grn", [("same", "mean"), ("thin", "mean"), ("wider", "sum"), ("down", "mean"), ("up", "mean"), ("same", None)])
 def test_interpreted_kernels_give_what_the_formula_gives(case, grn):
     here = os.path.dirname(os.path.abspath(__file__))
     script = f"import json, sys; sys.path.insert(0, {here!r}); import test_kernels; print(json.dumps(test_kernels.errors({case!r}, {grn!r})))"
@@ -97,7 +98,7 @@ def test_a_step_gives_the_same_numbers_every_time():
 
 @gpu
 def test_blocks_without_kernels_keep_the_plain_form():
-    for block, cast in ((MedNeXtBlock(24), True), (MedNeXtBlock(32, kernel=5), True), (MedNeXtBlock(32), False)):
+    for block, cast in ((MedNeXtBlock(24), True), (MedNeXtBlock(32, kernel=5), True), (DownBlock(32, stride=(1, 2, 2)), True), (MedNeXtBlock(32), False)):
         block, x = block.cuda(), torch.randn(1, block.conv1.in_channels, 6, 5, 4, device="cuda")
         with torch.autocast("cuda", torch.bfloat16, enabled=cast):
             assert kernels.triton_block(block, x) is None
@@ -156,7 +157,7 @@ def second_order(block, x) -> list[torch.Tensor]:
 
 
 @gpu
-@pytest.mark.parametrize("case, grn", [("same", "mean"), ("wider", "sum"), ("down", "mean"), ("up", "mean"), ("same", None)])
+@pytest.mark.parametrize("case, grn", [("same", "mean"), ("thin", "mean"), ("wider", "sum"), ("down", "mean"), ("up", "mean"), ("same", None)])
 def test_second_derivatives_take_the_plain_form(case, grn):
     block, x = block_and_input(case, grn, "cuda", scale=4)
     exact = second_order(use_fused(block.double(), False), x.double())

@@ -441,8 +441,10 @@ def run_block(
             shortcut, added, last = None, F.linear(rows, weight.t()).permute(0, 4, 1, 2, 3), last + res.bias
         else:
             shortcut = F.linear(rows, weight, res.bias.to(x.dtype)).permute(0, 4, 1, 2, 3)
+    thin = [(3 - side) // 2 for side in reversed(block.conv1.kernel_size) for _ in range(2)]
+    taps = F.pad(block.conv1.weight, thin) if any(thin) else block.conv1.weight  # A kernel of 1 x 3 x 3 is one of 3 with zeros around it
     y = Block.apply(
-        *(x, shortcut, block.conv1.weight, block.conv1.bias, kind, norm.eps, block.grn, norm.weight, norm.bias),
+        *(x, shortcut, taps, block.conv1.bias, kind, norm.eps, block.grn, norm.weight, norm.bias),
         *(first.weight.flatten(1), first.bias, gamma, beta, second.weight.flatten(1), last),
     )
     if added is not None:
@@ -478,7 +480,7 @@ def has_kernels(
     stride: tuple[int, ...] = (1, 1, 1),  # The same
 ) -> bool:
     "Are there kernels for such a block?"
-    usual = tuple(kernel) == (3, 3, 3) and tuple(stride) in ((1, 1, 1), (2, 2, 2))
+    usual = set(kernel) <= {1, 3} and tuple(stride) in ((1, 1, 1), (2, 2, 2))
     return usual and channels in KERNEL_CHANNELS and out_channels in KERNEL_CHANNELS and ratio > 0 and precision != "fp32"
 
 # %% ../../nbs/network/30_kernels.ipynb #triton-block
