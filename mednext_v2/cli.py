@@ -413,12 +413,19 @@ def predict(options: argparse.Namespace) -> str:
     models = [find_fetched(model, imported=True) for model in options.model]
     results = [name for name in ("seg", "rtstruct") if getattr(options, f"dicom_{name}")]
     if results or options.series or is_dicom(options.input):
+        if options.statistics or options.preview:
+            raise ValueError("--statistics and --preview are for scans in files, not yet for a folder of DICOM: leave them out")
         written = predict_dicom(
             models, options.input, options.output, chosen, options.series, results, roi or None, options.save_probabilities, options.overwrite
         )
         return Answer(f"wrote {', '.join(map(str, written))}", files=list(map(str, written)))
     labelled = predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
-    return Answer(f"wrote {options.output}", labels=labelled)
+    if not (options.statistics or options.preview):
+        return Answer(f"wrote {options.output}", labels=labelled)
+    from mednext_v2.inference.summary import describe_statistics, summarise_predictions
+
+    table = summarise_predictions(models, options.input, options.output, options.statistics, options.preview)
+    return Answer(f"{describe_statistics(table)}\nwrote {options.output}", labels=labelled, statistics=table)
 
 
 def evaluate(options: argparse.Namespace) -> str:
@@ -788,6 +795,8 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--roi", nargs="+", metavar="ROI", help=roi)
     command.add_argument("--save-probabilities", action="store_true", help="also write the class probabilities")
     command.add_argument("--overwrite", action="store_true", help="segment scans again that already have a label map")
+    command.add_argument("--statistics", action="store_true", help="also write millilitres and mean intensity (of CT: HU) of each label, as CSV")
+    command.add_argument("--preview", action="store_true", help="also write a picture of three slices beside each label map, as PNG")
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")

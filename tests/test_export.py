@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.export import Dim
 
+from mednext_v2.cli import main
 from mednext_v2.core import root
 from mednext_v2.inference.predictor import PredictSettings, label_image, label_volume, load_ensemble, network_input, predict
 from mednext_v2.integrations import consumer, export
@@ -103,6 +104,7 @@ SETTINGS = {
     "as stored": ("ctH", dict(normalisation={"schemes": ["none"], "nonzero": False}, spacing=(9.0, 9.0, 9.0))),
     "to unit": ("ctB", dict(normalisation={"schemes": ["rescale_to_0_1"], "nonzero": False}, spacing=(9.0, 9.0, 9.0))),
     "regions": ("ctK", REGIONS),
+    "strides per axis": ("ctK", dict(overrides=CARD["overrides"] | {"strides": ((2, 2, 1), (2, 2, 2))}, spacing=(6.0, 6.0, 12.0), patch=(32, 32, 14))),
 }
 
 
@@ -132,6 +134,7 @@ def test_labels_are_those_of_predict(tmp_path, name):
     save(tmp_path / "model", **changes)
     scan = str(SEEDS / f"{seed}.nii.gz")
     described = export_model(tmp_path / "model", tmp_path / "out")
+    assert described["sides"] == {"multiples_of": [4, 4, 2 if "strides" in name else 4]}
     weight = np.load(tmp_path / "out/weights.npy").astype(np.float32)
     network = onnxruntime.InferenceSession(tmp_path / "out/model.onnx")
     assert_same_labels(tmp_path / "model", [scan], consumer.label([scan], network, weight, described))
@@ -234,3 +237,12 @@ def test_what_cannot_be_exported_is_said_in_one_line(exported, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ValueError, match=r"pip install 'mednext_v2\[export\]'"):
         export_model(folder / "model", tmp_path / "out")
+
+
+def test_the_command_says_what_was_written_and_how_to_run_it(exported, tmp_path, capsys):
+    main(["export", str(exported[0] / "model"), str(tmp_path / "out")])
+    assert "sides multiples of 4x4x4, differs by at most" in (said := capsys.readouterr().out) and "next: python" in said
+    main(["bundle", str(exported[0] / "model"), str(tmp_path / "bundle")])
+    assert "docs/README.md" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is no bundle"):
+        main(["bundle", str(exported[0] / "model"), str(tmp_path / "out")])

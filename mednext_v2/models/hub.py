@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import __version__
-from ..core import root, sha256
-from .card import read_card
+from ..core import MissingExtra, root, sha256
 
 # %% ../../nbs/models/28_hub.ipynb #hub-name
 WEIGHTS = (".bin", ".ckpt", ".model", ".pickle", ".pkl", ".pt", ".pth", ".safetensors")
@@ -79,7 +78,7 @@ def explain_hub(
     try:
         from huggingface_hub import constants, errors
     except ImportError as error:
-        raise ValueError(f"{repo}: reading from or writing to the hub needs huggingface_hub: pip install 'mednext_v2[hub]'") from error
+        raise MissingExtra(f"{repo}: reading from or writing to the hub needs huggingface_hub: pip install 'mednext_v2[hub]'") from error
     try:
         yield
     except (FileExistsError, FileNotFoundError, ValueError) as error:
@@ -105,6 +104,8 @@ def check_weights(
     folder: Path,  # A model folder, or one with fold_0, fold_1, ...
 ) -> None:
     "ValueError or FileNotFoundError unless every card is valid and its weights are there with the hash that it states"
+    from mednext_v2.models.card import read_card  # Here, since it imports PyTorch
+
     for card in (folder / "card.json", *sorted(folder.glob("fold_*/card.json"))):
         if card.is_file():
             weights, expected = card.with_name("model.safetensors"), read_card(card.parent).sha256
@@ -150,5 +151,5 @@ def find_model(
         )
     try:
         return fetch_hub(hub)
-    except (FileNotFoundError, ConnectionError) as error:
+    except (FileNotFoundError, ConnectionError, MissingExtra) as error:
         raise type(error)(str(error) if text.startswith("hf:") else f"{text}: {looked}; {error}") from error
