@@ -39,6 +39,7 @@ def test_short_and_long_names_are_one_everywhere(preset):
 
 
 def test_names_are_listed_by_pattern():
+    assert all(parse_name(name) is None for name in ("v2_v1_base", "mednext_v2_v1_base", "base_k5", "mednext_v2_base_k5", "mednext", "", "Base"))
     assert set(BACKBONES) <= set(list_models())
     assert list_models("*_k5") == [f"mednext_v1_{size}_k5" for size in ("small", "base", "medium", "large")] == list_models("v1_*_k5")
     assert set(list_models("mednext*")) == {name for name in BACKBONES if name.startswith("mednext")}

@@ -344,10 +344,10 @@ def test_a_network_for_cubes_is_the_paper_s_and_larger_memory_gives_a_larger_pat
 def test_thick_slices_are_halved_when_the_others_have_caught_up(thick):
     "Slices of 5 mm, voxels of 1 mm, whichever axis they lie across"
     order = lambda slices, others: tuple(slices if axis == thick else others for axis in range(3))
-    arch, patch = Arch.for_data(order(5, 1), order(60, 400), 24e9)
+    arch, patch = Arch.for_data(order(5, 1), order(60, 400), 3e9, "tiny")
     assert arch.strides == (order(1, 2), order(1, 2), (2, 2, 2), (2, 2, 2))
     assert arch.kernels == (order(1, 3), order(1, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))
-    assert (arch.depths, arch.ratios) == (PRESETS["base"].depths, PRESETS["base"].ratios)
+    assert (arch.width, arch.depths, arch.ratios) == (16, ONE, TINY)
     assert patch[thick] < 60 < max(patch) and not any(side % step for side, step in zip(patch, arch.axis_strides))
     small = replace(arch, width=2, depths=ONE, ratios=TINY)
     sides = [2 * step for step in arch.axis_strides]
@@ -376,7 +376,7 @@ def test_topology_is_nnunet_s_as_far_as_the_levels_go(seed):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Arch.for_data((1, 1, 1), (300,) * 3, 1e7), "the smallest, takes .* take a smaller network"),
+        (lambda: Arch.for_data((1, 1, 1), (48,) * 3, 1e7), "the smallest, takes .* take a smaller network"),
         (lambda: Arch.for_data((1, 1), (300,) * 3, 1e9), "spacing and shape must be three positive numbers each"),
         (lambda: Arch.for_data((1, 0, 1), (300,) * 3, 1e9), "three positive numbers"),
         (lambda: Arch.for_data((1, 1, 1), (6, 7, 7), 1e9), "too small to halve"),

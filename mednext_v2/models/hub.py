@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import __version__
-from ..core import require_extra, root, sha256
+from ..core import MissingExtra, require_extra, root, sha256
 
 # %% ../../nbs/models/28_hub.ipynb #hub-name
 WEIGHTS = (".bin", ".ckpt", ".model", ".pickle", ".pkl", ".pt", ".pth", ".safetensors")
@@ -103,7 +103,7 @@ def check_weights(
     folder: Path,  # A model folder, or one with fold_0, fold_1, ...
 ) -> None:
     "ValueError or FileNotFoundError unless every card is valid and its weights are there with the hash that it states"
-    from mednext_v2.models.card import read_card  # Here, since it loads PyTorch
+    from mednext_v2.models.card import read_card  # Here, since it imports PyTorch
 
     for card in (folder / "card.json", *sorted(folder.glob("fold_*/card.json"))):
         if card.is_file():
@@ -150,5 +150,5 @@ def find_model(
         )
     try:
         return fetch_hub(hub)
-    except (FileNotFoundError, ConnectionError) as error:
+    except (FileNotFoundError, ConnectionError, MissingExtra) as error:
         raise type(error)(str(error) if text.startswith("hf:") else f"{text}: {looked}; {error}") from error
