@@ -944,6 +944,8 @@ def import_extra(
 
 EXTRAS = {  # The modules of extras that whole commands need
     "train": "accelerate blosc2 einops fsspec google_crc32c monai",
+    "hub": "huggingface_hub",
+    "dicom": "pydicom SimpleITK highdicom",
     "review": "PIL",
     "pipeline": "dvc dvclive hydra jinja2 matplotlib nbconvert papermill seaborn",
 }

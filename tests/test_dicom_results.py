@@ -13,7 +13,7 @@ from skimage.draw import polygon2mask
 from data_toys_dicom import series_headers, turned_affine, write_ct_series
 from data_toys_dicom import write_rtstruct as write_toy_rtstruct
 from mednext_v2.cli import main
-from mednext_v2.core import read_json
+from mednext_v2.core import MissingExtra, read_json
 from mednext_v2.data.scans import Volume
 from mednext_v2.inference.files import colour
 from mednext_v2.inference.predictor import PredictSettings
@@ -326,8 +326,8 @@ def test_refused_before_the_network_runs(tmp_path, model, monkeypatch):
     (tmp_path / "labels.seg.dcm").write_bytes(b"of somebody else")
     with pytest.raises(ValueError, match="is there without a label map"):
         predict_dicom(model, tmp_path / "ct", tmp_path / "labels.nii.gz", CPU, results=["seg"])
-    monkeypatch.setattr(dicom, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"--dicom-seg needs highdicom: pip install 'mednext_v2\[dicom\]'"):
+    monkeypatch.setattr("mednext_v2.core.find_spec", lambda name: None if name == "highdicom" else name)
+    with pytest.raises(MissingExtra, match=r"--dicom-seg needs highdicom: pip install 'mednext_v2\[dicom\]'"):
         predict_dicom(model, tmp_path / "ct", tmp_path / "out", CPU, results=["seg"])
     monkeypatch.undo()
     with pytest.raises(SystemExit, match="is one file of a DICOM series: give the folder"):

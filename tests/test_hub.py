@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from hub_toys import Hub, Repo
 from mednext_v2.cli import main
+from mednext_v2.core import MissingExtra
 from mednext_v2.factory import create_model
 from mednext_v2.finetuning import import_parent
 from mednext_v2.integrations.hub import from_pretrained, licence_fields, push_to_hub
@@ -100,6 +101,12 @@ def test_altered_or_missing_weights_are_refused(hub, tmp_path):
     for name in ("clinic/altered", "clinic/without"):
         with pytest.raises(ValueError, match="is not what card.json beside it describes"):
             find_model(name)
+
+
+def test_without_huggingface_hub_the_extra_is_named(hub, monkeypatch):
+    monkeypatch.setattr("mednext_v2.core.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"clinic/spleen, a model of the hub, needs huggingface_hub: pip install 'mednext_v2\[hub\]'"):
+        find_model("clinic/spleen")
 
 
 def test_private_and_unknown_names(hub, tmp_path, monkeypatch):

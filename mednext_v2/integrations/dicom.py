@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ import nibabel as nib
 import numpy as np
 
 from .. import __version__
-from ..core import atomic_file, check_output, output_lock, short_hash
+from ..core import atomic_file, check_output, output_lock, require_extra, short_hash
 from ..data.scans import Header, Volume
 from ..inference.files import IMAGES, JobSettings, LabelledScan, PredictJob, colour, is_done, is_file_name, job_identity, label_job, label_names
 from ..inference.files import name_tables, write_job
@@ -222,12 +221,6 @@ def source_headers(
             if word not in header:
                 setattr(header, word, "")
     return headers
-
-
-def check_highdicom() -> None:
-    "ValueError if highdicom is not installed"
-    if not find_spec("highdicom"):
-        raise ValueError("--dicom-seg needs highdicom: pip install 'mednext_v2[dicom]'")
 
 # %% ../../nbs/integrations/50_dicom.ipynb #segment-description
 def segment_description(number: int, segment: Segment, card: "Card") -> Any:  # Of highdicom
@@ -456,7 +449,7 @@ def dicom_job(chosen: Sequence[Series], folder: Path, target: Path) -> PredictJo
 def check_results(job: PredictJob, results: Sequence[str], slices: Sequence[Slice], overwrite: bool) -> None:
     "ValueError, before the network runs, if DICOM results could not be written afterwards"
     if "seg" in results:
-        check_highdicom()
+        require_extra("dicom", "--dicom-seg")
     if results:
         source_headers(slices)
     for name in results:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import __version__
-from ..core import MissingExtra, root, sha256
+from ..core import MissingExtra, require_extra, root, sha256
 
 # %% ../../nbs/models/28_hub.ipynb #hub-name
 WEIGHTS = (".bin", ".ckpt", ".model", ".pickle", ".pkl", ".pt", ".pth", ".safetensors")
@@ -75,10 +75,9 @@ def explain_hub(
     repo: str,  # owner/name
 ) -> Iterator[None]:
     "What `huggingface_hub` raises as FileNotFoundError, PermissionError or ConnectionError in one line that says what to do"
-    try:
-        from huggingface_hub import constants, errors
-    except ImportError as error:
-        raise MissingExtra(f"{repo}: reading from or writing to the hub needs huggingface_hub: pip install 'mednext_v2[hub]'") from error
+    require_extra("hub", f"{repo}, a model of the hub,")
+    from huggingface_hub import constants, errors
+
     try:
         yield
     except (FileExistsError, FileNotFoundError, ValueError) as error:
