@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import TypedDict
 
 import pandas as pd
 
@@ -69,10 +70,18 @@ def verdict(
 MARGIN = 0.01  # Claim 7: one DSC point is what "negligible" means here
 
 
-def evidence_counts(table: pd.DataFrame) -> dict[str, int]:
+class Counts(TypedDict):
+    "Seeds, cases and tasks behind a result"
+
+    seeds: int
+    cases: int
+    tasks: int
+
+
+def evidence_counts(table: pd.DataFrame) -> Counts:
     "Seeds, cases and tasks behind a result"
     found = sample_counts(table)
-    return {name: found[name] for name in MIN_EVIDENCE}
+    return Counts(seeds=found["seeds"], cases=found["cases"], tasks=found["tasks"])
 
 
 def scratch_scores(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -133,9 +142,10 @@ def grn_and_scaling_help(tables: dict[str, pd.DataFrame]) -> Evidence | None:
             return None
         parts[name] = next(rows_of(found)), evidence_counts(table)
     weaker = min(parts, key=lambda name: parts[name][0].low)
-    row, numbers = parts[weaker]
+    row, _ = parts[weaker]
     detail = "; ".join(f"{row.variant} less {row.reference} {100 * row.difference:+.1f} points" for row, _ in parts.values())
-    least = {key: min(numbers[key] for _, numbers in parts.values()) for key in numbers}
+    counts = [numbers for _, numbers in parts.values()]
+    least = Counts(seeds=min(n["seeds"] for n in counts), cases=min(n["cases"] for n in counts), tasks=min(n["tasks"] for n in counts))
     return Evidence(row.difference, row.low, row.high, **least, detail=f"the weaker of: {detail}")
 
 # %% ../../nbs/report/30_claims.ipynb #rules-pretrained
