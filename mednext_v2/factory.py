@@ -7,6 +7,7 @@ __all__ = ['list_models', 'create_model']
 
 # %% ../nbs/50_factory.ipynb #imports
 from collections.abc import Sequence
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
@@ -95,20 +96,29 @@ def read_weights(
 # %% ../nbs/50_factory.ipynb #load-pretrained
 def create_pretrained(
     pretrained: str | Path,
-    name: str | None,
+    name: str | Arch | None,
     in_channels: int | None,
     num_classes: int | None,
     deep_supervision: bool,
     **options,  # Of `registry.create`
 ) -> "Network":  # Its `report` says what became of each tensor
-    "The network of trained weights, adapted to other channels or classes; ValueError if it is another network than the one named"
+    "The network of trained weights, adapted to other channels or classes; ValueError if it, or an option that decides what it computes, is another one"
     from mednext_v2.models.registry import create, get_backbone
-    from mednext_v2.models.transfer import transfer
+    from mednext_v2.models.transfer import check_options, transfer
+    from mednext_v2.network.scaling import parse_name
 
     found = read_weights(pretrained)
-    if name is not None and (wanted := get_backbone(name).name) != found.backbone:
+    wanted, looks = found.backbone, {}
+    if isinstance(name, Arch):
+        looks = {field.name: getattr(name, field.name) for field in fields(Arch)}
+        wanted = found.backbone if parse_name(found.backbone) else "MedNeXt"
+    elif name is not None:
+        wanted = get_backbone(name).name
+    if wanted != found.backbone:
         raise ValueError(f"{found.where} is a {found.backbone}, not a {wanted}: leave the name out, or give other weights")
-    channels, classes = in_channels or found.in_channels, num_classes or found.num_classes
+    channels = found.in_channels if in_channels is None else in_channels
+    classes = found.num_classes if num_classes is None else num_classes
+    check_options(found.where, (found.backbone, found.overrides), (found.backbone, found.overrides | looks | options))
     network = create(found.backbone, channels, classes, deep_supervision, **found.overrides | options)
     outputs = {str(place): place for place in range(classes)} if classes == found.num_classes else None  # All of them, or none
     network.report = transfer(network, found.state, outputs, outputs)
@@ -139,9 +149,19 @@ def check_arguments(
         raise ValueError(f"num_classes and out_channels are the same, got {num_classes} and {out_channels}: give one")
     return out_channels if num_classes is None else num_classes
 
+
+def name_arch(arch: Arch) -> tuple[str, dict]:  # Name in the registry, and what it differs in
+    "A backbone and its overrides, for a network that an `Arch` describes"
+    from mednext_v2.models.registry import BACKBONES
+    from mednext_v2.network.scaling import get_arch, parse_name
+
+    named = {name: get_arch(name) for name in BACKBONES if parse_name(name)}
+    name = next((name for name, known in named.items() if known == arch), "mednext_v2_base" if arch.grn else "mednext_v1_base")
+    return name, {field.name: getattr(arch, field.name) for field in fields(Arch) if getattr(arch, field.name) != getattr(named[name], field.name)}
+
 # %% ../nbs/50_factory.ipynb #create-model
 def create_model(
-    name: str | None = None,  # Of `list_models`; `base` is `mednext_v2_base`. With `pretrained` it may be left out
+    name: str | Arch | None = None,  # Of `list_models`; `base` is `mednext_v2_base`. Or what a MedNeXt looks like. With `pretrained` it may be left out
     in_channels: int | None = None,  # Channels of the image; those of `pretrained`, else 1
     num_classes: int | None = None,  # Background included; those of `pretrained`
     deep_supervision: bool = False,  # In training a list of logits, finest first, instead of one tensor
@@ -157,19 +177,26 @@ def create_model(
 ) -> "Network":  # With `.stride`, `.strides`, `.in_channels`, `.num_classes`; with `pretrained` a `.report` of what was loaded
     """A new network, `(N, in_channels, X, Y, Z)` to logits `(N, num_classes, X, Y, Z)`, in training mode
 
-    ValueError for an unknown name or argument, or weights that are those of another network. FileNotFoundError says where `pretrained` was looked for.
+    ValueError for an unknown name or argument, weights of another network, or an option with which they would compute something else.
+    FileNotFoundError says where `pretrained` was looked for.
     """
-    from mednext_v2.models.registry import create
+    from mednext_v2.models.registry import check_numbers, create
 
+    if isinstance(name, tuple) and name and isinstance(name[0], Arch):
+        raise ValueError("Arch.for_data gives a network and its patch: arch, patch = Arch.for_data(...), then create_model(arch, ...)")
     classes = check_arguments(overrides, num_classes, out_channels)
     options = overrides | {key: value for key, value in {"patch": patch, "spacing": spacing}.items() if value is not None}
-    if pretrained is True:
+    check_numbers(1 if in_channels is None else in_channels, 1 if classes is None else classes)
+    if pretrained is True or pretrained == "":
         raise ValueError("pretrained says which weights: a model folder, a model of the zoo (`mednextv2 zoo list`), or owner/name on the Hugging Face Hub")
     if pretrained:
         network = create_pretrained(pretrained, name, in_channels, classes, deep_supervision, **options)
     elif name is None or classes is None and not features_only:
         raise ValueError(f"create_model needs {'a name (see list_models) or pretrained weights' if name is None else 'num_classes, background included'}")
     else:
+        if isinstance(name, Arch):
+            name, own = name_arch(name)
+            options = own | options
         channels = 1 if in_channels is None else in_channels
         network = create(name, channels, 1 if classes is None else classes, deep_supervision, **options)
     return cast("Network", as_pyramid(network)) if features_only else network

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mednext_v2 import create_model, list_models, sliding_window
+from mednext_v2 import Arch, create_model, list_models, sliding_window
 from mednext_v2.factory import FeaturePyramid
 from mednext_v2.models.card import save_model
 from mednext_v2.models.registry import BACKBONES, create, get_backbone, load_model, overrides_of
+from mednext_v2.models.transfer import check_options
 from mednext_v2.network.scaling import PRESETS, count_parameters, get_arch, parse_name
 from mednext_v2.training.launch import Step, smaller_patches
 from mednext_v2.training.run import fit_patch
@@ -65,6 +66,16 @@ def test_classes_by_either_name_and_one_channel_unless_given():
         (lambda: create_model("tiny", 1, 2, widht=2), "Arch has no 'widht'"),
         (lambda: create_model("tyni", 1, 2), "no backbone 'tyni'; there are: mednext_v2_tiny"),
         (lambda: create_model("tiny", 0, 2), "in_channels must be a positive whole number"),
+        (lambda: create_model("unet", 1, 0, filters=(4, 8, 8)), "num_classes must be a positive whole number, got 0; for features .* features_only=True"),
+        (lambda: create_model("tiny", 1, 2, pretrained=""), "pretrained says which weights"),
+        (lambda: create_model(3, 1, 2), "a backbone is named by a string such as 'base', got 3"),
+        (lambda: create_model((PRESETS["tiny"], (32, 32, 32)), 1, 2), "arch, patch = Arch.for_data"),
+        (lambda: create_model("nnunet_plain", num_classes=2, patch=64, spacing=(5, 1, 1)), "patch must be one positive whole number of voxels per axis"),
+        (lambda: create_model("nnunet_plain", num_classes=2, patch=(64, 64)), "three axes, as \\(64, 64, 64\\) is, got \\(64, 64\\)"),
+        (lambda: create_model("tiny", num_classes=2, patch=(64, 64.0, 64)), "patch must be one positive whole number"),
+        (lambda: create_model("tiny", num_classes=2, patch="64,64,64"), "patch must be one positive whole number"),
+        (lambda: create_model("nnunet_plain", num_classes=2, spacing=5), "spacing must be one positive number of mm per axis"),
+        (lambda: create_model("nnunet_plain", num_classes=2, spacing=(5, 1, float("nan"))), "spacing must be one positive number of mm per axis"),
         (lambda: create_model("tiny", 1, 2, pretrained=True), "pretrained says which weights"),
         (lambda: create_model("unet", 1, features_only=True, filters=(4, 8, 8)), "features_only is for the sizes of MedNeXt, got unet"),
     ],
@@ -100,12 +111,87 @@ def test_weights_of_another_network_are_refused(folder, tmp_path):
     path, _ = folder
     with pytest.raises(ValueError, match="is a mednext_v2_base, not a mednext_v2_wide"):
         create_model("wide", pretrained=path)
-    with pytest.raises(ValueError, match="tensors of the body do not fit"):
-        create_model(pretrained=path, width=4)
     for fold in ("fold_0", "fold_1"):
         save_model(tmp_path / fold, create("unet", 1, 3, filters=(4, 8, 8)), Card(**UNET_CARD))
     with pytest.raises(ValueError, match="holds several folds: give the folder of one"):
         create_model(pretrained=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(grn="sum"), "was trained with grn='mean'; with grn='sum' .* leave grn out"),
+        (dict(grn=None), "was trained with grn='mean'; with grn=None"),
+        (dict(strides=((1, 2, 2), 2, 2, 2)), "was trained with strides=None; with strides=\\(\\(1, 2, 2\\)"),
+        (dict(kernel=5), "was trained with kernel=3; with kernel=5 .* leave kernel out \\(to start a training with more, name a conversion"),
+        (dict(width=4), "was trained with width=2; with width=4"),
+        (dict(depths=(1,) * 7, ratios=(2,) * 7), "leave depths, ratios out"),
+    ],
+)
+@pytest.mark.parametrize("features_only", [False, True])
+def test_options_that_change_what_weights_compute_are_refused(folder, options, message, features_only):
+    path, trained = folder
+    with pytest.raises(ValueError, match=message):
+        create_model(pretrained=path, features_only=features_only, **options)
+    with pytest.raises(ValueError, match=message):
+        create_model(replace(trained.arch, **options), pretrained=path, features_only=features_only)
+
+
+def test_options_that_change_nothing_stay_allowed(folder):
+    path, trained = folder
+    image = torch.randn(1, 1, 32, 32, 32)
+    same = dict(grn="mean", kernel=3, strides=[2] * 4, kernels=[[3, 3, 3]] * 5, width=2, depths=[1] * 9)
+    for options in (
+        {},
+        same,
+        dict(grad_checkpointing="block"),
+        dict(patch=(64, 64, 64), spacing=(5, 1, 1)),
+        dict(name=trained.arch),
+        dict(deep_supervision=True),
+    ):
+        model = create_model(pretrained=path, **options).eval()
+        with torch.no_grad():
+            assert model.report.coverage == 1 and torch.equal(model(image), trained(image)), options
+    assert create_model(pretrained=path, grad_checkpointing="block").grad_checkpointing == "block"
+
+
+def test_options_of_other_networks_are_compared_too(tmp_path):
+    pytest.importorskip("monai")
+    save_model(tmp_path / "unet", create("unet", 1, 3, filters=(4, 8, 8)), Card(**UNET_CARD))
+    assert create_model(pretrained=tmp_path / "unet", filters=[4, 8, 8], patch=(32, 32, 32)).filters == (4, 8, 8)
+    with pytest.raises(ValueError, match="was trained with filters=\\(4, 8, 8\\); with filters=\\(4, 8, 16\\)"):
+        create_model(pretrained=tmp_path / "unet", filters=(4, 8, 16))
+    with pytest.raises(ValueError, match="is a unet, not a MedNeXt"):
+        create_model(PRESETS["tiny"], pretrained=tmp_path / "unet")
+
+
+def test_strides_of_a_planned_network_may_not_change_with_the_spacing():
+    pytest.importorskip("dynamic_network_architectures")
+    trained = ("nnunet_plain", dict(patch=(64, 64, 64), features_per_stage=(4,) * 5))
+    check_options("model", trained, ("nnunet_plain", trained[1] | dict(patch=[64, 64, 80])))
+    with pytest.raises(ValueError, match="model was trained with the usual spacing; with spacing=\\(5, 1, 1\\)"):
+        check_options("model", trained, ("nnunet_plain", trained[1] | dict(spacing=(5, 1, 1))))
+
+
+def test_numbers_of_a_trained_model_are_checked(folder):
+    for name in ("num_classes", "out_channels", "in_channels"):
+        for value in (0, -1, 2.5, True):
+            with pytest.raises(ValueError, match="must be a positive whole number, got"):
+                create_model(pretrained=folder[0], **{name: value})
+    with pytest.raises(ValueError, match="leave num_classes out and give features_only=True"):
+        create_model(pretrained=folder[0], num_classes=0)
+
+
+@pytest.mark.parametrize("name", ["tiny", "v1_base", "v1_small_k5", "thick"])
+def test_a_network_by_its_arch(name):
+    arch = Arch.for_data((5, 1, 1), (60, 400, 400), 3e9, "tiny")[0] if name == "thick" else create_model(name, 1, 2, **TINY).arch
+    with torch.device("meta"):
+        model = create_model(arch, in_channels=2, num_classes=3, grad_checkpointing="block")
+        again = create(**model.blueprint)
+        assert model.arch == again.arch == arch and (model.in_channels, model.num_classes, model.grad_checkpointing) == (2, 3, "block")
+        assert create_model(arch, num_classes=2, width=4).arch == replace(arch, width=4)
+        assert create_model(arch, features_only=True).channels == arch.channels
+    assert [create_model(PRESETS[name], 1, 2).blueprint["name"] for name in ("tiny", "v1_small")] == ["mednext_v2_tiny", "mednext_v1_small"]
 
 
 def test_it_says_where_a_name_was_looked_for(monkeypatch, tmp_path):

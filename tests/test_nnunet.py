@@ -16,7 +16,7 @@ from torch import nn
 import nnunet_round
 from mednext_v2.cli import main
 from mednext_v2.core import read_json, write_json
-from mednext_v2.integrations.nnunet import EpochSchedule, NNUNetMedNeXt, _adapt_arch, _training_bytes, epoch_recipe, plan_nnunet
+from mednext_v2.integrations.nnunet import EpochSchedule, NNUNetMedNeXt, _adapt_arch, _training_bytes, _wanted_network, epoch_recipe, plan_nnunet
 from mednext_v2.models.card import Card, save_model
 from mednext_v2.models.registry import create
 from mednext_v2.models.transfer import Start
@@ -94,6 +94,14 @@ def save_start(folder: Path, **changes) -> Path:
         nn.init.normal_(parameter, std=0.3)
     save_model(folder, model, known)
     return folder
+
+
+def test_plans_refuse_a_start_that_would_compute_something_else(tmp_path):
+    start = Start(str(save_start(tmp_path / "model")))
+    assert _wanted_network("base", start, {"grn": "mean"})[0].arch == _wanted_network("base", start, {})[0].arch
+    for grn in ("sum", None):
+        with pytest.raises(ValueError, match=f"model was trained with grn='mean'; with grn={grn!r} its weights would compute something else"):
+            _wanted_network("base", start, {"grn": grn})
 
 
 def start_of(folder: Path, axes: list[int], classes: dict, **changes) -> dict:

@@ -373,6 +373,9 @@ def test_topology_is_nnunet_s_as_far_as_the_levels_go(seed):
     assert all(old <= new < old + step for old, new, step in zip(patch, fitted, arch.axis_strides))
 
 
+NOT_BYTES = (float("nan"), float("inf"), 0, -1, None, "24GB", True)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -380,6 +383,16 @@ def test_topology_is_nnunet_s_as_far_as_the_levels_go(seed):
         (lambda: Arch.for_data((1, 1), (300,) * 3, 1e9), "spacing and shape must be three positive numbers each"),
         (lambda: Arch.for_data((1, 0, 1), (300,) * 3, 1e9), "three positive numbers"),
         (lambda: Arch.for_data((1, 1, 1), (6, 7, 7), 1e9), "too small to halve"),
+        *((lambda value=value: Arch.for_data((1, 1, 1), (300,) * 3, value), "memory must be a positive number of bytes, e.g. 24e9") for value in NOT_BYTES),
+        *((lambda value=value: Arch.for_data((1, 1, value), (300,) * 3, 1e9), "three positive numbers") for value in NOT_BYTES),
+        *((lambda value=value: Arch.for_data((1, 1, 1), (300, value, 300), 1e9), "three positive numbers") for value in NOT_BYTES),
+        (lambda: Arch.for_data(1, (300,) * 3, 1e9), "three positive numbers"),
+        *(
+            (lambda value=value: Arch.for_data((1, 1, 1), (300,) * 3, 1e9, batch_size=value), "batch_size must be a positive")
+            for value in (0, -1, 1.5, True, None)
+        ),
+        (lambda: Arch.for_data((1, 1, 1), (300,) * 3, 1e9, None), "no MedNeXt is called None"),
+        (lambda: estimate(MINI, (16, 16, 16), batch_size=0), "batch_size must be a positive whole number"),
         (lambda: Arch.for_data((1, 1, 1), (300,) * 3, 1e9, "giant"), "no MedNeXt is called 'giant'"),
     ],
 )

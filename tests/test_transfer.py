@@ -1,11 +1,14 @@
 "Transfer that says what it did: channels, classes, kernels, frozen parts, rates layer by layer"
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from mednext_v2.models.card import Card, save_model
 from mednext_v2.models.registry import create, parts
 from mednext_v2.models.transfer import (
+    Start,
     adapt_stem,
     class_channels,
     freeze,
@@ -17,6 +20,8 @@ from mednext_v2.models.transfer import (
     transfer,
 )
 from mednext_v2.network.fused import use_fused
+from mednext_v2.training.run import load_start
+from model_toys import UNET_CARD
 
 NETWORKS = {"mednext_v2_tiny": dict(width=2), "unet": dict(filters=(4, 8, 8))}
 AB, ABC = {"background": 0, "a": 1, "b": 2}, {"background": 0, "a": 1, "b": 2, "c": 3}
@@ -206,6 +211,38 @@ def test_model_folder_brings_its_classes(tmp_path):
     report = transfer(target, tmp_path / "model", {"background": 0, "b": 1, "a": 2})
     assert torch.equal(target.out_0.conv_out.bias, source.out_0.conv_out.bias[[0, 2, 1]])
     assert report.coverage == 1 and class_channels(card) == AB
+
+
+@pytest.mark.parametrize("door", ["transfer", "training"])
+@pytest.mark.parametrize(
+    ("options", "convert", "message"),
+    [
+        (dict(grn="sum"), (), "trained with grn='mean'; with grn='sum' its weights would compute something else: leave grn out$"),
+        (dict(grn="sum"), ("grn",), "trained with grn='mean'; with grn='sum'"),
+        (dict(grn=None), (), "trained with grn='mean'; with grn=None"),
+        (dict(depths=(1,) * 9, strides=((1, 2, 2), 2, 2, 2)), (), None),  # Training adapts to other strides
+        (dict(kernel=5), (), "trained with kernel=3; with kernel=5 .* name a conversion: `--convert`"),
+        (dict(kernel=5), ("kernels",), None),
+        (dict(grn="mean", grad_checkpointing="block"), (), None),
+    ],
+)
+def test_a_start_that_would_compute_something_else_is_refused(tmp_path, options, convert, message, door):
+    card = Card(**UNET_CARD | dict(backbone="mednext_v2_tiny", overrides={"width": 2}, labels={"a": 1, "b": 2}, groups={}))
+    save_model(tmp_path / "model", tiny(), card)
+    target, data = tiny(seed=1, **options), SimpleNamespace(class_channels=AB, sets={})
+    before = weights_of(target)
+
+    def begin():
+        if door == "transfer":
+            return transfer(target, tmp_path / "model", AB, convert=convert)
+        return load_start(Start(str(tmp_path / "model"), convert=convert), target, data, tmp_path)
+
+    if message is None:
+        assert begin() is not None and not torch.equal(target.stem.weight, before["stem.weight"])
+        return
+    with pytest.raises(ValueError, match=message):
+        begin()
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 
 
 def test_v1_becomes_v2_without_a_change_of_its_scores():

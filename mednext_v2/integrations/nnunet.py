@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core import import_extra, read_json
 from ..models.card import read_card, read_state
 from ..models.registry import create
-from ..models.transfer import Start, class_channels, transfer
+from ..models.transfer import Start, check_options, class_channels, transfer
 from ..network.blocks import OutBlock
 from ..network.mednext import Arch, MedNeXt
 from ..network.scaling import estimate
@@ -284,6 +284,8 @@ def _wanted_network(network: str, start: Start, overrides: dict) -> tuple[_Wante
     name = card.backbone if card else f"mednext_{short}" if short.startswith("v1_") else f"mednext_v2_{short}"
     with torch.device("meta"):
         model = create(name, 1, 3, **(card.overrides if card else {}) | overrides)
+    if card:
+        check_options(str(start.model), (card.backbone, card.overrides), (name, card.overrides | overrides), start.convert, start.scope, ("strides",))
     if not isinstance(model, MedNeXt):
         raise ValueError(f"{start.model or network} is a {name}: nnU-Net's plans of this library are for MedNeXt")
     title = "".join(part.capitalize() for part in name.removeprefix("mednext_").split("_"))

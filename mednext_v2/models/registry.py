@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import import_extra, lists_to_tuples, shorten
-from ..network.scaling import PRESETS, build_mednext, count_flops, count_parameters, parse_name, plan_pooling
+from ..network.mednext import is_positive_integer
+from ..network.scaling import PRESETS, build_mednext, count_flops, count_parameters, is_positive, parse_name, plan_pooling
 from .stunet import check_volume, stunet
 from .card import Card, LoadReport, read_card, read_state
 
@@ -487,6 +488,8 @@ def plugins() -> dict[str, Backbone]:
 
 def get_backbone(name: str) -> Backbone:
     "An entry by its name, built in or of a plug-in; `base` is `mednext_v2_base`; ValueError lists the names"
+    if not isinstance(name, str):
+        raise ValueError(f"a backbone is named by a string such as 'base', got {shorten(name)}; `create_model` also takes an Arch")
     if name not in BACKBONES and (short := parse_name(name)):
         name = mednext(*short[:1], **short[1]).name
     if name in BACKBONES:
@@ -530,6 +533,27 @@ def one_in_eval(network: Network, inputs: tuple, output: Tensor | list[Tensor]) 
 
 REQUIRED_ATTRIBUTES = ("stride", "in_channels", "num_classes", "deep_supervision")
 
+# %% ../../nbs/models/30_registry.ipynb #check-numbers
+def check_numbers(in_channels: int, num_classes: int) -> None:
+    "ValueError unless both are whole numbers above 0"
+    for name, value in (("in_channels", in_channels), ("num_classes", num_classes)):
+        if not is_positive_integer(value):
+            features = "; for features instead of logits leave num_classes out and give features_only=True" if name == "num_classes" else ""
+            raise ValueError(f"{name} must be a positive whole number, got {value!r}{features}")
+
+
+def per_axis(
+    name: str,  # Patch or spacing, for the error
+    values: Sequence[int] | Sequence[float],
+) -> tuple:
+    "One number for each of three axes, voxels of a patch as whole ones; ValueError for anything else"
+    given = tuple(values) if hasattr(values, "__iter__") and not isinstance(values, (str, bytes, dict)) else ()
+    fits = is_positive_integer if name == "patch" else is_positive
+    if len(given) != 3 or not all(map(fits, given)):
+        kind, example = ("whole number of voxels", "(64, 64, 64)") if name == "patch" else ("number of mm", "(5.0, 1.0, 1.0)")
+        raise ValueError(f"{name} must be one positive {kind} per axis, three axes, as {example} is, got {values!r}")
+    return tuple(map(int, given)) if name == "patch" else given
+
 # %% ../../nbs/models/30_registry.ipynb #create-part
 def create(
     name: str,  # One of `BACKBONES`, or of a plug-in; a MedNeXt also without `mednext_v2_`
@@ -542,9 +566,8 @@ def create(
 ) -> Network:  # With `.stride`, `.strides`, `.in_channels`, `.num_classes`, `.deep_supervision`, `.blueprint`
     "A new network by name, `(B, C, X, Y, Z)` to logits; ValueError for a name, an override or a patch that does not fit"
     backbone, overrides = get_backbone(name), lists_to_tuples(overrides)  # As a card has them
-    given = {key: tuple(value) for key, value in {"patch": patch, "spacing": spacing}.items() if value is not None}
-    if wrong := [key for key, value in given.items() if len(value) not in (2, 3) or min(value) <= 0]:
-        raise ValueError(f"{wrong[0]} must be one positive number per axis, got {given[wrong[0]]}")
+    check_numbers(in_channels, num_classes)
+    given = {key: per_axis(key, value) for key, value in {"patch": patch, "spacing": spacing}.items() if value is not None}
     used = {key: given[key] for key in backbone.uses if key in given}
     try:
         with limit_size(MAX_TENSORS, MAX_PARAMETERS, f"backbone {name!r}"):
@@ -554,9 +577,9 @@ def create(
     if lacking := [attribute for attribute in REQUIRED_ATTRIBUTES if not hasattr(network, attribute)]:
         raise ValueError(f"backbone {name!r}: its network has no {', '.join(lacking)}: let build return declare(...)")
     network.strides = getattr(network, "strides", (network.stride,) * 3)
-    if patch and any(side % step for side, step in zip(patch, network.strides)):
-        fits = tuple(-(-side // step) * step for side, step in zip(patch, network.strides))
-        rule = f"patch {tuple(patch)} must be divisible by {network.strides}, as {fits} is"
+    if any(side % step for side, step in zip(given.get("patch", ()), network.strides)):
+        fits = tuple(-(-side // step) * step for side, step in zip(given["patch"], network.strides))
+        rule = f"patch {given['patch']} must be divisible by {network.strides}, as {fits} is"
         raise ValueError(f"backbone {name!r}: {rule}")
     if deep_supervision and not hasattr(network, "list_in_eval"):
         network.list_in_eval = False

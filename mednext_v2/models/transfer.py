@@ -8,7 +8,7 @@ __all__ = ['class_channels', 'transfer', 'freeze', 'Start']
 # %% ../../nbs/models/40_transfer.ipynb #imports
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Protocol, cast
@@ -16,7 +16,10 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from .registry import PARTS, Network, get_backbone, parts
+from ..core import lists_to_tuples
+from ..network.mednext import Arch
+from ..network.scaling import get_arch, parse_name
+from .registry import PARTS, Network, create, get_backbone, overrides_of, parts
 from .card import LoadReport, read_card, read_state
 
 # %% ../../nbs/models/40_transfer.ipynb #stem
@@ -185,6 +188,67 @@ def convert_state(
             notes |= {key: f"kernel {'x'.join(map(str, old))} -> {'x'.join(map(str, new))}"} if old != new else {}
     return state, notes
 
+# %% ../../nbs/models/40_transfer.ipynb #decisive
+NEUTRAL = {  # Options that decide how a network is trained, not what it computes
+    *("grad_checkpointing", "use_checkpoint", "drop_rate", "attn_drop_rate"),
+    *("dropout_path_rate", "dropout_rate", "dropout_prob", "drop_path_rate"),
+}
+
+
+def decisive_options(
+    backbone: str,
+    overrides: dict,
+    scope: str = "all",  # Or encoder
+) -> dict:
+    "What decides which function weights compute: of a MedNeXt all fields of its `Arch`, of another network the options it was given"
+    entry = get_backbone(backbone)
+    if parse_name(backbone) is None:
+        unused = {"patch", "spacing"} - set(entry.uses)
+        return {key: value for key, value in lists_to_tuples(overrides).items() if key not in NEUTRAL | unused and (scope == "all" or "decoder" not in key)}
+    known = [field.name for field in fields(Arch)]
+    arch = get_arch(backbone, **{key: value for key, value in overrides.items() if key in known})
+    found = {key: getattr(arch, key) for key in known}
+    return found | {key: found[key][: arch.levels + 1] for key in ("depths", "ratios")} if scope == "encoder" else found
+
+
+def same_plan(
+    backbone: str,
+    trained: dict,  # Overrides
+    wanted: dict,
+) -> bool:
+    "Are two networks of one backbone the same, layer by layer, though their patch and spacing differ?"
+    try:
+        with torch.device("meta"):
+            networks = [create(backbone, 1, 2, **overrides) for overrides in (trained, wanted)]
+    except ValueError:  # A plan that the other options do not fit
+        return False
+    sizes = [getattr(network, "input_size", None) for network in networks]
+    return sizes[0] == sizes[1] and repr(networks[0]) == repr(networks[1])
+
+# %% ../../nbs/models/40_transfer.ipynb #check-options
+def check_options(
+    where: str | Path,  # The trained model, for the error
+    trained: tuple[str, dict],  # Its backbone and overrides
+    wanted: tuple[str, dict],  # Those of the network that is to have its weights
+    convert: Collection[str] = (),  # Of `CONVERSIONS`
+    scope: str = "all",  # Or encoder: stem and encoder alone
+    free: Collection[str] = (),  # Options that may differ all the same
+) -> None:
+    "ValueError, which names option and values, if the weights would compute another function; networks of two families are told apart by their tensors"
+    family = parse_name(trained[0]) is not None
+    if family != (parse_name(wanted[0]) is not None) or not family and trained[0] != wanted[0]:
+        return
+    old, new = decisive_options(*trained, scope), decisive_options(*wanted, scope)
+    converted = {*free, *(("kernel", "kernels") if "kernels" in convert else ()), *(("grn",) if "grn" in convert and old.get("grn", ...) is None else ())}
+    changed = [key for key in {**old, **new} if key not in converted and old.get(key, ...) != new.get(key, ...)]
+    if not changed or set(changed) <= {"patch", "spacing"} and same_plan(trained[0], trained[1], wanted[1]):
+        return
+    shown = ", ".join(f"{key}={old[key]!r}" if key in old else f"the usual {key}" for key in changed)
+    given = ", ".join(f"{key}={new[key]!r}" if key in new else f"the usual {key}" for key in changed)
+    grows = "kernel" in changed or family and "grn" in changed and old["grn"] is None
+    remedy = " (to start a training with more, name a conversion: `--convert`, or `convert` of `transfer`)" if grows else ""
+    raise ValueError(f"{where} was trained with {shown}; with {given} its weights would compute something else: leave {', '.join(changed)} out{remedy}")
+
 # %% ../../nbs/models/40_transfer.ipynb #transfer
 def auxiliary_heads(
     model: nn.Module,  # Made by `registry.create`
@@ -228,6 +292,9 @@ def transfer(
     state, notes = convert_state(state, model, convert)
     wanted = match_classes(source_classes, classes, mapping) if heads == "by-name" and scope == "all" else {}
     own, part_of, new, unfit = model.state_dict(), parts(model), {}, []
+    if not isinstance(source, dict):
+        card = read_card(source)
+        check_options(source, (card.backbone, card.overrides), (cast(Network, model).blueprint["name"], overrides_of(model)), convert, scope, ("strides",))
     for name, fresh in own.items():
         given, part, note = state.get(name), part_of[name], ""
         if part == "heads":

@@ -9,14 +9,15 @@ __all__ = ['PRESETS', 'get_arch', 'count_parameters', 'scale', 'count_flops', 'E
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from math import ceil, prod
+from math import ceil, isfinite, prod
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from .blocks import CHECKPOINTING, MedNeXtBlock
 from .fused import MAX_HELD, MAX_KEPT, row_chunks
 from .kernels import has_kernels
-from .mednext import Arch, MedNeXt, check_input
+from .mednext import Arch, MedNeXt, check_input, is_positive_integer
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,6 +58,8 @@ def parse_name(
     name: str,  # `base`, `mednext_base` or `mednext_v2_base`; of v1 `v1_base`, `mednext_v1_base`, with kernels of 5 `mednext_v1_base_k5`
 ) -> tuple[str, dict] | None:  # Preset, and fields that differ from it; None if no MedNeXt is called so
     "The one network that several spellings mean"
+    if not isinstance(name, str):
+        return None
     short = name.removeprefix("mednext_")
     short = short.removeprefix("v2_") if not short.startswith("v2_v1_") else short
     kernel = {"kernel": 5} if short.startswith("v1_") and short.endswith("_k5") else {}
@@ -248,6 +251,8 @@ def estimate(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if fused not in (None, "cpu", "cuda"):
         raise ValueError(f"fused must be cpu, cuda or None, got {fused!r}")
+    if not is_positive_integer(batch_size):
+        raise ValueError(f"batch_size must be a positive whole number, got {batch_size!r}")
     size, voxels, blocks = PRECISIONS[precision], prod(patch), list_blocks(arch, patch)
     with torch.device("meta"):
         model = MedNeXt(arch, in_channels, num_classes, deep_supervision, grad_checkpointing)
@@ -388,6 +393,11 @@ def smaller_patch(
     return found
 
 # %% ../../nbs/network/60_scaling.ipynb #for-data
+def is_positive(value: object) -> bool:
+    "A finite number above 0, of Python or NumPy; a Boolean is none"
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value) and float(value) > 0
+
+
 def arch_for_data(
     spacing: Sequence[float],  # mm, of the voxels that it will see, per axis
     shape: Sequence[int],  # Median voxels of the scans at this spacing, per axis; a patch is never much larger
@@ -402,9 +412,12 @@ def arch_for_data(
     The patch has the volume of 256³ voxels at the proportions of the spacing, at most the shape. While a step takes more memory, the side that is the largest
     share of the shape loses a stride. ValueError if even the smallest patch does not fit.
     """
-    if len(spacing) != 3 or len(shape) != 3 or not min(spacing) > 0 or min(shape) < 1:
-        raise ValueError(f"spacing and shape must be three positive numbers each, got {tuple(spacing)} and {tuple(shape)}")
-    base = get_arch(arch) if isinstance(arch, str) else arch
+    three = [tuple(values) if hasattr(values, "__iter__") else () for values in (spacing, shape)]
+    if not all(len(values) == 3 and all(map(is_positive, values)) for values in three) or min(three[1]) < 1:
+        raise ValueError(f"spacing and shape must be three positive numbers each, got {spacing} and {shape}")
+    if not is_positive(memory):
+        raise ValueError(f"memory must be a positive number of bytes, e.g. 24e9 for 24 GB, got {memory!r}")
+    base = arch if isinstance(arch, Arch) else get_arch(arch)
     options = {"deep_supervision": True, "fused": "cuda"} | options | {"batch_size": batch_size, "precision": precision, "flops": False}
     edge = 256 * prod(spacing) ** (1 / 3)
     sides = [max(1, min(round(edge / gap), side)) for gap, side in zip(spacing, shape)]

@@ -232,10 +232,13 @@ def load_start(
     "Start from the weights of another model, its heads matched by the names of classes"
     if start.model is None:
         return None
-    from mednext_v2.models.transfer import class_channels, transfer
     from mednext_v2.models.card import read_card, read_state
+    from mednext_v2.models.registry import overrides_of
+    from mednext_v2.models.transfer import check_options, class_channels, transfer
 
     source, target = read_card(start.model), data.class_channels
+    wanted = cast(Any, model).blueprint["name"], overrides_of(model)
+    check_options(start.model, (source.backbone, source.overrides), wanted, start.convert, start.scope, ("strides",))  # Training adapts to other strides
     known = class_channels(source, tuple(data.sets))
     # A head of one of several data sets starts from the class without the data set's name
     plain = {name: name.rpartition("/")[2] for name in target if name not in known}
