@@ -257,8 +257,14 @@ def start_from_options(options: argparse.Namespace) -> "Start":
     "The weights that a training starts from"
     from mednext_v2.models.transfer import Start
 
+    parent, source = (options.parent, "--from") if hasattr(options, "parent") else (options.model, "--model")
+    if not parent:
+        usual = dict(mapping=[], start_heads="by-name", scope="all", convert=[])
+        given = [name for name, value in usual.items() if getattr(options, name) != value]
+        refuse_ignored(given, f"without {source}", "there are no weights to start from")
+    if wrong := [pair for pair in options.mapping if "=" not in pair]:
+        raise ValueError(f"--mapping {wrong[0]}: must be NEW=OLD")
     mapping = dict(pair.split("=", 1) for pair in options.mapping)
-    parent = options.parent if hasattr(options, "parent") else options.model
     return Start(parent, mapping=mapping, heads=options.start_heads, scope=options.scope, convert=options.convert)
 
 
@@ -305,6 +311,7 @@ def train(options: argparse.Namespace) -> str:
     check_output(options.out, MODEL_FOLDER)
     if options.parent:
         options.parent = find_fetched(options.parent, imported=True)
+    start = start_from_options(options)
     recipe = get_recipe(options.recipe, **dict(parse_pair(pair) for pair in options.recipe_set))
     resolve_training_device(recipe, options.device)
     overrides = dict(parse_pair(pair) for pair in options.network)
@@ -321,7 +328,7 @@ def train(options: argparse.Namespace) -> str:
             recipe=recipe,
             folder=options.folder or f"{options.out}.run",
             overrides=overrides,
-            start=start_from_options(options),
+            start=start,
             seed=options.seed,
             sampling=parse_sampling(options.sampling),
             heads=options.heads,
@@ -478,20 +485,23 @@ def nnunet_plan(options: argparse.Namespace) -> str:
         workers=options.workers,
         overrides=dict(parse_pair(pair) for pair in options.network),
     )
-    lines = []
+    lines, values = [], {}
     for name, planned in read_json(path)["configurations"].items():
         if "architecture" in planned:
-            sizes = " x ".join(map(str, planned["patch_size"]))
-            lines.append(f"{name}: patch {sizes} (Z, Y, X), batch {planned['batch_size']}, strides {planned['architecture']['arch_kwargs']['strides'][1:]}")
+            patch, batch, strides = planned["patch_size"], planned["batch_size"], planned["architecture"]["arch_kwargs"]["strides"][1:]
+            lines.append(f"{name}: patch {' x '.join(map(str, patch))} (Z, Y, X), batch {batch}, strides {strides}")
+            values[name] = dict(patch=patch, batch=batch, strides=strides)
     next_step = f"nnUNetv2_preprocess -d {options.dataset} -plans_name {path.stem} -c {' '.join(line.partition(':')[0] for line in lines)}"
-    return "\n".join([*lines, f"{path}\nnext: {next_step}, then nnUNetv2_train {options.dataset} 3d_fullres 0 -p {path.stem}"])
+    said = "\n".join([*lines, f"{path}\nnext: {next_step}, then nnUNetv2_train {options.dataset} 3d_fullres 0 -p {path.stem}"])
+    return Answer(said, path=path, **values["3d_fullres"], configurations=values)
 
 
 def nnunet_trainers(options: argparse.Namespace) -> str:
     "Print the folder where nnU-Net finds the trainers"
     from mednext_v2.integrations.nnunet import trainers_folder
 
-    return str(trainers_folder())
+    folder = trainers_folder()
+    return Answer(str(folder), folder=folder)
 
 # %% ../nbs/90_cli.ipynb #export
 def export(options: argparse.Namespace) -> str:
@@ -815,14 +825,14 @@ def add_nnunet_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     command = add("nnunet plan", nnunet_plan, text, "nnunet plan -d 12 --backbone base --memory 24")
     command.add_argument("-d", "--dataset", required=True, metavar="ID", help="number or folder name of the data set below $nnUNet_raw")
-    command.add_argument("--backbone", default="base", metavar="NAME", help="network: base, wide, small, ... (default: base)")
-    command.add_argument("--network", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the network, such as width=16")
+    command.add_argument("--backbone", metavar="NAME", help="network: base, wide, small, ... (default: that of --from, else base)")
+    command.add_argument("--network", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the network: width, depths, ratios, grn")
     start = "model folder, or name of a fetched model of the zoo, whose weights training begins with, whichever trainer runs; the network is the model's"
     command.add_argument("--from", dest="parent", type=Path, metavar="MODEL", help=start)
     memory = "memory of the GPU for training (default: what the network takes for two patches of 128 x 128 x 128, as in the paper)"
     command.add_argument("--memory", type=float, metavar="GB", help=memory)
     add_spacing_option(command, "nnU-Net's choice")
-    command.add_argument("--plans-name", metavar="NAME", help="name of the plans (default: nnUNetMedNeXtV2BasePlans and so on)")
+    command.add_argument("--plans-name", metavar="NAME", help="name of the plans, of letters, digits, _ and - (default: nnUNetMedNeXtV2BasePlans and so on)")
     add_workers_option(command)
     add_start_options(command, "--from")
 
