@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
@@ -419,13 +420,22 @@ def predict(options: argparse.Namespace) -> str:
             models, options.input, options.output, chosen, options.series, results, roi or None, options.save_probabilities, options.overwrite
         )
         return Answer(f"wrote {', '.join(map(str, written))}", files=list(map(str, written)))
-    labelled = predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
-    if not (options.statistics or options.preview):
-        return Answer(f"wrote {options.output}", labels=labelled)
     from mednext_v2.inference.summary import describe_statistics, summarise_predictions
 
-    table = summarise_predictions(models, options.input, options.output, options.statistics, options.preview)
-    return Answer(f"{describe_statistics(table)}\nwrote {options.output}", labels=labelled, statistics=table)
+    def summarise() -> "pd.DataFrame":
+        return summarise_predictions(models, options.input, options.output, options.statistics, options.preview)
+
+    wanted = options.statistics or options.preview
+    try:
+        labelled = predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
+    except ItemsFailed as failed:
+        if wanted and failed.results:  # The scans that are done get what was asked for
+            print(describe_statistics(summarise()), file=sys.stderr)
+        raise
+    if not wanted:
+        return Answer(f"labels are in {options.output}", labels=labelled)
+    table = summarise()
+    return Answer(f"{describe_statistics(table)}\nlabels are in {options.output}", labels=labelled, statistics=table)
 
 
 def evaluate(options: argparse.Namespace) -> str:
@@ -1002,6 +1012,7 @@ def main(
     options, unknown = parser().parse_known_args(arguments)
     if unknown:
         refuse_unknown(options.parser, unknown)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # Users need no line of our code
     try:
         if hasattr(options, "device"):
             options.device = find_device(options.device)
