@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
@@ -426,13 +427,22 @@ def predict(options: argparse.Namespace) -> str:
             models, options.input, options.output, chosen, options.series, results, roi or None, options.save_probabilities, options.overwrite
         )
         return Answer(f"wrote {', '.join(map(str, written))}", files=list(map(str, written)))
-    labelled = predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
-    if not (options.statistics or options.preview):
-        return Answer(f"wrote {options.output}", labels=labelled)
     from mednext_v2.inference.summary import describe_statistics, summarise_predictions
 
-    table = summarise_predictions(models, options.input, options.output, options.statistics, options.preview)
-    return Answer(f"{describe_statistics(table)}\nwrote {options.output}", labels=labelled, statistics=table)
+    def summarise() -> "pd.DataFrame":
+        return summarise_predictions(models, options.input, options.output, options.statistics, options.preview)
+
+    wanted = options.statistics or options.preview
+    try:
+        labelled = predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
+    except ItemsFailed as failed:
+        if wanted and failed.results:  # The scans that are done get what was asked for
+            print(describe_statistics(summarise()), file=sys.stderr)
+        raise
+    if not wanted:
+        return Answer(f"labels are in {options.output}", labels=labelled)
+    table = summarise()
+    return Answer(f"{describe_statistics(table)}\nlabels are in {options.output}", labels=labelled, statistics=table)
 
 
 def evaluate(options: argparse.Namespace) -> str:
@@ -805,8 +815,16 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--roi", nargs="+", metavar="ROI", help=roi)
     command.add_argument("--save-probabilities", action="store_true", help="also write the class probabilities")
     command.add_argument("--overwrite", action="store_true", help="segment scans again that already have a label map")
-    command.add_argument("--statistics", action="store_true", help="also write millilitres and mean intensity (of CT: HU) of each label, as CSV")
-    command.add_argument("--preview", action="store_true", help="also write a picture of three slices beside each label map, as PNG")
+    command.add_argument(
+        "--statistics",
+        action="store_true",
+        help="also write millilitres and mean intensity (of CT: HU) of each label, as CSV; for scans in files, not for a folder of DICOM",
+    )
+    command.add_argument(
+        "--preview",
+        action="store_true",
+        help="also write a picture of three slices beside each label map, as PNG; for scans in files, not for a folder of DICOM",
+    )
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
@@ -848,7 +866,7 @@ def add_door_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     text = "Write a model as ONNX or for torch.export, with voxel size, intensities, windows and labels as JSON. What was written is run and compared."
     command = add("export", export, text, "export models/spleen spleen_onnx, then: python spleen_onnx/predict.py scan.nii.gz labels.nii.gz")
     command.add_argument("model", type=Path, help="model folder of one network, or name of a fetched model of the zoo")
-    command.add_argument("out", type=Path, help="folder to write")
+    command.add_argument("out", type=Path, help="folder to write; an earlier export there is replaced")
     formats = "onnx, for ONNX Runtime and OpenVINO, or torch, for torch.export.load (default: onnx)"
     command.add_argument("--format", choices=["onnx", "torch"], default="onnx", help=formats)
     command.add_argument("--head", metavar="NAME", help="data set whose labels to predict, if the model has a head for each of several")
@@ -856,7 +874,7 @@ def add_door_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     text = "Write a model as a bundle of MONAI, which `python -m monai.bundle run` trains, fine-tunes, applies and evaluates."
     command = add("bundle", bundle, text, "bundle models/spleen spleen_bundle, then see spleen_bundle/docs/README.md")
     command.add_argument("model", type=Path, help="model folder of one network, or name of a fetched model of the zoo")
-    command.add_argument("out", type=Path, help="folder to write")
+    command.add_argument("out", type=Path, help="folder to write; an earlier bundle there is replaced")
     command.add_argument("--head", metavar="NAME", help="data set whose labels to predict, if the model has a head for each of several")
 
 # %% ../nbs/90_cli.ipynb #evaluation-options
@@ -1004,6 +1022,7 @@ def main(
     options, unknown = parser().parse_known_args(arguments)
     if unknown:
         refuse_unknown(options.parser, unknown)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # Users need no line of our code
     try:
         if hasattr(options, "device"):
             options.device = find_device(options.device)
