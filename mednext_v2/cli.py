@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
@@ -257,8 +258,14 @@ def start_from_options(options: argparse.Namespace) -> "Start":
     "The weights that a training starts from"
     from mednext_v2.models.transfer import Start
 
+    parent, source = (options.parent, "--from") if hasattr(options, "parent") else (options.model, "--model")
+    if not parent:
+        usual = dict(mapping=[], start_heads="by-name", scope="all", convert=[])
+        given = [name for name, value in usual.items() if getattr(options, name) != value]
+        refuse_ignored(given, f"without {source}", "there are no weights to start from")
+    if wrong := [pair for pair in options.mapping if "=" not in pair]:
+        raise ValueError(f"--mapping {wrong[0]}: must be NEW=OLD")
     mapping = dict(pair.split("=", 1) for pair in options.mapping)
-    parent = options.parent if hasattr(options, "parent") else options.model
     return Start(parent, mapping=mapping, heads=options.start_heads, scope=options.scope, convert=options.convert)
 
 
@@ -305,6 +312,7 @@ def train(options: argparse.Namespace) -> str:
     check_output(options.out, MODEL_FOLDER)
     if options.parent:
         options.parent = find_fetched(options.parent, imported=True)
+    start = start_from_options(options)
     recipe = get_recipe(options.recipe, **dict(parse_pair(pair) for pair in options.recipe_set))
     resolve_training_device(recipe, options.device)
     overrides = dict(parse_pair(pair) for pair in options.network)
@@ -321,7 +329,7 @@ def train(options: argparse.Namespace) -> str:
             recipe=recipe,
             folder=options.folder or f"{options.out}.run",
             overrides=overrides,
-            start=start_from_options(options),
+            start=start,
             seed=options.seed,
             sampling=parse_sampling(options.sampling),
             heads=options.heads,
@@ -419,13 +427,22 @@ def predict(options: argparse.Namespace) -> str:
             models, options.input, options.output, chosen, options.series, results, roi or None, options.save_probabilities, options.overwrite
         )
         return Answer(f"wrote {', '.join(map(str, written))}", files=list(map(str, written)))
-    labelled = predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
-    if not (options.statistics or options.preview):
-        return Answer(f"wrote {options.output}", labels=labelled)
     from mednext_v2.inference.summary import describe_statistics, summarise_predictions
 
-    table = summarise_predictions(models, options.input, options.output, options.statistics, options.preview)
-    return Answer(f"{describe_statistics(table)}\nwrote {options.output}", labels=labelled, statistics=table)
+    def summarise() -> "pd.DataFrame":
+        return summarise_predictions(models, options.input, options.output, options.statistics, options.preview)
+
+    wanted = options.statistics or options.preview
+    try:
+        labelled = predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
+    except ItemsFailed as failed:
+        if wanted and failed.results:  # The scans that are done get what was asked for
+            print(describe_statistics(summarise()), file=sys.stderr)
+        raise
+    if not wanted:
+        return Answer(f"labels are in {options.output}", labels=labelled)
+    table = summarise()
+    return Answer(f"{describe_statistics(table)}\nlabels are in {options.output}", labels=labelled, statistics=table)
 
 
 def evaluate(options: argparse.Namespace) -> str:
@@ -478,20 +495,23 @@ def nnunet_plan(options: argparse.Namespace) -> str:
         workers=options.workers,
         overrides=dict(parse_pair(pair) for pair in options.network),
     )
-    lines = []
+    lines, values = [], {}
     for name, planned in read_json(path)["configurations"].items():
         if "architecture" in planned:
-            sizes = " x ".join(map(str, planned["patch_size"]))
-            lines.append(f"{name}: patch {sizes} (Z, Y, X), batch {planned['batch_size']}, strides {planned['architecture']['arch_kwargs']['strides'][1:]}")
+            patch, batch, strides = planned["patch_size"], planned["batch_size"], planned["architecture"]["arch_kwargs"]["strides"][1:]
+            lines.append(f"{name}: patch {' x '.join(map(str, patch))} (Z, Y, X), batch {batch}, strides {strides}")
+            values[name] = dict(patch=patch, batch=batch, strides=strides)
     next_step = f"nnUNetv2_preprocess -d {options.dataset} -plans_name {path.stem} -c {' '.join(line.partition(':')[0] for line in lines)}"
-    return "\n".join([*lines, f"{path}\nnext: {next_step}, then nnUNetv2_train {options.dataset} 3d_fullres 0 -p {path.stem}"])
+    said = "\n".join([*lines, f"{path}\nnext: {next_step}, then nnUNetv2_train {options.dataset} 3d_fullres 0 -p {path.stem}"])
+    return Answer(said, path=path, **values["3d_fullres"], configurations=values)
 
 
 def nnunet_trainers(options: argparse.Namespace) -> str:
     "Print the folder where nnU-Net finds the trainers"
     from mednext_v2.integrations.nnunet import trainers_folder
 
-    return str(trainers_folder())
+    folder = trainers_folder()
+    return Answer(str(folder), folder=folder)
 
 # %% ../nbs/90_cli.ipynb #export
 def export(options: argparse.Namespace) -> str:
@@ -795,8 +815,16 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--roi", nargs="+", metavar="ROI", help=roi)
     command.add_argument("--save-probabilities", action="store_true", help="also write the class probabilities")
     command.add_argument("--overwrite", action="store_true", help="segment scans again that already have a label map")
-    command.add_argument("--statistics", action="store_true", help="also write millilitres and mean intensity (of CT: HU) of each label, as CSV")
-    command.add_argument("--preview", action="store_true", help="also write a picture of three slices beside each label map, as PNG")
+    command.add_argument(
+        "--statistics",
+        action="store_true",
+        help="also write millilitres and mean intensity (of CT: HU) of each label, as CSV; for scans in files, not for a folder of DICOM",
+    )
+    command.add_argument(
+        "--preview",
+        action="store_true",
+        help="also write a picture of three slices beside each label map, as PNG; for scans in files, not for a folder of DICOM",
+    )
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
@@ -815,14 +843,14 @@ def add_nnunet_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     command = add("nnunet plan", nnunet_plan, text, "nnunet plan -d 12 --backbone base --memory 24")
     command.add_argument("-d", "--dataset", required=True, metavar="ID", help="number or folder name of the data set below $nnUNet_raw")
-    command.add_argument("--backbone", default="base", metavar="NAME", help="network: base, wide, small, ... (default: base)")
-    command.add_argument("--network", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the network, such as width=16")
+    command.add_argument("--backbone", metavar="NAME", help="network: base, wide, small, ... (default: that of --from, else base)")
+    command.add_argument("--network", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the network: width, depths, ratios, grn")
     start = "model folder, or name of a fetched model of the zoo, whose weights training begins with, whichever trainer runs; the network is the model's"
     command.add_argument("--from", dest="parent", type=Path, metavar="MODEL", help=start)
     memory = "memory of the GPU for training (default: what the network takes for two patches of 128 x 128 x 128, as in the paper)"
     command.add_argument("--memory", type=float, metavar="GB", help=memory)
     add_spacing_option(command, "nnU-Net's choice")
-    command.add_argument("--plans-name", metavar="NAME", help="name of the plans (default: nnUNetMedNeXtV2BasePlans and so on)")
+    command.add_argument("--plans-name", metavar="NAME", help="name of the plans, of letters, digits, _ and - (default: nnUNetMedNeXtV2BasePlans and so on)")
     add_workers_option(command)
     add_start_options(command, "--from")
 
@@ -838,7 +866,7 @@ def add_door_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     text = "Write a model as ONNX or for torch.export, with voxel size, intensities, windows and labels as JSON. What was written is run and compared."
     command = add("export", export, text, "export models/spleen spleen_onnx, then: python spleen_onnx/predict.py scan.nii.gz labels.nii.gz")
     command.add_argument("model", type=Path, help="model folder of one network, or name of a fetched model of the zoo")
-    command.add_argument("out", type=Path, help="folder to write")
+    command.add_argument("out", type=Path, help="folder to write; an earlier export there is replaced")
     formats = "onnx, for ONNX Runtime and OpenVINO, or torch, for torch.export.load (default: onnx)"
     command.add_argument("--format", choices=["onnx", "torch"], default="onnx", help=formats)
     command.add_argument("--head", metavar="NAME", help="data set whose labels to predict, if the model has a head for each of several")
@@ -846,7 +874,7 @@ def add_door_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     text = "Write a model as a bundle of MONAI, which `python -m monai.bundle run` trains, fine-tunes, applies and evaluates."
     command = add("bundle", bundle, text, "bundle models/spleen spleen_bundle, then see spleen_bundle/docs/README.md")
     command.add_argument("model", type=Path, help="model folder of one network, or name of a fetched model of the zoo")
-    command.add_argument("out", type=Path, help="folder to write")
+    command.add_argument("out", type=Path, help="folder to write; an earlier bundle there is replaced")
     command.add_argument("--head", metavar="NAME", help="data set whose labels to predict, if the model has a head for each of several")
 
 # %% ../nbs/90_cli.ipynb #evaluation-options
@@ -994,6 +1022,7 @@ def main(
     options, unknown = parser().parse_known_args(arguments)
     if unknown:
         refuse_unknown(options.parser, unknown)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # Users need no line of our code
     try:
         if hasattr(options, "device"):
             options.device = find_device(options.device)

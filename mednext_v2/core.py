@@ -817,7 +817,8 @@ class ItemsFailed(RuntimeError):
     def __init__(self, failures: dict[str, str], results: dict[str, Any]):
         self.failures, self.results = failures, results
         lines = "".join(f"\n  {name}: {reason}" for name, reason in failures.items())
-        super().__init__(f"{len(failures)} of {len(failures) + len(results)} failed, the others are done:{lines}")
+        others = ", the others are done" if results else ""
+        super().__init__(f"{len(failures)} of {len(failures) + len(results)} failed{others}:{lines}")
 
     def __reduce__(self) -> tuple[type, tuple]:
         return ItemsFailed, (self.failures, self.results)

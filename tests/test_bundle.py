@@ -11,12 +11,13 @@ import pytest
 import torch
 from monai import bundle as monai_bundle
 
+from mednext_v2.cli import main
 from mednext_v2.core import root
 from mednext_v2.data.scans import read_label, write_volume
 from mednext_v2.evaluation.metrics import dice
 from mednext_v2.inference.predictor import predict
 from mednext_v2.integrations.bundle import write_bundle
-from mednext_v2.integrations.monai import PrepareScand, case_items
+from mednext_v2.integrations.monai import PrepareScand, case_items, label_name
 from mednext_v2.models.card import Card, save_model
 from mednext_v2.models.registry import create, load_model
 from test_training_sets import BELLY, CHEST, write_raw
@@ -83,10 +84,26 @@ def test_monai_labels_scans_as_predict_does(made, tmp_path):
     options = ["--config_file", "configs/inference.json", "--dataset_dir", str(scans), "--output_dir", str(tmp_path / "labels")]
     subprocess.run([sys.executable, "-m", "monai.bundle", "run", *options, "--device", "$torch.device('cpu')"], cwd=tmp_path / "bundle", check=True)
     for name in ("ctK", "mrP"):
-        got, expected = read_label(tmp_path / f"labels/{name}_0000_labels.nii.gz"), predict(tmp_path / "model", SEEDS / f"{name}.nii.gz", device="cpu")
+        got, expected = read_label(tmp_path / f"labels/{name}.nii.gz"), predict(tmp_path / "model", SEEDS / f"{name}.nii.gz", device="cpu")
         assert got.header.shape == expected.shape and np.allclose(got.header.affine, expected.affine, atol=1e-5)
         native = got.to_native(got.voxels)
         assert len(np.unique(native)) > 1 and np.array_equal(native, np.asarray(expected.dataobj))
+    (tmp_path / "truth").mkdir()
+    for name in ("ctK", "mrP"):
+        (tmp_path / f"truth/{name}.nii.gz").write_bytes((tmp_path / f"labels/{name}.nii.gz").read_bytes())
+    main(["evaluate", str(tmp_path / "labels"), str(tmp_path / "truth"), "--task", str(made / "raw" / CHEST.folder / "dataset.json")])
+
+
+def test_label_maps_are_named_as_by_predict_and_never_among_the_scans(made, tmp_path, monkeypatch):
+    for name, case in (("a.v1_0000", "a.v1"), ("b_2023", "b_2023"), ("c", "c")):
+        assert label_name({"filename_or_obj": f"scans/{name}.nii.gz"}, None) == {"subject": f"{case}.nii.gz"}
+    (tmp_path / "ctK.nii.gz").write_bytes((SEEDS / "ctK.nii.gz").read_bytes())
+    raw = made / "raw" / CHEST.folder
+    for config, data, out in (("inference", tmp_path, tmp_path), ("evaluate", raw, raw / "imagesTs"), ("evaluate", raw, raw / "labelsTs")):
+        with pytest.raises(RuntimeError) as caught:
+            run(made, [config], monkeypatch, dataset_dir=str(data), output_dir=str(out))
+        assert "choose another output_dir" in str(caught.value.__cause__)
+    assert (tmp_path / "ctK.nii.gz").read_bytes() == (SEEDS / "ctK.nii.gz").read_bytes()
 
 
 def test_dice_of_the_bundle_is_ours(made, monkeypatch, tmp_path):
@@ -95,10 +112,7 @@ def test_dice_of_the_bundle_is_ours(made, monkeypatch, tmp_path):
     table = pd.read_csv(tmp_path / "val_mean_dice_raw.csv").set_index("filename")
     assert len(table) == 2
     for item in case_items(data, "test"):
-        truth, found = (
-            read_label(item["label"]).voxels,
-            read_label(next(tmp_path.glob(f"{(item['image'][0].split('/')[-1]).removesuffix('.nii.gz')}_labels*"))).voxels,
-        )
+        truth, found = (read_label(item["label"]).voxels, read_label(tmp_path / item["label"].rpartition("/")[2]).voxels)
         row = table[[item["image"][0] in str(name) for name in table.index]].iloc[0]
         assert [row.iloc[value - 1] for value in (1, 2)] == pytest.approx([dice(found == value, truth == value) for value in (1, 2)], abs=1e-6)
 

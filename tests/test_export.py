@@ -169,6 +169,50 @@ def test_the_script_needs_three_packages(exported, tmp_path):
     assert_same_labels(folder / "model", [scan], nib.load(tmp_path / "labels.nii.gz"))
 
 
+def test_the_script_refuses_before_the_network_runs_and_loses_nothing(exported, tmp_path, capsys, monkeypatch):
+    def run(*arguments):
+        "Exit code (0 without an exit) and what was said"
+        try:
+            consumer.main([str(each) for each in arguments], exported[0] / "onnx")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return (1, code) if isinstance(code, str) else (code or 0, "".join(capsys.readouterr()))
+
+    whole = (SEEDS / "ctK.nii.gz").read_bytes()
+    scan, link, broken, other = (tmp_path / name for name in ("same.nii.gz", "link.nii.gz", "broken.nii.gz", "other.mgz"))
+    scan.write_bytes(whole)
+    link.symlink_to(scan)
+    broken.write_bytes(whole[: len(whole) // 2])
+    nib.save(nib.MGHImage(np.zeros((4, 4, 4), np.float32), np.eye(4)), other)
+    code, said = run("--help")
+    assert code == 0 and "--overwrite" in said
+    assert run(scan)[0] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(consumer, "slide", lambda *_: pytest.fail("the network ran"))
+        out = tmp_path / "new/deep/labels.nii.gz"
+        for arguments, told in (
+            ((scan, scan), "is one of the scans"),
+            ((scan, scan, "--overwrite"), "is one of the scans"),
+            ((scan, link, "--overwrite"), "is one of the scans"),
+            ((scan, broken), "is there already"),
+            ((scan, tmp_path / "labels.png"), r"ends in .nii.gz or .nii"),
+            ((scan, tmp_path), r"ends in .nii.gz or .nii"),
+            ((scan, scan / "labels.nii"), "cannot be made"),
+            ((tmp_path / "none.nii.gz", out), "none.nii.gz: there is no such file"),
+            ((broken, out), "broken.nii.gz cannot be read"),
+            ((other, out), "other.mgz cannot be read"),
+            ((scan, link, out), "1 3D scan"),
+        ):
+            code, said = run(*arguments)
+            assert code == 1 and told in said and "\n" not in said, (arguments, said)
+    assert scan.read_bytes() == whole and broken.read_bytes() == whole[: len(whole) // 2]
+    assert run(scan, out) == (0, "") and [path.name for path in out.parent.iterdir()] == [out.name]
+    first = np.asarray(nib.load(out).dataobj)
+    out.write_bytes(b"older")
+    assert run(scan, "--overwrite", out)[0] == 0 and np.array_equal(np.asarray(nib.load(out).dataobj), first)
+
+
 @pytest.mark.parametrize("backbone, overrides, patch, free", [
     ("unet", {"filters": (4, 8, 8)}, (16, 16, 16), True),
     ("unetr", {"hidden_size": 24, "mlp_dim": 24, "num_heads": 2, "feature_size": 4}, (32, 32, 32), False),

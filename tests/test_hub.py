@@ -262,14 +262,27 @@ def test_places_of_this_machine_are_named(hub, tmp_path, monkeypatch):
     login(monkeypatch)
     save_unet(tmp_path / "mine", licence="MIT")
     add_scores(tmp_path / "mine", {"dsc": 0.5}, "mednextv2 finetune -d /home/me/raw -o spleen")
-    with pytest.warns(UserWarning, match="become public: /home/me/raw"):
+    with pytest.warns(UserWarning, match="become public: /home/me/raw; to avoid it, train with relative paths .* or edit scores in that file"):
         push_to_hub(tmp_path / "mine", "clinic/spleen")
 
 
-def test_without_a_login_the_error_says_how(hub, tmp_path):
-    with pytest.raises((PermissionError, FileNotFoundError), match="hf auth login|does not do it"):
+@pytest.mark.parametrize("token", ["", "hf_of_somebody_else"])
+def test_without_a_login_the_error_says_how(hub, tmp_path, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(PermissionError, match="clinic/spleen: the hub refuses it .HTTP 401.: log in with `hf auth login`, or set HF_TOKEN"):
         push_to_hub(save_unet(tmp_path / "mine", licence="MIT"), "clinic/spleen")
     assert not hub.repos
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_who_may_not_is_told_how_to_log_in(hub, tmp_path, monkeypatch, status):
+    mine = save_unet(tmp_path / "mine", licence="MIT")
+    monkeypatch.setattr("hub_toys.Handler.repo", lambda self, name, write=False: self.refuse(status, "", "not for you"))
+    for command in ("predict -m clinic/spleen -i scan.nii.gz -o labels.nii.gz", f"push {mine} clinic/spleen"):
+        nib.save(nib.Nifti1Image(np.ones((8, 8, 8), "float32"), np.eye(4)), tmp_path / "scan.nii.gz")
+        login(monkeypatch)
+        with pytest.raises(SystemExit, match="`hf auth login`, or set HF_TOKEN|`hf auth login` or HF_TOKEN"):
+            main(command.split())
 
 
 @pytest.mark.parametrize(

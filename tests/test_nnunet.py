@@ -97,11 +97,11 @@ def save_start(folder: Path, **changes) -> Path:
 
 
 def test_plans_refuse_a_start_that_would_compute_something_else(tmp_path):
-    start = Start(str(save_start(tmp_path / "model")))
-    assert _wanted_network("base", start, {"grn": "mean"})[0].arch == _wanted_network("base", start, {})[0].arch
-    for grn in ("sum", None):
-        with pytest.raises(ValueError, match=f"model was trained with grn='mean'; with grn={grn!r} its weights would compute something else"):
-            _wanted_network("base", start, {"grn": grn})
+    folder = save_start(tmp_path / "model")
+    assert _wanted_network(None, Start(folder), {"grn": "mean"})[0].arch == _wanted_network(None, Start(folder), {})[0].arch
+    for convert, grn in (((), "sum"), ((), None), (("grn",), "sum"), (("grn",), None)):
+        with pytest.raises(ValueError, match=f"model (has grn mean, not|was trained with grn='mean'; with grn=).?{grn}"):
+            _wanted_network(None, Start(folder, convert=convert), {"grn": grn})
 
 
 def start_of(folder: Path, axes: list[int], classes: dict, **changes) -> dict:
@@ -241,8 +241,9 @@ def test_regions_start_from_regions_of_the_same_name(measured):
 
 @needs_nnunet
 def test_what_cannot_be_planned_is_refused_in_one_line(measured, monkeypatch):
-    with pytest.raises(ValueError, match="nnU-Net: Could not find a dataset with the ID 7"):
-        plan_nnunet(7)
+    for absent in (7, "nope", "Dataset007_Gone", "-1"):
+        with pytest.raises(ValueError, match=f"^no data set '{absent}' in nnUNet_raw, .*; there are: Dataset042_Toy$"):
+            plan_nnunet(absent)
     about = measured / "raw/Dataset042_Toy/dataset.json"
     write_json(about, read_json(about) | {"labels": {"background": 0, "small": 1, "large": 5}})
     with pytest.raises(ValueError, match="values 1 to 2"):
@@ -250,6 +251,87 @@ def test_what_cannot_be_planned_is_refused_in_one_line(measured, monkeypatch):
     monkeypatch.delenv("nnUNet_raw")
     with pytest.raises(SystemExit, match="nnUNet_raw is not set"):
         main(["nnunet", "plan", "-d", "42"])
+
+
+def refused(*words: str) -> str:
+    "What `nnunet plan` says as it ends"
+    with pytest.raises(SystemExit) as ended:
+        main(["nnunet", "plan", "-d", "42", *words])
+    assert "\n" not in str(ended.value)
+    return str(ended.value)
+
+
+def untouched(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@needs_nnunet
+def test_values_that_no_plan_can_have_are_refused_before_anything_is_measured(measured):
+    (measured / "preprocessed/Dataset042_Toy/dataset_fingerprint.json").unlink()
+    before = untouched(measured)
+    for memory in ("0", "-1", "nan", "inf"):
+        assert "memory must be more than 0 GB" in refused("--memory", memory)
+    for first in ("0", "-1", "nan", "inf"):
+        assert "three positive lengths in mm" in refused("--spacing", first, "1", "1")
+    for name in ("../../evil", "a/b", "/tmp/evil", "", "a b", "..", "näme", "plans\n"):
+        assert "letters, digits, _ and - only" in refused("--plans-name", name)
+    known = "plans can have: tiny, small, base, wide, v1_small, v1_base, v1_medium, v1_large"
+    for name in ("nope", "stunet_small", "unet"):
+        assert refused("--backbone", name).endswith(f"no MedNeXt is called '{name}'; {known}")
+    assert "3 voxels at most" in refused("--backbone", "v1_base_k5")
+    for setting in ("kernel=5", "strides=2", "grad_checkpointing=none", "in_channels=2", "wdth=4"):
+        assert "only width, depths, ratios, grn" in refused("--network", setting)
+    with pytest.raises(ValueError, match="three positive lengths"):
+        plan_nnunet(42, spacing=(1.0, 1.0))
+    assert untouched(measured) == before
+    (measured / "raw/Dataset042_Twin").mkdir()
+    assert "Dataset042_Toy, Dataset042_Twin have the same number" in refused()
+
+
+@needs_nnunet
+def test_another_network_than_the_models_is_refused(measured):
+    folder = str(save_start(measured / "model"))
+    before = untouched(measured)
+    assert "is a mednext_v2_tiny, not a mednext_v2_base" in refused("--from", folder, "--backbone", "base")
+    assert "has width 4, not 8" in refused("--from", folder, "--network", "width=8")
+    assert "has grn mean, not None" in refused("--from", folder, "--network", "grn=None")
+    assert untouched(measured) == before
+    same = ["--backbone", "mednext_v2_tiny", "--network", "width=4", "--memory", "0.2"]
+    main(["nnunet", "plan", "-d", "42", "--from", folder, *same])
+    own = fullres(measured / "preprocessed/Dataset042_Toy/nnUNetMedNeXtV2TinyPretrainedPlans.json")
+    assert own["architecture"]["arch_kwargs"]["width"] == 4
+
+
+@needs_nnunet
+def test_a_network_that_the_weights_are_converted_to_is_planned(measured):
+    folder = str(save_start(measured / "v1", backbone="mednext_v1_small"))
+    assert "has grn None, not mean" in refused("--from", folder, "--network", "grn=mean")
+    main(["nnunet", "plan", "-d", "42", "--from", folder, "--network", "grn=mean", "--convert", "grn", "--memory", "0.2"])
+    own = fullres(measured / "preprocessed/Dataset042_Toy/nnUNetMedNeXtV1SmallPretrainedPlans.json")
+    assert own["architecture"]["arch_kwargs"]["grn"] == "mean"
+
+
+@pytest.mark.parametrize("command", ["nnunet plan -d 42", "train prepared out", "finetune -d raw -o out"])
+def test_how_weights_are_used_needs_weights(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = "--model" if "finetune" in command else "--from"
+    for words in ("--mapping new=old", "--start-heads fresh", "--scope encoder", "--convert grn"):
+        with pytest.raises(SystemExit, match=f"{words.split()[0]}: no effect here, without {source} there are no weights to start from"):
+            main([*command.split(), *words.split()])
+    with pytest.raises(ValueError, match="without a model to start from"):
+        plan_nnunet(42, start=Start(scope="encoder"))
+    with pytest.raises(SystemExit, match="--mapping new: must be NEW=OLD"):
+        main([*command.split(), source, str(save_start(tmp_path / "model")), "--mapping", "new"])
+
+
+@needs_nnunet
+def test_a_program_reads_plans_as_fields(measured, capsys):
+    main(["nnunet", "plan", "-d", "Dataset042_Toy", "--backbone", "tiny", "--network", "width=4", "--memory", "0.2", "--plans-name", "My-plans_2", "--json"])
+    said, path = json.loads(capsys.readouterr().out), measured / "preprocessed/Dataset042_Toy/My-plans_2.json"
+    plan = fullres(path)
+    expected = dict(patch=plan["patch_size"], batch=plan["batch_size"], strides=plan["architecture"]["arch_kwargs"]["strides"][1:])
+    configurations = said.pop("configurations")
+    assert said == {"command": "nnunet plan", "path": str(path), **expected} and configurations["3d_fullres"] == expected
 
 
 def test_without_nnunet_or_with_an_old_one_a_line_says_what_to_install(monkeypatch):

@@ -78,3 +78,21 @@ def test_a_label_map_of_another_scan_is_refused(files):
     write_volume(files / "other.nii.gz", np.zeros((9, 9, 9), np.float32), AFFINE)
     with pytest.raises(BadFile, match="labels.nii.gz|other.nii.gz"):
         summarise_predictions([files / "model"], files / "other.nii.gz", files / "labels.nii.gz")
+
+
+def test_a_scan_that_fails_leaves_the_others_with_their_statistics(tmp_path, capsys):
+    save_unet(tmp_path / "model")
+    values = np.random.default_rng(0).normal(size=(20, 18, 16)).astype(np.float32)
+    (tmp_path / "scans").mkdir()
+    write_volume(tmp_path / "scans/a_0000.nii.gz", values, np.diag([2.0, 2.0, 2.0, 1.0]))
+    (tmp_path / "scans/b_0000.nii.gz").write_bytes(b"no scan")
+    with pytest.raises(SystemExit, match="1 of 2 failed, the others are done"):
+        cli.main(f"predict -m {tmp_path / 'model'} -i {tmp_path / 'scans'} -o {tmp_path / 'out'} --device cpu --statistics".split())
+    assert set(pd.read_csv(tmp_path / "out/statistics.csv").case) == {"a"}
+    (tmp_path / "scans/a_0000.nii.gz").unlink()
+    with pytest.raises(SystemExit, match="1 of 1 failed:"):
+        cli.main(f"predict -m {tmp_path / 'model'} -i {tmp_path / 'scans'} -o {tmp_path / 'none'} --device cpu".split())
+    with pytest.raises(SystemExit, match=r"is not a model folder; did you mean .*model\?"):
+        cli.main(f"predict -m {tmp_path} -i {tmp_path / 'scans'} -o {tmp_path / 'none'} --device cpu".split())
+    with pytest.raises(SystemExit, match="nowhere does not exist"):
+        cli.main(["evaluate", str(tmp_path / "nowhere"), str(tmp_path / "scans")])

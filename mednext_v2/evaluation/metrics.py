@@ -369,7 +369,9 @@ def description_folders(
     predictions: str | Path,  # Folder or file
     truths: str | Path,
 ) -> list[Path]:
-    "Where a dataset.json is looked for: beside the predictions, beside the truths, one folder up"
+    "Where a dataset.json is looked for: beside the predictions, beside the truths, one folder up. FileNotFoundError for a path that is not there"
+    if absent := [path for path in (predictions, truths) if not Path(path).exists()]:
+        raise FileNotFoundError(f"{absent[0]} does not exist")
     folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in (predictions, truths)]
     return [*folders, folders[1].resolve().parent]
 

@@ -222,7 +222,7 @@ def is_done(job: PredictJob, key: str, overwrite: bool) -> bool:
     if overwrite or not job.output.exists():
         return False
     if made != key:
-        raise ValueError(f"{job.output} is there and was made in another way: remove it, or allow to overwrite it")
+        raise ValueError(f"{job.output} is there and was made in another way: remove it, or overwrite it (--overwrite)")
     return True
 
 # %% ../../nbs/inference/20_files.ipynb #read-job
@@ -332,7 +332,7 @@ def name_tables(target: Path, names: dict[int, str], overwrite: bool) -> dict[Pa
     tables = {Path(f"{place}.txt"): itksnap_table(names), Path(f"{place}.ctbl"): slicer_table(names)}
     for path, text in tables.items():
         if path.exists() and not overwrite and path.read_text(encoding="utf-8", errors="replace") != text:
-            raise ValueError(f"{path} is there and is no table of this model: remove it, or allow to overwrite it")
+            raise ValueError(f"{path} is there and is no table of this model: remove it, or overwrite it (--overwrite)")
     return tables
 
 # %% ../../nbs/inference/20_files.ipynb #read-ahead

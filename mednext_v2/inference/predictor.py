@@ -79,7 +79,9 @@ def fold_folders(
         return [folder]
     found = {path.name.removeprefix("fold_"): path for path in sorted(folder.glob("fold_*")) if path.is_dir()}
     if not found:
-        raise FileNotFoundError(f"{folder} holds neither card.json nor fold_0, fold_1, ...: it is not a model folder")
+        inside = [path.parent for path in sorted(folder.glob("*/card.json"))]
+        hint = f"; did you mean {inside[0]}?" if inside else ""
+        raise FileNotFoundError(f"{folder} holds neither card.json nor fold_0, fold_1, ...: it is not a model folder{hint}")
     if absent := [fold for fold in folds if fold not in found]:
         raise ValueError(f"{folder} has no fold {', '.join(absent)}; it has: {', '.join(found)}")
     return [found[fold] for fold in folds or found]

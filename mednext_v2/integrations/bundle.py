@@ -79,12 +79,18 @@ def evaluator_entries(card: Card, prefix: str, keys: list[str], after: list[dict
     }
 
 
+def save_labels() -> dict:
+    "Label maps to files that are called as those of `mednextv2 predict`"
+    names: dict = dict(output_postfix="", output_name_formatter="$doors.label_name", separate_folder=False)
+    return target("SaveImaged", keys="pred", output_dir="@output_dir", output_dtype="$'uint16'", resample=False, **names)
+
+
 def inference_config(card: Card) -> dict:
     "Scans of a folder, named as nnU-Net does, to label maps"
-    save = target("SaveImaged", keys="pred", output_dir="@output_dir", output_postfix="labels", output_dtype="$'uint16'", resample=False, separate_folder=False)
+    save = save_labels()
     weights = target("CheckpointLoader", load_path="@ckpt", load_dict={"model": "@network"}, map_location="@device")
     entries = evaluator_entries(card, "", ["image"], [save], [weights])
-    items = f"$doors.scan_items(@dataset_dir, {card.in_channels})"
+    items = f"$doors.apart(doors.scan_items(@dataset_dir, {card.in_channels}), @output_dir)"
     return {**shared_entries(card), "dataset_dir": "scans", "items": items, **entries, "run": ["$@evaluator.run()"]}
 
 # %% ../../nbs/integrations/22_bundle.ipynb #validate
@@ -96,12 +102,12 @@ def dice_entries(card: Card, split: str, after: list[dict], handlers: list) -> d
     taken = "$monai.handlers.from_engine(['pred', 'label'])"
     entries["key_metric"] = {"val_mean_dice": target("MeanDice", include_background=True, output_transform=taken)}
     entries["evaluator"]["key_val_metric"] = "@validate#key_metric"
-    return {"items": f"$doors.case_items(@dataset_dir, '{split}', @labels)", **entries}
+    return {"items": f"$doors.apart(doors.case_items(@dataset_dir, '{split}', @labels), @output_dir)", **entries}
 
 
 def evaluate_config(card: Card) -> dict:
     "Test cases of a data set to Dice per case and class, in CSV files, and label maps"
-    save = target("SaveImaged", keys="pred", output_dir="@output_dir", output_postfix="labels", output_dtype="$'uint16'", resample=False, separate_folder=False)
+    save = save_labels()
     weights = target("CheckpointLoader", load_path="@ckpt", load_dict={"model": "@network"}, map_location="@device")
     table = target(
         "MetricsSaver", save_dir="@output_dir", metrics=["val_mean_dice"], metric_details=["val_mean_dice"],

@@ -6,7 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/integrations/25_consumer.ipynb #imports
+import argparse
 import json
+import os
 import re
 import sys
 from itertools import product
@@ -104,12 +106,20 @@ def slide(network, image, weight, overlap, layout):
 
 # %% ../../nbs/integrations/25_consumer.ipynb #read-channels
 def read_channels(paths, count):
-    "The first file, and all channels (C, X, Y, Z) in RAS; ends with one line for files that do not fit"
-    files: list = [nib.load(path) for path in paths]
+    "The first file, and all channels (C, X, Y, Z) in RAS; ends with one line for files that cannot be read or do not fit"
+    files, scans = [], []
+    for path in paths:
+        try:
+            files.append(nib.load(path))
+            if not isinstance(files[-1], nib.Nifti1Pair):
+                raise ValueError("it is no NIfTI file")
+            scans.append(nib.as_closest_canonical(files[-1]).get_fdata(dtype=np.float32) if len(files[-1].shape) == 3 else None)
+        except Exception as error:  # Of any broken file
+            sys.exit(f"{path} cannot be read ({' '.join(str(error).split()) or type(error).__name__}): give a whole NIfTI file")
     first = files[0]
     if len(files) != count or any(len(file.shape) != 3 or file.shape != first.shape or not np.allclose(file.affine, first.affine, atol=0.01) for file in files):
         sys.exit(f"{', '.join(paths)}: {count} 3D scan(s) on one grid are needed, one for each channel")
-    scan = np.stack([nib.as_closest_canonical(file).get_fdata(dtype=np.float32) for file in files])
+    scan = np.stack(scans)
     if not np.isfinite(scan).all():
         sys.exit(f"{', '.join(paths)}: some voxels are not finite numbers, replace them")
     return first, scan
@@ -142,14 +152,45 @@ def label(paths, network, weight, spec):
     return nib.Nifti1Image(turned, affine)
 
 # %% ../../nbs/integrations/25_consumer.ipynb #main
+def check_paths(scans, output, overwrite):
+    "Ends with one line unless the scans are there and the label map can be written; makes the folder that it goes into"
+    if missing := [path for path in scans if not Path(path).is_file()]:
+        sys.exit(f"{missing[0]}: there is no such file")
+    if not output.name.endswith((".nii", ".nii.gz")):
+        sys.exit(f"{output}: the last name is that of the label map, and ends in .nii.gz or .nii")
+    if output.exists():
+        if any(output.samefile(path) for path in scans):
+            sys.exit(f"{output} is one of the scans: give another name for the label map, as the last one")
+        if output.is_dir() or not overwrite:
+            sys.exit(f"{output} is there already: give another name{'' if output.is_dir() else ', or --overwrite to replace it'}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"{output.parent} cannot be made ({error.strerror}): give another folder")
+    if not os.access(output.parent, os.W_OK):
+        sys.exit(f"{output.parent} cannot be written to: give another folder")
+
+
 def main(arguments, folder):
     "The command line: scans and the label map to write; `folder` is that of the exported model"
+    parser = argparse.ArgumentParser(prog="predict.py", description="Label a scan with the exported model of this folder.")
+    parser.add_argument("scans", nargs="+", metavar="SCAN", help="NIfTI file of each channel, in the model's order")
+    parser.add_argument("labels", type=Path, metavar="LABELS", help="label map to write, .nii.gz or .nii")
+    parser.add_argument("--overwrite", action="store_true", help="replace a label map that is there already")
+    options = parser.parse_intermixed_args(arguments)
+    check_paths(options.scans, options.labels, options.overwrite)
     import onnxruntime
 
-    if len(arguments) < 2:
-        sys.exit("usage: python predict.py SCAN [SCAN OF THE NEXT CHANNEL ...] LABELS.nii.gz")
-    spec, weight = json.loads((folder / "export.json").read_text()), np.load(folder / "weights.npy").astype(np.float32)
-    nib.save(label(arguments[:-1], onnxruntime.InferenceSession(folder / "model.onnx"), weight, spec), arguments[-1])
+    spec, weight = json.loads((folder / "export.json").read_text(encoding="utf-8")), np.load(folder / "weights.npy").astype(np.float32)
+    image = label(options.scans, onnxruntime.InferenceSession(folder / "model.onnx"), weight, spec)
+    part = options.labels.with_name(f".{os.getpid()}_{options.labels.name}")  # So that a label map is whole, or not there
+    try:
+        nib.save(image, part)
+        part.replace(options.labels)
+    except OSError as error:
+        sys.exit(f"{options.labels} cannot be written ({error.strerror or error})")
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../../nbs/integrations/25_consumer.ipynb #script
 def script():

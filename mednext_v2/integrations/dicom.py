@@ -455,7 +455,7 @@ def check_results(job: PredictJob, results: Sequence[str], slices: Sequence[Slic
     for name in results:
         path = job.beside(RESULTS[name][0])
         if path.exists() and not job.output.exists() and not overwrite:
-            raise ValueError(f"{path} is there without a label map, so it was made in another way: remove it, or allow to overwrite it")
+            raise ValueError(f"{path} is there without a label map, so it was made in another way: remove it, or overwrite it (--overwrite)")
 
 
 def write_results(job: PredictJob, results: Sequence[str], slices: Sequence[Slice], card: "Card", new: bool) -> list[Path]:

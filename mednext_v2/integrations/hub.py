@@ -163,12 +163,20 @@ def publishable_card(
             f"{folder}: the licence of the weights is not known ({card.licence or 'empty'}): give it with --licence, e.g. Apache-2.0, once you know it"
         )
     card = card if known else replace(card, licence=licence)
-    found = sorted(
-        {word for text in re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(asdict(card))) for word in text.split() if re.match(r"/\w+/|[A-Z]:\\", word)}
-    )
-    if found:
-        warnings.warn(f"{folder / 'card.json'} names places of this machine, which become public: {', '.join(found[:5])}", stacklevel=3)
+    warn_of_places(folder / "card.json", card)
     return card
+
+
+def warn_of_places(path: Path, card: Card) -> None:
+    "Warn of paths of this machine in a card"
+    found = {
+        field: [word for text in re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(value)) for word in text.split() if re.match(r"/\w+/|[A-Z]:\\", word)]
+        for field, value in asdict(card).items()
+    }
+    if places := sorted({word for words in found.values() for word in words}):
+        fields = ", ".join(field for field, words in found.items() if words)
+        how = f"to avoid it, train with relative paths (cd to the data first), or edit {fields} in that file, and publish again"
+        warnings.warn(f"{path} names places of this machine, which become public: {', '.join(places[:5])}; {how}", stacklevel=4)
 
 # %% ../../nbs/integrations/40_hub.ipynb #model-files
 def model_files(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..data.datasets import Dataset, list_cases, raw_dataset
 from ..data.preprocess import coarse_axis, image_type, nonzero_box, normalise, resample_image, resample_label, target_shape
-from ..data.scans import list_scans
+from ..data.scans import channel_of, list_scans, split_ending
 from ..inference.windows import labels_from_logits, resample_logits, sliding_window
 from ..models.transfer import class_channels, transfer
 from ..training.losses import dice_ce
@@ -199,6 +199,24 @@ def described_dataset(folder: str | Path) -> Dataset:
 def scan_items(folder: str | Path, channels: int) -> list[dict]:
     "The scans of a folder, named as nnU-Net does, for MONAI's data sets"
     return [{"image": [str(path) for path in files]} for files in list_scans(folder, channels).values()]
+
+
+def apart(
+    items: list[dict],  # By `scan_items` or `case_items`
+    out: str | Path,  # Where label maps go
+) -> list[dict]:  # `items`
+    "ValueError if label maps would be written among the files that are read, which may have the same names"
+    read = {Path(path).resolve().parent for item in items for path in (*item["image"], *([item["label"]] if "label" in item else []))}
+    if Path(out).resolve() in read:
+        raise ValueError(f"{out} holds scans or label maps that are read: choose another output_dir")
+    return items
+
+
+def label_name(meta: Mapping[str, Any], _: object) -> dict[str, str]:  # As SaveImage asks for it
+    "The name of a label map, as `mednextv2 predict` gives it: that of the scan, without the number of its channel"
+    stem = split_ending(Path(meta["filename_or_obj"]).name)[0]
+    case, channel = channel_of(stem) or (stem, 0)
+    return {"subject": f"{case if channel == 0 else stem}.nii.gz"}
 
 # %% ../../nbs/integrations/20_monai.ipynb #load-by-name
 def load_by_name(

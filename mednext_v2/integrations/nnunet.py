@@ -7,12 +7,13 @@ __all__ = ['NNUNetMedNeXt', 'plan_nnunet']
 
 # %% ../../nbs/integrations/10_nnunet.ipynb #imports
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import import_extra, read_json
+from ..core import are_valid_lengths, import_extra, read_json
 from ..models.card import read_card, read_state
-from ..models.registry import create
+from ..models.registry import create, get_backbone
 from ..models.transfer import Start, check_options, class_channels, transfer
 from ..network.blocks import OutBlock
 from ..network.mednext import Arch, MedNeXt
-from ..network.scaling import estimate
+from ..network.scaling import PRESETS, estimate, parse_name
 from ..training.recipe import Recipe, learning_rate
 from ..zoo.importers import NNUNET_CLASS, nearest_backbone, nnunet_axes, nnunet_labels
 
@@ -205,7 +206,7 @@ def _planner_class(
             self.forward = [int(axis) for axis in self.determine_transpose()[0]]
             self.arch = wanted.turned(nnunet_axes({"transpose_forward": self.forward}))
             usual = replace(self.arch, strides=None)
-            self.limit = memory * 1e9 if memory else _training_bytes(usual, (128,) * 3, 2, self.channels, self.outputs)
+            self.limit = memory * 1e9 if memory is not None else _training_bytes(usual, (128,) * 3, 2, self.channels, self.outputs)
             self.UNet_reference_val_3d, self.UNet_reference_val_corresp_GB = self.limit, self.UNet_vram_target_GB
 
         def adapt(self, unet: dict) -> Arch:
@@ -250,25 +251,24 @@ def _planner_class(
 # %% ../../nbs/integrations/10_nnunet.ipynb #plan
 def plan_nnunet(
     dataset: int | str,  # Its number, or its folder's name, below nnUNet_raw
-    network: str = "base",  # One of `PRESETS`, or `mednext_v2_base` and so on; with a start, its own counts
+    network: str | None = None,  # One of `PRESETS`, or `mednext_v2_base` and so on; that of the start, else base, if not given
     start: Start = Start(),  # Weights that training begins with, as in `transfer`
     memory: float | None = None,  # GB of the GPU; what the paper's two patches of 128³ take if not given
     spacing: Sequence[float] | None = None,  # mm of nnU-Net's voxels (X, Y, Z); nnU-Net's choice if not given
     plans_name: str | None = None,  # E.g. nnUNetMedNeXtV2BasePlans if not given
     workers: int = 1,  # Processes that read the scans
-    overrides: dict | None = None,  # Fields of `Arch` that differ from the network, e.g. `grn="mean"` where `start` converts
+    overrides: dict | None = None,  # Width, depths, ratios and grn of the network; with a start only what it converts, e.g. `grn="mean"`
 ) -> Path:
     """Write nnU-Net's plans for a data set, measuring it first if nnU-Net has not
 
-    ValueError without nnunetv2, without its folders or the data set, for 2D images, for weights that do not fit, and if
-    the network does not fit the memory.
+    ValueError without nnunetv2, without its folders or the data set, for 2D images, for values that are none, for a network
+    other than that of the start, for weights that do not fit, and if the network does not fit the memory.
     """
+    _check_values(memory, spacing, plans_name)
     wanted, name = _wanted_network(network, start, overrides or {})
     api = _import_nnunet("experiment_planning.plan_and_preprocess_api")
-    ids = _import_nnunet("utilities.dataset_name_id_conversion")
     with _nnunet_errors():
-        folder_name = ids.maybe_convert_to_dataset_name(int(dataset) if str(dataset).isdigit() else dataset)
-        number = ids.convert_dataset_name_to_id(folder_name)
+        folder_name, number = _find_raw(str(dataset))
         nnunet_labels(read_json(Path(os.environ["nnUNet_raw"], folder_name, "dataset.json")))
         api.extract_fingerprint_dataset(number, num_processes=workers, clean=False, verbose=False)
         target = [float(mm) for mm in reversed(spacing)] if spacing else None
@@ -277,21 +277,59 @@ def plan_nnunet(
     return Path(os.environ["nnUNet_preprocessed"], folder_name, f"{plans_name or name}.json")
 
 # %% ../../nbs/integrations/10_nnunet.ipynb #wanted-network
-def _wanted_network(network: str, start: Start, overrides: dict) -> tuple[_Wanted, str]:  # And the name of the plans
-    "The network of a preset or of a model folder; ValueError for one that is no MedNeXt"
+def _wanted_network(network: str | None, start: Start, overrides: dict) -> tuple[_Wanted, str]:  # And the name of the plans
+    "The network of a preset or of a model folder; ValueError for one that is no MedNeXt, or another than the model's"
+    if not start.model and start.options != Start().options:
+        raise ValueError("a mapping, heads, scope or conversion of weights has no effect without a model to start from")
+    if network is not None and not parse_name(network):
+        raise ValueError(f"no MedNeXt is called {network!r}; plans can have: {', '.join(PRESETS)}")
+    settings = ["width", "depths", "ratios", "grn", *(["kernel", "kernels"] if start.model else [])]
+    if unknown := [key for key in overrides if key not in settings]:
+        raise ValueError(f"plans have no setting {', '.join(unknown)} of the network, only {', '.join(settings)}; all else follows from the data")
     card = read_card(start.model) if start.model else None
-    short = network.removeprefix("mednext_").removeprefix("v2_")
-    name = card.backbone if card else f"mednext_{short}" if short.startswith("v1_") else f"mednext_v2_{short}"
+    name = card.backbone if card else get_backbone(network or "base").name
+    if network is not None and (other := get_backbone(network).name) != name:
+        raise ValueError(f"{start.model} is a {name}, not a {other}: leave its name out, or give other weights")
     with torch.device("meta"):
+        own = create(name, 1, 3, **(card.overrides if card else {}))
         model = create(name, 1, 3, **(card.overrides if card else {}) | overrides)
-    if card:
-        check_options(str(start.model), (card.backbone, card.overrides), (name, card.overrides | overrides), start.convert, start.scope, ("strides",))
-    if not isinstance(model, MedNeXt):
-        raise ValueError(f"{start.model or network} is a {name}: nnU-Net's plans of this library are for MedNeXt")
+    if not isinstance(model, MedNeXt) or not isinstance(own, MedNeXt):
+        raise ValueError(f"{start.model} is a {name}: nnU-Net's plans of this library are for MedNeXt")
+    if not card and model.arch.kernel != 3:
+        raise ValueError(f"nnU-Net's kernels are of 3 voxels at most, those of {name} of {model.arch.kernel}: plans can have it only from a model's weights")
+    converted = {"grn": ["grn"], "kernels": ["kernel", "kernels"]}
+    free = [key for what in start.convert for key in converted.get(what, [])]
+    for key in (part.name for part in fields(Arch) if card and part.name not in free):
+        if (theirs := getattr(own.arch, key)) != (given := getattr(model.arch, key)):
+            raise ValueError(f"{start.model} has {key} {theirs}, not {given}: leave it out, or give other weights")
+    if card:  # A conversion adds GRN or larger kernels; it does not turn one GRN into another
+        check_options(str(start.model), (card.backbone, card.overrides), (name, card.overrides | overrides), start.convert, start.scope)
     title = "".join(part.capitalize() for part in name.removeprefix("mednext_").split("_"))
     chosen = asdict(start) | {"model": str(Path(start.model).resolve())} if start.model else None
     plans = f"nnUNetMedNeXt{title}{'Pretrained' if card else ''}Plans"
     return _Wanted(name, model.arch, chosen), plans
+
+
+def _check_values(memory: float | None, spacing: Sequence[float] | None, plans_name: str | None) -> None:
+    "ValueError for values that no plan can have, before anything is measured"
+    if memory is not None and not (isfinite(memory) and memory > 0):
+        raise ValueError(f"memory must be more than 0 GB, got {memory}")
+    if spacing is not None and not (len(spacing) == 3 and are_valid_lengths(spacing)):
+        raise ValueError(f"spacing must be three positive lengths in mm, got {tuple(spacing)}")
+    if plans_name is not None and not re.fullmatch("[A-Za-z0-9_-]+", plans_name):
+        raise ValueError(f"the name of plans has letters, digits, _ and - only, got {plans_name!r}")
+
+
+def _find_raw(dataset: str) -> tuple[str, int]:  # Folder's name and number
+    "A data set below nnUNet_raw by its number or its folder's name; ValueError lists those that there are"
+    raw = Path(os.environ["nnUNet_raw"])
+    numbers = {path.name: int(path.name[7:10]) for path in sorted(raw.glob("Dataset*")) if re.match("Dataset[0-9]{3}_.", path.name) and path.is_dir()}
+    number = int(dataset) if dataset.isascii() and dataset.isdecimal() else None
+    found = [name for name in numbers if name == dataset or numbers[name] == number]
+    if len(found) != 1:
+        fault = f"data sets {', '.join(found)} have the same number: rename one" if found else f"no data set {dataset!r} in nnUNet_raw, {raw}"
+        raise ValueError(fault if found else f"{fault}; there are: {', '.join(numbers) or 'none, put it there as DatasetNNN_Name'}")
+    return found[0], numbers[found[0]]
 
 # %% ../../nbs/integrations/10_nnunet.ipynb #recipe
 EPOCH = 250  # Steps, nnU-Net's and those of the recipes

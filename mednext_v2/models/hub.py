@@ -70,6 +70,24 @@ def hub_options() -> dict:
     return {"endpoint": os.environ.get("HF_ENDPOINT") or None, "library_name": "mednext_v2", "library_version": __version__}
 
 
+def refusal(error: BaseException | None) -> int:  # HTTP status, 0 for other errors
+    "Whether the hub knows too little of who asks, or that they may not"
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    return 401 if type(error).__name__ == "LocalTokenNotFoundError" else status if status in (401, 403) else 0
+
+
+def unanswered(
+    repo: str,  # owner/name
+    error: BaseException | None,  # Of huggingface_hub
+) -> OSError:  # PermissionError or ConnectionError
+    "What to raise for an error of the hub"
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if status := refusal(error):
+        how = "log in with `hf auth login`, or set HF_TOKEN, as somebody who may read it, or write there"
+        return PermissionError(f"{repo}: the hub refuses it (HTTP {status}): {how} ({said})")
+    return ConnectionError(f"{repo}: the hub does not do it ({said})")
+
+
 @contextmanager
 def explain_hub(
     repo: str,  # owner/name
@@ -83,6 +101,8 @@ def explain_hub(
     except (FileExistsError, FileNotFoundError, ValueError) as error:
         if not isinstance(error, errors.LocalEntryNotFoundError):
             raise
+        if refusal(error.__cause__):
+            raise unanswered(repo, error.__cause__) from error
         raise ConnectionError(f"{repo}: no answer from {os.environ.get('HF_ENDPOINT') or constants.ENDPOINT}, and no copy in its cache") from error
     except errors.GatedRepoError as error:
         raise PermissionError(f"{repo} asks for its terms to be accepted: do so on its page, then log in with `hf auth login` or HF_TOKEN") from error
@@ -91,9 +111,7 @@ def explain_hub(
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{repo} is not on the hub, or is private: check the name, or log in with `hf auth login` or HF_TOKEN") from error
     except Exception as error:  # Of the library for HTTP beneath, whose name changes between versions
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        kind = PermissionError if status in (401, 403) else ConnectionError
-        raise kind(f"{repo}: the hub does not do it ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
+        raise unanswered(repo, error) from error
 
 # %% ../../nbs/models/28_hub.ipynb #fetch-hub
 HUB_FILES = tuple(f"{folder}{name}" for folder in ("", "fold_*/") for name in ("card.json", "model.safetensors"))

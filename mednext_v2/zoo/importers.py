@@ -926,7 +926,9 @@ def find_checkpoint(
         if len(found) == 1:
             return found[0]
         names = ", ".join(str(path.relative_to(model)) for path in found[:5])
-        raise ValueError(f"{error}; it has {len(found)} checkpoints {names}: name the one to start from") from None
+        if not found:
+            raise ValueError(f"{error}; nor is there a checkpoint in it") from None
+        raise ValueError(f"{error}; it has {len(found)} checkpoints, {names}: name the one to start from") from None
 
 # %% ../../nbs/zoo/10_importers.ipynb #to-xyz-axes
 def to_xyz_axes(checkpoint: Checkpoint) -> Checkpoint:  # With `axes` (0, 1, 2)
