@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from .core import ItemsFailed, Resources, check_writable, find_device, read_csv, require_extra, versions
+from .core import ItemsFailed, Resources, check_writable, find_device, parse_json, read_csv, require_extra, versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +43,7 @@ class Answer(str):
 def as_json_line(command: str, answer: str | None) -> str:
     "One JSON object: the command, and its values or, if it has none, its text"
     values = getattr(answer, "values", {}) or {"message": str(answer or "")}
-    plain = {name: json.loads(value.to_json(orient="records")) if hasattr(value, "to_json") else value for name, value in values.items()}
+    plain = {name: parse_json(value.to_json(orient="records"), name) if hasattr(value, "to_json") else value for name, value in values.items()}
     return json.dumps({"command": command, **plain}, default=str)
 
 # %% ../nbs/90_cli.ipynb #info
