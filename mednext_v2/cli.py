@@ -43,7 +43,7 @@ class Answer(str):
 def as_json_line(command: str, answer: str | None) -> str:
     "One JSON object: the command, and its values or, if it has none, its text"
     values = getattr(answer, "values", {}) or {"message": str(answer or "")}
-    plain = {name: parse_json(value.to_json(orient="records"), name) if hasattr(value, "to_json") else value for name, value in values.items()}
+    plain = {name: parse_json(value.to_json(orient="records"), name, list) if hasattr(value, "to_json") else value for name, value in values.items()}
     return json.dumps({"command": command, **plain}, default=str)
 
 # %% ../nbs/90_cli.ipynb #info
