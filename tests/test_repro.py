@@ -40,7 +40,7 @@ class Toy:
     def __init__(self, folder: Path, stages: str):
         self.folder = folder
         (folder / "conf/profile").mkdir(parents=True)
-        (folder / "conf/profile/toy.yaml").touch()
+        (folder / "conf/profile/toy.yaml").write_text("compute: {device: cuda}")  # One stage at a time
         (folder / "dvc.yaml").write_text(stages)
         (folder / "in.txt").write_text("1")
         (folder / ".dvc").mkdir()
@@ -129,7 +129,7 @@ def test_a_failure_is_one_line_with_the_log_and_no_other_stage_starts(toy):
 def test_an_unknown_profile_and_a_broken_pipeline_are_one_line(toy):
     (toy.folder / "conf/profile/toy.yaml").rename(toy.folder / "conf/profile/other.yaml")
     assert toy.run(code=1) == "repro: no profile is called 'toy'; conf/profile holds: other\n"
-    (toy.folder / "conf/profile/toy.yaml").touch()
+    (toy.folder / "conf/profile/toy.yaml").write_text("compute: {device: cuda}")
     (toy.folder / "dvc.yaml").write_text("stages:\n  a: {cmd: 1, cmd: 2\n")
     assert toy.run(code=1).startswith("repro: dvc: ")
 
