@@ -71,10 +71,10 @@ def main() -> None:
     parser.add_argument("--out", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one is not None:
-        from mednext_v2.study.arithmetic import PINS, is_pinned, pin_arithmetic
+        from mednext_v2.study.arithmetic import is_pinned, pin_arithmetic
 
-        if pin_arithmetic() and "MEDNEXT_V2_NOISE" not in os.environ:  # Pins hold in processes that are started after them
-            os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | PINS | {"MEDNEXT_V2_NOISE": "1"})
+        if not is_pinned() and pin_arithmetic():  # Pins hold in processes that are started after them
+            os.execv(sys.executable, [sys.executable, *sys.argv])
         from mednext_v2.stages import compose_params
 
         compose_params(options.profile)

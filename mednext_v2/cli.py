@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from .core import ItemsFailed, Resources, check_writable, find_device, parse_json, read_csv, require_extra, versions
+from .core import ItemsFailed, Resources, check_writable, find_device, parse_json, read_csv, read_json, require_extra, versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,7 +95,6 @@ def checkpoint_options(options: argparse.Namespace) -> dict:
 # %% ../nbs/90_cli.ipynb #weights-commands
 def import_weights(options: argparse.Namespace) -> str:
     "Turn a checkpoint of another program into a model folder; print what became of each tensor that is not simply loaded"
-    from mednext_v2.core import read_json
     from mednext_v2.zoo.importers import import_model
     from mednext_v2.zoo.catalogue import weights_source
 
@@ -479,7 +478,6 @@ def evaluate(options: argparse.Namespace) -> str:
 # %% ../nbs/90_cli.ipynb #nnunet-commands
 def nnunet_plan(options: argparse.Namespace) -> str:
     "Write plans of nnU-Net that name a MedNeXt-v2"
-    from mednext_v2.core import read_json
     from mednext_v2.integrations.nnunet import plan_nnunet
     from mednext_v2.zoo.catalogue import find_fetched
 

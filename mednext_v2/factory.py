@@ -149,16 +149,6 @@ def check_arguments(
         raise ValueError(f"num_classes and out_channels are the same, got {num_classes} and {out_channels}: give one")
     return out_channels if num_classes is None else num_classes
 
-
-def name_arch(arch: Arch) -> tuple[str, dict]:  # Name in the registry, and what it differs in
-    "A backbone and its overrides, for a network that an `Arch` describes"
-    from mednext_v2.models.registry import BACKBONES
-    from mednext_v2.network.scaling import get_arch, parse_name
-
-    named = {name: get_arch(name) for name in BACKBONES if parse_name(name)}
-    name = next((name for name, known in named.items() if known == arch), "mednext_v2_base" if arch.grn else "mednext_v1_base")
-    return name, {field.name: getattr(arch, field.name) for field in fields(Arch) if getattr(arch, field.name) != getattr(named[name], field.name)}
-
 # %% ../nbs/50_factory.ipynb #create-model
 def create_model(
     name: str | Arch | None = None,  # Of `list_models`; `base` is `mednext_v2_base`. Or what a MedNeXt looks like. With `pretrained` it may be left out
@@ -195,7 +185,9 @@ def create_model(
         raise ValueError(f"create_model needs {'a name (see list_models) or pretrained weights' if name is None else 'num_classes, background included'}")
     else:
         if isinstance(name, Arch):
-            name, own = name_arch(name)
+            from mednext_v2.zoo.importers import nearest_backbone
+
+            name, own = nearest_backbone(name)
             options = own | options
         channels = 1 if in_channels is None else in_channels
         network = create(name, channels, 1 if classes is None else classes, deep_supervision, **options)

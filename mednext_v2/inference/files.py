@@ -335,6 +335,13 @@ def name_tables(target: Path, names: dict[int, str], overwrite: bool) -> dict[Pa
             raise ValueError(f"{path} is there and is no table of this model: remove it, or overwrite it (--overwrite)")
     return tables
 
+
+def write_tables(tables: dict[Path, str]) -> None:  # From `name_tables`
+    "Write tables of names, each whole or not at all"
+    for path, text in tables.items():
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
 # %% ../../nbs/inference/20_files.ipynb #read-ahead
 def read_ahead(
     pool: ThreadPoolExecutor, jobs: Sequence[PredictJob], members: Sequence[EnsembleMember], settings: JobSettings
@@ -395,9 +402,8 @@ def predict_files(
     with output_lock(target, beside=is_file_name(Path(target))):
         failures = run_jobs(jobs, members, JobSettings(settings, roi, probabilities, overwrite), progress)
     results = {job.name: job.output for job in jobs if job.name not in failures}
-    for path, text in tables.items() if results else ():
-        with atomic_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    if results:
+        write_tables(tables)
     if failures:
         raise ItemsFailed(failures, results)
     return results

@@ -22,7 +22,7 @@ from .. import __version__
 from ..core import atomic_file, check_output, output_lock, require_extra, short_hash
 from ..data.scans import Header, Volume
 from ..inference.files import IMAGES, JobSettings, LabelledScan, PredictJob, colour, is_done, is_file_name, job_identity, label_job, label_names
-from ..inference.files import name_tables, write_job
+from ..inference.files import name_tables, write_job, write_tables
 from ..inference.predictor import EnsembleMember, PredictSettings, Region, check_channels, load_ensemble, network_input
 from ..intake.dicom import Series, Slice, find_series, read_stack, stack_slices, to_ras
 
@@ -521,7 +521,5 @@ def predict_dicom(
     with output_lock(target, beside=is_file_name(target)):
         new = label_series(job, chosen, members, JobSettings(settings, roi, probabilities, overwrite))
         paths = write_results(job, results, slices, card, new)
-        for path, text in tables.items():
-            with atomic_file(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        write_tables(tables)
     return [job.output, *paths]

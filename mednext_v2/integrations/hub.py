@@ -139,12 +139,9 @@ This is research software and no medical device.
 # %% ../../nbs/integrations/40_hub.ipynb #publishable
 def model_folders(folder: Path) -> dict[str, Path]:  # Path in the repository, `` or `fold_0/`, to the model folder
     "The networks of a model; FileNotFoundError if there is none"
-    if (folder / "card.json").is_file():
-        return {"": folder}
-    folds = {f"{path.parent.name}/": path.parent for path in sorted(folder.glob("fold_*/card.json"))}
-    if not folds:
-        raise FileNotFoundError(f"{folder} holds neither card.json nor fold_0, fold_1, ...: it is not a model folder")
-    return folds
+    from mednext_v2.inference.predictor import fold_folders  # Here, since prediction imports more than a page needs
+
+    return {"" if path == folder else f"{path.name}/": path for path in fold_folders(folder)}
 
 
 def publishable_card(

@@ -27,7 +27,7 @@ from ..models.registry import create, get_backbone
 from ..models.transfer import Start, check_options, class_channels, transfer
 from ..network.blocks import OutBlock
 from ..network.mednext import Arch, MedNeXt
-from ..network.scaling import PRESETS, estimate, parse_name
+from ..network.scaling import PRESETS, estimate, parse_name, with_levels
 from ..training.recipe import Recipe, learning_rate
 from ..zoo.importers import NNUNET_CLASS, nearest_backbone, nnunet_axes, nnunet_labels
 
@@ -116,8 +116,7 @@ def _adapt_arch(
     steps = _as_rows(strides[1 : levels + 1])
     if fixed:
         return replace(arch, strides=steps)
-    along = lambda values: (*values[:levels], values[arch.levels], *values[len(values) - levels :])
-    return replace(arch, depths=along(arch.depths), ratios=along(arch.ratios), strides=steps, kernels=_as_rows(kernels[: levels + 1]))
+    return with_levels(arch, steps, _as_rows(kernels[: levels + 1]))
 
 
 def _training_bytes(arch: Arch, patch: Sequence[int], batch_size: int, in_channels: int, num_classes: int) -> float:

@@ -39,12 +39,13 @@ def parse_hub_name(
 
 # %% ../../nbs/models/28_hub.ipynb #named-models
 def model_places() -> list[Path]:
-    "Folders that are searched for a model by name: `models` of the working directory, `models` and `results` of the clone around it"
-    places = [Path("models")]
+    "Folders that are searched for a model by name: `models` and `results` of the working directory, and of the clone around it"
+    around = [Path()]
     try:
-        places += [root() / "models", root() / "results"]
+        around.append(root())
     except FileNotFoundError:  # No clone
         pass
+    places = [folder / name for folder in around for name in ("models", "results")]
     return list({place.resolve(): place for place in places if place.is_dir()}.values())
 
 

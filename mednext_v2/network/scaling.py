@@ -352,6 +352,17 @@ def plan_pooling(
     return tuple(strides), (*kernels, (3,) * len(patch))
 
 # %% ../../nbs/network/60_scaling.ipynb #arch-for-patch
+def with_levels(
+    arch: Arch,
+    strides: Sequence[Sequence[int]],  # Of the levels that it is to have, at most its own
+    kernels: Sequence[Sequence[int]],  # One more: the bottleneck's
+) -> Arch:
+    "A network of fewer levels: the finest stay, with the bottleneck"
+    levels = len(strides)
+    along = lambda values: (*values[:levels], values[arch.levels], *values[len(values) - levels :])
+    return replace(arch, depths=along(arch.depths), ratios=along(arch.ratios), strides=strides, kernels=kernels)
+
+
 def arch_for_patch(
     arch: Arch,  # Whose width, ratios, GRN and number of levels at most it has
     spacing: Sequence[float],  # mm
@@ -362,11 +373,8 @@ def arch_for_patch(
     levels = min(arch.levels, len(strides) - 1)
     if not levels:
         raise ValueError(f"a patch of {tuple(patch)} voxels of {tuple(spacing)} mm is too small to halve: resample to a finer spacing")
-    middle = arch.levels
-    places = [*range(levels), middle, *range(2 * middle + 1 - levels, 2 * middle + 1)]
-    depths, ratios = ([values[place] for place in places] for values in (arch.depths, arch.ratios))
     grown = [tuple(arch.kernel if side > 1 else 1 for side in kernel) for kernel in (*kernels[:levels], kernels[-1])]
-    planned = replace(arch, depths=depths, ratios=ratios, strides=strides[1 : levels + 1], kernels=grown)
+    planned = with_levels(arch, strides[1 : levels + 1], grown)
     x, y, z = (-(-side // step) * step for side, step in zip(patch, planned.axis_strides))
     return planned, (x, y, z)
 

@@ -68,12 +68,12 @@ def compare_means(
     """
     by, rows = ["backbone", "init"], []
     between = noise_settings(read_noise() if noise is None else noise)["instructions"]
+    more = {metric: 0.0 if between.empty else 1.96 * math.sqrt(2) * float(np.nan_to_num(mean_sd(between, metric))) for metric in ("dsc", "nsd")}
     both = summary(committed, by).merge(summary(ours, by), on=by, how="outer", suffixes=("_old", ""))
     for row in rows_of(both):
-        for metric in ("dsc", "nsd"):
+        for metric in more:
             value, old, low, high = (getattr(row, name) for name in (metric, f"{metric}_old", f"{metric}_low_old", f"{metric}_high_old"))
-            more = 0.0 if between.empty else 1.96 * math.sqrt(2) * float(np.nan_to_num(mean_sd(between, metric)))
-            low, high = old - math.hypot(old - low, more), old + math.hypot(high - old, more)
+            low, high = old - math.hypot(old - low, more[metric]), old + math.hypot(high - old, more[metric])
             interval = f"{100 * old:.1f} ({100 * low:.1f} to {100 * high:.1f})"
             rows.append(
                 dict(what=f"mean {metric.upper()} {row.backbone} {row.init}", ours=f"{100 * value:.1f}", committed=interval, verdict=within(value, low, high))

@@ -927,7 +927,7 @@ def find_checkpoint(
             return found[0]
         names = ", ".join(str(path.relative_to(model)) for path in found[:5])
         if not found:
-            raise ValueError(f"{error}; nor is there a checkpoint in it") from None
+            raise ValueError(f"{error}; it has 0 checkpoints: give a file, or a folder that holds one") from None
         raise ValueError(f"{error}; it has {len(found)} checkpoints, {names}: name the one to start from") from None
 
 # %% ../../nbs/zoo/10_importers.ipynb #to-xyz-axes
