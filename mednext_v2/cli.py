@@ -419,11 +419,12 @@ def predict(options: argparse.Namespace) -> str:
     )
     models = [find_fetched(model, imported=True) for model in options.model]
     results = [name for name in ("seg", "rtstruct") if getattr(options, f"dicom_{name}")]
+    progress = not (options.quiet or options.json)
     if results or options.series or is_dicom(options.input):
         if options.statistics or options.preview:
             raise ValueError("--statistics and --preview are for scans in files, not yet for a folder of DICOM: leave them out")
         written = predict_dicom(
-            models, options.input, options.output, chosen, options.series, results, roi or None, options.save_probabilities, options.overwrite
+            models, options.input, options.output, chosen, options.series, results, roi or None, options.save_probabilities, options.overwrite, progress
         )
         return Answer(f"wrote {', '.join(map(str, written))}", files=list(map(str, written)))
     from mednext_v2.inference.summary import describe_statistics, summarise_predictions
@@ -433,7 +434,7 @@ def predict(options: argparse.Namespace) -> str:
 
     wanted = options.statistics or options.preview
     try:
-        labelled = predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
+        labelled = predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress)
     except ItemsFailed as failed:
         if wanted and failed.results:  # The scans that are done get what was asked for
             print(describe_statistics(summarise()), file=sys.stderr)
@@ -826,6 +827,7 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
+    command.add_argument("--quiet", action="store_true", help="show no progress bar")
     group = command.add_argument_group("a folder of DICOM")
     series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
     group.add_argument("--series", nargs="+", default=[], metavar="N", help=series)
