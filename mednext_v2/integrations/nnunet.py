@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from math import isfinite, prod
 from pathlib import Path
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ..core import are_valid_lengths, import_extra, read_json
 from ..models.card import read_card, read_state
-from ..models.registry import create, get_backbone
-from ..models.transfer import Start, check_options, class_channels, transfer
+from ..models.registry import get_backbone
+from ..models.transfer import Start, check_options, class_channels, decisive_options, transfer
 from ..network.blocks import OutBlock
 from ..network.mednext import Arch, MedNeXt
 from ..network.scaling import PRESETS, estimate, parse_name, with_levels
@@ -289,24 +289,18 @@ def _wanted_network(network: str | None, start: Start, overrides: dict) -> tuple
     name = card.backbone if card else get_backbone(network or "base").name
     if network is not None and (other := get_backbone(network).name) != name:
         raise ValueError(f"{start.model} is a {name}, not a {other}: leave its name out, or give other weights")
-    with torch.device("meta"):
-        own = create(name, 1, 3, **(card.overrides if card else {}))
-        model = create(name, 1, 3, **(card.overrides if card else {}) | overrides)
-    if not isinstance(model, MedNeXt) or not isinstance(own, MedNeXt):
+    if not parse_name(name):
         raise ValueError(f"{start.model} is a {name}: nnU-Net's plans of this library are for MedNeXt")
-    if not card and model.arch.kernel != 3:
-        raise ValueError(f"nnU-Net's kernels are of 3 voxels at most, those of {name} of {model.arch.kernel}: plans can have it only from a model's weights")
-    converted = {"grn": ["grn"], "kernels": ["kernel", "kernels"]}
-    free = [key for what in start.convert for key in converted.get(what, [])]
-    for key in (part.name for part in fields(Arch) if card and part.name not in free):
-        if (theirs := getattr(own.arch, key)) != (given := getattr(model.arch, key)):
-            raise ValueError(f"{start.model} has {key} {theirs}, not {given}: leave it out, or give other weights")
-    if card:  # A conversion adds GRN or larger kernels; it does not turn one GRN into another
-        check_options(str(start.model), (card.backbone, card.overrides), (name, card.overrides | overrides), start.convert, start.scope)
+    options = (card.overrides if card else {}) | overrides
+    arch = Arch(**decisive_options(name, options))
+    if not card and arch.kernel != 3:
+        raise ValueError(f"nnU-Net's kernels are of 3 voxels at most, those of {name} of {arch.kernel}: plans can have it only from a model's weights")
+    if card:
+        check_options(str(start.model), (name, card.overrides), (name, options), start.convert)
     title = "".join(part.capitalize() for part in name.removeprefix("mednext_").split("_"))
     chosen = asdict(start) | {"model": str(Path(start.model).resolve())} if start.model else None
     plans = f"nnUNetMedNeXt{title}{'Pretrained' if card else ''}Plans"
-    return _Wanted(name, model.arch, chosen), plans
+    return _Wanted(name, arch, chosen), plans
 
 
 def _check_values(memory: float | None, spacing: Sequence[float] | None, plans_name: str | None) -> None:
