@@ -289,6 +289,21 @@ def test_values_that_no_plan_can_have_are_refused_before_anything_is_measured(me
 
 
 @needs_nnunet
+def test_plans_of_another_planner_are_not_replaced(measured):
+    folder, line = measured / "preprocessed/Dataset042_Toy", ["--backbone", "tiny", "--network", "width=4", "--memory", "0.2", "--plans-name"]
+    (folder / "dataset_fingerprint.json").rename(measured / "kept.json")
+    for name, other in (("nnUNetPlans", "nnUNetMedNeXtV2TinyPlans"), ("nnUNetMedNeXtV2TinyPlans", "nnUNetMedNeXtV2TinyPlans2")):
+        write_json(folder / f"{name}.json", {"configurations": {"3d_fullres": {"architecture": {"network_class_name": "PlainConvUNet"}}}})
+        before = untouched(measured)
+        assert f"{name}.json holds plans that are not of this library" in (said := refused(*line, name)) and f"such as {other} (--plans-name)" in said
+        assert untouched(measured) == before
+    (measured / "kept.json").rename(folder / "dataset_fingerprint.json")
+    for width in (4, 8):  # Ours may be replaced
+        main(["nnunet", "plan", "-d", "42", "--backbone", "tiny", "--network", f"width={width}", "--memory", "0.2", "--plans-name", "own"])
+        assert fullres(folder / "own.json")["architecture"]["arch_kwargs"]["width"] == width
+
+
+@needs_nnunet
 def test_another_network_than_the_models_is_refused(measured):
     folder = str(save_start(measured / "model"))
     before = untouched(measured)

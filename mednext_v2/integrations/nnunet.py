@@ -261,7 +261,7 @@ def plan_nnunet(
     """Write nnU-Net's plans for a data set, measuring it first if nnU-Net has not
 
     ValueError without nnunetv2, without its folders or the data set, for 2D images, for values that are none, for a network
-    other than that of the start, for weights that do not fit, and if the network does not fit the memory.
+    other than that of the start, for weights that do not fit, if the network does not fit the memory, and for a name of plans that are not ours.
     """
     _check_values(memory, spacing, plans_name)
     wanted, name = _wanted_network(network, start, overrides or {})
@@ -269,11 +269,13 @@ def plan_nnunet(
     with _nnunet_errors():
         folder_name, number = _find_raw(str(dataset))
         nnunet_labels(read_json(Path(os.environ["nnUNet_raw"], folder_name, "dataset.json")))
+        path = Path(os.environ["nnUNet_preprocessed"], folder_name, f"{plans_name or name}.json")
+        _check_replaceable(path, name)
         api.extract_fingerprint_dataset(number, num_processes=workers, clean=False, verbose=False)
         target = [float(mm) for mm in reversed(spacing)] if spacing else None
         planner = _planner_class(wanted, memory)
         api.plan_experiment_dataset(number, planner, overwrite_target_spacing=target, overwrite_plans_name=plans_name or name)
-    return Path(os.environ["nnUNet_preprocessed"], folder_name, f"{plans_name or name}.json")
+    return path
 
 # %% ../../nbs/integrations/10_nnunet.ipynb #wanted-network
 def _wanted_network(network: str | None, start: Start, overrides: dict) -> tuple[_Wanted, str]:  # And the name of the plans
@@ -302,7 +304,7 @@ def _wanted_network(network: str | None, start: Start, overrides: dict) -> tuple
     plans = f"nnUNetMedNeXt{title}{'Pretrained' if card else ''}Plans"
     return _Wanted(name, arch, chosen), plans
 
-
+# %% ../../nbs/integrations/10_nnunet.ipynb #plan-checks
 def _check_values(memory: float | None, spacing: Sequence[float] | None, plans_name: str | None) -> None:
     "ValueError for values that no plan can have, before anything is measured"
     if memory is not None and not (isfinite(memory) and memory > 0):
@@ -323,6 +325,19 @@ def _find_raw(dataset: str) -> tuple[str, int]:  # Folder's name and number
         fault = f"data sets {', '.join(found)} have the same number: rename one" if found else f"no data set {dataset!r} in nnUNet_raw, {raw}"
         raise ValueError(fault if found else f"{fault}; there are: {', '.join(numbers) or 'none, put it there as DatasetNNN_Name'}")
     return found[0], numbers[found[0]]
+
+
+def _check_replaceable(
+    path: Path,
+    usual: str,  # Name of the plans that this library would choose
+) -> None:
+    "FileExistsError for plans that another planner wrote, such as nnU-Net's own"
+    if not path.exists():
+        return
+    network = read_json(path).get("configurations", {}).get("3d_fullres", {}).get("architecture", {})
+    if network.get("network_class_name") != NNUNET_CLASS:
+        other = usual if path.stem != usual else f"{usual}2"
+        raise FileExistsError(f"{path} holds plans that are not of this library, and stays as it is: take another name, such as {other} (--plans-name)")
 
 # %% ../../nbs/integrations/10_nnunet.ipynb #recipe
 EPOCH = 250  # Steps, nnU-Net's and those of the recipes
