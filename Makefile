@@ -58,7 +58,7 @@ test: $(READY) ## Run every test and every chapter
 	@python -m pytest -n 2 $(PYTEST)
 
 bench: $(READY) ## Measure storage, data, training, blocks, scores and label maps beside their peers (over an hour)
-	@for part in storage data trainer block scaling tried metrics inference; do python benchmarks/$$part.py || exit 1; done
+	@for part in storage data trainer block scaling tried metrics inference whole; do python benchmarks/$$part.py || exit 1; done
 
 params: $(PIPELINE) ## Compose params.yaml anew from conf/ (profile mini)
 	@python -m mednext_v2.stages params mini
