@@ -468,7 +468,7 @@ def predict_scans(options: argparse.Namespace, models: list[Path], **how: Any) -
 
     wanted = options.statistics or options.preview
     try:
-        labelled = predict_files(models, options.input, options.output, **how, progress=True)
+        labelled = predict_files(models, options.input, options.output, **how)
     except ItemsFailed as failed:
         if wanted and failed.results:  # The scans that are done get what was asked for
             print(describe_statistics(summarise()), file=sys.stderr)
@@ -503,7 +503,9 @@ def predict(options: argparse.Namespace) -> Answer:
         roi = roi[0] if len(roi) == 1 else [int(number) for number in roi]
     chosen = {name: getattr(options, name) for name in ("tta", "fast", "head", "device", "memory", "half")}
     settings = PredictSettings(folds=tuple(options.folds), **chosen)
-    how = dict(settings=settings, roi=roi or None, probabilities=options.save_probabilities, overwrite=options.overwrite)
+    how = dict(
+        settings=settings, roi=roi or None, probabilities=options.save_probabilities, overwrite=options.overwrite, progress=not (options.quiet or options.json)
+    )
     models = [find_fetched(model, imported=True) for model in options.model]
     results = [name for name in ("seg", "rtstruct") if getattr(options, f"dicom_{name}")]
     if results or options.series or is_dicom(options.input):
@@ -889,6 +891,7 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
+    command.add_argument("--quiet", action="store_true", help="show no progress bar")
     group = command.add_argument_group("a folder of DICOM")
     series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
     group.add_argument("--series", nargs="+", default=[], metavar="N", help=series)

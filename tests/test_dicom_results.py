@@ -1,6 +1,7 @@
 "From DICOM to label maps, segmentations and structure sets, which are read back by other means than those that wrote them"
 
 import json
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -223,8 +224,11 @@ def model(tmp_path):
 
 def test_a_folder_of_dicom_is_labelled_as_its_nifti(tmp_path, model, capsys):
     slices = write_series(tmp_path / "study/ct", (24, 20, 18), "PSR", (1.5, 1.5, 2.0), 9.0)
-    said = run(["predict", "-m", model, "-i", tmp_path / "study", "-o", tmp_path / "out/a.nii.gz", "--dicom-seg", "--rtstruct", "--device", "cpu"], capsys)
-    assert all(name in said for name in ("a.nii.gz", "a.seg.dcm", "a.rtstruct.dcm"))
+    run(["predict", "-m", model, "-i", tmp_path / "study", "-o", tmp_path / "out/a.nii.gz", "--dicom-seg", "--rtstruct", "--device", "cpu"])
+    said = capsys.readouterr()
+    assert all(name in said.out for name in ("a.nii.gz", "a.seg.dcm", "a.rtstruct.dcm"))
+    windows = re.findall(r"predicting: (\d+)/(\d+) ", said.err)
+    assert windows[-1][0] == windows[-1][1] != "0"
     volume = read_series([image.path for image in slices])
     nib.save(nib.Nifti1Image(volume.voxels, volume.affine), tmp_path / "scan.nii.gz")
     run(["predict", "-m", model, "-i", tmp_path / "scan.nii.gz", "-o", tmp_path / "b.nii.gz", "--device", "cpu"])

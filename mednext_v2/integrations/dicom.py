@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from .. import __version__
 from ..core import atomic_file, check_output, output_lock, require_extra, short_hash
 from ..data.scans import Header, Volume
 from ..inference.files import IMAGES, JobSettings, LabelledScan, PredictJob, colour, is_done, is_file_name, job_identity, label_job, label_names
-from ..inference.files import name_tables, write_job, write_tables
+from ..inference.files import WindowBar, name_tables, write_job, write_tables
 from ..inference.predictor import EnsembleMember, PredictSettings, Region, check_channels, load_ensemble, network_input
 from ..inference.summary import summarise_jobs
 from ..intake.dicom import Series, Slice, find_series, read_stack, stack_slices, to_ras
@@ -478,14 +478,21 @@ def write_results(job: PredictJob, results: Sequence[str], slices: Sequence[Slic
     return paths
 
 # %% ../../nbs/integrations/50_dicom.ipynb #label-series
-def label_series(job: PredictJob, chosen: Sequence[Series], members: Sequence[EnsembleMember], settings: JobSettings) -> bool:  # Whether it was made now
+def label_series(
+    job: PredictJob,
+    chosen: Sequence[Series],
+    members: Sequence[EnsembleMember],
+    settings: JobSettings,
+    progress: bool = False,  # Whether to show a bar
+) -> bool:  # Whether it was made now
     "The label map and the report of one scan, unless they are there"
     begin, region = time.perf_counter(), settings.region(job)
     key = job_identity(job, members, settings, region)
     if is_done(job, key, settings.overwrite):
         return False
     volume = network_input([read_dicom_scan(series) for series in chosen], region)
-    scan: LabelledScan = label_job(job, members, settings, volume, key, time.perf_counter() - begin)
+    with WindowBar({}, progress) as bar:
+        scan: LabelledScan = label_job(job, members, settings, volume, key, time.perf_counter() - begin, partial(bar.tell, job.name))
     scan.report["files"] = [{"series": series.uid, "modality": series.modality, "slices": len(series.paths)} for series in chosen]
     write_job(scan, settings.overwrite)
     return True
@@ -511,6 +518,7 @@ def label_dicom(
     roi: Region | None,
     probabilities: bool,
     overwrite: bool,
+    progress: bool,
 ) -> LabelledSeries:
     "`predict_dicom`, with all that is known of the label map"
     if unknown := [name for name in results if name not in RESULTS]:
@@ -528,7 +536,7 @@ def label_dicom(
     check_results(job, results, slices, overwrite)
     tables = name_tables(target, label_names(card), overwrite)
     with output_lock(target, beside=is_file_name(target)):
-        new = label_series(job, chosen, members, JobSettings(settings, roi, probabilities, overwrite))
+        new = label_series(job, chosen, members, JobSettings(settings, roi, probabilities, overwrite), progress)
         paths = write_results(job, results, slices, card, new)
         write_tables(tables)
     return LabelledSeries(job, chosen, card, [job.output, *paths])
@@ -550,9 +558,10 @@ def predict_dicom(
     roi: Region | None = None,  # As `predict_files` takes it
     probabilities: bool = False,  # Write them too
     overwrite: bool = False,  # Replace files that are there
+    progress: bool = False,  # Whether to show a bar
 ) -> list[Path]:  # The label map, then the DICOM results
     """Label a DICOM series on its own grid
 
     ValueError, before the network runs, if there are several series and none is chosen, a series that is incomplete or of another modality
     than the model's, headers without what results refer to, or files in the way."""
-    return label_dicom(models, folder, target, settings, series, results, roi, probabilities, overwrite).paths
+    return label_dicom(models, folder, target, settings, series, results, roi, probabilities, overwrite, progress).paths
