@@ -446,7 +446,7 @@ def finetune(options: argparse.Namespace) -> Answer:
     said = f"{options.out / 'model'}, {options.out / 'scores.csv'}{page}; next: mednextv2 predict -m {options.out / 'model'} ..."
     return Answer(said, model=options.out / "model", scores=options.out / "scores.csv", means=shown)
 
-
+# %% ../nbs/90_cli.ipynb #replay
 def replay(options: argparse.Namespace) -> Answer:
     "Repeat a training step that produced a NaN or an infinity"
     from mednext_v2.training.replay import read_bundle
