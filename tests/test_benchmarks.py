@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,19 @@ def test_a_step_that_does_not_fit_is_left_out_by_name(monkeypatch):
     monkeypatch.setattr(compare, "run_step", lambda script, part, *_: "failed: no such thing" if script == "block" else "")
     reasons = compare.run([("block", "mini", 1, 1), ("data", "speed", 1, 1000), ("metrics", "", 1, 1)], 60)
     assert reasons["block", "mini"] == "failed: no such thing" and "no time left" in reasons["data", "speed"] and len(reasons) == 2
+
+
+def test_a_step_that_fails_or_hangs_ends_with_its_children(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compare, "HERE", tmp_path)
+    (tmp_path / "fails.py").write_text("print('first', flush=True); raise ValueError('no such peer')")
+    assert compare.run_step("fails", "", 1, 60) == "failed: ValueError: no such peer" and "    first" in capsys.readouterr().err
+    words = "import os, subprocess, sys; assert os.environ['BENCH_SHORT'] == '1'; print(sys.argv[1], os.environ['BENCH_REPEATS'])"
+    (tmp_path / "runs.py").write_text(words)
+    assert compare.run_step("runs", "part", 3, 60) == "" and "    part 3" in capsys.readouterr().err
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(100)'])"
+    (tmp_path / "hangs.py").write_text(child)
+    begin = time.perf_counter()
+    assert compare.run_step("hangs", "", 1, 1) == "stopped after 1 s: no time left" and time.perf_counter() - begin < 20
 
 
 def test_strict_alone_sets_the_exit_code(monkeypatch, tmp_path, capsys):
