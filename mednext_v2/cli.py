@@ -446,7 +446,7 @@ def finetune(options: argparse.Namespace) -> Answer:
     said = f"{options.out / 'model'}, {options.out / 'scores.csv'}{page}; next: mednextv2 predict -m {options.out / 'model'} ..."
     return Answer(said, model=options.out / "model", scores=options.out / "scores.csv", means=shown)
 
-
+# %% ../nbs/90_cli.ipynb #replay
 def replay(options: argparse.Namespace) -> Answer:
     "Repeat a training step that produced a NaN or an infinity"
     from mednext_v2.training.replay import read_bundle
@@ -458,37 +458,17 @@ def replay(options: argparse.Namespace) -> Answer:
     return Answer(f"{about['reason']}\n{found}", reason=about["reason"], tensors=table)
 
 # %% ../nbs/90_cli.ipynb #predict
-def predict(options: argparse.Namespace) -> Answer:
-    "Label a scan or a folder of scans, each on its own grid; skip scans that already have a label map"
-    from mednext_v2.inference.predictor import PredictSettings
+def predict_scans(options: argparse.Namespace, models: list[Path], **how: Any) -> Answer:
+    "Label scans in files"
     from mednext_v2.inference.files import predict_files
-    from mednext_v2.integrations.dicom import is_dicom, predict_dicom
-    from mednext_v2.zoo.catalogue import find_fetched
-
-    roi = options.roi
-    if roi:
-        roi = roi[0] if len(roi) == 1 else [int(number) for number in roi]
-    chosen = PredictSettings(
-        tta=options.tta, fast=options.fast, folds=tuple(options.folds), head=options.head, device=options.device, memory=options.memory, half=options.half
-    )
-    models = [find_fetched(model, imported=True) for model in options.model]
-    results = [name for name in ("seg", "rtstruct") if getattr(options, f"dicom_{name}")]
-    progress = not (options.quiet or options.json)
-    if results or options.series or is_dicom(options.input):
-        if options.statistics or options.preview:
-            raise ValueError("--statistics and --preview are for scans in files, not yet for a folder of DICOM: leave them out")
-        written = predict_dicom(
-            models, options.input, options.output, chosen, options.series, results, roi or None, options.save_probabilities, options.overwrite, progress
-        )
-        return Answer(f"wrote {', '.join(map(str, written))}", files=list(map(str, written)))
     from mednext_v2.inference.summary import describe_statistics, summarise_predictions
 
     def summarise() -> "pd.DataFrame":
-        return summarise_predictions(models, options.input, options.output, options.statistics, options.preview)
+        return summarise_predictions(models, options.input, options.output, options.statistics, options.preview, options.head)
 
     wanted = options.statistics or options.preview
     try:
-        labelled = predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress)
+        labelled = predict_files(models, options.input, options.output, **how)
     except ItemsFailed as failed:
         if wanted and failed.results:  # The scans that are done get what was asked for
             print(describe_statistics(summarise()), file=sys.stderr)
@@ -499,6 +479,40 @@ def predict(options: argparse.Namespace) -> Answer:
     return Answer(f"{describe_statistics(table)}\nlabels are in {options.output}", labels=labelled, statistics=table)
 
 
+def predict_series(options: argparse.Namespace, models: list[Path], results: list[str], **how: Any) -> Answer:
+    "Label a series of a folder of DICOM"
+    from mednext_v2.inference.summary import describe_statistics
+    from mednext_v2.integrations.dicom import label_dicom, summarise_series
+
+    labelled = label_dicom(models, options.input, options.output, series=options.series, results=results, **how)
+    said, files = f"wrote {', '.join(map(str, labelled.paths))}", list(map(str, labelled.paths))
+    if not (options.statistics or options.preview):
+        return Answer(said, files=files)
+    table = summarise_series(labelled, options.statistics, options.preview)
+    return Answer(f"{describe_statistics(table)}\n{said}", files=files, statistics=table)
+
+
+def predict(options: argparse.Namespace) -> Answer:
+    "Label a scan or a folder of scans, each on its own grid; skip scans that already have a label map"
+    from mednext_v2.inference.predictor import PredictSettings
+    from mednext_v2.integrations.dicom import is_dicom
+    from mednext_v2.zoo.catalogue import find_fetched
+
+    roi = options.roi
+    if roi:
+        roi = roi[0] if len(roi) == 1 else [int(number) for number in roi]
+    chosen = {name: getattr(options, name) for name in ("tta", "fast", "head", "device", "memory", "half")}
+    settings = PredictSettings(folds=tuple(options.folds), **chosen)
+    how = dict(
+        settings=settings, roi=roi or None, probabilities=options.save_probabilities, overwrite=options.overwrite, progress=not (options.quiet or options.json)
+    )
+    models = [find_fetched(model, imported=True) for model in options.model]
+    results = [name for name in ("seg", "rtstruct") if getattr(options, f"dicom_{name}")]
+    if results or options.series or is_dicom(options.input):
+        return predict_series(options, models, results, **how)
+    return predict_scans(options, models, **how)
+
+# %% ../nbs/90_cli.ipynb #evaluate
 def evaluate(options: argparse.Namespace) -> Answer:
     "Score label maps against the ground truth"
     from mednext_v2.evaluation.metrics import conventions, description_folders, scored_dataset
@@ -872,16 +886,8 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--roi", nargs="+", metavar="ROI", help=roi)
     command.add_argument("--save-probabilities", action="store_true", help="also write the class probabilities")
     command.add_argument("--overwrite", action="store_true", help="segment scans again that already have a label map")
-    command.add_argument(
-        "--statistics",
-        action="store_true",
-        help="also write millilitres and mean intensity (of CT: HU) of each label, as CSV; for scans in files, not for a folder of DICOM",
-    )
-    command.add_argument(
-        "--preview",
-        action="store_true",
-        help="also write a picture of three slices beside each label map, as PNG; for scans in files, not for a folder of DICOM",
-    )
+    command.add_argument("--statistics", action="store_true", help="also write millilitres and mean intensity (of CT: HU) of each label, as CSV")
+    command.add_argument("--preview", action="store_true", help="also write a picture of three slices beside each label map, as PNG")
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
