@@ -434,7 +434,7 @@ def arch_for_data(
         try:
             planned, patch = smaller_patch(base, spacing, shape, planned, patch)
         except ValueError:
-            said = f"a patch of {patch} voxels, the smallest, takes {needed / 1e9:.2f} GB, and {memory / 1e9:.2f} GB are given"
+            said = f"a patch of {patch} voxels, the smallest, takes {needed / 1e9:.2f} GB, and memory is {memory:g} bytes (24e9 for 24 GB)"
             raise ValueError(f"{said}: take a smaller network, or a smaller batch") from None
     return planned, patch
 
