@@ -12,10 +12,10 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup repro verify rehearsal smoke lint test bench params export readme clean distclean
+.PHONY: help setup repro verify rehearsal smoke lint test bench bench-full params export readme clean distclean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 	@echo "  PROFILE=mini (default) | smoke | study | paper   chooses the profile of make repro"
 
 setup: $(READY) ## Install everything into .venv, with what tests and notebooks need (about three minutes, once)
@@ -57,8 +57,11 @@ lint: $(READY) ## Look for unused names, unsorted imports and unformatted cells 
 test: $(READY) ## Run every test and every chapter
 	@python -m pytest -n 2 $(PYTEST)
 
-bench: $(READY) ## Measure storage, data, training, blocks, scores and label maps beside their peers (over an hour)
-	@for part in storage data trainer block scaling tried metrics inference; do python benchmarks/$$part.py || exit 1; done
+bench: $(READY) ## Measure the ratios to the named peers anew and compare them with the committed ones (ten minutes; STRICT=1 fails on a regression)
+	@python benchmarks/compare.py $(if $(STRICT),--strict)
+
+bench-full: $(READY) ## Measure all that benchmarks/results holds anew, and write it there (over an hour)
+	@for part in storage data trainer block scaling tried metrics inference whole; do python benchmarks/$$part.py || exit 1; done
 
 params: $(PIPELINE) ## Compose params.yaml anew from conf/ (profile mini)
 	@python -m mednext_v2.stages params mini

@@ -13,15 +13,13 @@ needs two peaks, measured in the same process: a large product of matrices, and 
 
 import os
 import time
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from data import child, heading, measure_parts, row, run_script, spread
+from data import SHORT, child, heading, log, measure_parts, results_file, row, run_script, spread
 from nnunet_peer import peak_mib
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "block.json"
+RESULTS = results_file("block")
 REPEATS = int(os.environ.get("BENCH_REPEATS", 5))
 BASE, TINY = (3, 4, 8, 8, 8, 8, 8, 4, 3), (1,) * 9
 PARTS = {
@@ -39,6 +37,8 @@ SIDES = {
     "unet": "nnU-Net's plain U-Net",
     "resenc_l": "nnU-Net's ResEnc-L",
 }
+if SHORT:
+    SIDES = {side: SIDES[side] for side in ("monai", "fused", "v1_fused", "resenc_l")}
 
 
 def monai_network(case: dict):
@@ -201,8 +201,12 @@ CHILDREN = {"memory": child_memory, "time": child_time, "flops": child_flops, "p
 
 
 def measure(part: str) -> dict:
-    "All sides of a part"
-    found = {name: {side: child(name, __file__, side=side, part=part) for side in SIDES} for name in ("memory", "flops")}
+    "All sides of a part; a short run has no roofline"
+    found: dict = {}
+    for name in ("memory",) if SHORT else ("memory", "flops"):
+        log(f"{part}: {name}, one side at a time")
+        found[name] = {side: child(name, __file__, side=side, part=part) for side in SIDES}
+    log(f"{part}: times, {REPEATS + 1} rounds")
     return {"case": PARTS[part], "peaks": child("peaks", __file__), "seconds": child("time", __file__, part=part), **found}
 
 
@@ -251,8 +255,8 @@ def roofline(part: str, result: dict) -> str:
 
 def tables(results: dict) -> str:
     "All tables"
-    shown = [show(part, entry["result"]) for show in (table, roofline) for part, entry in results.items()]
-    return "\n\n".join([*shown, grn_table(results)])
+    shown = [show(part, entry["result"]) for show in ((table,) if SHORT else (table, roofline)) for part, entry in results.items()]
+    return "\n\n".join(shown if SHORT else [*shown, grn_table(results)])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -28,8 +29,16 @@ import numpy as np
 from nnunet_peer import peak_mib, request
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "data.json"
-REPEATS = 3
+SHORT = os.environ.get("BENCH_SHORT", "") not in ("", "0")  # What `make bench` compares: parts of a part, beside the committed results
+
+
+def results_file(name: str) -> Path:
+    "Where a script writes: a short run never over the committed results"
+    return (HERE.parent / "runs" / "bench" if SHORT else HERE / "results") / f"{name}.json"
+
+
+RESULTS = results_file("data")
+REPEATS = int(os.environ.get("BENCH_REPEATS", 3))
 MINI = ("abdomen_ct", "liver_lesion_ct", "head_bleed_ct", "brain_mr", "abdomen_mr", "brain_lesion_mr")
 # Tasks, spacing of the raw scans and of the prepared ones: the suite as the mini profile builds it, on the grid
 # of training already, and two tasks that must be resampled
@@ -162,6 +171,7 @@ def measure_parts(path: Path, order, measure, asked: list[str], table) -> None:
         results[part] = {"machine": known, "result": measure(part), "load_after": os.getloadavg()}
         log(f"{part}: {time.perf_counter() - begin:.0f} s")
         results = {name: results[name] for name in order if name in results}
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 
@@ -253,11 +263,11 @@ def spread(values: list[float]) -> dict:
 
 
 def speed(work: Path) -> dict:
-    "Cases per second of the mini raw data, ours and nnU-Net's, with one and two processes"
+    "Cases per second of the mini raw data, ours and nnU-Net's, with one and two processes; a short run leaves commands out"
     from mednext_v2.study.seeds import build_dataset
 
     results = {}
-    for grain, (_, spacing, _) in GRAINS.items():
+    for grain, (_, spacing, _) in list(GRAINS.items())[: 1 if SHORT else None]:
         place = work / grain.replace(" ", "_")
         for task in mini_tasks(grain):
             build_dataset(task.name, None, place / "raw", spacing=spacing, workers=2)
@@ -269,9 +279,13 @@ def speed(work: Path) -> dict:
         work_times = {"ours": [], "nnunet": []}
         detail = []
         for _ in range(REPEATS):
-            for workers in (1, 2):
+            for workers in (1,) if SHORT else (1, 2):
                 folders = {"raw": str(place / "raw"), "out": str(place / "out")}
                 ours = child("prepare", **folders, grain=grain, workers=workers)
+                if SHORT:
+                    shutil.rmtree(place / "out")
+                    work_times["ours"].append(ours["cases"] / ours["work_s"])
+                    continue
                 theirs = request(place, targets, workers, ("preprocess",))
                 times[f"ours {workers}"].append(ours["cases"] / ours["command_s"])
                 times[f"nnunet {workers}"].append(count / theirs["command_s"])
@@ -283,16 +297,15 @@ def speed(work: Path) -> dict:
                     work_times["ours"].append(ours["cases"] / ours["work_s"])
             alone = request(place, targets, 1, ("in process",))["cases"].values()
             work_times["nnunet"].append(count / sum(some["seconds"] for some in alone))
-        rates = {name: spread(values) for name, values in times.items()}
-        ratio = {w: rates[f"ours {w}"]["median"] / rates[f"nnunet {w}"]["median"] for w in (1, 2)}
+            log(f"{grain}, without start-up: {work_times['ours'][-1]:.1f} and {work_times['nnunet'][-1]:.1f} cases/s")
         warm = {side: spread(values) for side, values in work_times.items()}
         warm_ratio = warm["ours"]["median"] / warm["nnunet"]["median"]
-        results[grain] = {
-            "commands": {"cases_per_s": rates, "ratio": ratio},
-            "without_start": {"cases_per_s": warm, "ratio": warm_ratio},
-            "nnunet_cases": count,
-            "runs": detail,
-        }
+        results[grain] = {"without_start": {"cases_per_s": warm, "ratio": warm_ratio}, "nnunet_cases": count}
+        if SHORT:
+            continue
+        rates = {name: spread(values) for name, values in times.items()}
+        ratio = {w: rates[f"ours {w}"]["median"] / rates[f"nnunet {w}"]["median"] for w in (1, 2)}
+        results[grain] = {"commands": {"cases_per_s": rates, "ratio": ratio}, **results[grain], "runs": detail}
     return results
 
 
@@ -355,23 +368,32 @@ NAMES = ("nnunetv2", "batchgenerators", "numpy", "scipy", "scikit-image", "torch
 SCANS, STEP_S, BATCH = 18_000, 0.98, 2
 
 
-def machine() -> dict:
-    "What the numbers were taken on"
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = [line.split(":")[1].strip() for line in lines if "model name" in line]
+def versions_of(names: Iterable[str]) -> dict:
+    "Of those that are installed"
     found = {}
-    for name in NAMES:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             pass
+    return found
+
+
+def machine() -> dict:
+    "What the numbers were taken on"
+    from mednext_v2.study.arithmetic import cpu_facts, describe_processor
+
+    facts = cpu_facts()  # Family and model tell apart what virtual machines give one name
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "cpu": model[0] if model else platform.machine(),
+        "cpu": facts.get("model name", platform.machine()),
+        "family": facts.get("cpu family", ""),
+        "model": facts.get("model", ""),
+        "instructions": describe_processor()["instructions"],
         "cores": os.cpu_count(),
         "memory_gib": round(memory_gib, 1),
         "python": platform.python_version(),
-        "versions": found,
+        "versions": versions_of(NAMES),
         "load_before": os.getloadavg(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -393,7 +415,7 @@ def show(values: dict, digits: int = 2) -> str:
 def speed_table(result: dict) -> list[str]:
     lines = heading("mini raw data", "processes", "ours, cases/s", "nnU-Net, cases/s", "ratio")
     for grain, found in result.items():
-        for workers in ("1", "2"):
+        for workers in ("1", "2") if "commands" in found else ():
             rates = found["commands"]["cases_per_s"]
             ratio = found["commands"]["ratio"][workers]
             ours, theirs = rates[f"ours {workers}"], rates[f"nnunet {workers}"]
@@ -511,7 +533,7 @@ def main(parts: list[str]) -> None:
             about, begin = machine(), time.perf_counter()
             results[name] = {"machine": about, "result": PARTS[name](Path(work))}
             log(f"{name}: {time.perf_counter() - begin:.0f} s")
-        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     # As read from the file: whole numbers as keys are text there
     print(tables(json.loads(RESULTS.read_text())))

@@ -1,7 +1,7 @@
 """From a prepared scan to labels on its own grid: this project, nnU-Net 2.8's predictor, MONAI's inferer.
 
     python benchmarks/inference.py            # all of it
-    python benchmarks/inference.py many       # a part: some (60 classes), many (167 classes), large (512 x 512 x 400)
+    python benchmarks/inference.py many       # a part: few (8 classes), some (60), many (167), large (167 on 512 x 512 x 400)
     python benchmarks/inference.py table      # the tables, from benchmarks/results/inference.json
 
 The same network, windows and overlap, and the same image, on one thread of the CPU. Each side takes a network's
@@ -17,21 +17,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
-from data import heading, log, machine, row, show, spread
+from data import heading, log, machine, results_file, row, show, spread
 from nnunet_peer import peak_mib
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "inference.json"
+RESULTS = results_file("inference")
 REPEATS = int(os.environ.get("BENCH_REPEATS", 3))
 SHRINK = float(os.environ.get("BENCH_SHRINK", 1))
 SIZE = {
     # Classes, network's grid, scan's grid, patch
+    "few": (8, (96, 96, 80), (144, 144, 128), (64, 64, 64)),
     "some": (60, (128, 128, 112), (192, 192, 168), (64, 64, 64)),
     "many": (167, (128, 128, 112), (192, 192, 168), (64, 64, 64)),
     "large": (167, (512, 512, 400), (512, 512, 400), (128, 128, 128)),
@@ -142,7 +143,7 @@ def large(work: Path) -> dict:
     return {"size": sized("large"), "measured": found, "logits_gb": 4e-9 * SIZE["large"][0] * float(np.prod(sized("large")[1]))}
 
 
-PARTS = {"some": lambda work: compare("some", work), "many": lambda work: compare("many", work), "large": large}
+PARTS = {part: partial(compare, part) for part in ("few", "some", "many")} | {"large": large}
 
 
 # ---------------------------------------------------------------- tables
@@ -162,7 +163,7 @@ def side_by_side(results: dict) -> list[str]:
 
 def tables(results: dict) -> str:
     known = {name: entry["result"] for name, entry in results.items()}
-    lines = side_by_side([known[name] for name in ("some", "many") if name in known])
+    lines = side_by_side([known[name] for name in ("few", "some", "many") if name in known])
     if "large" in known:
         found = known["large"]
         classes, grid, *_ = found["size"]
@@ -180,9 +181,10 @@ def main(parts: list[str]) -> None:
         with tempfile.TemporaryDirectory(prefix="bench_inference_") as work:
             known, begin = machine(), time.perf_counter()
             results[name] = {"machine": known, "shrink": SHRINK, "result": PARTS[name](Path(work)), "load_after": os.getloadavg()}
+            results = {part: results[part] for part in PARTS if part in results}
             log(f"{name}: {time.perf_counter() - begin:.0f} s")
         if SHRINK == 1:
-            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(tables(results))
 

@@ -13,9 +13,7 @@ edge), on the committed seed labels against displaced copies of themselves.
 """
 
 import argparse
-import importlib.metadata
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from data import SHORT, machine, results_file, versions_of
 from mednext_v2.core import root, write_json
 from mednext_v2.data.datasets import Dataset
 from mednext_v2.data.scans import read_scan
@@ -30,6 +29,7 @@ from mednext_v2.evaluation.metrics import dice, score_case, surface_dice
 
 SPACING = (1.0, 1.0, 1.5)
 TOLERANCE = 1.0
+VERSIONS = ("numpy", "scipy", "monai", "surface-distance", "nnunetv2")
 
 
 # ---- Contents
@@ -156,9 +156,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=int(os.environ.get("BENCH_REPEATS", 3)))
     parser.add_argument("--shape", type=int, nargs=3, default=(256, 256, 220))
-    parser.add_argument("--out", type=Path, default=root() / "benchmarks/results/metrics.json")
+    parser.add_argument("--out", type=Path, default=results_file("metrics"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     shape, classes, rounds = ((96, 96, 80), 20, 1) if options.quick else (tuple(options.shape), 60, options.rounds)
@@ -179,8 +179,7 @@ def main() -> None:
     first, *others = METHODS
     worst = [max(abs(np.subtract(values[first][0], values[name][0]))) for name in others[:2]]
     ratios = {name: statistics.median(seconds[name]) / statistics.median(seconds[first]) for name in others}
-    distances = difference()
-    off = np.array([row["nsd_area"] - row["nsd_voxels"] for row in distances])
+    distances = [] if SHORT else difference()
     result = {
         "about": __doc__,
         "shape": shape,
@@ -188,17 +187,15 @@ def main() -> None:
         "core_seconds": seconds,
         "times_as_long": ratios,
         "largest_nsd_difference": dict(zip(others, map(float, worst))),
-        "difference": {"rows": distances, "mean": float(off.mean()), "mean_absolute": float(abs(off).mean()), "largest": float(abs(off).max())},
-        "machine": {
-            "cores": os.cpu_count(),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-            "load": loads,
-            "versions": {name: importlib.metadata.version(name) for name in ("numpy", "scipy", "monai", "surface-distance", "nnunetv2")},
-        },
+        "machine": machine() | {"load": loads, "versions": versions_of(VERSIONS)},
     }
     print({key: result[key] for key in ("times_as_long", "largest_nsd_difference")})
-    print({key: value for key, value in result["difference"].items() if key != "rows"})
+    if distances:
+        off = np.array([row["nsd_area"] - row["nsd_voxels"] for row in distances])
+        found = {"mean": float(off.mean()), "mean_absolute": float(abs(off).mean()), "largest": float(abs(off).max())}
+        result["difference"] = {"rows": distances, **found}
+        print(found)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, result)
 
 

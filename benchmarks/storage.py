@@ -14,7 +14,7 @@ them. Each method uses one thread. Patches lie at the same random places for all
 
 import argparse
 import ctypes
-import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+import data
 from mednext_v2.core import root, write_json
 from mednext_v2.data.storage import open_array, open_handle, write_array
 
@@ -190,6 +191,7 @@ METHODS = {
     "storage 32": Ours(32),
     "storage 64": Ours(64),
 }
+SHORT_METHODS = {("nibabel gz", "int16"), ("blosc2 as nnU-Net", "float32"), ("npy mapped", "float16"), ("zarr zstd 32", "float16"), ("storage 32", "float16")}
 
 
 # ---- Measuring
@@ -342,49 +344,46 @@ def requests(array: np.ndarray, folder: Path) -> list[dict]:
 
 
 def machine() -> dict:
-    processor = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()
-    )
     names = "numpy nibabel zarr zarrs numcodecs blosc2 google-crc32c fsspec s3fs moto nnunetv2".split()
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "load_average": os.getloadavg(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-    }
+    return data.machine() | {"system": platform.platform(), "versions": data.versions_of(names)}
 
 
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=root() / "benchmarks/results/storage.json")
+    parser.add_argument("--out", type=Path, default=data.results_file("storage"))
     options = parser.parse_args()
+    if not data.SHORT and not importlib.util.find_spec("zarrs"):
+        raise SystemExit("storage.py measures Zarr's decoder in Rust as well: pip install --no-deps zarrs==0.2.3")
     folder = Path(tempfile.mkdtemp(prefix="storage-"))
-    begin, rows = machine(), []
+    begin, rows, fetched = machine(), [], []
     try:
-        for seed in ["ctA"] if options.quick else ["ctA", "ctH"]:
+        for seed in ["ctA"] if options.quick or data.SHORT else ["ctA", "ctH"]:
             arrays = contents(seed)
             for name, array in arrays.items():
                 if seed == "ctH" and name == "float32":
                     continue
                 # NIfTI has no float16, and int16 is what a raw scan is
                 methods = [m for m in METHODS if (m == "nibabel gz" or name != "int16") and (m != "nibabel gz" or name != "float16")]
-                rounds, patches = (1, 4) if options.quick else (5, 9)
+                if data.SHORT:
+                    methods = [m for m in methods if (m, name) in SHORT_METHODS]
+                if not methods:
+                    continue
+                rounds, patches = (1, 4) if options.quick else (int(os.environ.get("BENCH_REPEATS", 5)), 9)
                 found = measure(name, array, folder, rounds, patches, methods)
                 rows += [{"volume": seed, **row} for row in found]
                 print(seed, name, "done", flush=True)
                 for path in folder.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if seed == "ctA":
+            if seed == "ctA" and not data.SHORT:
                 METHODS["zarr zstd 32"].write(folder / "s3.zarr", arrays["float16"])
                 METHODS["storage 32"].write(folder / "storage.b2nd", arrays["float16"])
                 METHODS["blosc2 as nnU-Net"].write(folder / "nnunet.b2nd", arrays["float16"])
                 fetched = requests(arrays["float16"], folder)
     finally:
         shutil.rmtree(folder)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, {"about": __doc__, "machine": begin, "shape": [1, *SIZE], "rows": rows, "s3": fetched})
 
 

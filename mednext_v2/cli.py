@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -32,29 +33,66 @@ class Answer(str):
     "What a command prints, with the same as values for `--json`"
 
     code: int  # Of the process
-    values: dict[str, object]
+    values: dict[str, Any]
 
-    def __new__(cls, text: str = "", code: int = 0, **values: object) -> "Answer":
+    def __new__(cls, text: str = "", code: int = 0, **values: Any) -> "Answer":
         made = super().__new__(cls, text)
         made.code, made.values = code, values
         return made
 
 
-def as_json_line(command: str, answer: str | None) -> str:
-    "One JSON object: the command, and its values or, if it has none, its text"
-    values = getattr(answer, "values", {}) or {"message": str(answer or "")}
-    plain = {name: parse_json(value.to_json(orient="records"), name, list) if hasattr(value, "to_json") else value for name, value in values.items()}
-    return json.dumps({"command": command, **plain}, default=str)
+def measure_path(path: Path) -> dict[str, int]:
+    "Files and bytes at a path"
+    files = [file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+    return {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+
+
+def as_json_line(command: str, answer: Answer, warned: list[str]) -> str:
+    "One JSON object: the command, its values, the sizes of the paths among them, and its warnings"
+    plain = {name: parse_json(value.to_json(orient="records"), name, list) if hasattr(value, "to_json") else value for name, value in answer.values.items()}
+    sizes = {name: measure_path(value) for name, value in plain.items() if isinstance(value, Path) and value.exists()}
+    return json.dumps({"command": command, **plain, "sizes": sizes, "warnings": warned}, default=str)
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    "Leave standard output to the answer; also what other processes and libraries in C print goes to standard error"
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
+def record_warnings() -> Iterator[list[str]]:
+    "The warnings from now on; they are shown as before"
+    show, warned = warnings.showwarning, []
+
+    def keep(message: Warning | str, *about: Any, **more: Any) -> None:
+        warned.append(str(message))
+        show(message, *about, **more)
+
+    warnings.showwarning = keep
+    try:
+        yield warned
+    finally:
+        warnings.showwarning = show
 
 # %% ../nbs/90_cli.ipynb #info
-def info(options: argparse.Namespace) -> str:
+def info(options: argparse.Namespace) -> Answer:
     "Describe a file or a folder of weights, or what networks cost"
     given = [option for option in ("patch", "batch_size", "precision") if getattr(options, option) is not None]
     if options.what and Path(options.what).exists():
         refuse_ignored(given, options.what, "is a file or a folder of weights")
-        from mednext_v2.zoo.importers import describe
+        from mednext_v2.zoo.importers import describe_checkpoint, open_checkpoint
 
-        return describe(options.what, **checkpoint_options(options))
+        checkpoint = open_checkpoint(options.what, **checkpoint_options(options))
+        return Answer(describe_checkpoint(checkpoint), **{name: value for name, value in vars(checkpoint).items() if name != "state"})
     import pandas as pd
 
     from mednext_v2.factory import list_models
@@ -93,7 +131,7 @@ def checkpoint_options(options: argparse.Namespace) -> dict:
     return dict(trust=options.trust, fold=options.fold, prefix=options.prefix, grn=options.grn, key=options.key)
 
 # %% ../nbs/90_cli.ipynb #weights-commands
-def import_weights(options: argparse.Namespace) -> str:
+def import_weights(options: argparse.Namespace) -> Answer:
     "Turn a checkpoint of another program into a model folder; print what became of each tensor that is not simply loaded"
     from mednext_v2.zoo.importers import import_model
     from mednext_v2.zoo.catalogue import weights_source
@@ -105,21 +143,29 @@ def import_weights(options: argparse.Namespace) -> str:
     source = weights_source(options.checkpoint)
     facts = {"licence": source.licence, "provenance": source.provenance} | facts
     card, report = import_model(options.checkpoint, options.out, facts, allow=options.allow, **checkpoint_options(options))
-    return f"{report}\n{options.out} holds {card.backbone}, {len(card.labels)} classes, sha256 {card.sha256[:12]}"
+    said = f"{report}\n{options.out} holds {card.backbone}, {len(card.labels)} classes, sha256 {card.sha256[:12]}"
+    tensors: dict[str, Any] = dict(
+        parameters=sum(prod(own) for own, _ in report.shapes.values() if own is not None), unused=report.skipped, unset=report.missing
+    )
+    named = ("backbone", "overrides", "in_channels", "labels", "spacing", "patch", "licence", "provenance", "sha256")
+    return Answer(said, model=options.out, **tensors, **{name: getattr(card, name) for name in named})
 
 
-def push(options: argparse.Namespace) -> str:
+def push(options: argparse.Namespace) -> Answer:
     "Publish a model folder on the Hugging Face Hub, or show what would be published"
-    from mednext_v2.integrations.hub import model_files, push_to_hub
+    from mednext_v2.integrations.hub import model_files, publish
 
     if options.show:
         files = model_files(options.model, options.repo, options.licence)
-        return f"{cast(bytes, files['README.md']).decode()}\nwith {', '.join(name for name in files if name != 'README.md')}; nothing was sent"
-    address = push_to_hub(options.model, options.repo, options.licence, options.private)
-    return f"published at {address}; next, on any machine: mednextv2 predict -m {options.repo} -i scan.nii.gz -o labels.nii.gz"
+        page = cast(bytes, files["README.md"]).decode()
+        said = f"{page}\nwith {', '.join(name for name in files if name != 'README.md')}; nothing was sent"
+        return Answer(said, sent=False, repository=options.repo, files=list(files), page=page)
+    sent = publish(options.model, options.repo, options.licence, options.private)
+    said = f"published at {sent.address}; next, on any machine: mednextv2 predict -m {options.repo} -i scan.nii.gz -o labels.nii.gz"
+    return Answer(said, sent=True, repository=options.repo, files=sent.files, address=sent.address, commit=sent.commit)
 
 
-def zoo_list(options: argparse.Namespace) -> str:
+def zoo_list(options: argparse.Namespace) -> Answer:
     "List the public models that are known by name"
     from mednext_v2.zoo.catalogue import zoo_table
 
@@ -127,26 +173,24 @@ def zoo_list(options: argparse.Namespace) -> str:
     return Answer((table if options.long else table.drop(columns=["where", "source"])).to_string(index=False), models=table)
 
 
-def zoo_fetch(options: argparse.Namespace) -> str:
+def zoo_fetch(options: argparse.Namespace) -> Answer:
     "Download a public model, check it and unpack it"
-    from mednext_v2.zoo.catalogue import fetch
+    from mednext_v2.zoo.catalogue import fetch, weights_source
 
     folder = fetch(options.name, options.cache, options.accept_licence, not options.quiet, options.given, options.zoo)
-    return f"{folder}\nnext: mednextv2 info {folder}"
+    return Answer(f"{folder}\nnext: mednextv2 info {folder}", name=options.name, folder=folder, **weights_source(folder)._asdict())
 
 
-def zoo_verify(options: argparse.Namespace) -> str:
+def zoo_verify(options: argparse.Namespace) -> Answer:
     "Compare fetched models with what was recorded; exit code 1 if anything differs"
     from mednext_v2.zoo.catalogue import verify
 
     table = verify(options.name, options.cache, options.zoo)
-    print(table.to_string(index=False) if len(table) else "nothing has been fetched yet")
-    if len(table) and (table.state != "ok").any():
-        raise SystemExit(1)
-    return ""
+    code = int(len(table) > 0 and (table.state != "ok").any())
+    return Answer(table.to_string(index=False) if len(table) else "nothing has been fetched yet", code, models=table)
 
 # %% ../nbs/90_cli.ipynb #datasets
-def datasets(options: argparse.Namespace) -> str:
+def datasets(options: argparse.Namespace) -> Answer:
     "List the registered data sets, or show one in full"
     import pandas as pd
 
@@ -157,7 +201,7 @@ def datasets(options: argparse.Namespace) -> str:
         named, group_of = {**dataset.labels, **dataset.regions}, cast(dict[str, str], dataset.groups)  # One group for all is a dictionary by now
         labels = "\n".join(f"  {named[label]!s:>4}  {label} ({group_of[label]})" for label in named)
         facts = {name: value for name, value in vars(dataset).items() if name not in ("labels", "groups", "regions") and value}
-        return "\n".join(f"{name}: {value}" for name, value in facts.items()) + f"\nlabels:\n{labels}"
+        return Answer("\n".join(f"{name}: {value}" for name, value in facts.items()) + f"\nlabels:\n{labels}", dataset=vars(dataset))
     rows = [
         {
             "name": dataset.name,
@@ -187,13 +231,15 @@ def parse_pair(
         return name, value
 
 
-def count_splits(table: "pd.DataFrame") -> str:
-    "The number of cases in each split of a table of cases"
-    return ", ".join(f"{number} {split}" for split, number in table["split"].value_counts(sort=False).items())
+def describe_cases(said: str, table: "pd.DataFrame", then: str = "", **values: Any) -> Answer:
+    "The answer of a command that wrote a data set, with the number of cases in each split of its table"
+    splits = {str(split): int(number) for split, number in table["split"].value_counts(sort=False).items()}
+    return Answer(f"{said}: {', '.join(f'{number} {split}' for split, number in splits.items())}{then}", **values, cases=len(table), splits=splits)
 
 # %% ../nbs/90_cli.ipynb #convert
-def convert(options: argparse.Namespace) -> str:
+def convert(options: argparse.Namespace) -> Answer:
     "Convert a published data set into nnU-Net's raw layout"
+    from mednext_v2.intake.convert import choose_converter
     from mednext_v2.intake.convert import convert as convert_dataset
 
     table = convert_dataset(
@@ -207,10 +253,13 @@ def convert(options: argparse.Namespace) -> str:
         tolerance=options.tolerance,
         **dict(parse_pair(pair) for pair in options.option),
     )
-    return f"{options.out} holds {options.dataset}: {count_splits(table)}; next: mednextv2 doctor --data {options.out}"
+    _, dataset = choose_converter(options.dataset, options.source, options.registry)
+    notes = {row.case: row.warnings for row in table.fillna("").itertuples() if row.warnings}
+    values = dict(dataset=options.dataset, folder=options.out / dataset.folder, skipped=options.skip, notes=notes)
+    return describe_cases(f"{options.out} holds {options.dataset}", table, f"; next: mednextv2 doctor --data {options.out}", **values)
 
 # %% ../nbs/90_cli.ipynb #doctor
-def doctor(options: argparse.Namespace) -> str:
+def doctor(options: argparse.Namespace) -> Answer:
     "Report what is wrong with raw data; exit code 1 if anything is"
     from mednext_v2.core import check_table, write_csv
     from mednext_v2.intake.check import check_raw_dataset, check_target, fix_raw_dataset
@@ -223,9 +272,12 @@ def doctor(options: argparse.Namespace) -> str:
     if options.csv:
         write_csv(options.csv, report.table)
     print(report.text())
+    values: dict[str, Any] = dict(clean=report.clean, verdict=report.verdict, cases=report.cases, findings=report.table, notes=report.notes)
     if options.fix:
-        print(fix_raw_dataset(options.data, options.fix, options.workers, report=None if options.quick else report).text())
-    return Answer(code=0 if report.clean else 1, clean=report.clean, verdict=report.verdict, findings=report.table)
+        fixed = fix_raw_dataset(options.data, options.fix, options.workers, report=None if options.quick else report)
+        print(fixed.text())
+        values |= dict(copy=options.fix, actions=fixed.table)
+    return Answer(code=0 if report.clean else 1, **values)
 
 # %% ../nbs/90_cli.ipynb #prepare
 @contextmanager
@@ -238,7 +290,7 @@ def use_cluster(address: str) -> Iterator[None]:
         yield
 
 
-def prepare(options: argparse.Namespace) -> str:
+def prepare(options: argparse.Namespace) -> Answer:
     "Prepare a raw data set for training"
     from contextlib import nullcontext
 
@@ -250,7 +302,8 @@ def prepare(options: argparse.Namespace) -> str:
         dataset = replace(dataset, spacing=tuple(options.spacing))
     with use_cluster(options.dask) if options.dask else nullcontext():
         manifest = prepare_dataset(dataset, options.data.parent, options.out, options.workers, progress=True)
-    return f"{options.out} holds {dataset.name} at {dataset.spacing} mm: {count_splits(manifest)}"
+    values: dict[str, Any] = dict(dataset=dataset.name, folder=options.out, spacing=dataset.spacing, channels=dataset.channels, labels=dataset.labels)
+    return describe_cases(f"{options.out} holds {dataset.name} at {dataset.spacing} mm", manifest, **values)
 
 # %% ../nbs/90_cli.ipynb #start-from-options
 def start_from_options(options: argparse.Namespace) -> "Start":
@@ -289,13 +342,13 @@ def forecast_training(options: argparse.Namespace, recipe: "Recipe", overrides: 
     return forecast_cost(data, options.backbone, recipe, overrides, options.parent, options.device, options.processes)
 
 
-def exit_ended(ended: "RunEnded") -> NoReturn:
-    "Print one line, and exit with the code that says how a training ended"
+def answer_ended(ended: "RunEnded") -> Answer:
+    "One line, and the code that says how a training ended"
     print(f"mednextv2: {ended}", file=sys.stderr)
-    raise SystemExit(ended.code) from None
+    return Answer(code=ended.code, error=str(ended))
 
 
-def train(options: argparse.Namespace) -> str:
+def train(options: argparse.Namespace) -> Answer:
     "Train a network on prepared data"
     from mednext_v2.training.launch import RunEnded
     from mednext_v2.training.run import TrainSettings, pictures_by_default, train_in_processes
@@ -336,8 +389,8 @@ def train(options: argparse.Namespace) -> str:
         )
         train_in_processes(settings, resources_from_options(options), Display(pictures=pictures_by_default()), options.resume)
     except RunEnded as ended:
-        exit_ended(ended)
-    return Answer(f"wrote {options.out}", model=options.out)
+        return answer_ended(ended)
+    return Answer(f"wrote {options.out}", model=options.out, run=Path(settings.folder))
 
 # %% ../nbs/90_cli.ipynb #finetune
 def confirm_duration(text: str) -> bool:
@@ -347,7 +400,7 @@ def confirm_duration(text: str) -> bool:
     return input(f"This takes about {text}. Start? [y/N] ").strip().lower() in ("y", "yes")
 
 
-def finetune(options: argparse.Namespace) -> str:
+def finetune(options: argparse.Namespace) -> Answer:
     "Go from a raw data set to a model folder and its scores"
     import shlex
 
@@ -386,54 +439,36 @@ def finetune(options: argparse.Namespace) -> str:
             ),
         )
     except RunEnded as ended:
-        exit_ended(ended)
+        return answer_ended(ended)
     shown = means(table, ["split", "label"], ["dsc", "nsd", "hd95"], order=("case",))
     print(shown.to_string(index=False, float_format="{:.3f}".format), flush=True)
     page = f", {review_scores(options.out)}" if options.html else ""
     said = f"{options.out / 'model'}, {options.out / 'scores.csv'}{page}; next: mednextv2 predict -m {options.out / 'model'} ..."
     return Answer(said, model=options.out / "model", scores=options.out / "scores.csv", means=shown)
 
-
-def replay(options: argparse.Namespace) -> str:
+# %% ../nbs/90_cli.ipynb #replay
+def replay(options: argparse.Namespace) -> Answer:
     "Repeat a training step that produced a NaN or an infinity"
     from mednext_v2.training.replay import read_bundle
     from mednext_v2.training.replay import replay as replay_bundle
 
     about, _ = read_bundle(options.bundle)
     table = replay_bundle(options.bundle, options.device)
-    return f"{about['reason']}\n" + (table.to_string(index=False) if len(table) else "all numbers are finite this time")
+    found = table.to_string(index=False) if len(table) else "all numbers are finite this time"
+    return Answer(f"{about['reason']}\n{found}", reason=about["reason"], tensors=table)
 
 # %% ../nbs/90_cli.ipynb #predict
-def predict(options: argparse.Namespace) -> str:
-    "Label a scan or a folder of scans, each on its own grid; skip scans that already have a label map"
-    from mednext_v2.inference.predictor import PredictSettings
+def predict_scans(options: argparse.Namespace, models: list[Path], **how: Any) -> Answer:
+    "Label scans in files"
     from mednext_v2.inference.files import predict_files
-    from mednext_v2.integrations.dicom import is_dicom, predict_dicom
-    from mednext_v2.zoo.catalogue import find_fetched
-
-    roi = options.roi
-    if roi:
-        roi = roi[0] if len(roi) == 1 else [int(number) for number in roi]
-    chosen = PredictSettings(
-        tta=options.tta, fast=options.fast, folds=tuple(options.folds), head=options.head, device=options.device, memory=options.memory, half=options.half
-    )
-    models = [find_fetched(model, imported=True) for model in options.model]
-    results = [name for name in ("seg", "rtstruct") if getattr(options, f"dicom_{name}")]
-    if results or options.series or is_dicom(options.input):
-        if options.statistics or options.preview:
-            raise ValueError("--statistics and --preview are for scans in files, not yet for a folder of DICOM: leave them out")
-        written = predict_dicom(
-            models, options.input, options.output, chosen, options.series, results, roi or None, options.save_probabilities, options.overwrite
-        )
-        return Answer(f"wrote {', '.join(map(str, written))}", files=list(map(str, written)))
     from mednext_v2.inference.summary import describe_statistics, summarise_predictions
 
     def summarise() -> "pd.DataFrame":
-        return summarise_predictions(models, options.input, options.output, options.statistics, options.preview)
+        return summarise_predictions(models, options.input, options.output, options.statistics, options.preview, options.head)
 
     wanted = options.statistics or options.preview
     try:
-        labelled = predict_files(models, options.input, options.output, chosen, roi or None, options.save_probabilities, options.overwrite, progress=True)
+        labelled = predict_files(models, options.input, options.output, **how)
     except ItemsFailed as failed:
         if wanted and failed.results:  # The scans that are done get what was asked for
             print(describe_statistics(summarise()), file=sys.stderr)
@@ -444,7 +479,41 @@ def predict(options: argparse.Namespace) -> str:
     return Answer(f"{describe_statistics(table)}\nlabels are in {options.output}", labels=labelled, statistics=table)
 
 
-def evaluate(options: argparse.Namespace) -> str:
+def predict_series(options: argparse.Namespace, models: list[Path], results: list[str], **how: Any) -> Answer:
+    "Label a series of a folder of DICOM"
+    from mednext_v2.inference.summary import describe_statistics
+    from mednext_v2.integrations.dicom import label_dicom, summarise_series
+
+    labelled = label_dicom(models, options.input, options.output, series=options.series, results=results, **how)
+    said, files = f"wrote {', '.join(map(str, labelled.paths))}", list(map(str, labelled.paths))
+    if not (options.statistics or options.preview):
+        return Answer(said, files=files)
+    table = summarise_series(labelled, options.statistics, options.preview)
+    return Answer(f"{describe_statistics(table)}\n{said}", files=files, statistics=table)
+
+
+def predict(options: argparse.Namespace) -> Answer:
+    "Label a scan or a folder of scans, each on its own grid; skip scans that already have a label map"
+    from mednext_v2.inference.predictor import PredictSettings
+    from mednext_v2.integrations.dicom import is_dicom
+    from mednext_v2.zoo.catalogue import find_fetched
+
+    roi = options.roi
+    if roi:
+        roi = roi[0] if len(roi) == 1 else [int(number) for number in roi]
+    chosen = {name: getattr(options, name) for name in ("tta", "fast", "head", "device", "memory", "half")}
+    settings = PredictSettings(folds=tuple(options.folds), **chosen)
+    how = dict(
+        settings=settings, roi=roi or None, probabilities=options.save_probabilities, overwrite=options.overwrite, progress=not (options.quiet or options.json)
+    )
+    models = [find_fetched(model, imported=True) for model in options.model]
+    results = [name for name in ("seg", "rtstruct") if getattr(options, f"dicom_{name}")]
+    if results or options.series or is_dicom(options.input):
+        return predict_series(options, models, results, **how)
+    return predict_scans(options, models, **how)
+
+# %% ../nbs/90_cli.ipynb #evaluate
+def evaluate(options: argparse.Namespace) -> Answer:
     "Score label maps against the ground truth"
     from mednext_v2.evaluation.metrics import conventions, description_folders, scored_dataset
     from mednext_v2.evaluation.metrics import evaluate as score
@@ -476,7 +545,7 @@ def evaluate(options: argparse.Namespace) -> str:
     return Answer(said, out=out, means=shown)
 
 # %% ../nbs/90_cli.ipynb #nnunet-commands
-def nnunet_plan(options: argparse.Namespace) -> str:
+def nnunet_plan(options: argparse.Namespace) -> Answer:
     "Write plans of nnU-Net that name a MedNeXt-v2"
     from mednext_v2.integrations.nnunet import plan_nnunet
     from mednext_v2.zoo.catalogue import find_fetched
@@ -504,7 +573,7 @@ def nnunet_plan(options: argparse.Namespace) -> str:
     return Answer(said, path=path, **values["3d_fullres"], configurations=values)
 
 
-def nnunet_trainers(options: argparse.Namespace) -> str:
+def nnunet_trainers(options: argparse.Namespace) -> Answer:
     "Print the folder where nnU-Net finds the trainers"
     from mednext_v2.integrations.nnunet import trainers_folder
 
@@ -512,7 +581,7 @@ def nnunet_trainers(options: argparse.Namespace) -> str:
     return Answer(str(folder), folder=folder)
 
 # %% ../nbs/90_cli.ipynb #export
-def export(options: argparse.Namespace) -> str:
+def export(options: argparse.Namespace) -> Answer:
     "Write a network as ONNX or as PyTorch's exported program, with all that surrounds it"
     from mednext_v2.integrations.export import export_model
     from mednext_v2.zoo.catalogue import find_fetched
@@ -521,19 +590,23 @@ def export(options: argparse.Namespace) -> str:
     sides = " ".join(f"{word.replace('_', ' ')} {'x'.join(map(str, numbers))}" for word, numbers in described["sides"].items())
     apart = max(described["differences"].values())
     run = f"; next: python {options.out / 'predict.py'} scan.nii.gz labels.nii.gz" if options.format == "onnx" else ""
-    return f"{options.out / described['file']['name']}: sides {sides}, differs by at most {apart:.0e} of the largest logit{run}"
+    file = options.out / described["file"]["name"]
+    said = f"{file}: sides {sides}, differs by at most {apart:.0e} of the largest logit{run}"
+    facts = {name: described[name] for name in ("sides", "channels", "outputs", "labels", "regions", "spacing", "patch", "differences")}
+    return Answer(said, folder=options.out, file=file, format=options.format, input=described["file"]["input"], output=described["file"]["output"], **facts)
 
 
-def bundle(options: argparse.Namespace) -> str:
+def bundle(options: argparse.Namespace) -> Answer:
     "Write a model as a bundle of MONAI"
     from mednext_v2.integrations.bundle import write_bundle
     from mednext_v2.zoo.catalogue import find_fetched
 
     folder = write_bundle(find_fetched(options.model, imported=True), options.out, options.head)
-    return f"{folder}: how to run its configurations is in {folder / 'docs/README.md'}"
+    configs = {path.stem: path for path in sorted((folder / "configs").glob("*.json"))}
+    return Answer(f"{folder}: how to run its configurations is in {folder / 'docs/README.md'}", folder=folder, configs=list(configs))
 
 # %% ../nbs/90_cli.ipynb #pipeline-commands
-def plan(options: argparse.Namespace) -> str:
+def plan(options: argparse.Namespace) -> Answer:
     "Forecast a profile: runs, memory, storage, and A100 hours extrapolated from a published training"
     require_extra("pipeline", "the plan of a profile")
     from mednext_v2.report.forecast import forecast_summary, forecast_table
@@ -543,7 +616,7 @@ def plan(options: argparse.Namespace) -> str:
     return Answer(shown.to_string(index=False, float_format="{:.1f}".format, na_rep="not available"), plan=shown)
 
 
-def results(options: argparse.Namespace) -> str:
+def results(options: argparse.Namespace) -> Answer:
     "Show rows or means of a result table; of rows that were asked for also what made them"
     from mednext_v2.report.provenance import describe_provenance
     from mednext_v2.report.tables import find_rows, read_table, summary
@@ -556,7 +629,7 @@ def results(options: argparse.Namespace) -> str:
             raise ValueError(f"--by needs the table scores or ablations, not {options.table}: leave it out")
         table = summary(table, by)
     if options.csv:
-        return table.to_csv(index=False).rstrip("\n")
+        return Answer(table.to_csv(index=False).rstrip("\n"), rows=table)
     shown = table.to_string(index=False, float_format="{:.4g}".format, na_rep="not available")
     path = StudyPaths(options.profile).results / f"{options.table}.csv"
     return Answer(f"{shown}\n\n{describe_provenance(path, options.profile)}" if options.where else shown, rows=table)
@@ -813,19 +886,12 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--roi", nargs="+", metavar="ROI", help=roi)
     command.add_argument("--save-probabilities", action="store_true", help="also write the class probabilities")
     command.add_argument("--overwrite", action="store_true", help="segment scans again that already have a label map")
-    command.add_argument(
-        "--statistics",
-        action="store_true",
-        help="also write millilitres and mean intensity (of CT: HU) of each label, as CSV; for scans in files, not for a folder of DICOM",
-    )
-    command.add_argument(
-        "--preview",
-        action="store_true",
-        help="also write a picture of three slices beside each label map, as PNG; for scans in files, not for a folder of DICOM",
-    )
+    command.add_argument("--statistics", action="store_true", help="also write millilitres and mean intensity (of CT: HU) of each label, as CSV")
+    command.add_argument("--preview", action="store_true", help="also write a picture of three slices beside each label map, as PNG")
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
+    command.add_argument("--quiet", action="store_true", help="show no progress bar")
     group = command.add_argument_group("a folder of DICOM")
     series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
     group.add_argument("--series", nargs="+", default=[], metavar="N", help=series)
@@ -907,11 +973,12 @@ def add_evaluation_commands(add: Callable[..., argparse.ArgumentParser]) -> None
     command.add_argument("--csv", action="store_true", help="print CSV")
 
 # %% ../nbs/90_cli.ipynb #completion
-def completion(options: argparse.Namespace) -> str:
+def completion(options: argparse.Namespace) -> Answer:
     "The script that completes commands and options in a shell"
     import shtab
 
-    return shtab.complete(parser(), shell=options.shell)
+    script = shtab.complete(parser(), shell=options.shell)
+    return Answer(script, script=script)
 
 
 def add_completion_command(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -1013,6 +1080,23 @@ def refuse_unknown(
 OUTPUTS = ("out", "output", "csv", "fix", "folder")  # Options that name what is written
 
 
+def run_command(options: argparse.Namespace) -> Answer:
+    "The answer of a command, once its device and the places that it writes to are checked"
+    if hasattr(options, "device"):
+        options.device = find_device(options.device)
+    for name in OUTPUTS:
+        if isinstance(place := getattr(options, name, None), Path):
+            check_writable(place)
+    with stdout_to_stderr() if options.json else nullcontext():
+        return options.function(options)
+
+
+def print_answer(options: argparse.Namespace, answer: Answer, warned: list[str]) -> None:
+    "Print an answer as its command was asked to"
+    if text := as_json_line(options.command, answer, warned) if options.json else answer:
+        print(text, flush=True)
+
+# %% ../nbs/90_cli.ipynb #main-part
 def main(
     arguments: list[str] | None = None,  # The command line without the program's name
 ) -> None:
@@ -1022,28 +1106,23 @@ def main(
         refuse_unknown(options.parser, unknown)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # Users need no line of our code
     try:
-        if hasattr(options, "device"):
-            options.device = find_device(options.device)
-        for name in OUTPUTS:
-            if isinstance(place := getattr(options, name, None), Path):
-                check_writable(place)
-        with redirect_stdout(sys.stderr) if options.json else nullcontext():
-            answer = options.function(options)
-        text = as_json_line(options.command, answer) if options.json else answer
-        if text:
-            print(text, flush=True)
-        if code := getattr(answer, "code", 0):
-            raise SystemExit(code)
+        with record_warnings() as warned:
+            try:
+                answer = run_command(options)
+            except USER_ERRORS as error:
+                if options.json:
+                    failures: dict[str, Any] = {"failures": error.failures} if isinstance(error, ItemsFailed) else {}
+                    print_answer(options, Answer(error=one_line(error), **failures), warned)
+                raise SystemExit(f"mednextv2: {one_line(error)}") from None
+        print_answer(options, answer, warned)
+        if answer.code:
+            raise SystemExit(answer.code)
     except KeyboardInterrupt:
         print("mednextv2: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # The reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except USER_ERRORS as error:
-        if options.json:
-            print(json.dumps({"command": options.command, "error": one_line(error)}), flush=True)
-        raise SystemExit(f"mednextv2: {one_line(error)}") from None
 
 # %% ../nbs/90_cli.ipynb #command
 #| eval: false

@@ -20,6 +20,7 @@ import re
 import reprlib
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from pandas import DataFrame
     from ruamel.yaml.nodes import Node
+    from tqdm import tqdm
 
     T = TypeVar("T", bound=DataclassInstance)
 
@@ -856,6 +858,25 @@ def map_items(
     if failures:
         raise ItemsFailed({name: failures[name] for name in items if name in failures}, results)
     return results
+
+# %% ../nbs/00_core.ipynb #bar
+def progress_bar(total: int, description: str, unit: str, show: bool, start: int = 0) -> "tqdm":
+    "A bar on a terminal; in a log file a line now and then"
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+    interval = 0.5 if terminal else 15
+    return tqdm(
+        total=total,
+        initial=start,
+        desc=description,
+        disable=not show,
+        unit=unit,
+        mininterval=interval,
+        maxinterval=max(10, interval),
+        bar_format=None if terminal else line,
+    )
 
 # %% ../nbs/00_core.ipynb #stop-workers
 def stop_workers() -> None:

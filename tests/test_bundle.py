@@ -139,6 +139,18 @@ def test_finetuning_starts_classes_from_those_of_the_same_name(made, monkeypatch
     assert "use configs/finetune.json" in str(caught.value.__cause__)
 
 
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [("configs/inference.json", "empty holds no volume"), ("['configs/train.json','configs/finetune.json']", "empty is not named DatasetNNN_Name")],
+)
+def test_as_a_program_it_ends_in_one_line(made, tmp_path, configs, message):
+    (tmp_path / "empty").mkdir()
+    line = [sys.executable, "-m", "monai.bundle", "run", "--config_file", configs, "--logging_file", "False", "--dataset_dir", str(tmp_path / "empty")]
+    done = subprocess.run(line, cwd=made / "bundle", capture_output=True, text=True)
+    said = [text for text in done.stderr.splitlines() if text.startswith("mednext_v2: ")]
+    assert done.returncode == 1 and len(said) == 1 and message in said[0] and "Traceback" not in done.stderr, done.stderr
+
+
 def test_monai_agrees_with_what_the_metadata_says(made, monkeypatch):
     monkeypatch.chdir(made / "bundle")
     monai_bundle.verify_net_in_out("network_def", meta_file="configs/metadata.json", config_file="configs/inference.json", device="cpu")

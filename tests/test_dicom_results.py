@@ -1,11 +1,14 @@
 "From DICOM to label maps, segmentations and structure sets, which are read back by other means than those that wrote them"
 
+import json
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 from pydicom import dcmread
 from skimage.draw import polygon2mask
@@ -17,7 +20,7 @@ from mednext_v2.core import MissingExtra, read_json
 from mednext_v2.data.scans import Volume
 from mednext_v2.inference.files import colour
 from mednext_v2.inference.predictor import PredictSettings
-from mednext_v2.intake.dicom import draw_structures, read_series, stack_slices
+from mednext_v2.intake.dicom import draw_structures, read_series, read_stack, stack_slices
 from mednext_v2.integrations import dicom
 from mednext_v2.integrations.dicom import join_holes, list_segments, predict_dicom, segment_codes, trace_outlines, write_dicom_seg, write_rtstruct
 from mednext_v2.models.card import Card
@@ -221,8 +224,11 @@ def model(tmp_path):
 
 def test_a_folder_of_dicom_is_labelled_as_its_nifti(tmp_path, model, capsys):
     slices = write_series(tmp_path / "study/ct", (24, 20, 18), "PSR", (1.5, 1.5, 2.0), 9.0)
-    said = run(["predict", "-m", model, "-i", tmp_path / "study", "-o", tmp_path / "out/a.nii.gz", "--dicom-seg", "--rtstruct", "--device", "cpu"], capsys)
-    assert all(name in said for name in ("a.nii.gz", "a.seg.dcm", "a.rtstruct.dcm"))
+    run(["predict", "-m", model, "-i", tmp_path / "study", "-o", tmp_path / "out/a.nii.gz", "--dicom-seg", "--rtstruct", "--device", "cpu"])
+    said = capsys.readouterr()
+    assert all(name in said.out for name in ("a.nii.gz", "a.seg.dcm", "a.rtstruct.dcm"))
+    windows = re.findall(r"predicting: (\d+)/(\d+) ", said.err)
+    assert windows[-1][0] == windows[-1][1] != "0"
     volume = read_series([image.path for image in slices])
     nib.save(nib.Nifti1Image(volume.voxels, volume.affine), tmp_path / "scan.nii.gz")
     run(["predict", "-m", model, "-i", tmp_path / "scan.nii.gz", "-o", tmp_path / "b.nii.gz", "--device", "cpu"])
@@ -237,6 +243,25 @@ def test_a_folder_of_dicom_is_labelled_as_its_nifti(tmp_path, model, capsys):
     report = read_json(tmp_path / "out/a.json")
     assert report["files"] == [{"series": slices[0].series, "modality": "CT", "slices": 18}] and not list((tmp_path / "study").rglob("*.nii*"))
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"a.txt", "a.ctbl", "a.json"}
+
+
+def test_statistics_and_picture_of_a_series_are_those_of_its_nifti(tmp_path, model, capsys):
+    slices = write_series(tmp_path / "ct", (24, 20, 18), "PSR", (1.5, 1.5, 2.0), 9.0)
+    volume = read_series([image.path for image in slices])
+    nib.save(nib.Nifti1Image(volume.voxels, volume.affine), tmp_path / "scan.nii.gz")
+    answers = []
+    for source, name in ((tmp_path / "ct", "a"), (tmp_path / "scan.nii.gz", "b")):
+        line = ["predict", "-m", model, "-i", source, "-o", tmp_path / f"out/{name}.nii.gz", "--device", "cpu", "--statistics", "--preview", "--json"]
+        answers.append(json.loads(run(line, capsys))["statistics"])
+    ours, theirs = (pd.read_csv(tmp_path / f"out/{name}_statistics.csv") for name in "ab")
+    assert (ours.case + theirs.case == "a" + "scan").all() and [row["voxels"] for row in answers[0]] == ours.voxels.tolist()
+    pd.testing.assert_frame_equal(ours.drop(columns="case"), theirs.drop(columns="case"))
+    labels, stored = np.asarray(nib.load(tmp_path / "out/a.nii.gz").dataobj), read_stack([image.path for image in slices]).voxels
+    assert ours["mean"][0] == pytest.approx(stored[labels == 1].mean()) and ours.ml[0] == pytest.approx((labels == 1).sum() * 4.5e-3)  # HU
+    assert (tmp_path / "out/a.png").read_bytes() == (tmp_path / "out/b.png").read_bytes()
+    run(["predict", "-m", model, "-i", tmp_path / "ct", "-o", tmp_path / "folder", "--device", "cpu", "--statistics"])
+    (label_map,) = (tmp_path / "folder").glob("*.nii.gz")  # A folder may hold several series: each has a table of its own
+    assert (tmp_path / "folder" / label_map.name.replace(".nii.gz", "_statistics.csv")).is_file() and not list((tmp_path / "ct").glob("*.csv"))
 
 
 def test_results_are_added_without_the_network(tmp_path, model, monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -309,3 +310,122 @@ def test_ct_that_is_not_in_hu_is_warned_of(tmp_path):
     with pytest.warns(UserWarning, match="does not look like CT in HU"):
         predict_files(ct, scan(tmp_path / "in/a.nii.gz"), tmp_path / "out", CPU)
     assert "HU" in json.loads((tmp_path / "out/a.json").read_text())["warnings"][0]
+
+
+# Progress
+
+
+def shown(capsys):
+    "Windows done and in all, of each time that the bar was drawn"
+    return [tuple(map(int, pair)) for pair in re.findall(r"predicting: (\d+)/(\d+) ", capsys.readouterr().err)]
+
+
+def passes(monkeypatch):
+    "Counts calls of the networks"
+    calls, real = [], files.load_ensemble
+
+    def load(*args):
+        members = real(*args)
+        for member in members:
+            for network in member.models:
+                network.register_forward_hook(lambda *_: calls.append(1))
+        return members
+
+    monkeypatch.setattr(files, "load_ensemble", load)
+    return calls
+
+
+def test_the_bar_counts_every_window_of_every_network(model, tmp_path, monkeypatch, capsys):
+    for seed, shape in ((0, (18, 14, 9)), (1, (40, 30, 12))):
+        scan(tmp_path / f"in/{seed}.nii.gz", seed, shape)
+    (tmp_path / "in/broken.nii.gz").write_text("not an image")
+    for number in (0, 1):
+        save_unet(tmp_path / f"folds/fold_{number}", number, mirror_axes=(0, 2))
+    coarse = save_unet(tmp_path / "coarse", 2, spacing=(3.0, 3.0, 3.0), patch=(8, 8, 8), mirror_axes=(1,))
+    calls, settings = passes(monkeypatch), replace(CPU, tta=True)
+    told, real = [], files.WindowBar.tell
+    monkeypatch.setattr(files.WindowBar, "tell", lambda bar, *args: (real(bar, *args), told.append((bar.bar.n, bar.bar.total))))
+    with pytest.raises(ItemsFailed, match="1 of 3 failed"):
+        predict_files([tmp_path / "folds", coarse], tmp_path / "in", tmp_path / "out", settings, progress=True)
+    drawn = shown(capsys)
+    assert drawn[0] == (0, len(calls)) and drawn[-1] == (len(calls), len(calls))  # Headers are enough
+    assert [done for done, _ in told] == sorted(done for done, _ in told) and {total for _, total in told} == {len(calls)}
+    assert {done for done, _ in told} == set(range(len(calls) + 1))
+    monkeypatch.undo()
+    with pytest.raises(ItemsFailed):
+        predict_files([tmp_path / "folds", coarse], tmp_path / "in", tmp_path / "without", settings)
+    assert "predicting" not in capsys.readouterr().err
+    for name in ("0.nii.gz", "1.nii.gz"):
+        np.testing.assert_array_equal(voxels(tmp_path / "out" / name), voxels(tmp_path / "without" / name))
+
+
+def test_done_scans_and_regions_take_fewer_windows(model, tmp_path, monkeypatch, capsys):
+    for name in "abc":
+        scan(tmp_path / f"in/{name}.nii.gz", 0, (60, 30, 9))
+    predict_files(model, tmp_path / "in/b.nii.gz", tmp_path / "out", CPU)
+    calls = passes(monkeypatch)
+    predict_files(model, tmp_path / "in", tmp_path / "out", CPU, progress=True)
+    assert shown(capsys)[-1] == (len(calls), len(calls)) and len(calls) % 2 == 0
+    whole = len(calls)
+    calls.clear()
+    predict_files(model, tmp_path / "in", tmp_path / "part", CPU, roi=(0, 5, 0, 30, 0, 9), progress=True)
+    drawn = shown(capsys)
+    assert drawn[-1] == (len(calls), len(calls)) and len(calls) * 2 < whole * 3
+    assert drawn[1][1] == len(calls)  # What the first scan took is expected of the others
+
+
+def test_the_bar_begins_again_with_the_scan(model, tmp_path, monkeypatch):
+    member, told = predictor.load_ensemble(model, CPU)[0], []
+    volume = predictor.network_input([scan(tmp_path / "a.nii.gz", 0, (40, 30, 9))])
+    real, failed = predictor.average_models, []
+
+    def average(*args):
+        def full(x):
+            if len(told) > 3 and not failed:
+                failed.append(1)
+                raise torch.OutOfMemoryError("full")
+            return once(x)
+
+        once = real(*args)
+        return full
+
+    monkeypatch.setattr(predictor, "average_models", average)
+    with pytest.warns(UserWarning, match="too little memory"):
+        predictor.label_volume([member], volume, CPU, None, lambda *done: told.append(done))
+    total = told[0][1]
+    assert [done for done, _ in told] == [*range(4), *range(total + 1)]
+
+
+def test_a_bar_that_cannot_be_drawn_costs_nothing(model, tmp_path, monkeypatch):
+    class Closed:
+        encoding = "utf-8"
+
+        def isatty(self):
+            return False
+
+        def flush(self):
+            pass
+
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "closed")
+
+    scan(tmp_path / "a.nii.gz")
+    with files.WindowBar({"a": 3}, False) as bar:
+        bar.bar = files.progress_bar(3, "predicting", "window", True)
+        monkeypatch.setattr(bar.bar, "fp", Closed())
+        monkeypatch.setattr(bar.bar, "sp", bar.bar.status_printer(Closed()))
+        for done in range(4):
+            bar.tell("a", done, 5)
+
+
+@pytest.mark.parametrize("option", ["--quiet", "--json"])
+def test_nothing_is_drawn_for_programs(option, model, tmp_path, capsys):
+    from mednext_v2.cli import main
+
+    line = ["predict", "-m", model, "-i", scan(tmp_path / "a.nii.gz"), "--device", "cpu", "-o"]
+    main([str(word) for word in (*line, tmp_path / "loud")])
+    heard = capsys.readouterr()
+    assert "predicting: " in heard.err and "predicting" not in heard.out
+    main([str(word) for word in (*line, tmp_path / "still", option)])
+    assert "predicting" not in capsys.readouterr().err
+    np.testing.assert_array_equal(voxels(tmp_path / "loud/a.nii.gz"), voxels(tmp_path / "still/a.nii.gz"))

@@ -100,7 +100,7 @@ def test_plans_refuse_a_start_that_would_compute_something_else(tmp_path):
     folder = save_start(tmp_path / "model")
     assert _wanted_network(None, Start(folder), {"grn": "mean"})[0].arch == _wanted_network(None, Start(folder), {})[0].arch
     for convert, grn in (((), "sum"), ((), None), (("grn",), "sum"), (("grn",), None)):
-        with pytest.raises(ValueError, match=f"model (has grn mean, not|was trained with grn='mean'; with grn=).?{grn}"):
+        with pytest.raises(ValueError, match=f"model was trained with grn='mean'; with grn=.?{grn}"):
             _wanted_network(None, Start(folder, convert=convert), {"grn": grn})
 
 
@@ -289,12 +289,27 @@ def test_values_that_no_plan_can_have_are_refused_before_anything_is_measured(me
 
 
 @needs_nnunet
+def test_plans_of_another_planner_are_not_replaced(measured):
+    folder, line = measured / "preprocessed/Dataset042_Toy", ["--backbone", "tiny", "--network", "width=4", "--memory", "0.2", "--plans-name"]
+    (folder / "dataset_fingerprint.json").rename(measured / "kept.json")
+    for name, other in (("nnUNetPlans", "nnUNetMedNeXtV2TinyPlans"), ("nnUNetMedNeXtV2TinyPlans", "nnUNetMedNeXtV2TinyPlans2")):
+        write_json(folder / f"{name}.json", {"configurations": {"3d_fullres": {"architecture": {"network_class_name": "PlainConvUNet"}}}})
+        before = untouched(measured)
+        assert f"{name}.json holds plans that are not of this library" in (said := refused(*line, name)) and f"such as {other} (--plans-name)" in said
+        assert untouched(measured) == before
+    (measured / "kept.json").rename(folder / "dataset_fingerprint.json")
+    for width in (4, 8):  # Ours may be replaced
+        main(["nnunet", "plan", "-d", "42", "--backbone", "tiny", "--network", f"width={width}", "--memory", "0.2", "--plans-name", "own"])
+        assert fullres(folder / "own.json")["architecture"]["arch_kwargs"]["width"] == width
+
+
+@needs_nnunet
 def test_another_network_than_the_models_is_refused(measured):
     folder = str(save_start(measured / "model"))
     before = untouched(measured)
     assert "is a mednext_v2_tiny, not a mednext_v2_base" in refused("--from", folder, "--backbone", "base")
-    assert "has width 4, not 8" in refused("--from", folder, "--network", "width=8")
-    assert "has grn mean, not None" in refused("--from", folder, "--network", "grn=None")
+    assert "trained with width=4; with width=8 " in refused("--from", folder, "--network", "width=8")
+    assert "trained with grn='mean'; with grn=None " in refused("--from", folder, "--network", "grn=None")
     assert untouched(measured) == before
     same = ["--backbone", "mednext_v2_tiny", "--network", "width=4", "--memory", "0.2"]
     main(["nnunet", "plan", "-d", "42", "--from", folder, *same])
@@ -305,7 +320,8 @@ def test_another_network_than_the_models_is_refused(measured):
 @needs_nnunet
 def test_a_network_that_the_weights_are_converted_to_is_planned(measured):
     folder = str(save_start(measured / "v1", backbone="mednext_v1_small"))
-    assert "has grn None, not mean" in refused("--from", folder, "--network", "grn=mean")
+    said = refused("--from", folder, "--network", "grn=mean")
+    assert "trained with grn=None; with grn='mean' " in said and "name a conversion: `--convert`" in said
     main(["nnunet", "plan", "-d", "42", "--from", folder, "--network", "grn=mean", "--convert", "grn", "--memory", "0.2"])
     own = fullres(measured / "preprocessed/Dataset042_Toy/nnUNetMedNeXtV1SmallPretrainedPlans.json")
     assert own["architecture"]["arch_kwargs"]["grn"] == "mean"
@@ -330,7 +346,8 @@ def test_a_program_reads_plans_as_fields(measured, capsys):
     said, path = json.loads(capsys.readouterr().out), measured / "preprocessed/Dataset042_Toy/My-plans_2.json"
     plan = fullres(path)
     expected = dict(patch=plan["patch_size"], batch=plan["batch_size"], strides=plan["architecture"]["arch_kwargs"]["strides"][1:])
-    configurations = said.pop("configurations")
+    configurations, size = said.pop("configurations"), said.pop("sizes")["path"]
+    assert size == {"files": 1, "bytes": path.stat().st_size} and said.pop("warnings") == []
     assert said == {"command": "nnunet plan", "path": str(path), **expected} and configurations["3d_fullres"] == expected
 
 

@@ -218,7 +218,7 @@ def test_help_lists_each_command_once_under_what_one_wants_to_do(capsys):
 
 @pytest.mark.parametrize(
     ("line", "key"),
-    [("datasets --json", "datasets"), ("zoo list --json", "models"), ("info --patch 32 --json", "networks"), ("datasets amos --json", "message")],
+    [("datasets --json", "datasets"), ("zoo list --json", "models"), ("info --patch 32 --json", "networks"), ("datasets amos --json", "dataset")],
 )
 def test_answers_as_json(line, key, capsys):
     from mednext_v2 import cli

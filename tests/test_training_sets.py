@@ -343,7 +343,8 @@ def test_command_line_trains_on_two_sets(sets, tmp_path, capsys):
     assert "wrote" in capsys.readouterr().out and set(read_card(tmp_path / "model").heads) == {"chest", "belly"}
     write_volume(tmp_path / "scan.nii.gz", scan(5)[0], np.eye(4))
     ask = ["predict", "-m", str(tmp_path / "model"), "-i", str(tmp_path / "scan.nii.gz"), "-o", str(tmp_path / "l.nii.gz")]
-    cli.main([*ask, "--head", "belly"])
+    cli.main([*ask, "--head", "belly", "--statistics"])
+    assert pd.read_csv(tmp_path / "l_statistics.csv").label.tolist() == list(read_card(tmp_path / "model").heads["belly"]["labels"])
     assert set(np.unique(nibabel.load(tmp_path / "l.nii.gz").dataobj)) <= {0, 1, 2}
     with pytest.raises(SystemExit, match="name one, got head None"):
         cli.main(ask)

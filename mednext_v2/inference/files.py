@@ -12,10 +12,11 @@ import math
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -33,14 +34,15 @@ from mednext_v2.core import (
     check_output,
     output_lock,
     peak_bytes,
+    progress_bar,
     read_json,
     short_hash,
     try_item,
     versions,
 )
 from ..data.scans import ENDINGS, BadFile, split_ending, list_scans, list_volumes, read_header, read_scan, stored_files
-from .predictor import EnsembleMember, NetworkInput, PredictSettings, Region, check_channels, label_image, label_volume
-from .predictor import load_ensemble, modality_warnings, network_input, temporary_array
+from .predictor import EnsembleMember, NetworkInput, PredictSettings, Region, check_channels, count_passes, label_image
+from .predictor import label_volume, load_ensemble, modality_warnings, network_input, temporary_array
 from .windows import device_of
 
 if TYPE_CHECKING:
@@ -243,7 +245,9 @@ def read_job(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSe
 def make_report(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSettings, labels: np.ndarray, volume: NetworkInput) -> dict:
     "What is written beside a label map, but for its identity and how it went"
     names = label_names(members[0].card)
-    counts = np.bincount(labels.ravel(), minlength=max(names, default=0) + 1)
+    counts = np.zeros(max(max(names, default=0), int(labels.max(initial=0))) + 1, np.int64)
+    for plane in labels:  # It makes int64 of what it counts
+        counts += np.bincount(plane.ravel(), minlength=len(counts))
     return {
         "shape": list(volume.header.shape),
         "spacing_mm": [round(float(size), 6) for size in voxel_sizes(volume.header.affine)],
@@ -267,7 +271,15 @@ class LabelledScan:
     stack: ExitStack  # Holds the probabilities until it is closed
 
 
-def label_job(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSettings, volume: NetworkInput, key: str, read_seconds: float) -> LabelledScan:
+def label_job(
+    job: PredictJob,
+    members: Sequence[EnsembleMember],
+    settings: JobSettings,
+    volume: NetworkInput,
+    key: str,  # Its identity
+    read_seconds: float,
+    tell: Callable[[int, int], object] | None = None,  # As in `label_volume`
+) -> LabelledScan:
     "The network's part of one scan, and what its report says"
     begin, card, probabilities = time.perf_counter(), members[0].card, None
     notes = modality_warnings(volume, card)
@@ -276,7 +288,7 @@ def label_job(job: PredictJob, members: Sequence[EnsembleMember], settings: JobS
     with ExitStack() as stack:
         if settings.probabilities:
             probabilities = stack.enter_context(temporary_array((card.num_classes, *volume.image.shape[1:])))
-        labels = label_volume(members, volume, settings.predict, probabilities)
+        labels = label_volume(members, volume, settings.predict, probabilities, tell)
         left_open = stack.pop_all()  # Writing closes it
     about = {"scan": job.name, "files": [path.name for path in job.images], "output": job.output.name, "identity": key}
     seconds = {"read": round(read_seconds, 3), "network": round(time.perf_counter() - begin, 3)}
@@ -342,6 +354,55 @@ def write_tables(tables: dict[Path, str]) -> None:  # From `name_tables`
         with atomic_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
+# %% ../../nbs/inference/20_files.ipynb #scan-bar
+def forecast_passes(job: PredictJob, members: Sequence[EnsembleMember], settings: PredictSettings) -> int:
+    "Passes of windows through networks that a scan takes, by its header; 0 if there is none to read"
+    with suppress(OSError, ValueError):
+        header = read_header(job.images[0])
+        shape, (x, y, z) = header.canonical[0], header.spacing
+        return sum(count_passes(member, shape, (x, y, z), [slice(0, n) for n in shape], settings) for member in members)
+    return 0
+
+
+class WindowBar:
+    "A bar over the windows of all scans, each counted once for every network and mirror image that sees it"
+
+    def __init__(
+        self,
+        forecasts: dict[str, int],  # Passes by scan
+        show: bool,
+    ):
+        self.forecasts = forecasts
+        self.begun: dict[str, tuple[int, int]] = {}  # Passes done and in all, by scan
+        self.bar = progress_bar(sum(forecasts.values()), "predicting", "window", show)
+
+    def tell(self, name: str, done: int, total: int) -> None:
+        "So many passes of a scan are done"
+        self.begun[name] = done, total
+        known = sum(all for _, all in self.begun.values())
+        guessed = sum(self.forecasts.get(scan, 0) for scan in self.begun)
+        rest = sum(passes for scan, passes in self.forecasts.items() if scan not in self.begun)
+        in_all, before = round(known + rest * (known / guessed if known and guessed else 1)), self.bar.total
+        with suppress(OSError, ValueError):  # Standard error may have been closed
+            self.bar.total = in_all
+            self.bar.update(sum(done for done, _ in self.begun.values()) - self.bar.n)
+            if in_all != before:
+                self.bar.refresh()
+
+    def end_scan(self, name: str) -> None:
+        "A scan is done, was done before, or failed: it takes no more windows"
+        done, _ = self.begun.get(name, (0, 0))
+        if not done:
+            self.forecasts.pop(name, None)
+        self.tell(name, done, done)
+
+    def __enter__(self) -> "WindowBar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(OSError, ValueError):
+            self.bar.close()
+
 # %% ../../nbs/inference/20_files.ipynb #read-ahead
 def read_ahead(
     pool: ThreadPoolExecutor, jobs: Sequence[PredictJob], members: Sequence[EnsembleMember], settings: JobSettings
@@ -355,10 +416,10 @@ def read_ahead(
         waiting = begun
 
 
-def label_read(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSettings, future: Future) -> LabelledScan | None:
+def label_read(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSettings, future: Future, bar: WindowBar) -> LabelledScan | None:
     "What is to be written of a scan that was read ahead; None if it is done already"
     volume, key, seconds = future.result()
-    return None if volume is None else label_job(job, members, settings, volume, key, seconds)
+    return None if volume is None else label_job(job, members, settings, volume, key, seconds, partial(bar.tell, job.name))
 
 
 def run_jobs(
@@ -368,12 +429,12 @@ def run_jobs(
     progress: bool = False,  # Whether to show a bar
 ) -> dict[str, str]:  # Reasons by scan, of those that failed
     "All scans, one being read and one being written while the network is busy"
-    from tqdm import tqdm
-
     failures, writes = {}, {}
-    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-        for job, future in tqdm(read_ahead(reading, jobs, members, settings), "predicting", len(jobs), disable=not progress):
-            _, ready, failures[job.name] = try_item(label_read, job.name, (job, members, settings, future))
+    forecasts = {job.name: forecast_passes(job, members, settings.predict) for job in jobs} if progress else {}
+    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing, WindowBar(forecasts, progress) as bar:
+        for job, future in read_ahead(reading, jobs, members, settings):
+            _, ready, failures[job.name] = try_item(label_read, job.name, (job, members, settings, future, bar))
+            bar.end_scan(job.name)
             for done in [write for write in writes.values() if ready]:
                 done.exception()  # One scan at a time waits to be written
             if ready:

@@ -28,6 +28,7 @@ from ..data.preprocess import bounding_box, coarse_axis, image_type, nonzero_box
 from ..data.scans import Header, ScanSource, Volume, as_float32, check_extent, read_scan, same_grid
 from mednext_v2.inference.windows import (
     MemoryBudget,
+    OutputAxis,
     average_models,
     check_windows,
     device_of,
@@ -98,6 +99,10 @@ class EnsembleMember:
     def mirror_axes(self, settings: PredictSettings) -> tuple[int, ...]:
         "Axes to mirror: those along which its training did"
         return tuple(self.card.mirror_axes) if settings.tta else ()
+
+    def passes(self, settings: PredictSettings) -> int:
+        "How often each window goes through a network: folds times mirror images"
+        return len(self.models) * 2 ** len(self.mirror_axes(settings))
 
 
 def check_cards_agree(folder: str | Path, one: "Card", other: "Card", fields: Sequence[str]) -> None:
@@ -187,7 +192,8 @@ def network_input(
     first = volumes[0]
     for volume in volumes[1:]:
         same_grid(volume, first)
-    values = np.stack([as_float32(volume.voxels, header_of(volume).path) for volume in volumes])
+    channels = [as_float32(volume.voxels, header_of(volume).path) for volume in volumes]
+    values = channels[0][None] if len(channels) == 1 else np.stack(channels)  # Stacking copies
     box, mask = nonzero_box(values), None
     part = tuple(slice(0, side.stop - side.start) for side in box)
     if roi is not None:
@@ -252,6 +258,27 @@ def accumulate_probabilities(
 
     return on_logits
 
+# %% ../../nbs/inference/10_predictor.ipynb #count-windows
+def member_axes(
+    member: EnsembleMember,
+    shape: Sequence[int],  # Of the box
+    spacing: tuple[float, float, float],  # mm, of the scan
+    part: Sequence[slice],  # Of the box: what to label
+    settings: PredictSettings,
+) -> list[OutputAxis]:
+    "Where the windows of one model lie"
+    card = member.card
+    x, y, z = shape
+    coarse = coarse_axis(spacing_of(card), spacing) if card.windows == "nnunet" else None  # As nnU-Net resamples its logits
+    prepared = target_shape((x, y, z), spacing, spacing_of(card))
+    return lay_windows(prepared, card.patch, settings.overlap, shape, part, card.windows, coarse)
+
+
+def count_passes(member: EnsembleMember, shape: Sequence[int], spacing: tuple[float, float, float], part: Sequence[slice], settings: PredictSettings) -> int:
+    "Passes of windows through the networks of one model, that `member_labels` takes"
+    axes = member_axes(member, shape, spacing, part, settings)
+    return member.passes(settings) * math.prod(len(axis.windows) for axis in axes)
+
 # %% ../../nbs/inference/10_predictor.ipynb #member-labels
 def member_labels(
     member: EnsembleMember,
@@ -259,18 +286,26 @@ def member_labels(
     settings: PredictSettings,
     probabilities: np.ndarray | None = None,  # (K, *box): this model's, times `share`, are added
     share: float = 1,
+    tell: Callable[[int], object] | None = None,  # Called with the number of passes that are done
 ) -> np.ndarray:  # Labels of the box
     "Labels of one model, from its mean logits"
+    done = 0
+
+    def count(restart: bool = False) -> None:
+        nonlocal done
+        done = 0 if restart else done + 1
+        if tell is not None:
+            tell(done)
+
     card, order = member.card, member.card.class_order
     image, device = prepare_image(volume, card), device_of(member.models[0])
     check_windows(image, card.patch, settings.overlap)
-    coarse = coarse_axis(spacing_of(card), volume.spacing) if card.windows == "nnunet" else None  # As nnU-Net resamples its logits
-    axes = lay_windows(image.shape[1:], card.patch, settings.overlap, volume.image.shape[1:], volume.part, card.windows, coarse)
+    axes = member_axes(member, volume.image.shape[1:], volume.spacing, volume.part, settings)
     on_logits = None if probabilities is None else accumulate_probabilities(probabilities, share, bool(order))
-    predict_window = average_models(member.models, member.mirror_axes(settings))
+    predict_window = average_models(member.models, member.mirror_axes(settings), count)
     budget = MemoryBudget(settings.memory, settings.half)
     with eval_mode(*member.models):
-        return tiled_labels(predict_window, image, axes, order, device, budget, on_logits, card.windows)
+        return tiled_labels(predict_window, image, axes, order, device, budget, on_logits, card.windows, lambda: count(restart=True))
 
 
 def ensemble_labels(
@@ -278,10 +313,13 @@ def ensemble_labels(
     volume: NetworkInput,
     settings: PredictSettings,
     probabilities: np.ndarray,  # Zeros (K, *box): become the mean probabilities
+    tell: Callable[[int], object] | None = None,  # As in `member_labels`, for all models together
 ) -> np.ndarray:  # Labels of the box
     "Labels of several models, from their mean probabilities; of regions, those that are more likely than not"
+    before = 0
     for member in members:
-        member_labels(member, volume, settings, probabilities, 1 / len(members))
+        member_labels(member, volume, settings, probabilities, 1 / len(members), tell and (lambda done, before=before: tell(before + done)))
+        before += count_passes(member, volume.image.shape[1:], volume.spacing, volume.part, settings)
     order = members[0].card.class_order
     threshold = 0.5 if order else 0
     planes = (torch.from_numpy(np.array(plane)) - threshold for plane in probabilities.swapaxes(0, 1))
@@ -293,18 +331,21 @@ def label_volume(
     volume: NetworkInput,
     settings: PredictSettings,
     probabilities: np.ndarray | None = None,  # Zeros (K, *box): become the mean probabilities
+    tell: Callable[[int, int], object] | None = None,  # Called with the number of passes of windows, those done and all
 ) -> np.ndarray:  # Labels of the whole scan, RAS
     "One model's labels from its logits, an ensemble's from its mean probabilities; background outside the region of interest"
     labels = np.zeros(volume.shape, np.uint8)
     if any(side.start >= side.stop for side in volume.part):
         return labels
+    total = sum(count_passes(member, volume.image.shape[1:], volume.spacing, volume.part, settings) for member in members)
+    counted = tell and (lambda done: tell(done, total))
     if len(members) == 1:
-        found = member_labels(members[0], volume, settings, probabilities)
+        found = member_labels(members[0], volume, settings, probabilities, tell=counted)
     elif probabilities is not None:
-        found = ensemble_labels(members, volume, settings, probabilities)
+        found = ensemble_labels(members, volume, settings, probabilities, counted)
     else:
         with temporary_array((members[0].card.num_classes, *volume.image.shape[1:])) as scratch:
-            found = ensemble_labels(members, volume, settings, scratch)
+            found = ensemble_labels(members, volume, settings, scratch, counted)
     labels = labels.astype(found.dtype, copy=False)
     labels[volume.box] = found
     if volume.mask is not None:

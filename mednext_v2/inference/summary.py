@@ -8,8 +8,9 @@ __all__ = []
 # %% ../../nbs/inference/30_summary.ipynb #imports
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,9 @@ from ..core import atomic_file, write_csv
 from ..data.scans import Volume, read_label, read_scan, same_grid
 from .files import PredictJob, colour, label_names, list_jobs
 from .predictor import fold_folders
+
+if TYPE_CHECKING:
+    from mednext_v2.models.card import Card
 
 # %% ../../nbs/inference/30_summary.ipynb #statistics
 def label_statistics(
@@ -79,30 +83,43 @@ def write_preview(labels: Volume, scan: Volume, path: str | Path) -> Path:
     return Path(path)
 
 # %% ../../nbs/inference/30_summary.ipynb #summarise
-def summarise_predictions(
-    models: Sequence[str | Path],  # As they were predicted with
-    source: str | Path,  # A scan, or a folder of scans
-    target: str | Path,  # Their label maps
-    statistics: bool = True,  # Write statistics.csv, or NAME_statistics.csv for one file
-    preview: bool = False,  # Write NAME.png beside each label map
+def summarise_jobs(
+    jobs: Sequence[PredictJob],  # Whose label maps are there
+    card: "Card",  # Of the labels
+    path: Path | None,  # CSV to write
+    preview: bool,  # Write NAME.png beside each label map
+    read: Callable[[PredictJob], Volume] = lambda job: read_scan(job.images[0]),  # The first channel of a scan
 ) -> pd.DataFrame:  # case, label, voxels, ml, mean
-    "Statistics and pictures of label maps that `predict_files` wrote; BadFile if scan and label map are on two grids"
-    from mednext_v2.models.card import read_card
-
-    card = read_card(fold_folders(models[0])[0])
-    jobs: list[PredictJob] = [job for job in list_jobs(source, target, card.in_channels) if job.output.is_file()]
+    "Statistics and pictures of label maps; BadFile if scan and label map are on two grids"
     tables = []
     for job in jobs:
-        labels, scan = read_label(job.output), read_scan(job.images[0])
+        labels, scan = read_label(job.output), read(job)
         same_grid(labels, scan)
         tables.append(label_statistics(labels, scan, label_names(card)).assign(case=job.name))
         if preview:
             write_preview(labels, scan, job.beside(".png"))
     table = pd.concat(tables)[["case", "label", "voxels", "ml", "mean"]]
-    if statistics:
-        single = jobs[0].output == Path(target)
-        write_csv(jobs[0].beside("_statistics.csv") if single else Path(target) / "statistics.csv", table)
+    if path:
+        write_csv(path, table)
     return table
+
+
+def summarise_predictions(
+    models: Sequence[str | Path],  # As they were predicted with
+    source: str | Path,  # A scan, or a folder of scans
+    target: str | Path,  # Their label maps
+    statistics: bool = True,  # Write statistics.csv, or NAME_statistics.csv for one file
+    preview: bool = False,
+    head: str | None = None,  # As they were predicted with
+) -> pd.DataFrame:
+    "`summarise_jobs` of what `predict_files` wrote"
+    from mednext_v2.models.card import read_card
+    from mednext_v2.models.registry import head_card
+
+    card = head_card(read_card(fold_folders(models[0])[0]), head)
+    jobs = [job for job in list_jobs(source, target, card.in_channels) if job.output.is_file()]
+    path = jobs[0].beside("_statistics.csv") if jobs and jobs[0].output == Path(target) else Path(target) / "statistics.csv"
+    return summarise_jobs(jobs, card, path if statistics else None, preview)
 
 # %% ../../nbs/inference/30_summary.ipynb #describe
 def describe_statistics(table: pd.DataFrame) -> str:

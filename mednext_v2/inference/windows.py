@@ -515,6 +515,7 @@ def device_of(model: nn.Module) -> torch.device:
 def average_models(
     models: Sequence[nn.Module],  # Networks of the same classes: the folds of one training
     mirror_axes: Sequence[int] = (),  # Axes along which windows are mirrored too, 0 to 2
+    on_pass: Callable[[], object] | None = None,  # Called after each pass of a window through a network
 ) -> Callable[[Tensor], Tensor]:  # (1, C, *patch) to float32 logits (1, K, *patch)
     "A function that gives the mean logits of networks and of all mirror images of a window, as nnU-Net's predictor averages them"
     flips = [tuple(axis + 2 for axis in some) for count in range(len(mirror_axes) + 1) for some in combinations(mirror_axes, count)]
@@ -526,6 +527,8 @@ def average_models(
             logits = finest(model(x.flip(flip) if flip else x)).float()
             logits = logits.flip(flip) if flip else logits
             total = logits if total is None else total.add_(logits)
+            if on_pass is not None:
+                on_pass()
         assert total is not None, "needs a model"
         return total.div_(len(passes)) if len(passes) > 1 else total
 
@@ -585,6 +588,7 @@ def tiled_labels(
     budget: MemoryBudget = MemoryBudget(),
     on_logits: Callable[[tuple[slice, ...], Tensor], object] | None = None,  # Called with each place and its logits (K, *part)
     windows: str = "nnunet",  # As in `lay_windows`
+    on_start: Callable[[], object] | None = None,  # Called before the first window, also if all begin again
 ) -> np.ndarray:  # On the output grid; 0 outside the part to label
     "The labels that `sliding_window` and `labels_on_grid` give, without logits of the whole scan"
     labels = np.zeros([axis.output_size for axis in axes], np.uint16)
@@ -598,5 +602,10 @@ def tiled_labels(
         labels = labels.astype(found.dtype, copy=False)
         labels[place] = found
 
-    retry_on_cpu(lambda budget: slide_windows(predict_window, image, axes, on_tile, device, budget, windows), budget)
+    def run(budget: MemoryBudget) -> None:
+        if on_start is not None:
+            on_start()
+        slide_windows(predict_window, image, axes, on_tile, device, budget, windows)
+
+    retry_on_cpu(run, budget)
     return labels

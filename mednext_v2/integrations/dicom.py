@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,13 @@ from .. import __version__
 from ..core import atomic_file, check_output, output_lock, require_extra, short_hash
 from ..data.scans import Header, Volume
 from ..inference.files import IMAGES, JobSettings, LabelledScan, PredictJob, colour, is_done, is_file_name, job_identity, label_job, label_names
-from ..inference.files import name_tables, write_job, write_tables
+from ..inference.files import WindowBar, name_tables, write_job, write_tables
 from ..inference.predictor import EnsembleMember, PredictSettings, Region, check_channels, load_ensemble, network_input
+from ..inference.summary import summarise_jobs
 from ..intake.dicom import Series, Slice, find_series, read_stack, stack_slices, to_ras
 
 if TYPE_CHECKING:
+    import pandas as pd
     from pydicom import Dataset
     from pydicom.sr.coding import Code
 
@@ -476,34 +478,49 @@ def write_results(job: PredictJob, results: Sequence[str], slices: Sequence[Slic
     return paths
 
 # %% ../../nbs/integrations/50_dicom.ipynb #label-series
-def label_series(job: PredictJob, chosen: Sequence[Series], members: Sequence[EnsembleMember], settings: JobSettings) -> bool:  # Whether it was made now
+def label_series(
+    job: PredictJob,
+    chosen: Sequence[Series],
+    members: Sequence[EnsembleMember],
+    settings: JobSettings,
+    progress: bool = False,  # Whether to show a bar
+) -> bool:  # Whether it was made now
     "The label map and the report of one scan, unless they are there"
     begin, region = time.perf_counter(), settings.region(job)
     key = job_identity(job, members, settings, region)
     if is_done(job, key, settings.overwrite):
         return False
     volume = network_input([read_dicom_scan(series) for series in chosen], region)
-    scan: LabelledScan = label_job(job, members, settings, volume, key, time.perf_counter() - begin)
+    with WindowBar({}, progress) as bar:
+        scan: LabelledScan = label_job(job, members, settings, volume, key, time.perf_counter() - begin, partial(bar.tell, job.name))
     scan.report["files"] = [{"series": series.uid, "modality": series.modality, "slices": len(series.paths)} for series in chosen]
     write_job(scan, settings.overwrite)
     return True
 
-# %% ../../nbs/integrations/50_dicom.ipynb #predict-dicom
-def predict_dicom(
-    models: str | Path | Sequence[str | Path],  # Model folder, or those of an ensemble
-    folder: str | Path,  # With DICOM files, at any depth
-    target: str | Path,  # A label map (.nii.gz or .nii), or a folder for it, outside of `folder`
-    settings: PredictSettings = PredictSettings(),
-    series: Sequence[str] = (),  # Number or end of the SeriesInstanceUID of the series to label, one for each channel
-    results: Sequence[str] = (),  # Further files: "seg", a DICOM segmentation, and "rtstruct", a structure set
-    roi: Region | None = None,  # As `predict_files` takes it
-    probabilities: bool = False,  # Write them too
-    overwrite: bool = False,  # Replace files that are there
-) -> list[Path]:  # The label map, then the DICOM results
-    """Label a DICOM series on its own grid
+# %% ../../nbs/integrations/50_dicom.ipynb #label-dicom
+@dataclass(frozen=True)
+class LabelledSeries:
+    "What `predict_dicom` made"
 
-    ValueError, before the network runs, if there are several series and none is chosen, a series that is incomplete or of another modality
-    than the model's, headers without what results refer to, or files in the way."""
+    job: PredictJob
+    series: Sequence[Series]  # One for each channel
+    card: "Card"
+    paths: list[Path]  # The label map, then the DICOM results
+
+
+def label_dicom(
+    models: str | Path | Sequence[str | Path],
+    folder: str | Path,
+    target: str | Path,
+    settings: PredictSettings,
+    series: Sequence[str],
+    results: Sequence[str],
+    roi: Region | None,
+    probabilities: bool,
+    overwrite: bool,
+    progress: bool,
+) -> LabelledSeries:
+    "`predict_dicom`, with all that is known of the label map"
     if unknown := [name for name in results if name not in RESULTS]:
         raise ValueError(f"no DICOM results are called {', '.join(unknown)}; known: {', '.join(RESULTS)}")
     folder, target = Path(folder), Path(target)
@@ -519,7 +536,32 @@ def predict_dicom(
     check_results(job, results, slices, overwrite)
     tables = name_tables(target, label_names(card), overwrite)
     with output_lock(target, beside=is_file_name(target)):
-        new = label_series(job, chosen, members, JobSettings(settings, roi, probabilities, overwrite))
+        new = label_series(job, chosen, members, JobSettings(settings, roi, probabilities, overwrite), progress)
         paths = write_results(job, results, slices, card, new)
         write_tables(tables)
-    return [job.output, *paths]
+    return LabelledSeries(job, chosen, card, [job.output, *paths])
+
+
+def summarise_series(labelled: LabelledSeries, statistics: bool, preview: bool) -> "pd.DataFrame":
+    "Statistics and a picture beside the label map of a series, as `summarise_predictions` makes them of files: of its first channel, for CT in HU"
+    path = labelled.job.beside("_statistics.csv") if statistics else None
+    return summarise_jobs([labelled.job], labelled.card, path, preview, lambda _: read_dicom_scan(labelled.series[0]))
+
+# %% ../../nbs/integrations/50_dicom.ipynb #predict-dicom
+def predict_dicom(
+    models: str | Path | Sequence[str | Path],  # Model folder, or those of an ensemble
+    folder: str | Path,  # With DICOM files, at any depth
+    target: str | Path,  # A label map (.nii.gz or .nii), or a folder for it, outside of `folder`
+    settings: PredictSettings = PredictSettings(),
+    series: Sequence[str] = (),  # Number or end of the SeriesInstanceUID of the series to label, one for each channel
+    results: Sequence[str] = (),  # Further files: "seg", a DICOM segmentation, and "rtstruct", a structure set
+    roi: Region | None = None,  # As `predict_files` takes it
+    probabilities: bool = False,  # Write them too
+    overwrite: bool = False,  # Replace files that are there
+    progress: bool = False,  # Whether to show a bar
+) -> list[Path]:  # The label map, then the DICOM results
+    """Label a DICOM series on its own grid
+
+    ValueError, before the network runs, if there are several series and none is chosen, a series that is incomplete or of another modality
+    than the model's, headers without what results refer to, or files in the way."""
+    return label_dicom(models, folder, target, settings, series, results, roi, probabilities, overwrite, progress).paths

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
@@ -173,7 +174,7 @@ def warn_of_places(path: Path, card: Card) -> None:
     if places := sorted({word for words in found.values() for word in words}):
         fields = ", ".join(field for field, words in found.items() if words)
         how = f"to avoid it, train with relative paths (cd to the data first), or edit {fields} in that file, and publish again"
-        warnings.warn(f"{path} names places of this machine, which become public: {', '.join(places[:5])}; {how}", stacklevel=4)
+        warnings.warn(f"{path} names places of this machine, which become public: {', '.join(places[:5])}; {how}", stacklevel=5)
 
 # %% ../../nbs/integrations/40_hub.ipynb #model-files
 def model_files(
@@ -192,18 +193,17 @@ def model_files(
     files["README.md"] = model_page(next(iter(cards.values())), repo, len(cards) if "" not in cards else 0).encode()
     return files
 
-# %% ../../nbs/integrations/40_hub.ipynb #push-to-hub
-def push_to_hub(
-    folder: str | Path,  # Model folder, or one with fold_0, fold_1, ...
-    repo: str,  # owner/name; made if it is not there
-    licence: str = "",  # Of the weights, if the card does not state one
-    private: bool = False,  # Of a new repository: visible to its owner alone
-    message: str = "Model folder of mednext_v2",  # Of the commit
-) -> str:  # Address of the page
-    """Publish a model on the Hugging Face Hub, with a page written from its card, in one commit
+# %% ../../nbs/integrations/40_hub.ipynb #publish
+class Published(NamedTuple):
+    "What a publication made"
 
-    ValueError before anything is sent if the licence is not known, the weights are not those of the card, or `repo` is no owner/name;
-    FileExistsError if the repository holds something else; PermissionError without a login or the right to write; ConnectionError."""
+    address: str  # Of the page
+    commit: str  # Address of the commit
+    files: tuple[str, ...]  # That the commit wrote
+
+
+def publish(folder: str | Path, repo: str, licence: str = "", private: bool = False, message: str = "Model folder of mednext_v2") -> Published:
+    "`push_to_hub`, and what it made"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ValueError(f"{repo} is no name of a repository: give owner/name")
     files = model_files(Path(folder), repo, licence)
@@ -220,9 +220,23 @@ def push_to_hub(
         if "README.md" in there:
             page = Path(hf_hub_download(repo, "README.md", cache_dir=os.environ.get("HF_HUB_CACHE") or None, **options)).read_text(encoding="utf-8")
             if MARK not in page:
-                warnings.warn(f"{repo} has a page that was written by hand: it stays as it is", stacklevel=2)
+                warnings.warn(f"{repo} has a page that was written by hand: it stays as it is", stacklevel=3)
                 del files["README.md"]
         changes = [CommitOperationAdd(path, str(content) if isinstance(content, Path) else content) for path, content in files.items()]
         removed = [CommitOperationDelete(path) for path in sorted(ours - set(files))]
-        api.create_commit(repo, [*changes, *removed], commit_message=message)
-    return f"{api.endpoint}/{repo}"
+        made = api.create_commit(repo, [*changes, *removed], commit_message=message)
+    return Published(f"{api.endpoint}/{repo}", made.commit_url, tuple(files))
+
+# %% ../../nbs/integrations/40_hub.ipynb #push-to-hub
+def push_to_hub(
+    folder: str | Path,  # Model folder, or one with fold_0, fold_1, ...
+    repo: str,  # owner/name; made if it is not there
+    licence: str = "",  # Of the weights, if the card does not state one
+    private: bool = False,  # Of a new repository: visible to its owner alone
+    message: str = "Model folder of mednext_v2",  # Of the commit
+) -> str:  # Address of the page
+    """Publish a model on the Hugging Face Hub, with a page written from its card, in one commit
+
+    ValueError before anything is sent if the licence is not known, the weights are not those of the card, or `repo` is no owner/name;
+    FileExistsError if the repository holds something else; PermissionError without a login or the right to write; ConnectionError."""
+    return publish(folder, repo, licence, private, message).address

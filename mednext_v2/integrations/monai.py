@@ -6,9 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/integrations/20_monai.ipynb #imports
-from collections.abc import Hashable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -172,7 +174,27 @@ class ClassMasksd(MapTransform):
             found[key] = MetaTensor(masks, meta=label.meta, applied_operations=label.applied_operations)
         return found
 
+# %% ../../nbs/integrations/20_monai.ipynb #end-in-one-line
+Call = TypeVar("Call", bound=Callable)
+
+
+def end_in_one_line(function: Call) -> Call:
+    "ValueError and OSError of a function end the program, if it is `python -m monai.bundle`"
+
+    @wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except (ValueError, OSError) as error:
+            spec = getattr(sys.modules["__main__"], "__spec__", None)
+            if spec is None or not spec.name.startswith("monai.bundle"):
+                raise
+            raise SystemExit(f"mednext_v2: {error}") from None  # No `Exception`: MONAI does not wrap it
+
+    return cast(Call, call)
+
 # %% ../../nbs/integrations/20_monai.ipynb #items
+@end_in_one_line
 def case_items(
     folder: str | Path,  # A data set in nnU-Net's raw layout
     split: str,  # train, val or test
@@ -188,6 +210,7 @@ def case_items(
     return [{"image": [str(path) for path in case.images], "label": str(case.label)} for case in cases]
 
 
+@end_in_one_line
 def described_dataset(folder: str | Path) -> Dataset:
     "The data set of a folder; ValueError if it has what these configurations do not train: regions or an ignore label"
     dataset = raw_dataset(folder)
@@ -196,11 +219,13 @@ def described_dataset(folder: str | Path) -> Dataset:
     return dataset
 
 
+@end_in_one_line
 def scan_items(folder: str | Path, channels: int) -> list[dict]:
     "The scans of a folder, named as nnU-Net does, for MONAI's data sets"
     return [{"image": [str(path) for path in files]} for files in list_scans(folder, channels).values()]
 
 
+@end_in_one_line
 def apart(
     items: list[dict],  # By `scan_items` or `case_items`
     out: str | Path,  # Where label maps go
@@ -219,6 +244,7 @@ def label_name(meta: Mapping[str, Any], _: object) -> dict[str, str]:  # As Save
     return {"subject": f"{case if channel == 0 else stem}.nii.gz"}
 
 # %% ../../nbs/integrations/20_monai.ipynb #load-by-name
+@end_in_one_line
 def load_by_name(
     network: nn.Module,  # By `create`; changed in place
     weights: str | Path,  # A state dict of tensors alone

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from math import isfinite, prod
 from pathlib import Path
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ..core import are_valid_lengths, import_extra, read_json
 from ..models.card import read_card, read_state
-from ..models.registry import create, get_backbone
-from ..models.transfer import Start, check_options, class_channels, transfer
+from ..models.registry import get_backbone
+from ..models.transfer import Start, check_options, class_channels, decisive_options, transfer
 from ..network.blocks import OutBlock
 from ..network.mednext import Arch, MedNeXt
 from ..network.scaling import PRESETS, estimate, parse_name, with_levels
@@ -261,7 +261,7 @@ def plan_nnunet(
     """Write nnU-Net's plans for a data set, measuring it first if nnU-Net has not
 
     ValueError without nnunetv2, without its folders or the data set, for 2D images, for values that are none, for a network
-    other than that of the start, for weights that do not fit, and if the network does not fit the memory.
+    other than that of the start, for weights that do not fit, if the network does not fit the memory, and for a name of plans that are not ours.
     """
     _check_values(memory, spacing, plans_name)
     wanted, name = _wanted_network(network, start, overrides or {})
@@ -269,11 +269,13 @@ def plan_nnunet(
     with _nnunet_errors():
         folder_name, number = _find_raw(str(dataset))
         nnunet_labels(read_json(Path(os.environ["nnUNet_raw"], folder_name, "dataset.json")))
+        path = Path(os.environ["nnUNet_preprocessed"], folder_name, f"{plans_name or name}.json")
+        _check_replaceable(path, name)
         api.extract_fingerprint_dataset(number, num_processes=workers, clean=False, verbose=False)
         target = [float(mm) for mm in reversed(spacing)] if spacing else None
         planner = _planner_class(wanted, memory)
         api.plan_experiment_dataset(number, planner, overwrite_target_spacing=target, overwrite_plans_name=plans_name or name)
-    return Path(os.environ["nnUNet_preprocessed"], folder_name, f"{plans_name or name}.json")
+    return path
 
 # %% ../../nbs/integrations/10_nnunet.ipynb #wanted-network
 def _wanted_network(network: str | None, start: Start, overrides: dict) -> tuple[_Wanted, str]:  # And the name of the plans
@@ -289,26 +291,20 @@ def _wanted_network(network: str | None, start: Start, overrides: dict) -> tuple
     name = card.backbone if card else get_backbone(network or "base").name
     if network is not None and (other := get_backbone(network).name) != name:
         raise ValueError(f"{start.model} is a {name}, not a {other}: leave its name out, or give other weights")
-    with torch.device("meta"):
-        own = create(name, 1, 3, **(card.overrides if card else {}))
-        model = create(name, 1, 3, **(card.overrides if card else {}) | overrides)
-    if not isinstance(model, MedNeXt) or not isinstance(own, MedNeXt):
+    if not parse_name(name):
         raise ValueError(f"{start.model} is a {name}: nnU-Net's plans of this library are for MedNeXt")
-    if not card and model.arch.kernel != 3:
-        raise ValueError(f"nnU-Net's kernels are of 3 voxels at most, those of {name} of {model.arch.kernel}: plans can have it only from a model's weights")
-    converted = {"grn": ["grn"], "kernels": ["kernel", "kernels"]}
-    free = [key for what in start.convert for key in converted.get(what, [])]
-    for key in (part.name for part in fields(Arch) if card and part.name not in free):
-        if (theirs := getattr(own.arch, key)) != (given := getattr(model.arch, key)):
-            raise ValueError(f"{start.model} has {key} {theirs}, not {given}: leave it out, or give other weights")
-    if card:  # A conversion adds GRN or larger kernels; it does not turn one GRN into another
-        check_options(str(start.model), (card.backbone, card.overrides), (name, card.overrides | overrides), start.convert, start.scope)
+    options = (card.overrides if card else {}) | overrides
+    arch = Arch(**decisive_options(name, options))
+    if not card and arch.kernel != 3:
+        raise ValueError(f"nnU-Net's kernels are of 3 voxels at most, those of {name} of {arch.kernel}: plans can have it only from a model's weights")
+    if card:
+        check_options(str(start.model), (name, card.overrides), (name, options), start.convert)
     title = "".join(part.capitalize() for part in name.removeprefix("mednext_").split("_"))
     chosen = asdict(start) | {"model": str(Path(start.model).resolve())} if start.model else None
     plans = f"nnUNetMedNeXt{title}{'Pretrained' if card else ''}Plans"
-    return _Wanted(name, model.arch, chosen), plans
+    return _Wanted(name, arch, chosen), plans
 
-
+# %% ../../nbs/integrations/10_nnunet.ipynb #plan-checks
 def _check_values(memory: float | None, spacing: Sequence[float] | None, plans_name: str | None) -> None:
     "ValueError for values that no plan can have, before anything is measured"
     if memory is not None and not (isfinite(memory) and memory > 0):
@@ -329,6 +325,19 @@ def _find_raw(dataset: str) -> tuple[str, int]:  # Folder's name and number
         fault = f"data sets {', '.join(found)} have the same number: rename one" if found else f"no data set {dataset!r} in nnUNet_raw, {raw}"
         raise ValueError(fault if found else f"{fault}; there are: {', '.join(numbers) or 'none, put it there as DatasetNNN_Name'}")
     return found[0], numbers[found[0]]
+
+
+def _check_replaceable(
+    path: Path,
+    usual: str,  # Name of the plans that this library would choose
+) -> None:
+    "FileExistsError for plans that another planner wrote, such as nnU-Net's own"
+    if not path.exists():
+        return
+    network = read_json(path).get("configurations", {}).get("3d_fullres", {}).get("architecture", {})
+    if network.get("network_class_name") != NNUNET_CLASS:
+        other = usual if path.stem != usual else f"{usual}2"
+        raise FileExistsError(f"{path} holds plans that are not of this library, and stays as it is: take another name, such as {other} (--plans-name)")
 
 # %% ../../nbs/integrations/10_nnunet.ipynb #recipe
 EPOCH = 250  # Steps, nnU-Net's and those of the recipes

@@ -688,20 +688,23 @@ class OneHead(nn.Module):
         return logits[:, self.outputs] if isinstance(logits, Tensor) else [level[:, self.outputs] for level in logits]
 
 
-def one_head(
-    model: Network,
+def head_card(
     card: Card,
     name: str | None,  # Of the data set whose labels are wanted
-) -> tuple[nn.Module, Card]:
-    "Network and card as if trained on that data set alone; ValueError lists the heads there are"
+) -> Card:  # Itself, if the model has one head
+    "The card as if trained on that data set alone; ValueError lists the heads there are"
     if not card.heads and name is None:
-        return model, card
+        return card
     if name not in card.heads:
         there = f"a head for each of {', '.join(card.heads)}: name one" if card.heads else "one head, which has no name"
         raise ValueError(f"the model of {card.task} has {there}, got head {name!r}")
-    head = card.heads[name]
-    own = {field: head[field] for field in HEAD_FIELDS}
-    return OneHead(model, head["outputs"]), replace(card, task=name, heads={}, **own)
+    return replace(card, task=name, heads={}, **{field: card.heads[name][field] for field in HEAD_FIELDS})
+
+
+def one_head(model: Network, card: Card, name: str | None) -> tuple[nn.Module, Card]:
+    "Network and card as if trained on that data set alone; ValueError as `head_card`"
+    own = head_card(card, name)
+    return (model if name is None else OneHead(model, card.heads[name]["outputs"])), own
 
 # %% ../../nbs/models/30_registry.ipynb #check-network
 def check_network(

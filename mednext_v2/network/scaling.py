@@ -448,7 +448,7 @@ def overview(
     **options,  # Further arguments of `estimate`
 ) -> "pd.DataFrame":  # One row per network
     "Width, blocks, millions of parameters, GFLOP of a forward pass, and gigabytes of a training step"
-    import pandas as pd  # Here, since it takes as long as a quarter of PyTorch
+    import pandas as pd  # Here, since an import of the network should not wait for it
 
     rows = []
     for name, arch in archs.items():

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/report/50_speed.ipynb #imports
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -40,6 +40,90 @@ def block_costs(
                 ratios = np.divide(values, sides[base])
                 rows.append((part, kind, side, np.median(values), np.median(ratios), ratios.min(), ratios.max()))
     return pd.DataFrame(rows, columns="part kind side cost ratio low high".split())
+
+# %% ../../nbs/report/50_speed.ipynb #same-processor
+def same_processor(
+    one: dict,  # cpu; family, model and gflops where they were kept
+    other: dict,
+) -> bool | None:  # None if it was not kept
+    "Whether two runs were made on processors of one kind; a rate within 1.4 times of the other counts as the same"
+    if not (one.get("cpu") and other.get("cpu")):
+        return None
+    if one["cpu"] != other["cpu"]:
+        return False
+    kinds = [(about.get("family"), about.get("model")) for about in (one, other)]
+    if all(all(kind) for kind in kinds):
+        return kinds[0] == kinds[1]
+    rates = [about["gflops"] for about in (one, other) if about.get("gflops")]
+    return max(rates) / min(rates) < 1.4 if len(rates) == 2 else None
+
+# %% ../../nbs/report/50_speed.ipynb #block-runs
+def find_runs(
+    entry: dict,  # Results of a benchmark, or a part of them
+    machine: Mapping = {},
+) -> list[tuple[dict, dict]]:  # What it ran on, and its result
+    "Everything in it that has seconds of a case, at whatever depth"
+    machine = entry.get("machine", machine)
+    if {"case", "seconds"} <= set(entry):
+        peaks = entry.get("peaks", {})
+        return [(dict(machine) | ({"gflops": peaks["flops"] / 1e9} if "flops" in peaks else {}), entry)]
+    return [run for name, value in entry.items() if name != "machine" and isinstance(value, dict) for run in find_runs(value, machine)]
+
+
+def block_runs() -> list[tuple[str, dict, dict]]:  # File, what it ran on, result
+    "Every committed measurement of blocks"
+    folder = root() / "benchmarks" / "results"
+    return [(path.stem, *run) for path in sorted(folder.glob("block*.json")) for run in find_runs(read_json(path))]
+
+
+def block_ranges(
+    runs: Iterable[tuple[str, dict, dict]], side: str = "fused", base: str = "monai"
+) -> pd.DataFrame:  # file, processor (a number), threads, layout, width, side, kind, ratio
+    "What a side costs over another, median of each measurement, where both sides are in it"
+    rows, processors = [], []
+    for file, machine, result in runs:
+        case, number = result["case"], next((i for i, known in enumerate(processors) if same_processor(machine, known)), len(processors))
+        processors += [machine] if number == len(processors) else []
+        layout = "Tiny" if max(case["depths"]) == 1 else "Base"
+        threads = next((int(where["threads"]) for where in (result, case, machine) if where.get("threads")), 1)
+        costs = {("infer" if kind == "forward" else kind): sides for kind, sides in result["seconds"].items() if isinstance(sides, dict)}
+        costs["memory"] = {name: [one["added_mib"]] for name, one in result.get("memory", {}).items()}
+        for kind, sides in costs.items():
+            if side in sides and base in sides:
+                ratio = float(np.median(np.divide(sides[side], sides[base])))
+                rows.append((file, number, threads, layout, case["width"], case["side"], kind, ratio))
+    return pd.DataFrame(rows, columns="file processor threads layout width side kind ratio".split())
+
+# %% ../../nbs/report/50_speed.ipynb #speed-sentence
+def listed(values: Iterable[int], unit: str = "") -> str:
+    "Each value once, in order: `1, 2 and 4`"
+    words = [f"{value}{unit}" for value in sorted(set(values))]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def speed_sentence(
+    ranges: pd.DataFrame,  # Of `block_ranges`, against MONAI's network with GRN
+) -> str:
+    "What the README says of speed on CPUs: ranges over all that was measured, with sizes, threads and processors"
+
+    def span(kind: str, layout: str) -> str:
+        found = ranges.query("kind == @kind and layout == @layout").ratio
+        low, high = f"{found.min():.2f}", f"{found.max():.2f}"
+        return low if low == high else f"{low} to {high}"
+
+    def sizes(layout: str) -> str:
+        rows = ranges[ranges.layout == layout]
+        return f"width{'s' * (rows.width.nunique() > 1)} {listed(rows.width)} on {listed(rows.side, '³')}"
+
+    words = {1: "one", 2: "two", 3: "three", 4: "four"}
+    threads = [words.get(number, str(number)) for number in sorted(set(ranges.threads))]
+    count = ranges.processor.nunique()
+    where = f"{' and '.join(threads)} thread{'s' * (threads != ['one'])}, {words.get(count, count)} processor{'s' * (count > 1)}"
+    return (
+        f"On CPUs ({where}), a training step of Base's layout ({sizes('Base')}) takes {span('step', 'Base')} of the time and {span('memory', 'Base')} of the "
+        f"memory of MONAI's MedNeXt with GRN, and a forward pass {span('infer', 'Base')} of the time; "
+        f"the mini network ({sizes('Tiny')}) {span('step', 'Tiny')}, {span('memory', 'Tiny')} and {span('infer', 'Tiny')}"
+    )
 
 # %% ../../nbs/report/50_speed.ipynb #exponent
 def exponent(

@@ -8,7 +8,6 @@ __all__ = ['Display']
 # %% ../../nbs/training/48_monitor.ipynb #imports
 import math
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,9 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
-from ..core import peak_bytes, write_json
+from ..core import peak_bytes, progress_bar, write_json
 from .recipe import Recipe, learning_rate
 from .state import Progress, TrainingState, is_due
 from .validation import PatchValidation, save_picture
@@ -95,23 +93,6 @@ def log_curves(
         with warn_on_error("curves"):
             live.end()
 
-# %% ../../nbs/training/48_monitor.ipynb #bar
-def progress_bar(recipe: Recipe, start: int, description: str, show: bool) -> tqdm:
-    "A bar on a terminal; in a log file a line now and then"
-    terminal = sys.stderr.isatty()
-    line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
-    interval = 0.5 if terminal else 15
-    return tqdm(
-        total=recipe.steps,
-        initial=start,
-        desc=description or "training",
-        disable=not show,
-        unit="step",
-        mininterval=interval,
-        maxinterval=max(10, interval),
-        bar_format=None if terminal else line,
-    )
-
 # %% ../../nbs/training/48_monitor.ipynb #manifest-parts
 def value_or_unavailable(function: Callable, *arguments: object) -> object:
     "What a function returns, or `not available` if it raises"
@@ -182,7 +163,7 @@ class Reporter:
 
     def __enter__(self) -> "Reporter":
         state, title = self.state, self.display.title
-        self.bar = progress_bar(state.recipe, state.progress.step, title, self.display.progress and self.main)
+        self.bar = progress_bar(state.recipe.steps, title or "training", "step", self.display.progress and self.main, state.progress.step)
         self.curves = log_curves(state.folder, state.progress.history) if self.main else nullcontext(lambda row: None)
         self.log = self.curves.__enter__()
         if self.display.trackers:

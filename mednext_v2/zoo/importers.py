@@ -1220,13 +1220,9 @@ def description_rows(checkpoint: Checkpoint) -> dict:  # Name to text; None for 
         "loads into": checkpoint.backbone and f"{checkpoint.backbone} {checkpoint.overrides or ''}{place}".strip(),
     }
 
-# %% ../../nbs/zoo/10_importers.ipynb #describe-part
-def describe(
-    path: str | Path,  # A file, or a folder
-    **options,  # Of `open_checkpoint`
-) -> str:  # Lines to print
-    "What a checkpoint is, how that was recognised, and what is not known about it; errors as of `import_checkpoint`"
-    checkpoint = open_checkpoint(path, **options)
+
+def describe_checkpoint(checkpoint: Checkpoint) -> str:
+    "The lines of `describe`"
     metadata = description_rows(checkpoint)
     lines = [(name, value) for name, value in metadata.items() if value is not None]
     lines += [("outside", f"{len(checkpoint.outside)} tensors, e.g. {checkpoint.outside[0]}")] if checkpoint.outside else []
@@ -1234,6 +1230,14 @@ def describe(
     unknown = ", ".join(name for name, value in metadata.items() if value is None)
     lines += [("not known", unknown)] if unknown else []
     return "\n".join(f"{name + ':':<16}{value}" for name, value in lines)
+
+# %% ../../nbs/zoo/10_importers.ipynb #describe-part
+def describe(
+    path: str | Path,  # A file, or a folder
+    **options,  # Of `open_checkpoint`
+) -> str:  # Lines to print
+    "What a checkpoint is, how that was recognised, and what is not known about it; errors as of `import_checkpoint`"
+    return describe_checkpoint(open_checkpoint(path, **options))
 
 # %% ../../nbs/zoo/10_importers.ipynb #layouts
 def layout_table() -> pd.DataFrame:
