@@ -245,7 +245,9 @@ def read_job(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSe
 def make_report(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSettings, labels: np.ndarray, volume: NetworkInput) -> dict:
     "What is written beside a label map, but for its identity and how it went"
     names = label_names(members[0].card)
-    counts = np.bincount(labels.ravel(), minlength=max(names, default=0) + 1)
+    counts = np.zeros(max(max(names, default=0), int(labels.max(initial=0))) + 1, np.int64)
+    for plane in labels:  # It makes int64 of what it counts
+        counts += np.bincount(plane.ravel(), minlength=len(counts))
     return {
         "shape": list(volume.header.shape),
         "spacing_mm": [round(float(size), 6) for size in voxel_sizes(volume.header.affine)],
