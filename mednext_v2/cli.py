@@ -508,7 +508,10 @@ def predict(options: argparse.Namespace) -> Answer:
     )
     models = [find_fetched(model, imported=True) for model in options.model]
     results = [name for name in ("seg", "rtstruct") if getattr(options, f"dicom_{name}")]
-    if results or options.series or is_dicom(options.input):
+    given = [name for name, value in {"dicom_seg": options.dicom_seg, "rtstruct": options.dicom_rtstruct, "series": options.series}.items() if value]
+    if options.input.is_file() and not is_dicom(options.input):
+        refuse_ignored(given, str(options.input), "is no folder of DICOM")
+    if given or is_dicom(options.input):
         return predict_series(options, models, results, **how)
     return predict_scans(options, models, **how)
 

@@ -35,6 +35,18 @@ def test_without_a_gpu_the_gpu_benchmark_says_so():
         assert done.returncode and "--device cpu runs the same code" in done.stderr
 
 
+def test_a_whole_prediction_is_measured_and_labelled_as_by_nnunet(tmp_path):
+    pytest.importorskip("nnunetv2")
+    settings = {"BENCH_SHRINK": "0.12", "BENCH_THREADS": "1", "BENCH_TOTALSEGMENTATOR": "", "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, BENCHMARKS / "whole.py", "tiny"], capture_output=True, text=True, env=os.environ | settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "whole.json").read_text())["tiny"]["result"]
+    assert set(found["sides"]) == {"ours", "nnunet"} and "totalsegmentator" in found["failed"] and "| not available |" in done.stdout
+    assert found["same_labels"]["nnunet"] > 0.99 and found["classes_seen"] > 4
+    for side in found["sides"].values():
+        assert side["stages"]["network"] > 0 and sum(side["stages"].values()) == pytest.approx(side["seconds"]) and side["peak_mib"] > 100
+
+
 # ---------------------------------------------------------------- make bench
 
 

@@ -192,7 +192,8 @@ def network_input(
     first = volumes[0]
     for volume in volumes[1:]:
         same_grid(volume, first)
-    values = np.stack([as_float32(volume.voxels, header_of(volume).path) for volume in volumes])
+    channels = [as_float32(volume.voxels, header_of(volume).path) for volume in volumes]
+    values = channels[0][None] if len(channels) == 1 else np.stack(channels)  # Stacking copies
     box, mask = nonzero_box(values), None
     part = tuple(slice(0, side.stop - side.start) for side in box)
     if roi is not None:
