@@ -6,7 +6,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from model_toys import UNET_CARD, save_unet
 
 from mednext_v2.cli import main
 from mednext_v2.core import MissingExtra
@@ -14,6 +13,7 @@ from mednext_v2.inference import openvino
 from mednext_v2.inference.predictor import PredictSettings, load_ensemble, predict
 from mednext_v2.models.card import Card, save_model
 from mednext_v2.models.registry import create
+from model_toys import UNET_CARD, save_unet
 
 
 def scan(path, shape=(24, 20, 30)):
