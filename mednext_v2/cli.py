@@ -521,7 +521,7 @@ def predict(options: argparse.Namespace) -> Answer:
     roi = options.roi
     if roi:
         roi = roi[0] if len(roi) == 1 else [int(number) for number in roi]
-    chosen = {name: getattr(options, name) for name in ("tta", "fast", "head", "device", "memory", "half")}
+    chosen = {name: getattr(options, name) for name in ("tta", "fast", "head", "device", "memory", "half", "runtime")}
     settings = PredictSettings(folds=tuple(options.folds), **chosen)
     how = dict(
         settings=settings, roi=roi or None, probabilities=options.save_probabilities, overwrite=options.overwrite, progress=not (options.quiet or options.json)
@@ -915,6 +915,8 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
+    runtime = "what computes the network: torch, or openvino, often faster on a CPU (default: torch)"
+    command.add_argument("--runtime", choices=("torch", "openvino"), default="torch", help=runtime)
     command.add_argument("--quiet", action="store_true", help="show no progress bar")
     group = command.add_argument_group("a folder of DICOM")
     series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
