@@ -272,6 +272,7 @@ def test_where_the_output_may_not_be(tmp_path):
         (source, tmp_path / "in", ValueError, "scans are never overwritten"),
         (tmp_path / "in", tmp_path / "labels.nii.gz", ValueError, "the output must be a folder"),
         (tmp_path / "empty", tmp_path / "out", FileNotFoundError, "holds no volume"),
+        (tmp_path / "empty", tmp_path / "labels.nii.gz", FileNotFoundError, "holds no volume"),
         (tmp_path / "nowhere", tmp_path / "out", FileNotFoundError, "does not exist"),
     ]:
         with pytest.raises(kind, match=message):

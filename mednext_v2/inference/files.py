@@ -154,10 +154,10 @@ def list_jobs(
         if ending == ".seg.nrrd":
             raise BadFile(source, "is a segmentation by its name", "give the scan that it was drawn on")
         jobs = [PredictJob(stem, (source,), target if is_file else target / f"{stem}.nii.gz")]
-    elif is_file:
-        raise ValueError(f"{source} is a folder, so the output must be a folder, got {target}")
     else:
         jobs = [PredictJob(name, tuple(paths), target / f"{name}.nii.gz") for name, paths in list_scans(source, channels, IMAGES).items()]
+        if is_file:
+            raise ValueError(f"{source} is a folder, so the output must be a folder, got {target}")
     folder = (target.parent if is_file else target).resolve()
     inputs = {path.resolve() for job in jobs for path in job.images}
     if source.is_dir() and folder == source.resolve() or any(job.output.resolve() in inputs for job in jobs):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..core import find_device
 from ..data.preprocess import bounding_box, coarse_axis, image_type, nonzero_box, normalise, resample_image, target_shape
 from ..data.scans import Header, ScanSource, Volume, as_float32, check_extent, read_scan, same_grid
+from .openvino import compile_network
 from mednext_v2.inference.windows import (
     MemoryBudget,
     OutputAxis,
@@ -55,12 +56,17 @@ class PredictSettings:
     device: str = "auto"  # As `find_device` takes it
     memory: float = 1.0  # GB of logits before some wait in a temporary file
     half: bool = False  # Logits summed in float16
+    runtime: str = "torch"  # What computes the network: "torch", or "openvino", on a CPU
 
     def __post_init__(self):
         if not 0 <= self.overlap < 1 or not self.memory >= 0:
             raise ValueError(f"needs 0 <= overlap < 1 and memory >= 0, got {self.overlap} and {self.memory}")
         if self.fast and self.tta:
             raise ValueError("fast leaves mirroring out: choose fast or tta")
+        if self.runtime not in ("torch", "openvino"):
+            raise ValueError(f"runtime must be torch or openvino, not {self.runtime!r}")
+        if self.runtime == "openvino" and find_device(self.device) != "cpu":
+            raise ValueError(f"runtime openvino computes on the CPU: add --device cpu, not {self.device}")
         object.__setattr__(self, "folds", tuple(map(str, self.folds)))
         if self.fast:
             object.__setattr__(self, "overlap", 0.25)
@@ -131,7 +137,10 @@ def load_ensemble(
             check_cards_agree(folder, cards[0], other, ("normalisation", "mirror_axes", "windows"))
         if settings.tta and not cards[0].mirror_axes:
             warnings.warn(f"{folder} was trained without mirroring: tta does nothing for it", stacklevel=2)
-        members.append(EnsembleMember(tuple(model.to(device) for model, _ in loaded), cards[0], tuple(card.sha256 for card in cards)))
+        models = [model.to(device) for model, _ in loaded]
+        if settings.runtime == "openvino":
+            models = [compile_network(model, cards[0].in_channels, cards[0].patch) for model in models]
+        members.append(EnsembleMember(tuple(models), cards[0], tuple(card.sha256 for card in cards)))
         check_cards_agree(folder, members[0].card, cards[0], ("in_channels", "labels", "regions", "class_order"))
     return members
 

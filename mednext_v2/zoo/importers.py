@@ -11,7 +11,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..models.registry import BACKBONES, create, limit_size, mednext
-from ..core import build, check_output, read_json, sha256, shorten
+from ..core import build, check_output, lists_to_tuples, read_json, sha256, shorten
 from ..network.grn import convert_grn
 from ..network.mednext import Arch, MedNeXt
 from ..network.scaling import PRESETS
@@ -921,6 +921,7 @@ def find_checkpoint(
         return model
     except ValueError as error:
         found = sorted({path.parent for path in model.rglob("plans.json") if (path.parent / "dataset.json").is_file()})
+        found = found or sorted(path.parent for path in model.glob("fold_*/card.json"))
         endings = (".pth", ".pt", ".safetensors", ".model", ".bin", ".ckpt")
         found = found or sorted(path for path in model.rglob("*") if path.name.endswith(endings))
         if len(found) == 1:
@@ -1185,9 +1186,12 @@ def import_model(
     check_output(folder, MODEL_FOLDER)
     options.setdefault("deep_supervision", None)
     model, report, checkpoint = import_checkpoint(path, **options)
-    source = Path(checkpoint.path)
-    parent = sha256(source) if source.is_file() else None
-    card = make_card(checkpoint, **{"parent": parent, "backbone": cast(dict, model.blueprint)["name"]} | (facts or {}))
+    source, facts = Path(checkpoint.path), facts or {}
+    if (source / "card.json").is_file():  # A model folder of ours: its card counts
+        card = build(Card, asdict(read_card(source)) | cast(dict, lists_to_tuples(facts)), f"{source} and what was given for it")
+    else:
+        parent = sha256(source) if source.is_file() else None
+        card = make_card(checkpoint, **{"parent": parent, "backbone": cast(dict, model.blueprint)["name"]} | facts)
     return save_model(folder, model, card), report
 
 # %% ../../nbs/zoo/10_importers.ipynb #describe
