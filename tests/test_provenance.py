@@ -242,6 +242,7 @@ def test_committed_results_are_of_this_code_or_name_the_commit_that_made_them(pr
     commit = commit_in_readme(profile)
     if commit and run_git("rev-parse", "--is-shallow-repository") == "false":
         run_git("merge-base", "--is-ancestor", commit, "HEAD")  # It is there, and it came before
+    assert [warning for path in tables if (warning := provenance.warn_of_provenance(path, profile)) and "is another one here" not in warning] == []
 
 
 def test_every_writer_of_results_goes_through_one_function():

@@ -3,11 +3,12 @@
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from mednext_v2.core import write_csv, write_json
+from mednext_v2.core import sha256, write_csv, write_json
 from mednext_v2.report import provenance, verify
 from mednext_v2.study import paths
 from mednext_v2.study.arithmetic import PINS
@@ -177,6 +178,23 @@ def test_a_run_that_was_killed_is_refused(project, capsys, stage):
     assert f"the last run has not ended (not done here: {stage.split('/')[-1]}): run make repro PROFILE=toy first" in refused(capsys, "toy")
     (project / "models/toy/pretrain/corpus/unet/corpus-s0/model.safetensors").write_bytes(b"newer")
     assert "does not describe the models in models/toy" in refused(capsys, "toy")
+
+
+def write_provenance(path: Path, **more) -> None:
+    found = {name: kind() for name, kind in provenance.SHAPE.items()} | {"table": sha256(path)} | more
+    write_json(provenance.provenance_file(path), found)
+
+
+def test_pages_of_an_earlier_run_are_refused(project, capsys):
+    scores, page = project / "results/toy/scores.csv", project / "results/toy/claims/claims.csv"
+    write_provenance(scores)
+    write_provenance(page, made_from={"results/toy/scores.csv": sha256(scores)})
+    commit_all(project)
+    assert failing() == {}
+    write_results(project, shift=0.1)  # Edited: the page is not to blame
+    assert failing() == {"scores.csv": "outside", "scores.csv.json": "outside"}
+    write_provenance(scores)
+    assert "the last run has not ended (made from tables of an earlier run: claims)" in refused(capsys, "toy")
 
 
 def test_what_cannot_be_compared_is_named(project, capsys):

@@ -189,7 +189,7 @@ def doubt_provenance(path: Path, profile: str, found: dict) -> list[str]:  # Cla
     if found["command"] != f"make repro PROFILE={profile}":
         wrong.append(f"the command of these results is make repro PROFILE={profile}")
     with suppress(OSError, ValueError):
-        made = read_json(record)
+        made = read_json(record) if stage_of(path, profile) == "collect" else {}  # Which writes the record; pages may be made again elsewhere
         run = {"versions": made.get("versions"), **{name: made.get("machine", {}).get(name) for name in ("processor", "instructions")}}
         wrong += [f"digests.json has other {name}" for name, value in run.items() if value is not None and value != found[name]]
     for name, digest in found["made_from"].items():

@@ -48,6 +48,17 @@ def read_digests(text: str, name: str) -> dict[str, str]:  # By model
     return found
 
 
+def stale_pages(profile: str) -> list[str]:
+    "Pages that were made from other tables than lie here, although nobody has edited these"
+    stale = set()
+    for path in StudyPaths(profile).results.glob("*/*.csv"):
+        made_from = (check_provenance(path)[0] or {}).get("made_from", {})
+        tables = {root() / name: digest for name, digest in made_from.items() if name.startswith("results/") and name.endswith(".csv")}
+        if any(table.is_file() and check_provenance(table)[0] and sha256(table) != digest for table, digest in tables.items()):
+            stale.add(path.parent.name)
+    return sorted(stale)
+
+
 def check_finished(profile: str) -> dict[str, str]:  # Digests of the models that are here
     "FileNotFoundError or ValueError unless a run of the profile has ended here, and left these models"
     check_known(profile)
@@ -63,6 +74,8 @@ def check_finished(profile: str) -> dict[str, str]:  # Digests of the models tha
     stages = {"collect": paths.runs("collect"), **{page: paths.runs("paper", page) for page in pages}}
     if missing := [name for name, folder in stages.items() if not (folder / "notebook.ipynb").is_file()]:
         raise FileNotFoundError(f"the last run has not ended (not done here: {', '.join(missing)}): {first}")
+    if stale := stale_pages(profile):
+        raise ValueError(f"the last run has not ended (made from tables of an earlier run: {', '.join(stale)}): {first}")
     return ours
 
 # %% ../../nbs/report/70_verify.ipynb #compare-digests
