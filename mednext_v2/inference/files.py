@@ -50,10 +50,9 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/inference/20_files.ipynb #label-names
 def label_names(card: "Card") -> dict[int, str]:
-    "Names by the value in the label map; of overlapping regions, the value that each one is painted with"
-    if card.regions:
-        return dict(zip(card.class_order, card.regions))
-    return {value: name for name, value in card.labels.items()}
+    "Names by the value in the label map, in its order; of overlapping regions, the value that each one is painted with"
+    names = zip(card.class_order, card.regions) if card.regions else zip(card.labels.values(), card.labels)
+    return dict(sorted(names, key=lambda item: item[0]))
 
 
 def colour(value: int) -> tuple[int, int, int]:

@@ -108,8 +108,9 @@ class EnsembleMember:
 def check_cards_agree(folder: str | Path, one: "Card", other: "Card", fields: Sequence[str]) -> None:
     "ValueError for the first field in which two cards differ"
     for field in fields:
-        if getattr(one, field) != getattr(other, field):
-            raise ValueError(f"{folder}: {field} differs between models that are to be averaged: {getattr(one, field)} and {getattr(other, field)}")
+        mine, theirs = getattr(one, field), getattr(other, field)
+        if mine != theirs or field == "regions" and list(mine) != list(theirs):  # Their order is that of the outputs
+            raise ValueError(f"{folder}: {field} differs between models that are to be averaged: {mine} and {theirs}")
 
 # %% ../../nbs/inference/10_predictor.ipynb #load-ensemble
 def load_ensemble(
