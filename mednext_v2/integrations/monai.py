@@ -251,6 +251,15 @@ class ClassMasksd(MapTransform):
         return found
 
 # %% ../../nbs/integrations/20_monai.ipynb #items
+def checked(items: list[dict]) -> list[dict]:  # `items`
+    "BadFile, before anything is computed, for a file whose header has a fault or lies on another grid than the first of its scan"
+    for item in items:
+        first, *others = [read_header(path) for path in (*item["image"], *([item["label"]] if "label" in item else []))]
+        for other in others:
+            same_grid(other, first)
+    return items
+
+
 @end_in_one_line
 def case_items(
     folder: str | Path,  # A data set in nnU-Net's raw layout
@@ -264,7 +273,7 @@ def case_items(
     cases = [case for case in list_cases(dataset, Path(folder).absolute().parent) if case.split == split]
     if not cases:
         raise ValueError(f"{folder} has no {split} cases")
-    return [{"image": [str(path) for path in case.images], "label": str(case.label)} for case in cases]
+    return checked([{"image": [str(path) for path in case.images], "label": str(case.label)} for case in cases])
 
 
 @end_in_one_line
@@ -279,7 +288,7 @@ def described_dataset(folder: str | Path) -> Dataset:
 @end_in_one_line
 def scan_items(folder: str | Path, channels: int) -> list[dict]:
     "The scans of a folder, named as nnU-Net does, for MONAI's data sets"
-    return [{"image": [str(path) for path in files]} for files in list_scans(folder, channels).values()]
+    return checked([{"image": [str(path) for path in files]} for files in list_scans(folder, channels).values()])
 
 
 @end_in_one_line
