@@ -73,6 +73,8 @@ def test_names_go_through_the_header(tmp_path):
 def test_regions_are_named_by_the_value_they_are_painted_with(model):
     card = replace(read_card(model), groups={}, regions={"whole": (1, 2), "core": (2,)}, class_order=(1, 2))
     assert label_names(card) == {1: "whole", 2: "core"}
+    shared = replace(card, regions={"left": (1, 2), "whole": (1, 2), "core": (2,)}, class_order=(1, 1, 2))
+    assert label_names(shared) == {1: "left or whole", 2: "core"}
 
 
 # A file

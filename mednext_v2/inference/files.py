@@ -51,8 +51,10 @@ if TYPE_CHECKING:
 # %% ../../nbs/inference/20_files.ipynb #label-names
 def label_names(card: "Card") -> dict[int, str]:
     "Names by the value in the label map, in its order; of overlapping regions, the value that each one is painted with"
-    names = zip(card.class_order, card.regions) if card.regions else zip(card.labels.values(), card.labels)
-    return dict(sorted(names, key=lambda item: item[0]))
+    names: dict[int, str] = {}
+    for value, name in sorted(zip(card.class_order, card.regions) if card.regions else zip(card.labels.values(), card.labels)):
+        names[value] = f"{names[value]} or {name}" if value in names else name  # Regions may share a value
+    return names
 
 
 def colour(value: int) -> tuple[int, int, int]:
@@ -264,6 +266,7 @@ class LabelledScan:
     volume: NetworkInput
     names: dict[int, str]
     probabilities: np.ndarray | None  # (K, *box)
+    background: bool  # Is the first of them the background's?
     report: dict
     stack: ExitStack  # Holds the probabilities until it is closed
 
@@ -290,7 +293,7 @@ def label_job(
     about = {"scan": job.name, "files": [path.name for path in job.images], "output": job.output.name, "identity": key}
     seconds = {"read": round(read_seconds, 3), "network": round(time.perf_counter() - begin, 3)}
     report = about | make_report(job, members, settings, labels, volume) | {"warnings": notes, "seconds": seconds, "versions": versions()}
-    return LabelledScan(job, labels, volume, label_names(card), probabilities, report, left_open)
+    return LabelledScan(job, labels, volume, label_names(card), probabilities, not card.regions, report, left_open)
 
 # %% ../../nbs/inference/20_files.ipynb #write-probabilities
 def write_probabilities(path: Path, values: np.ndarray, volume: NetworkInput, background: bool) -> None:
@@ -322,7 +325,7 @@ def write_job(scan: LabelledScan, overwrite: bool = False) -> None:
             image.header.extensions.append(names_extension(scan.names))
             nib.save(image, path[target])
             if values is not None and scan.probabilities is not None:
-                write_probabilities(path[values], scan.probabilities, scan.volume, len(scan.probabilities) == len(scan.names) + 1)
+                write_probabilities(path[values], scan.probabilities, scan.volume, scan.background)
             scan.report["seconds"]["write"] = round(time.perf_counter() - begin, 3)
             scan.report["peak_bytes"] = peak_bytes()
             path[table].write_text(json.dumps(scan.report, indent=1) + "\n", encoding="utf-8")
