@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core import as_csv, as_json, code_digest, params, read_json, read_yaml, root, sha256, versions, write_texts
-from ..study.arithmetic import PINS, describe_processor, is_pinned, unpinned_because
+from ..study.arithmetic import describe_processor
 from ..study.paths import StudyPaths, profile_of
+from ..study.runs import read_trainings, summarise_arithmetic
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -68,13 +69,6 @@ def stage_code(stage: str) -> str:
     "A hash of the modules that a stage depends on"
     return code_digest(dep.removeprefix("mednext_v2/").removesuffix(".py") for dep in read_deps(stage) if dep.startswith("mednext_v2/"))
 
-# %% ../../nbs/report/05_provenance.ipynb #arithmetic
-def describe_arithmetic() -> str:
-    "Whether the arithmetic of this process is pinned, and if not, why"
-    if is_pinned():
-        return f"pinned to {PINS['ONEDNN_MAX_CPU_ISA']}"
-    return f"not pinned ({unpinned_because() or 'not started as a stage'})"
-
 # %% ../../nbs/report/05_provenance.ipynb #provenance
 def provenance_file(path: Path) -> Path:
     "Where the provenance of a table is"
@@ -91,10 +85,11 @@ def make_provenance(path: Path, profile: str, text: str) -> dict:
         "seeds": list(params("seeds")) if params("profile") == profile else [],
         "made_from": input_digests(stage, path, profile),
         "code": stage_code(stage),
-        "arithmetic": describe_arithmetic(),
+        "arithmetic": summarise_arithmetic(profile),
         "processor": machine["processor"],
         "instructions": machine["instructions"],
         "versions": versions(),
+        **({"trainings": read_trainings(profile)} if stage == "collect" else {}),
         "table": hashlib.sha256(text.encode()).hexdigest(),
     }
 

@@ -20,8 +20,9 @@ from ..core import parse_json, read_csv, read_json, root, rows_of, sha256, versi
 from .power import mean_sd, noise_settings, read_noise
 from .provenance import run_git
 from .tables import summary
-from ..study.arithmetic import describe_machine, is_pinned
+from ..study.arithmetic import describe_machine
 from ..study.paths import StudyPaths
+from ..study.runs import are_pinned, read_trainings
 
 # %% ../../nbs/report/70_verify.ipynb #digests
 def model_digests(models: Path) -> dict[str, str]:  # By the folder's path below `models`
@@ -31,9 +32,16 @@ def model_digests(models: Path) -> dict[str, str]:  # By the folder's path below
 
 
 def write_digests(profile: str) -> dict:
-    "Write digests.json of a profile: its models, and the machine and versions that they were made with"
+    "Write digests.json of a profile: its models, how each was trained, and the machine and versions of this process"
     paths = StudyPaths(profile)
-    found = {"pinned": is_pinned(), "machine": describe_machine(), "versions": versions(), "models": model_digests(paths.models())}
+    trainings = read_trainings(profile)
+    found = {
+        "pinned": are_pinned(trainings),
+        "trainings": trainings,
+        "machine": describe_machine(),
+        "versions": versions(),
+        "models": model_digests(paths.models()),
+    }
     write_json(paths.results / "digests.json", found)
     return found
 
