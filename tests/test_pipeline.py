@@ -489,11 +489,11 @@ def test_views_of_a_fold_that_several_stages_want_at_the_same_time(prepared, wor
 
 def test_each_training_notes_its_arithmetic_and_an_unpinned_one_is_not_taken_over(prepared, workplace, monkeypatch):
     from mednext_v2.report.verify import write_digests
-    from mednext_v2.study.arithmetic import PINS
+    from mednext_v2.study.arithmetic import PINS, read_trainings, summarise_arithmetic
     from mednext_v2.study.paths import StudyPaths
-    from mednext_v2.study.runs import read_trainings, summarise_arithmetic
 
     paths, runs = StudyPaths("smoke"), [TrainingRun("smoke", "unet", "scratch", "corpus_ct", seed) for seed in (0, 1)]
+    places = paths.models(), paths.runs()
 
     def make(run: TrainingRun) -> None:
         place = f"unet{run.seed}"
@@ -504,15 +504,15 @@ def test_each_training_notes_its_arithmetic_and_an_unpinned_one_is_not_taken_ove
     for name, value in PINS.items():
         monkeypatch.setenv(name, value)
     make(runs[1])
-    assert [(one["arithmetic"], one["models"]) for one in read_trainings("smoke")] == [("not pinned (FAST is set)", 1), ("pinned to AVX2", 1)]
-    assert summarise_arithmetic("smoke") == "not the same in all parts: not pinned (FAST is set) in 1, pinned to AVX2 in 2"
+    assert [(one["arithmetic"], one["models"]) for one in read_trainings(*places)] == [("not pinned (FAST is set)", 1), ("pinned to AVX2", 1)]
+    assert summarise_arithmetic(*places) == "not the same in all parts: not pinned (FAST is set) in 1, pinned to AVX2 in 2"
     found = write_digests("smoke")
     assert not found["pinned"] and all(one["versions"]["torch"] and one["commit"] for one in found["trainings"])
     make(runs[0])  # With pins: the model of before is there, but it is not the one that was asked for
-    assert [(one["arithmetic"], one["models"]) for one in read_trainings("smoke")] == [("pinned to AVX2", 2)]
-    assert write_digests("smoke")["pinned"] and summarise_arithmetic("smoke") == "pinned to AVX2"
+    assert [(one["arithmetic"], one["models"]) for one in read_trainings(*places)] == [("pinned to AVX2", 2)]
+    assert write_digests("smoke")["pinned"] and summarise_arithmetic(*places) == "pinned to AVX2"
     (paths.curves("pretrain", "corpus_ct", "unet1") / "corpus_ct-s1/made.json").unlink()
-    assert not write_digests("smoke")["pinned"] and "not known in 1" in summarise_arithmetic("smoke")
+    assert not write_digests("smoke")["pinned"] and "not known in 1" in summarise_arithmetic(*places)
 
 
 def weights(folder: Path) -> dict:

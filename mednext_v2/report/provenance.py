@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core import as_csv, as_json, code_digest, params, read_json, read_yaml, root, sha256, versions, write_texts
-from ..study.arithmetic import describe_processor
+from ..study.arithmetic import describe_processor, read_trainings, summarise_arithmetic
 from ..study.paths import StudyPaths, profile_of
-from ..study.runs import read_trainings, summarise_arithmetic
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -78,6 +77,7 @@ def provenance_file(path: Path) -> Path:
 def make_provenance(path: Path, profile: str, text: str) -> dict:
     "What makes a table of results: the state of code, data, configuration and machine; `table` is the SHA-256 of its text"
     stage, machine = stage_of(path, profile), describe_processor()
+    places = StudyPaths(profile).models(), StudyPaths(profile).runs()
     return {
         **describe_commit(),
         "command": f"make repro PROFILE={profile}",
@@ -85,11 +85,11 @@ def make_provenance(path: Path, profile: str, text: str) -> dict:
         "seeds": list(params("seeds")) if params("profile") == profile else [],
         "made_from": input_digests(stage, path, profile),
         "code": stage_code(stage),
-        "arithmetic": summarise_arithmetic(profile),
+        "arithmetic": summarise_arithmetic(*places),
         "processor": machine["processor"],
         "instructions": machine["instructions"],
         "versions": versions(),
-        **({"trainings": read_trainings(profile)} if stage == "collect" else {}),
+        **({"trainings": read_trainings(*places)} if stage == "collect" else {}),
         "table": hashlib.sha256(text.encode()).hexdigest(),
     }
 

@@ -20,9 +20,8 @@ from ..core import parse_json, read_csv, read_json, root, rows_of, sha256, versi
 from .power import mean_sd, noise_settings, read_noise
 from .provenance import run_git
 from .tables import summary
-from ..study.arithmetic import describe_machine
+from ..study.arithmetic import are_pinned, describe_machine, read_trainings
 from ..study.paths import StudyPaths
-from ..study.runs import are_pinned, read_trainings
 
 # %% ../../nbs/report/70_verify.ipynb #digests
 def model_digests(models: Path) -> dict[str, str]:  # By the folder's path below `models`
@@ -34,7 +33,7 @@ def model_digests(models: Path) -> dict[str, str]:  # By the folder's path below
 def write_digests(profile: str) -> dict:
     "Write digests.json of a profile: its models, how each was trained, and the machine and versions of this process"
     paths = StudyPaths(profile)
-    trainings = read_trainings(profile)
+    trainings = read_trainings(paths.models(), paths.runs())
     found = {
         "pinned": are_pinned(trainings),
         "trainings": trainings,

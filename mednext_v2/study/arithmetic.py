@@ -6,12 +6,16 @@
 __all__ = ['PINS', 'unpinned_because', 'cpu_facts', 'pin_arithmetic', 'describe_machine']
 
 # %% ../../nbs/study/05_arithmetic.ipynb #imports
+import json
 import os
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+
+from ..core import read_json, sha256
 
 # %% ../../nbs/study/05_arithmetic.ipynb #pins
 PINS = {
@@ -73,6 +77,40 @@ def describe_arithmetic() -> str:
     if is_pinned():
         return f"pinned to {PINS['ONEDNN_MAX_CPU_ISA']}"
     return f"not pinned ({unpinned_because() or 'not started as a stage'})"
+
+# %% ../../nbs/study/05_arithmetic.ipynb #notes
+def read_trainings(
+    models: Path,  # Model folders of a profile
+    runs: Path,  # What its stages left besides
+) -> list[dict]:  # As `runs.describe_making`, with the number of `models`; only that number of those without a note
+    "How the models of a profile were trained"
+    notes = {}
+    for file in sorted(runs.glob("**/made.json")):
+        note = read_json(file)
+        notes[note.get("model", "")] = json.dumps({name: value for name, value in note.items() if name not in ("key", "model")}, sort_keys=True)
+    files = [file for file in sorted(models.glob("**/model.safetensors")) if file.parent.name != "parent"]  # Released models are not trained here
+    counts = Counter(notes.get(sha256(file), "{}") for file in files)
+    return [json.loads(note) | {"models": count} for note, count in counts.items()]
+
+
+def are_pinned(trainings: list[dict]) -> bool:
+    "Whether all models of `read_trainings` were trained with pinned arithmetic"
+    return bool(trainings) and all(one.get("arithmetic", "").startswith("pinned ") for one in trainings)
+
+
+def summarise_arithmetic(
+    models: Path,  # As of `read_trainings`
+    runs: Path,
+) -> str:
+    "How all that the tables of a profile rest on was computed: trainings, scores, and what this process adds"
+    found = Counter({describe_arithmetic(): 1})
+    for one in read_trainings(models, runs):
+        found[one.get("arithmetic", "not known")] += one["models"]
+    for file in sorted(runs.glob("**/scored.json")):
+        found[read_json(file)["arithmetic"]] += 1
+    if len(found) == 1:
+        return next(iter(found))
+    return "not the same in all parts: " + ", ".join(f"{word} in {count}" for word, count in sorted(found.items()))
 
 # %% ../../nbs/study/05_arithmetic.ipynb #processor
 def describe_processor() -> dict:  # processor, instructions, cores

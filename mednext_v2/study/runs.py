@@ -6,10 +6,8 @@
 __all__ = ['TrainingRun', 'train_runs']
 
 # %% ../../nbs/study/30_runs.ipynb #imports
-import json
 import os
 import shutil
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +19,7 @@ from ..data.preprocess import Prepared, fold_view
 from ..models.card import read_card
 from ..models.transfer import Start
 from .arithmetic import describe_arithmetic, describe_processor, is_pinned
-from .paths import StudyPaths, scratch
+from .paths import scratch
 from .plan import StudyPlan
 from ..training.checkpoint import TRAINING_ROOMS
 from ..training.monitor import Display, package_commit, value_or_unavailable
@@ -108,35 +106,6 @@ def describe_making() -> dict:  # arithmetic, processor, instructions, versions,
         "versions": versions(),
         "commit": value_or_unavailable(package_commit),
     }
-
-
-def read_trainings(profile: str) -> list[dict]:  # As `describe_making`, with the number of `models`; only that number of those without a note
-    "How the models of a profile were trained"
-    paths = StudyPaths(profile)
-    notes = {}
-    for file in sorted(paths.runs().glob("**/made.json")):
-        note = read_json(file)
-        notes[note.get("model", "")] = json.dumps({name: value for name, value in note.items() if name not in ("key", "model")}, sort_keys=True)
-    models = [file for file in sorted(paths.models().glob("**/model.safetensors")) if file.parent.name != "parent"]  # Released models are not trained here
-    counts = Counter(notes.get(sha256(file), "{}") for file in models)
-    return [json.loads(note) | {"models": count} for note, count in counts.items()]
-
-
-def are_pinned(trainings: list[dict]) -> bool:
-    "Whether all models of `read_trainings` were trained with pinned arithmetic"
-    return bool(trainings) and all(one.get("arithmetic", "").startswith("pinned ") for one in trainings)
-
-
-def summarise_arithmetic(profile: str) -> str:
-    "How all that a profile's tables rest on was computed: trainings, scores, and what this process adds"
-    found = Counter({describe_arithmetic(): 1})
-    for one in read_trainings(profile):
-        found[one.get("arithmetic", "not known")] += one["models"]
-    for file in sorted(StudyPaths(profile).runs().glob("**/scored.json")):
-        found[read_json(file)["arithmetic"]] += 1
-    if len(found) == 1:
-        return next(iter(found))
-    return "not the same in all parts: " + ", ".join(f"{word} in {count}" for word, count in sorted(found.items()))
 
 # %% ../../nbs/study/30_runs.ipynb #is-made
 STAGE = FolderKind("output of a stage", (), ("*",))  # dvc.yaml names it, not a user
