@@ -3,7 +3,7 @@
     python benchmarks/whole.py            # tiny and base, some six minutes each on two cores
     python benchmarks/whole.py tiny       # a network of width 4, a CT of 512 x 512 x 300 voxels, 16 classes: all that is around the network
     python benchmarks/whole.py base       # the Base network, 100 classes, a small CT
-    python benchmarks/whole.py full       # the Base network, 100 classes, 512 x 512 x 300: hours, and more than 32 GB for nnU-Net
+    python benchmarks/whole.py full       # the Base network, 100 classes, 512 x 512 x 300: hours; full logits are 31 GB in float32
     python benchmarks/whole.py table      # the tables, from benchmarks/results/whole.json
 
 `mednextv2 nnunet plan` plans the network, `mednextv2 import` makes the model folder of the same random weights, and each side predicts one scan
