@@ -41,7 +41,7 @@ repro: $(PIPELINE) ## Regenerate results, tables and figures of a profile with D
 	@echo "scores, tables and figures: results/$(PROFILE)"
 
 verify: $(PIPELINE) ## Compare the results of make repro with the committed ones (RECORD=1 adds this machine to benchmarks/machines.md)
-	@python -m mednext_v2.report.verify $(PROFILE) $(if $(RECORD),--record)
+	@python -m mednext_v2.report.verify $(PROFILE) $(if $(filter-out 0,$(RECORD)),--record)
 
 smoke: $(READY) ## Run the whole pipeline at toy size in a scratch copy
 	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && git clone --quiet . "$$copy/mednext_v2" && cd "$$copy/mednext_v2" \

@@ -99,7 +99,7 @@ def find_weights(what: str) -> Path | None:  # None for the name of a network, o
         try:
             return find_fetched(what)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; {unknown}") from None
+            raise FileNotFoundError(f"{unknown}; {error}") from None
     return None
 
 
@@ -641,21 +641,27 @@ def plan(options: argparse.Namespace) -> Answer:
 
 def results(options: argparse.Namespace) -> Answer:
     "Show rows or means of a result table; of rows that were asked for also what made them"
-    from mednext_v2.report.provenance import describe_provenance
+    from mednext_v2.report.provenance import check_known, describe_provenance, read_provenance, warn_of_provenance
     from mednext_v2.report.tables import find_rows, read_table, summary
     from mednext_v2.study.paths import StudyPaths
 
+    check_known(options.profile)
     table = find_rows(read_table(options.profile, options.table), options.where)
     if options.by:
         by = options.by.split(",")
         if options.table not in ("scores", "ablations"):
             raise ValueError(f"--by needs the table scores or ablations, not {options.table}: leave it out")
         table = summary(table, by)
-    if options.csv:
-        return Answer(table.to_csv(index=False).rstrip("\n"), rows=table)
-    shown = table.to_string(index=False, float_format="{:.4g}".format, na_rep="not available")
     path = StudyPaths(options.profile).results / f"{options.table}.csv"
-    return Answer(f"{shown}\n\n{describe_provenance(path, options.profile)}" if options.where else shown, rows=table)
+    warning = warn_of_provenance(path, options.profile)
+    values: dict[str, Any] = dict(rows=table, provenance=read_provenance(path), doubts=warning.removeprefix("warning: "))
+    if options.csv:
+        if warning:
+            print(warning, file=sys.stderr)
+        return Answer(table.to_csv(index=False).rstrip("\n"), **values)
+    shown = table.to_string(index=False, float_format="{:.4g}".format, na_rep="not available")
+    made = describe_provenance(path, options.profile) if options.where else ""
+    return Answer("\n\n".join(filter(None, (warning, shown, made))), **values)
 
 # %% ../nbs/90_cli.ipynb #shared-options
 def at_least(least: int) -> Callable[[str], int]:
@@ -993,10 +999,10 @@ def add_evaluation_commands(add: Callable[..., argparse.ArgumentParser]) -> None
         nargs="+",
         default=[],
         metavar="COLUMN=VALUE",
-        help="show only rows with these values, or the row of this number (from 1), and what made them: commit, data, versions",
+        help="show only rows with these values, or the row of this number (from 1), and what made them: commit, data, versions (also in --json)",
     )
     command.add_argument("--by", metavar="COLUMN,COLUMN", help="show means with 95 %% intervals, grouped by these columns")
-    command.add_argument("--csv", action="store_true", help="print CSV")
+    command.add_argument("--csv", action="store_true", help="print CSV, without what made the rows")
 
 # %% ../nbs/90_cli.ipynb #completion
 def completion(options: argparse.Namespace) -> Answer:

@@ -10,7 +10,6 @@ import colorsys
 import json
 import math
 import time
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,7 +41,7 @@ from mednext_v2.core import (
 )
 from ..data.scans import ENDINGS, BadFile, split_ending, list_scans, list_volumes, read_header, read_scan, stored_files
 from .predictor import EnsembleMember, NetworkInput, PredictSettings, Region, check_channels, count_passes, label_image
-from .predictor import label_volume, load_ensemble, modality_warnings, network_input, temporary_array
+from .predictor import label_volume, load_ensemble, network_input, temporary_array, warn_of_scan
 from .windows import device_of
 
 if TYPE_CHECKING:
@@ -282,9 +281,7 @@ def label_job(
 ) -> LabelledScan:
     "The network's part of one scan, and what its report says"
     begin, card, probabilities = time.perf_counter(), members[0].card, None
-    notes = modality_warnings(volume, card)
-    for note in notes:
-        warnings.warn(f"{job.name}: {note}", stacklevel=2)
+    notes = warn_of_scan(volume, members, job.name)
     with ExitStack() as stack:
         if settings.probabilities:
             probabilities = stack.enter_context(temporary_array((card.num_classes, *volume.image.shape[1:])))
