@@ -16,10 +16,13 @@ A part that there is no time left for is left out by name.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -42,7 +45,7 @@ OTHER, UNKNOWN = "not comparable: another processor", "not comparable: processor
 STEPS = [
     ("block", "mini", 5, 50),
     ("block", "width16", 2, 150),
-    ("inference", "few", 3, 90),
+    ("inference", "some", 1, 90),
     ("storage", "", 3, 80),
     ("data", "speed", 2, 60),
     ("metrics", "", 2, 110),
@@ -275,21 +278,40 @@ def run_step(script: str, part: str, repeats: int, seconds: float) -> str:
     "Runs a part, shows its lines but tables, and stops it after so many seconds; empty, or why it has no result"
     command = [sys.executable, "-u", str(HERE / f"{script}.py"), *filter(None, [part])]
     environment = os.environ | {"BENCH_SHORT": "1", "BENCH_REPEATS": str(repeats), "OMP_NUM_THREADS": "1"}
-    lines: list[str] = []
-    # In a session of its own, so that its children end with it
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
-        timer = threading.Timer(seconds, lambda: os.killpg(process.pid, 9))
+    last, late = "no output", threading.Event()
+    with (
+        tempfile.TemporaryDirectory(prefix="bench_") as work,
+        subprocess.Popen(
+            command,
+            env=environment | {"TMPDIR": work},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # So that its children end with it
+        ) as process,
+    ):
+
+        def stop() -> None:
+            late.set()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(seconds, stop)
         timer.start()
-        for line in process.stdout or ():
-            lines.append(line)
-            if line.strip() and not line.startswith(("|", "{")):
-                log(f"    {line.rstrip()}")
-        process.wait()
-        late = not timer.is_alive()
-        timer.cancel()
-    if process.returncode:
-        return f"stopped after {seconds:.0f} s: no time left" if late else f"failed: {lines[-1].strip() if lines else 'no output'}"
-    return ""
+        try:
+            for line in filter(str.strip, process.stdout or ()):
+                last = line.strip()
+                if not line.startswith(("|", "{")):
+                    log(f"    {last}")
+            process.wait()
+        except BaseException:
+            stop()
+            raise
+        finally:
+            timer.cancel()
+    if late.is_set():
+        return f"stopped after {seconds:.0f} s: no time left"
+    return f"failed: {last}" if process.returncode else ""
 
 
 def run(steps: list, limit: float) -> dict[tuple[str, str], str]:

@@ -1,7 +1,7 @@
 """From a prepared scan to labels on its own grid: this project, nnU-Net 2.8's predictor, MONAI's inferer.
 
     python benchmarks/inference.py            # all of it
-    python benchmarks/inference.py many       # a part: few (8 classes), some (60), many (167), large (167 on 512 x 512 x 400)
+    python benchmarks/inference.py many       # a part: some (60 classes), many (167 classes), large (512 x 512 x 400)
     python benchmarks/inference.py table      # the tables, from benchmarks/results/inference.json
 
 The same network, windows and overlap, and the same image, on one thread of the CPU. Each side takes a network's
@@ -32,7 +32,6 @@ REPEATS = int(os.environ.get("BENCH_REPEATS", 3))
 SHRINK = float(os.environ.get("BENCH_SHRINK", 1))
 SIZE = {
     # Classes, network's grid, scan's grid, patch
-    "few": (8, (96, 96, 80), (144, 144, 128), (64, 64, 64)),
     "some": (60, (128, 128, 112), (192, 192, 168), (64, 64, 64)),
     "many": (167, (128, 128, 112), (192, 192, 168), (64, 64, 64)),
     "large": (167, (512, 512, 400), (512, 512, 400), (128, 128, 128)),
@@ -143,7 +142,7 @@ def large(work: Path) -> dict:
     return {"size": sized("large"), "measured": found, "logits_gb": 4e-9 * SIZE["large"][0] * float(np.prod(sized("large")[1]))}
 
 
-PARTS = {part: partial(compare, part) for part in ("few", "some", "many")} | {"large": large}
+PARTS = {part: partial(compare, part) for part in ("some", "many")} | {"large": large}
 
 
 # ---------------------------------------------------------------- tables
@@ -163,7 +162,7 @@ def side_by_side(results: dict) -> list[str]:
 
 def tables(results: dict) -> str:
     known = {name: entry["result"] for name, entry in results.items()}
-    lines = side_by_side([known[name] for name in ("few", "some", "many") if name in known])
+    lines = side_by_side([known[name] for name in ("some", "many") if name in known])
     if "large" in known:
         found = known["large"]
         classes, grid, *_ = found["size"]

@@ -10,6 +10,7 @@ already there is not run again. The chapter on power and the ledger read it.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,14 @@ ARITHMETIC = {
     "scalar": {"FAST": "1", "ATEN_CPU_CAPABILITY": "default"},
     "sse4.1": {"FAST": "1", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
 }
-SETTINGS = [("pinned", seed) for seed in range(3)] + [(name, 0) for name in ARITHMETIC if name != "pinned"]
+LEAST_SEEDS = 3  # A profile with fewer has others for the spread
+
+
+def settings_of(seeds: list[int]) -> list[tuple[str, int]]:  # Arithmetic and seed
+    "The profile's seeds, and further ones up to three, with pins; its first seed with each other arithmetic"
+    more = [seed for seed in range(len(seeds) + LEAST_SEEDS) if seed not in seeds]
+    seeds = [*seeds, *more[: max(0, LEAST_SEEDS - len(seeds))]]
+    return [("pinned", seed) for seed in seeds] + [(name, min(seeds)) for name in ARITHMETIC if name != "pinned"]
 
 
 def train_and_score(profile: str, seed: int) -> pd.DataFrame:
@@ -79,14 +87,17 @@ def main() -> None:
 
         compose_params(options.profile)
         text = Path("params.yaml").read_text(encoding="utf-8")
-        Path("params.yaml").write_text(text.replace("seeds:\n- 0\n", f"seeds:\n- {options.one}\n", 1), encoding="utf-8")
+        text, count = re.subn(r"^seeds:\n(- \d+\n)+", f"seeds:\n- {options.one}\n", text, flags=re.M)  # All seeds: each has a setting of its own
+        assert count == 1, "params.yaml lists no seeds"
+        Path("params.yaml").write_text(text, encoding="utf-8")
         train_and_score(options.profile, options.one).assign(pinned=is_pinned()).to_csv(options.out, index=False)
         return
-    from mednext_v2.core import versions
+    from mednext_v2.core import read_yaml, versions
     from mednext_v2.study.arithmetic import describe_machine
 
     done = pd.read_csv(RESULTS) if RESULTS.is_file() else pd.DataFrame(columns=["arithmetic", "seed", "profile"])
-    missing = [(name, seed) for name, seed in SETTINGS if not ((done.arithmetic == name) & (done.seed == seed) & (done.profile == options.profile)).any()]
+    settings = settings_of(read_yaml(ROOT / f"conf/profile/{options.profile}.yaml")["seeds"])
+    missing = [(name, seed) for name, seed in settings if not ((done.arithmetic == name) & (done.seed == seed) & (done.profile == options.profile)).any()]
     with ThreadPoolExecutor(options.jobs) as pool:
         for table in pool.map(lambda one: run_one(options.profile, *one), missing):
             table = table.assign(profile=options.profile)

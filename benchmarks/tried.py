@@ -22,6 +22,14 @@ REPEATS = int(os.environ.get("BENCH_REPEATS", 7))
 CHANNELS, SIDE, RATIO = 16, 64, 3
 
 
+def row_chunks(count: int, wide: int) -> list[slice]:
+    "Chunks of rows as one thread takes them"
+    from mednext_v2.network.fused import chunk_length
+
+    length = chunk_length(wide)
+    return [slice(begin, min(begin + length, count)) for begin in range(0, count, length)]
+
+
 def take_turns(ways: dict) -> dict:
     "Seconds of each function, in turns; the first round warms up"
     found = {name: [] for name in ways}
@@ -60,7 +68,7 @@ def expand_product():
 
     x, wide = volume_of(CHANNELS, SIDE), CHANNELS * RATIO
     rows, weight, bias = fused.to_tokens(x)[0], torch.randn(wide, CHANNELS), torch.randn(wide)
-    cuts = fused.row_chunks(len(rows), wide)
+    cuts = row_chunks(len(rows), wide)
     return {
         "oneDNN, in portions": portion_by_portion(cuts, lambda cut: fused.linear(rows[cut], weight, bias)),
         "MKL, in portions": portion_by_portion(cuts, lambda cut: torch.addmm(bias, rows[cut], weight.t())),
@@ -77,7 +85,7 @@ def expand_and_activate():
 
     wide = CHANNELS * RATIO
     rows, weight, bias = fused.to_tokens(volume_of(CHANNELS, SIDE))[0], torch.randn(wide, CHANNELS), torch.randn(wide)
-    cuts = fused.row_chunks(len(rows), wide)
+    cuts = row_chunks(len(rows), wide)
     return {
         "GELU in oneDNN's product": portion_by_portion(cuts, lambda cut: fused.linear(rows[cut], weight, bias, gelu=True)),
         "a product, then GELU": portion_by_portion(cuts, lambda cut: F.gelu(fused.linear(rows[cut], weight, bias))),
@@ -91,7 +99,7 @@ def sums_over_rows():
     from mednext_v2.network import fused
 
     channels, wide = 2 * CHANNELS, 2 * CHANNELS * RATIO
-    cuts = fused.row_chunks(SIDE**3, wide)
+    cuts = row_chunks(SIDE**3, wide)
     narrow, broad = torch.randn(cuts[0].stop, channels), torch.randn(cuts[0].stop, wide)
     return {
         "MKL": portion_by_portion(cuts, lambda _: fused.transposed_product(broad, narrow)),

@@ -84,14 +84,33 @@ def record_warnings() -> Iterator[list[str]]:
         warnings.showwarning = show
 
 # %% ../nbs/90_cli.ipynb #info
+def find_weights(what: str) -> Path | None:  # None for the name of a network, or a pattern
+    "Where weights are that `info` describes; errors as of `find_fetched`, or ValueError for a word that may also be a network's name"
+    from mednext_v2.models.registry import get_backbone
+    from mednext_v2.zoo.catalogue import find_fetched
+
+    if Path(what).exists() or "/" in what:
+        return find_fetched(what)
+    if set(what) & set("*?["):
+        return None
+    try:
+        get_backbone(what)
+    except ValueError as unknown:
+        try:
+            return find_fetched(what)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{unknown}; {error}") from None
+    return None
+
+
 def info(options: argparse.Namespace) -> Answer:
     "Describe a file or a folder of weights, or what networks cost"
     given = [option for option in ("patch", "batch_size", "precision") if getattr(options, option) is not None]
-    if options.what and Path(options.what).exists():
+    if options.what and (place := find_weights(options.what)):
         refuse_ignored(given, options.what, "is a file or a folder of weights")
-        from mednext_v2.zoo.importers import describe_checkpoint, open_checkpoint
+        from mednext_v2.zoo.importers import describe_checkpoint, find_checkpoint, open_checkpoint
 
-        checkpoint = open_checkpoint(options.what, **checkpoint_options(options))
+        checkpoint = open_checkpoint(find_checkpoint(place), **checkpoint_options(options))
         return Answer(describe_checkpoint(checkpoint), **{name: value for name, value in vars(checkpoint).items() if name != "state"})
     import pandas as pd
 
@@ -107,8 +126,6 @@ def info(options: argparse.Namespace) -> Answer:
             archs = {name: get_arch(name) for name in ([options.what] if options.what else PRESETS)}
             table = overview(archs, (side, side, side), batch_size=options.batch_size or 2, precision=options.precision or "bf16")
         else:
-            if not names and ("/" in options.what or "." in options.what):
-                raise FileNotFoundError(f"{options.what} does not exist")
             found = names or [get_backbone(options.what).name]
             refuse_ignored(
                 [option for option in given if option != "patch"], ", ".join(found), "is no single size of MedNeXt, whose training alone is estimated"
@@ -133,16 +150,17 @@ def checkpoint_options(options: argparse.Namespace) -> dict:
 # %% ../nbs/90_cli.ipynb #weights-commands
 def import_weights(options: argparse.Namespace) -> Answer:
     "Turn a checkpoint of another program into a model folder; print what became of each tensor that is not simply loaded"
-    from mednext_v2.zoo.importers import import_model
-    from mednext_v2.zoo.catalogue import weights_source
+    from mednext_v2.zoo.importers import find_checkpoint, import_model
+    from mednext_v2.zoo.catalogue import find_fetched, weights_source
 
     given = {name: getattr(options, name) for name in ("licence", "spacing", "patch", "modality")}
     facts = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None}
     if options.facts:
         facts = read_json(options.facts) | facts
-    source = weights_source(options.checkpoint)
-    facts = {"licence": source.licence, "provenance": source.provenance} | facts
-    card, report = import_model(options.checkpoint, options.out, facts, allow=options.allow, **checkpoint_options(options))
+    checkpoint = find_checkpoint(find_fetched(options.checkpoint))
+    source = weights_source(checkpoint)
+    facts = ({"licence": source.licence, "provenance": source.provenance} if source.sha256 else {}) | facts
+    card, report = import_model(checkpoint, options.out, facts, allow=options.allow, **checkpoint_options(options))
     said = f"{report}\n{options.out} holds {card.backbone}, {len(card.labels)} classes, sha256 {card.sha256[:12]}"
     tensors: dict[str, Any] = dict(
         parameters=sum(prod(own) for own, _ in report.shapes.values() if own is not None), unused=report.skipped, unset=report.missing
@@ -154,13 +172,15 @@ def import_weights(options: argparse.Namespace) -> Answer:
 def push(options: argparse.Namespace) -> Answer:
     "Publish a model folder on the Hugging Face Hub, or show what would be published"
     from mednext_v2.integrations.hub import model_files, publish
+    from mednext_v2.zoo.catalogue import find_fetched
 
+    model = find_fetched(options.model, imported=True)
     if options.show:
-        files = model_files(options.model, options.repo, options.licence)
+        files = model_files(model, options.repo, options.licence)
         page = cast(bytes, files["README.md"]).decode()
         said = f"{page}\nwith {', '.join(name for name in files if name != 'README.md')}; nothing was sent"
         return Answer(said, sent=False, repository=options.repo, files=list(files), page=page)
-    sent = publish(options.model, options.repo, options.licence, options.private)
+    sent = publish(model, options.repo, options.licence, options.private)
     said = f"published at {sent.address}; next, on any machine: mednextv2 predict -m {options.repo} -i scan.nii.gz -o labels.nii.gz"
     return Answer(said, sent=True, repository=options.repo, files=sent.files, address=sent.address, commit=sent.commit)
 
@@ -501,14 +521,17 @@ def predict(options: argparse.Namespace) -> Answer:
     roi = options.roi
     if roi:
         roi = roi[0] if len(roi) == 1 else [int(number) for number in roi]
-    chosen = {name: getattr(options, name) for name in ("tta", "fast", "head", "device", "memory", "half")}
+    chosen = {name: getattr(options, name) for name in ("tta", "fast", "head", "device", "memory", "half", "runtime")}
     settings = PredictSettings(folds=tuple(options.folds), **chosen)
     how = dict(
         settings=settings, roi=roi or None, probabilities=options.save_probabilities, overwrite=options.overwrite, progress=not (options.quiet or options.json)
     )
     models = [find_fetched(model, imported=True) for model in options.model]
     results = [name for name in ("seg", "rtstruct") if getattr(options, f"dicom_{name}")]
-    if results or options.series or is_dicom(options.input):
+    given = [name for name, value in {"dicom_seg": options.dicom_seg, "rtstruct": options.dicom_rtstruct, "series": options.series}.items() if value]
+    if options.input.is_file() and not is_dicom(options.input):
+        refuse_ignored(given, str(options.input), "is no folder of DICOM")
+    if given or is_dicom(options.input):
         return predict_series(options, models, results, **how)
     return predict_scans(options, models, **how)
 
@@ -618,21 +641,27 @@ def plan(options: argparse.Namespace) -> Answer:
 
 def results(options: argparse.Namespace) -> Answer:
     "Show rows or means of a result table; of rows that were asked for also what made them"
-    from mednext_v2.report.provenance import describe_provenance
+    from mednext_v2.report.provenance import check_known, describe_provenance, read_provenance, warn_of_provenance
     from mednext_v2.report.tables import find_rows, read_table, summary
     from mednext_v2.study.paths import StudyPaths
 
+    check_known(options.profile)
     table = find_rows(read_table(options.profile, options.table), options.where)
     if options.by:
         by = options.by.split(",")
         if options.table not in ("scores", "ablations"):
             raise ValueError(f"--by needs the table scores or ablations, not {options.table}: leave it out")
         table = summary(table, by)
-    if options.csv:
-        return Answer(table.to_csv(index=False).rstrip("\n"), rows=table)
-    shown = table.to_string(index=False, float_format="{:.4g}".format, na_rep="not available")
     path = StudyPaths(options.profile).results / f"{options.table}.csv"
-    return Answer(f"{shown}\n\n{describe_provenance(path, options.profile)}" if options.where else shown, rows=table)
+    warning = warn_of_provenance(path, options.profile)
+    values: dict[str, Any] = dict(rows=table, provenance=read_provenance(path), doubts=warning.removeprefix("warning: "))
+    if options.csv:
+        if warning:
+            print(warning, file=sys.stderr)
+        return Answer(table.to_csv(index=False).rstrip("\n"), **values)
+    shown = table.to_string(index=False, float_format="{:.4g}".format, na_rep="not available")
+    made = describe_provenance(path, options.profile) if options.where else ""
+    return Answer("\n\n".join(filter(None, (warning, shown, made))), **values)
 
 # %% ../nbs/90_cli.ipynb #shared-options
 def at_least(least: int) -> Callable[[str], int]:
@@ -754,6 +783,9 @@ def add_data_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     add_registry_option(command)
 
 # %% ../nbs/90_cli.ipynb #model-options
+MODEL_NAMES = "by its path or name, or as owner/name on the Hugging Face Hub"
+
+
 def add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     "Networks and weights"
     example = "info model.pth, or: mednextv2 info base --patch 128 192"
@@ -761,7 +793,7 @@ def add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument(
         "what",
         nargs="?",
-        help="file or folder of weights, or name of a network, such as base, or a pattern, such as 'mednext*' (default: all sizes of MedNeXt)",
+        help=f"file or folder of weights ({MODEL_NAMES}), or name of a network, such as base, or a pattern, such as 'mednext*' (default: all sizes of MedNeXt)",
     )
     command.add_argument("--patch", type=int, nargs="+", metavar="N", help="side lengths of the patch (default: 128)")
     command.add_argument("--batch-size", type=at_least(1), metavar="N", help="patches per training batch, for the sizes of MedNeXt (default: 2)")
@@ -771,7 +803,7 @@ def add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     text = "Turn the weights of another program (nnU-Net, MedNeXt, MONAI, STU-Net, ...) into a model folder."
     example = "import Dataset291/nnUNetTrainer__nnUNetPlans__3d_fullres models/totalsegmentator --licence Apache-2.0"
     command = add("import", import_weights, text, example)
-    command.add_argument("checkpoint", type=Path, help="checkpoint file, or folder trained by nnU-Net")
+    command.add_argument("checkpoint", type=Path, help=f"checkpoint file, or folder trained by nnU-Net ({MODEL_NAMES})")
     command.add_argument("out", type=Path, help="model folder to write")
     command.add_argument("--allow", nargs="+", default=[], metavar="PATTERN", help="tensors that may stay unused or unset, e.g. 'out_*'")
     command.add_argument("--licence", help="licence of the weights, if the zoo does not know it")
@@ -784,7 +816,7 @@ def add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     text = "Publish a model folder on the Hugging Face Hub, with a page made from its card. Log in once with `hf auth login`, or set HF_TOKEN."
     command = add("push", push, text, "push spleen/model clinic/spleen --licence Apache-2.0 --show")
-    command.add_argument("model", type=Path, help="model folder, or folder with fold_0, fold_1, ...")
+    command.add_argument("model", type=Path, help=f"model folder, or folder with fold_0, fold_1, ... ({MODEL_NAMES})")
     command.add_argument("repo", metavar="OWNER/NAME", help="repository on the hub; it is made if it is not there")
     command.add_argument("--licence", default="", help="licence of the weights, if the model's card does not state one")
     command.add_argument("--private", action="store_true", help="let only the owner see a new repository")
@@ -815,9 +847,7 @@ def add_train_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add("train", train, "Train a network on one or more prepared data sets. Resumes if it was interrupted.", example)
     command.add_argument("data", type=Path, help="data set that `mednextv2 prepare` wrote")
     command.add_argument("out", type=Path, help="model folder to write")
-    command.add_argument(
-        "--from", dest="parent", type=Path, metavar="MODEL", help="model folder, or owner/name on the Hugging Face Hub, to start from (default: random weights)"
-    )
+    command.add_argument("--from", dest="parent", type=Path, metavar="MODEL", help=f"model folder to start from, {MODEL_NAMES} (default: random weights)")
     command.add_argument("--folder", type=Path, help="folder for checkpoints and learning curves (default: OUT.run)")
 
     group = command.add_argument_group("several data sets")
@@ -846,7 +876,7 @@ def add_finetune_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     text = "Go from a raw data set to a trained model and its test scores. Resumes if it was interrupted."
     command = add("finetune", finetune, text, "finetune -d data/raw/Dataset012_Spleen -m models/cads -o spleen")
     command.add_argument("-d", "--data", type=Path, required=True, help="data set in nnU-Net's raw layout, or data/seeds")
-    model = "model folder, owner/name on the Hugging Face Hub, name of a fetched model of the zoo, or checkpoint of another program (default: random weights)"
+    model = f"model folder, fetched model of the zoo, or checkpoint of another program ({MODEL_NAMES}; default: random weights)"
     command.add_argument("-m", "--model", type=Path, help=model)
     command.add_argument("-o", "--out", type=Path, required=True, help="folder for the model, the scores and everything in between")
     add_spacing_option(command, "that of --model, else planned from the data")
@@ -871,7 +901,7 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     "`predict`"
     text = "Segment a scan or a folder of scans. Scans that already have a label map are skipped."
     command = add("predict", predict, text, "predict -m models/spleen -i scan.nii.gz -o labels.nii.gz")
-    model = "model folder, folder with fold_0, fold_1, ..., or owner/name on the Hugging Face Hub; several models are averaged as an ensemble"
+    model = f"model folder, or folder with fold_0, fold_1, ... ({MODEL_NAMES}); several models are averaged as an ensemble"
     command.add_argument("-m", "--model", type=Path, nargs="+", required=True, help=model)
     scans = "scan, folder of scans (the channels of a case end in _0000, _0001, ... as in nnU-Net), or folder with a DICOM series"
     command.add_argument("-i", "--input", type=Path, required=True, help=scans)
@@ -891,6 +921,8 @@ def add_predict_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     memory = "memory for the sums of logits; what exceeds it is kept on disk (default: 1)"
     command.add_argument("--memory", type=float, default=1.0, metavar="GB", help=memory)
     command.add_argument("--half", action="store_true", help="sum in half precision")
+    runtime = "what computes the network: torch, or openvino, often faster on a CPU (default: torch)"
+    command.add_argument("--runtime", choices=("torch", "openvino"), default="torch", help=runtime)
     command.add_argument("--quiet", action="store_true", help="show no progress bar")
     group = command.add_argument_group("a folder of DICOM")
     series = "DICOM series to segment, by its number in the list or the end of its identifier; one for each channel (default: the only one)"
@@ -909,7 +941,7 @@ def add_nnunet_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("-d", "--dataset", required=True, metavar="ID", help="number or folder name of the data set below $nnUNet_raw")
     command.add_argument("--backbone", metavar="NAME", help="network: base, wide, small, ... (default: that of --from, else base)")
     command.add_argument("--network", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the network: width, depths, ratios, grn")
-    start = "model folder, or name of a fetched model of the zoo, whose weights training begins with, whichever trainer runs; the network is the model's"
+    start = f"model folder ({MODEL_NAMES}) whose weights training begins with, whichever trainer runs; the network is the model's"
     command.add_argument("--from", dest="parent", type=Path, metavar="MODEL", help=start)
     memory = "memory of the GPU for training (default: what the network takes for two patches of 128 x 128 x 128, as in the paper)"
     command.add_argument("--memory", type=float, metavar="GB", help=memory)
@@ -929,7 +961,7 @@ def add_door_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     "Doors to other programs"
     text = "Write a model as ONNX or for torch.export, with voxel size, intensities, windows and labels as JSON. What was written is run and compared."
     command = add("export", export, text, "export models/spleen spleen_onnx, then: python spleen_onnx/predict.py scan.nii.gz labels.nii.gz")
-    command.add_argument("model", type=Path, help="model folder of one network, or name of a fetched model of the zoo")
+    command.add_argument("model", type=Path, help=f"model folder of one network ({MODEL_NAMES})")
     command.add_argument("out", type=Path, help="folder to write; an earlier export there is replaced")
     formats = "onnx, for ONNX Runtime and OpenVINO, or torch, for torch.export.load (default: onnx)"
     command.add_argument("--format", choices=["onnx", "torch"], default="onnx", help=formats)
@@ -937,7 +969,7 @@ def add_door_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     text = "Write a model as a bundle of MONAI, which `python -m monai.bundle run` trains, fine-tunes, applies and evaluates."
     command = add("bundle", bundle, text, "bundle models/spleen spleen_bundle, then see spleen_bundle/docs/README.md")
-    command.add_argument("model", type=Path, help="model folder of one network, or name of a fetched model of the zoo")
+    command.add_argument("model", type=Path, help=f"model folder of one network ({MODEL_NAMES})")
     command.add_argument("out", type=Path, help="folder to write; an earlier bundle there is replaced")
     command.add_argument("--head", metavar="NAME", help="data set whose labels to predict, if the model has a head for each of several")
 
@@ -967,10 +999,10 @@ def add_evaluation_commands(add: Callable[..., argparse.ArgumentParser]) -> None
         nargs="+",
         default=[],
         metavar="COLUMN=VALUE",
-        help="show only rows with these values, or the row of this number (from 1), and what made them: commit, data, versions",
+        help="show only rows with these values, or the row of this number (from 1), and what made them: commit, data, versions (also in --json)",
     )
     command.add_argument("--by", metavar="COLUMN,COLUMN", help="show means with 95 %% intervals, grouped by these columns")
-    command.add_argument("--csv", action="store_true", help="print CSV")
+    command.add_argument("--csv", action="store_true", help="print CSV, without what made the rows")
 
 # %% ../nbs/90_cli.ipynb #completion
 def completion(options: argparse.Namespace) -> Answer:

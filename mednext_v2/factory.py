@@ -23,14 +23,16 @@ if TYPE_CHECKING:
 def list_models(
     pattern: str = "*",  # With `*`, `?` and `[...]`, e.g. `mednext*`; of whole names, or of the short ones of MedNeXt
 ) -> list[str]:
-    "The names of networks that `create_model` makes"
+    "The names of networks that `create_model` makes; case does not matter"
     from mednext_v2.models.registry import BACKBONES, plugins
     from mednext_v2.network.scaling import parse_name
 
     def spellings(name: str) -> list[str]:
         return [name, name.removeprefix("mednext_").removeprefix("v2_")] if parse_name(name) else [name]
 
-    return [name for name in BACKBONES | plugins() if any(fnmatchcase(spelling, pattern) for spelling in spellings(name))]
+    if not isinstance(pattern, str):
+        raise ValueError(f"a pattern is a string such as 'mednext*', got {pattern!r}; leave it out for all names")
+    return [name for name in BACKBONES | plugins() if any(fnmatchcase(spelling.lower(), pattern.lower()) for spelling in spellings(name))]
 
 # %% ../nbs/50_factory.ipynb #pyramid
 class FeaturePyramid(MedNeXt):
@@ -149,6 +151,15 @@ def check_arguments(
         raise ValueError(f"num_classes and out_channels are the same, got {num_classes} and {out_channels}: give one")
     return out_channels if num_classes is None else num_classes
 
+
+def is_place(
+    name: str | Path,  # As given to `create_model`
+) -> bool:
+    "Whether a name is where weights are, and not that of a network"
+    from mednext_v2.network.scaling import parse_name
+
+    return "/" in str(name) or Path(name).exists() and not parse_name(str(name)) and str(name) not in list_models()
+
 # %% ../nbs/50_factory.ipynb #create-model
 def create_model(
     name: str | Arch | None = None,  # Of `list_models`; `base` is `mednext_v2_base`. Or what a MedNeXt looks like. With `pretrained` it may be left out
@@ -175,6 +186,8 @@ def create_model(
     if isinstance(name, tuple) and name and isinstance(name[0], Arch):
         raise ValueError("Arch.for_data gives a network and its patch: arch, patch = Arch.for_data(...), then create_model(arch, ...)")
     classes = check_arguments(overrides, num_classes, out_channels)
+    if isinstance(name, (str, Path)) and is_place(name):
+        raise ValueError(f"{name} is no name of a network (see list_models); trained weights are given as pretrained={str(name)!r}")
     options = overrides | {key: value for key, value in {"patch": patch, "spacing": spacing}.items() if value is not None}
     check_numbers(1 if in_channels is None else in_channels, 1 if classes is None else classes)
     if pretrained is True or pretrained == "":

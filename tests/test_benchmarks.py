@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,18 @@ def test_without_a_gpu_the_gpu_benchmark_says_so():
     if not torch.cuda.is_available():
         done = subprocess.run([sys.executable, BENCHMARKS / "gpu.py"], capture_output=True, text=True)
         assert done.returncode and "--device cpu runs the same code" in done.stderr
+
+
+def test_a_whole_prediction_is_measured_and_labelled_as_by_nnunet(tmp_path):
+    pytest.importorskip("nnunetv2")
+    settings = {"BENCH_SHRINK": "0.12", "BENCH_THREADS": "1", "BENCH_TOTALSEGMENTATOR": "", "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, BENCHMARKS / "whole.py", "tiny"], capture_output=True, text=True, env=os.environ | settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "whole.json").read_text())["tiny"]["result"]
+    assert set(found["sides"]) == {"ours", "nnunet"} and "totalsegmentator" in found["failed"] and "| not available |" in done.stdout
+    assert found["same_labels"]["nnunet"] > 0.99 and found["classes_seen"] > 4
+    for side in found["sides"].values():
+        assert side["stages"]["network"] > 0 and sum(side["stages"].values()) == pytest.approx(side["seconds"]) and side["peak_mib"] > 100
 
 
 # ---------------------------------------------------------------- make bench
@@ -115,6 +128,19 @@ def test_a_step_that_does_not_fit_is_left_out_by_name(monkeypatch):
     monkeypatch.setattr(compare, "run_step", lambda script, part, *_: "failed: no such thing" if script == "block" else "")
     reasons = compare.run([("block", "mini", 1, 1), ("data", "speed", 1, 1000), ("metrics", "", 1, 1)], 60)
     assert reasons["block", "mini"] == "failed: no such thing" and "no time left" in reasons["data", "speed"] and len(reasons) == 2
+
+
+def test_a_step_that_fails_or_hangs_ends_with_its_children(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compare, "HERE", tmp_path)
+    (tmp_path / "fails.py").write_text("print('first', flush=True); raise ValueError('no such peer')")
+    assert compare.run_step("fails", "", 1, 60) == "failed: ValueError: no such peer" and "    first" in capsys.readouterr().err
+    words = "import os, subprocess, sys; assert os.environ['BENCH_SHORT'] == '1'; print(sys.argv[1], os.environ['BENCH_REPEATS'])"
+    (tmp_path / "runs.py").write_text(words)
+    assert compare.run_step("runs", "part", 3, 60) == "" and "    part 3" in capsys.readouterr().err
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(100)'])"
+    (tmp_path / "hangs.py").write_text(child)
+    begin = time.perf_counter()
+    assert compare.run_step("hangs", "", 1, 1) == "stopped after 1 s: no time left" and time.perf_counter() - begin < 20
 
 
 def test_strict_alone_sets_the_exit_code(monkeypatch, tmp_path, capsys):

@@ -357,8 +357,14 @@ def test_refused_before_the_network_runs(tmp_path, model, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(SystemExit, match="is one file of a DICOM series: give the folder"):
         run(["predict", "-m", model, "-i", slices[0].path, "-o", tmp_path / "out", "--device", "cpu"])
-    with pytest.raises(SystemExit, match="is no folder: give the one that holds the DICOM files"):
-        run(["predict", "-m", model, "-i", tmp_path / "scan.nii.gz", "-o", tmp_path / "out", "--dicom-seg", "--device", "cpu"])
+    nib.save(nib.Nifti1Image(np.ones((8, 8, 8), np.float32), np.eye(4)), tmp_path / "scan.nii.gz")
+    for options in (["--dicom-seg"], ["--rtstruct"], ["--series", "1"]):
+        with pytest.raises(SystemExit, match=f"{options[0]}: no effect here, .*scan.nii.gz is no folder of DICOM"):
+            run(["predict", "-m", model, "-i", tmp_path / "scan.nii.gz", "-o", tmp_path / "out", *options, "--device", "cpu"])
+    (tmp_path / "empty").mkdir()
+    for target, options, text in (("labels.nii.gz", [], "holds no scan .* and no DICOM file"), ("out", ["--dicom-seg"], "holds no DICOM file")):
+        with pytest.raises(SystemExit, match=text):
+            run(["predict", "-m", model, "-i", tmp_path / "empty", "-o", tmp_path / target, *options, "--device", "cpu"])
     slices[7].path.unlink()
     with pytest.raises(ValueError, match="slices are missing"):
         predict_dicom(model, tmp_path / "ct", tmp_path / "out", CPU)

@@ -156,8 +156,26 @@ def test_axes_units_and_channels_are_read_as_predict_does(tmp_path):
         nib.save(metres, paths[-1])
     network, weight = onnxruntime.InferenceSession(tmp_path / "out/model.onnx"), np.load(tmp_path / "out/weights.npy").astype(np.float32)
     assert_same_labels(tmp_path / "model", paths, consumer.label(paths, network, weight, described))
-    with pytest.raises(SystemExit, match=r"2 3D scan\(s\) on one grid are needed"):
-        consumer.label(paths[:1], network, weight, described)
+    other = nib.load(paths[1])  # Axes and units of its own
+    for turn in ([[0, -1], [1, 1], [2, 1]], [[2, 1], [0, -1], [1, 1]]):
+        flipped = other.as_reoriented(np.array(turn))
+        millimetres = nib.Nifti1Image(flipped.get_fdata(dtype=np.float32), np.diag([1000, 1000, 1000, 1]) @ flipped.affine)
+        millimetres.header.set_xyzt_units("mm")
+        for order in (1, -1):
+            nib.save(flipped if order == 1 else millimetres, tmp_path / "turned.nii.gz")
+            channels = [paths[0], str(tmp_path / "turned.nii.gz")][::order]
+            assert_same_labels(tmp_path / "model", channels, consumer.label(channels, network, weight, described))
+    refused = [paths[:1]]
+    for name, scale, shift in (("unit", 1, 0), ("moved", 1000, 0.3)):  # The same numbers in another unit, and 0.3 mm away
+        affine = np.diag([scale, scale, scale, 1]) @ other.affine
+        affine[0, 3] += shift
+        moved = nib.Nifti1Image(other.get_fdata(dtype=np.float32), affine)
+        moved.header.set_xyzt_units("mm")
+        nib.save(moved, tmp_path / f"{name}.nii.gz")
+        refused.append([paths[0], str(tmp_path / f"{name}.nii.gz")])
+    for channels in refused:
+        with pytest.raises(SystemExit, match=r"2 3D scan\(s\) on one grid are needed"):
+            consumer.label(channels, network, weight, described)
 
 
 def test_the_script_needs_three_packages(exported, tmp_path):

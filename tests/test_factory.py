@@ -1,6 +1,7 @@
 "One call for every network: its names, its arguments, and the weights it may start from"
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ def test_names_are_listed_by_pattern():
     assert set(BACKBONES) <= set(list_models())
     assert list_models("*_k5") == [f"mednext_v1_{size}_k5" for size in ("small", "base", "medium", "large")] == list_models("v1_*_k5")
     assert set(list_models("mednext*")) == {name for name in BACKBONES if name.startswith("mednext")}
+    assert list_models("MedNeXt*") == list_models("mednext*")
     assert list_models("nothing*") == [] and list_models("unet") == ["unet"]
     assert create_model("v1_base_k5", 1, 2, **TINY).arch.kernel == 5
 
@@ -62,6 +64,9 @@ def test_classes_by_either_name_and_one_channel_unless_given():
         (lambda: create_model("tiny", 1, 2, spatial_dims=3), "no 'spatial_dims'; here it is nothing: every network is three-dimensional"),
         (lambda: create_model("tiny", 1, 2, out_channels=3), "num_classes and out_channels are the same, got 2 and 3"),
         (lambda: create_model("tiny", 1), "needs num_classes, background included"),
+        (lambda: create_model("clinic/quick"), "'?clinic/quick'? is no name of a network .* pretrained='clinic/quick'"),
+        (lambda: create_model(Path("/path/model"), 1, 2), "pretrained='/path/model'"),
+        (lambda: list_models(None), "a pattern is a string such as 'mednext.*', got None"),
         (lambda: create_model(num_classes=2), "needs a name \\(see list_models\\) or pretrained weights"),
         (lambda: create_model("tiny", 1, 2, widht=2), "Arch has no 'widht'"),
         (lambda: create_model("tyni", 1, 2), "no backbone 'tyni'; there are: mednext_v2_tiny"),

@@ -201,6 +201,26 @@ def test_the_commands_take_a_name_of_the_hub(hub, tmp_path, monkeypatch, capsys)
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in trained.state_dict().items())
 
 
+def test_info_import_and_push_take_a_model_by_name(hub, tmp_path, monkeypatch, capsys):
+    facts = dict(licence="MIT", provenance="the toys of a test", mirror_axes=(0, 1), windows="monai")
+    publish(hub, "clinic/spleen", files_of(save_unet(tmp_path / "mine", **facts)))
+    save_unet(tmp_path / "models/toys/spleen", **facts)
+    save_unet(tmp_path / "models/folds/fold_0", **facts)
+    login(monkeypatch)
+    for number, name in enumerate(("mine", "clinic/spleen", "hf://clinic/spleen", "toys/spleen", "spleen", "folds")):
+        folder, said = find_fetched(name), run(f"info {name}", capsys)
+        assert "model folder of this library by card.json" in said and "MIT" in said
+        run(f"import {name} copies/{number}", capsys)
+        assert read_card(tmp_path / f"copies/{number}") == read_card(folder if name != "folds" else folder / "fold_0")
+        assert run(f"push {name} clinic/other --show", capsys).endswith("nothing was sent\n")
+    for line in ("info clinic/none", "import clinic/none out", "push clinic/none clinic/other --show"):
+        with pytest.raises(SystemExit, match="clinic/none: there is no such file or folder, and no model of that name below .*is not on the hub"):
+            main(line.split())
+    with pytest.raises(SystemExit, match="no backbone 'tyni'; there are: mednext_v2_tiny.*tyni: there is no such file or folder"):
+        main(["info", "tyni"])
+    assert "GFLOP" in run("info tiny --patch 32", capsys)
+
+
 def test_a_second_version_replaces_the_first(hub, tmp_path, monkeypatch):
     login(monkeypatch)
     for fold in range(3):

@@ -17,6 +17,7 @@ from mednext_v2.evaluation.metrics import (
     conventions,
     count_lesions,
     described_dataset,
+    description_folders,
     dice,
     evaluate,
     hausdorff,
@@ -510,8 +511,9 @@ def test_two_files_of_one_name_are_refused_and_hidden_ones_are_none(tmp_path):
 def test_the_task_comes_from_a_dataset_json(tmp_path):
     dataset = make_task(**REGIONS)
     write_pairs(tmp_path, {"a": label_maps(2)})
-    with pytest.raises(ValueError, match="no dataset.json in .*name the data set"):
+    with pytest.raises(ValueError, match="no dataset.json in .*name the data set.*--task"):
         evaluate(tmp_path / "predictions", tmp_path / "truths")
+    assert description_folders(tmp_path, tmp_path) == [tmp_path, tmp_path.parent]
     write_description(dataset, tmp_path / "predictions", 0)
     table = evaluate(tmp_path / "predictions", tmp_path / "truths")
     assert table.label.tolist() == list(dataset.regions) and set(table.group) == {"pathology"}

@@ -89,7 +89,7 @@ def save_start(folder: Path, **changes) -> Path:
     overrides = {"width": 4, "depths": (1,) * 5, "ratios": (2,) * 5, "strides": ((1, 2, 2), (2, 2, 2)), "kernels": ((1, 3, 3), (3, 3, 3), (3, 3, 3))}
     facts = UNET_CARD | {"backbone": "mednext_v2_tiny", "overrides": overrides, "spacing": (5.0, 1.25, 1.0)} | changes
     known = Card(**facts)
-    model = create(known.backbone, known.in_channels, known.num_classes, **overrides)
+    model = create(known.backbone, known.in_channels, known.num_classes, **known.overrides)
     for parameter in model.parameters():  # Each axis of a kernel its own
         nn.init.normal_(parameter, std=0.3)
     save_model(folder, model, known)
@@ -144,8 +144,21 @@ def test_a_network_follows_the_steps_of_nnunet_as_far_as_it_has_levels():
     assert (shallow.depths, shallow.ratios) == ((3, 4, 8, 4, 3),) * 2
     with pytest.raises(ValueError, match="4 levels of the given weights"):
         _adapt_arch(get_arch("base"), deep[:3], [[3, 3, 3]] * 3, True)
-    with pytest.raises(ValueError, match="one level"):
-        _adapt_arch(get_arch("base"), deep[:1], [[3, 3, 3]], False)
+    for few in (1, 2):
+        with pytest.raises(ValueError, match=f"two levels: nnU-Net lowers the resolution {few - 1} time"):
+            _adapt_arch(get_arch("base"), deep[:few], [[3, 3, 3]] * few, False)
+
+
+def test_a_network_of_one_output_has_no_loss_in_nnunet_and_is_refused(tmp_path):
+    one = dict(depths=[1] * 3, ratios=[2] * 3, strides=ARCH["strides"][:2], kernel_sizes=ARCH["kernel_sizes"][:2])
+    assert make(**one)(torch.randn(1, 1, 2, 8, 8)).shape == (1, 3, 2, 8, 8)  # It predicts
+    said = r"two levels or more, and depths \[1, 1, 1\] are of 1: give five"
+    with pytest.raises(ValueError, match=said):
+        make(**one, deep_supervision=True)
+    overrides = {"width": 4, "depths": (1, 1, 1), "ratios": (2, 2, 2)}
+    for start in (Start(), Start(save_start(tmp_path / "model", overrides=overrides))):
+        with pytest.raises(ValueError, match=said):
+            _wanted_network(None if start.model else "tiny", start, {} if start.model else overrides)
 
 
 def test_stock_planners_compare_memory_in_their_own_unit():

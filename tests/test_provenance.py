@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from mednext_v2 import cli
-from mednext_v2.core import read_yaml, sha256, write_csv
+from mednext_v2.core import read_yaml, sha256, write_csv, write_json
 from mednext_v2.report import provenance
 from mednext_v2.report.provenance import commit_in_readme, describe_provenance, is_current, provenance_file, read_provenance, write_result
 from mednext_v2.report.tables import save_table
@@ -110,6 +110,69 @@ def test_provenance_of_another_table_is_not_believed(project):
     write_csv(path, TABLE.assign(dsc=0.99))
     assert read_provenance(path) is None and not is_current(path)
     assert "describes another table" in describe_provenance(path, "toy")
+
+
+def edit(path: Path, **changes) -> None:
+    "Change what is said of a table; None takes a key away"
+    found = json.loads(provenance_file(path).read_text()) | changes
+    provenance_file(path).write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
+
+
+def test_what_the_repository_and_the_run_contradict_is_not_believed(project):
+    (project / "nbs/pipeline").mkdir(parents=True)
+    (project / "nbs/pipeline/60_collect.ipynb").write_text("{}")
+    (project / "conf/profile").mkdir(parents=True)
+    (project / "conf/profile/toy.yaml").write_text("{profile: toy, seeds: [0, 1]}")
+    for words in (["add", "-A"], ["commit", "-qm", "code"]):
+        run_git(*words, where=project)
+    path = write_scores(project)
+    found = read_provenance(path)
+    write_json(path.with_name("digests.json"), {"versions": found["versions"], "machine": {"processor": found["processor"]}, "models": {}})
+    assert provenance.warn_of_provenance(path, "toy") == ""
+    notebook = "nbs/pipeline/60_collect.ipynb"
+    for changes, said in (
+        ({"commit": "f" * 40}, "commit ffffffffffff is not in this repository"),
+        ({"seeds": [99]}, "the profile has the seeds [0, 1], not [99]"),
+        ({"versions": {"torch": "1.0"}}, "digests.json has other versions"),
+        ({"processor": "abacus"}, "digests.json has other processor"),
+        ({"stage": "paper"}, "scores.csv is made by the stage collect, not paper"),
+        ({"stage": "nowhere"}, "scores.csv is made by the stage collect, not nowhere"),
+        ({"made_from": {notebook: "0" * 64}}, f"holds another {notebook}"),
+        ({"made_from": {"data/prepared/toy/liver/manifest.csv": "0" * 64}}, "data/prepared/toy/liver/manifest.csv is another one here"),
+    ):
+        write_scores(project)
+        edit(path, **changes)
+        assert said in provenance.warn_of_provenance(path, "toy") and said in describe_provenance(path, "toy")
+
+
+@pytest.mark.parametrize("changes", [{"stage": None}, {"seeds": "99"}, {"versions": None, "table": 3}])
+def test_provenance_that_lacks_something_gets_a_sentence(project, changes, capsys):
+    path = write_scores(project)
+    edit(path, **changes)
+    assert read_provenance(path) is None and not is_current(path)
+    cli.main(["results", "--profile", "toy", "--where", "1"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("warning: nobody knows what made this table: scores.csv.json is incomplete: it lacks ") and all(name in shown for name in changes)
+    provenance_file(path).write_text("{")
+    assert provenance.warn_of_provenance(path, "toy").startswith("warning: nobody knows what made this table: scores.csv.json is not JSON")
+
+
+def test_an_edited_table_is_announced_first_in_every_form(project, capsys):
+    path = write_scores(project)
+    cli.main(["results", "--profile", "toy", "--where", "1", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["provenance"] == read_provenance(path) and answer["doubts"] == ""
+    write_csv(path, TABLE.assign(dsc=0.99))
+    warning = "nobody knows what made this table: scores.csv.json describes another table: scores.csv was edited, or is of another run"
+    for more in ([], ["--where", "1"]):
+        cli.main(["results", "--profile", "toy", *more])
+        assert capsys.readouterr().out.splitlines()[0] == f"warning: {warning}"
+    cli.main(["results", "--profile", "toy", "--csv"])
+    shown = capsys.readouterr()
+    assert warning in shown.err and pd.read_csv(io.StringIO(shown.out)).shape[0] == 3
+    cli.main(["results", "--profile", "toy", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["provenance"] is None and answer["doubts"] == warning
 
 
 def test_a_change_of_code_that_the_table_depends_on_is_said(project, monkeypatch):

@@ -379,7 +379,7 @@ NOT_BYTES = (float("nan"), float("inf"), 0, -1, None, "24GB", True)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Arch.for_data((1, 1, 1), (48,) * 3, 1e7), "the smallest, takes .* take a smaller network"),
+        (lambda: Arch.for_data((1, 1, 1), (48,) * 3, 1e7), "the smallest, takes .* and memory is 1e.07 bytes .24e9 for 24 GB.: take a smaller network"),
         (lambda: Arch.for_data((1, 1), (300,) * 3, 1e9), "spacing and shape must be three positive numbers each"),
         (lambda: Arch.for_data((1, 0, 1), (300,) * 3, 1e9), "three positive numbers"),
         (lambda: Arch.for_data((1, 1, 1), (6, 7, 7), 1e9), "too small to halve"),

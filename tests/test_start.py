@@ -96,7 +96,7 @@ def test_info_tells_model_folders_and_files(imported, tmp_path):
     assert "resenc_l" in said and "liver" in said and "CC-BY-NC" in said
     torch.save({"a": torch.zeros(2)}, tmp_path / "odd.pth")
     assert "not known" in run(f"info {tmp_path / 'odd.pth'}")
-    with pytest.raises(SystemExit, match="nothing.pth does not exist"):
+    with pytest.raises(SystemExit, match="nothing.pth: there is no such file or folder"):
         run(f"info {tmp_path / 'nothing.pth'}")
 
 

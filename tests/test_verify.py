@@ -1,6 +1,7 @@
 "Fresh results against committed ones, in a repository of its own"
 
 import json
+import shutil
 import subprocess
 
 import pandas as pd
@@ -9,7 +10,6 @@ import pytest
 from mednext_v2.core import write_csv, write_json
 from mednext_v2.report import provenance, verify
 from mednext_v2.study import paths
-from mednext_v2.study.arithmetic import PINS
 
 CLAIM = dict(claim=1, effect=0.10, low=0.05, high=0.15, of="one less other", verdict="supported at this scale")
 
@@ -31,7 +31,17 @@ def write_results(project, weights: bytes = b"weights", shift: float = 0.0, effe
     (results / "claims").mkdir(parents=True, exist_ok=True)
     write_csv(results / "scores.csv", score_rows(shift))
     write_csv(results / "claims/claims.csv", pd.DataFrame([CLAIM | {"effect": effect}]))
+    write_csv(results / "models.csv", pd.DataFrame({"backbone": ["unet"], "parameters": [10], "seconds": [4.5], "peak_mib": [600]}))
     write_json(results / "digests.json", {"models": verify.model_digests(project / "models/toy")})
+    for stage in ("collect", "paper/claims"):
+        (project / "runs/toy" / stage).mkdir(parents=True, exist_ok=True)
+        (project / "runs/toy" / stage / "notebook.ipynb").write_text("{}")
+
+
+def commit_all(project) -> None:
+    git = ["git", "-C", str(project), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["add", "-A"], ["commit", "-qm", "results"]):
+        subprocess.run([*git, *words], check=True)
 
 
 @pytest.fixture
@@ -40,16 +50,17 @@ def project(tmp_path, monkeypatch):
     for module in (verify, provenance, paths):
         monkeypatch.setattr(module, "root", lambda: tmp_path)
     write_results(tmp_path)
-    (tmp_path / ".gitignore").write_text("models\nruns\n")
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "results"]):
-        subprocess.run([*git, *words], check=True)
+    (tmp_path / "nbs/paper").mkdir(parents=True)
+    (tmp_path / "nbs/paper/claims.ipynb").write_text("{}")
+    (tmp_path / ".gitignore").write_text("/models\n/runs\n")
+    subprocess.run(["git", "-C", str(tmp_path), "init", "-q"], check=True)
+    commit_all(tmp_path)
     return tmp_path
 
 
 def test_the_same_run_is_identical(project, capsys):
     assert verify.main(["toy"]) == 0
-    assert "toy against HEAD: identical (3 identical)" in capsys.readouterr().out
+    assert "toy against HEAD: identical (4 identical)" in capsys.readouterr().out
     assert set(pd.read_csv(project / "runs/toy/verify/verify.csv").verdict) == {"identical"}
 
 
@@ -68,34 +79,124 @@ def test_what_lies_outside_is_named_and_ends_with_exit_code_1(project, capsys, c
     assert row in set(found[found.verdict == "outside"].what) and row in capsys.readouterr().out
 
 
-def test_equal_weights_with_other_scores_are_not_identical(project):
-    """The same networks, but scored otherwise: the digests alone would hide it."""
+def failing(profile: str = "toy") -> dict[str, str]:
+    "What is outside, new, missing or broken, by the end of its name"
+    verdict, rows = verify.verify_results(profile)
+    rows = rows[rows.verdict.isin(verify.FAILED)]
+    assert (verdict == "outside") == bool(len(rows))
+    return {what.removeprefix("results/toy/"): word for what, word in zip(rows.what, rows.verdict)}
+
+
+def test_equal_weights_with_other_scores_are_outside(project, capsys):
+    """The same networks, but scored otherwise: neither the digests nor an interval may hide it."""
     write_results(project, shift=0.005)
-    assert verify.verify_results("toy")[0] == "within the noise"
-    write_results(project, shift=0.2)
-    assert verify.verify_results("toy")[0] == "outside"
+    assert verify.main(["toy"]) == 1
+    assert failing() == {"scores.csv": "outside"}
+    shown = capsys.readouterr().out
+    assert "row 1, dsc: 0.505" in shown and "the weights are the same, so evaluation or the pages have changed, or a file was edited" in shown
 
 
-def test_a_backbone_that_is_gone_or_a_number_that_is_missing_is_outside(project):
+def test_a_network_with_equal_weights_has_equal_scores_even_if_another_differs(project):
+    other = project / "models/toy/finetune/scratch/unet/t-s0"
+    other.mkdir(parents=True)
+    (other / "model.safetensors").write_bytes(b"of scratch")
+    write_results(project)
+    commit_all(project)
+    write_results(project, b"other weights")
+    assert failing() == {}
     table = score_rows()
-    write_csv(project / "results/toy/scores.csv", table[table.init == "scratch"])
+    write_csv(project / "results/toy/scores.csv", table.assign(dsc=table.dsc + 0.001 * (table.init == "corpus")))
+    assert failing() == {}
+    write_csv(project / "results/toy/scores.csv", table.assign(dsc=table.dsc + 0.001 * (table.init == "scratch")))
+    assert failing() == {"scores of finetune/scratch/unet/t-s0": "outside"}
+
+
+@pytest.mark.parametrize("weights", [b"weights", b"other weights"])
+@pytest.mark.parametrize(
+    ("name", "text", "word"),
+    [
+        ("models.csv", None, "missing"),
+        ("models.csv", '"x', "broken"),
+        ("models.csv", "", "broken"),
+        ("models.csv", "backbone,parameters,seconds,peak_mib\nunet,10,soon,600\n", "outside"),
+        ("mine.csv", "a\n1\n", "new"),
+        ("scores.csv", None, "missing"),
+        ("scores.csv", ",".join(score_rows()) + "\n", "outside"),
+        ("scores.csv", score_rows().assign(dsc="high").to_csv(index=False), "outside"),
+        ("scores.csv", score_rows().assign(task="other").to_csv(index=False), "outside"),
+        ("claims/claims.csv", None, "missing"),
+    ],
+)
+def test_a_table_that_is_gone_broken_or_of_other_runs_is_named(project, weights, name, text, word):
+    write_results(project, weights)
+    path = project / "results/toy" / name
+    path.unlink() if text is None else path.write_text(text)
+    assert failing() == {name: word}
+
+
+def test_measured_columns_alone_may_differ(project, capsys):
+    table = pd.DataFrame({"backbone": ["unet"], "parameters": [10], "seconds": [9.9], "peak_mib": [601]})
+    write_csv(project / "results/toy/models.csv", table)
+    assert verify.main(["toy"]) == 0
+    shown = capsys.readouterr().out
+    assert "toy against HEAD: identical (3 identical, 1 identical but for times and memory)" in shown and "results/toy/models.csv" in shown
+    write_csv(project / "results/toy/models.csv", table.assign(parameters=11))
+    assert failing() == {"models.csv": "outside"}
+
+
+@pytest.mark.parametrize("column", ["of", "verdict"])
+def test_another_pair_or_verdict_of_a_claim_is_outside(project, column):
+    write_results(project, b"other weights", effect=0.11)
+    write_csv(project / "results/toy/claims/claims.csv", pd.DataFrame([CLAIM | {column: "A less B"}]))
     verdict, rows = verify.verify_results("toy")
-    assert verdict == "outside" and "mean DSC unet corpus" in set(rows[rows.verdict == "outside"].what)
+    assert verdict == "outside" and set(rows[rows.verdict == "outside"].ours) == {f"{column}: A less B"}
 
 
-def test_what_is_not_there_is_named(project):
-    with pytest.raises(SystemExit, match="results/other/digests.json is not there: run make repro PROFILE=other first"):
-        verify.main(["other"])
-    with pytest.raises(SystemExit, match="verify: results/toy/scores.csv is not in nowhere"):
-        verify.main(["toy", "--revision", "nowhere"])
+def test_a_claim_that_is_gone_is_missing(project):
+    two = [CLAIM, CLAIM | {"claim": 2}]
+    assert verify.compare_claims(pd.DataFrame(two[:1]), pd.DataFrame(two)).verdict.tolist() == ["within the noise", "missing"]
+    assert verify.compare_claims(pd.DataFrame(two), pd.DataFrame(two[1:])).verdict.tolist() == ["new", "within the noise"]
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert verify.main(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
+def test_a_clone_without_a_run_is_refused(project, capsys):
+    for name in ("models", "runs"):
+        shutil.rmtree(project / name)
+    assert "models/toy holds no model, so there is no run to compare: run make repro PROFILE=toy first" in refused(capsys, "toy", "--record")
+    assert not (project / "benchmarks/machines.md").exists()
+
+
+@pytest.mark.parametrize("stage", ["collect", "paper/claims"])
+def test_a_run_that_was_killed_is_refused(project, capsys, stage):
+    (project / "runs/toy" / stage / "notebook.ipynb").unlink()
+    assert f"the last run has not ended (not done here: {stage.split('/')[-1]}): run make repro PROFILE=toy first" in refused(capsys, "toy")
+    (project / "models/toy/pretrain/corpus/unet/corpus-s0/model.safetensors").write_bytes(b"newer")
+    assert "does not describe the models in models/toy" in refused(capsys, "toy")
+
+
+def test_what_cannot_be_compared_is_named(project, capsys):
+    assert "results/toy/scores.csv is not in nowhere" in refused(capsys, "toy", "--revision", "nowhere")
+    write_json(project / "results/toy/digests.json", {})
+    assert "results/toy/digests.json does not list digests under `models`" in refused(capsys, "toy")
+    (project / "conf/profile").mkdir(parents=True)
+    (project / "conf/profile/toy.yaml").write_text("profile: toy")
+    for name in ("nonsense", "../x", ""):
+        assert f"no profile is called {name!r}; conf/profile holds: toy" in refused(capsys, name)
 
 
 def test_results_that_were_committed_without_digests_are_compared_by_their_numbers(project):
-    git = ["git", "-C", str(project), "-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run([*git, "rm", "-q", "--cached", "results/toy/digests.json"], check=True)
-    subprocess.run([*git, "commit", "-qm", "older"], check=True)
+    text = (project / "results/toy/digests.json").read_text()
+    (project / "results/toy/digests.json").unlink()
+    commit_all(project)
+    (project / "results/toy/digests.json").write_text(text)
     verdict, table = verify.verify_results("toy")
     assert verdict == "within the noise" and "not committed" in set(table.verdict)
+    write_results(project, shift=0.005)
+    assert verify.verify_results("toy")[0] == "within the noise"
     write_results(project, effect=0.2)
     assert verify.verify_results("toy")[0] == "outside"
 
@@ -103,9 +204,13 @@ def test_results_that_were_committed_without_digests_are_compared_by_their_numbe
 @pytest.mark.parametrize("name", ["renamed", "corpus"])
 def test_a_model_that_is_new_or_missing_is_no_noise(project, name):
     folder = project / "models/toy/pretrain/corpus"
+    shutil.copytree(folder, folder.with_name("further"))
+    write_results(project)
+    commit_all(project)
     folder.rename(folder.with_name(name)) if name != "corpus" else (folder / "unet/corpus-s0/model.safetensors").unlink()
     write_json(project / "results/toy/digests.json", {"models": verify.model_digests(project / "models/toy")})
-    assert verify.verify_results("toy")[0] == "outside"
+    gone = {"weights pretrain/corpus/unet/corpus-s0": "missing"}
+    assert failing() == gone | ({"weights pretrain/renamed/unet/corpus-s0": "new"} if name == "renamed" else {})
 
 
 def test_a_machine_is_recorded_once_a_run(project):
@@ -118,12 +223,12 @@ def test_a_machine_is_recorded_once_a_run(project):
     assert sum(line.startswith("| ") for line in lines) == 4 and lines[-1].endswith("| 1 of 1 | identical |")
 
 
-def test_digests_name_pins_machine_and_versions(project, monkeypatch):
-    for name, value in PINS.items():
-        monkeypatch.setenv(name, value)
-    assert verify.write_digests("toy")["pinned"]
-    monkeypatch.delenv("MKL_CBWR")  # As in a notebook that is run by hand, on a machine that could be pinned
+def test_digests_name_trainings_machine_and_versions(project):
     found = verify.write_digests("toy")
-    assert not found["pinned"]
+    assert not found["pinned"] and found["trainings"] == [{"models": 1}], "nobody noted how the model was trained"
+    note = {"key": "k", "model": found["models"]["pretrain/corpus/unet/corpus-s0"], "arithmetic": "pinned to AVX2"}
+    write_json(project / "runs/toy/pretrain/corpus-unet/corpus-s0/made.json", note)
+    found = verify.write_digests("toy")
+    assert found["pinned"] and found["trainings"] == [{"arithmetic": "pinned to AVX2", "models": 1}]
     assert json.loads((project / "results/toy/digests.json").read_text()) == json.loads(json.dumps(found))
-    assert list(found) == ["pinned", "machine", "versions", "models"] and list(found["models"]) == ["pretrain/corpus/unet/corpus-s0"]
+    assert list(found) == ["pinned", "trainings", "machine", "versions", "models"] and list(found["models"]) == ["pretrain/corpus/unet/corpus-s0"]

@@ -373,7 +373,7 @@ def description_folders(
     if absent := [path for path in (predictions, truths) if not Path(path).exists()]:
         raise FileNotFoundError(f"{absent[0]} does not exist")
     folders = [Path(path) if Path(path).is_dir() else Path(path).parent for path in (predictions, truths)]
-    return [*folders, folders[1].resolve().parent]
+    return list({folder.resolve(): folder for folder in (*folders, folders[1].resolve().parent)}.values())
 
 
 def scored_dataset(
@@ -386,7 +386,7 @@ def scored_dataset(
     if dataset is None:
         if found := [folder for folder in folders if (folder / "dataset.json").is_file()]:
             return described_dataset(found[0])
-        raise ValueError(f"no dataset.json in {', '.join(map(str, folders))}: name the data set, or give a dataset.json")
+        raise ValueError(f"no dataset.json in {', '.join(map(str, folders))}: name the data set, or give a dataset.json (--task)")
     return described_dataset(dataset) if Path(dataset).exists() else get_dataset(str(dataset))
 
 # %% ../../nbs/evaluation/10_metrics.ipynb #files

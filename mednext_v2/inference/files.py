@@ -10,7 +10,6 @@ import colorsys
 import json
 import math
 import time
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,7 +41,7 @@ from mednext_v2.core import (
 )
 from ..data.scans import ENDINGS, BadFile, split_ending, list_scans, list_volumes, read_header, read_scan, stored_files
 from .predictor import EnsembleMember, NetworkInput, PredictSettings, Region, check_channels, count_passes, label_image
-from .predictor import label_volume, load_ensemble, modality_warnings, network_input, temporary_array
+from .predictor import label_volume, load_ensemble, network_input, temporary_array, warn_of_scan
 from .windows import device_of
 
 if TYPE_CHECKING:
@@ -155,10 +154,10 @@ def list_jobs(
         if ending == ".seg.nrrd":
             raise BadFile(source, "is a segmentation by its name", "give the scan that it was drawn on")
         jobs = [PredictJob(stem, (source,), target if is_file else target / f"{stem}.nii.gz")]
-    elif is_file:
-        raise ValueError(f"{source} is a folder, so the output must be a folder, got {target}")
     else:
         jobs = [PredictJob(name, tuple(paths), target / f"{name}.nii.gz") for name, paths in list_scans(source, channels, IMAGES).items()]
+        if is_file:
+            raise ValueError(f"{source} is a folder, so the output must be a folder, got {target}")
     folder = (target.parent if is_file else target).resolve()
     inputs = {path.resolve() for job in jobs for path in job.images}
     if source.is_dir() and folder == source.resolve() or any(job.output.resolve() in inputs for job in jobs):
@@ -246,7 +245,9 @@ def read_job(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSe
 def make_report(job: PredictJob, members: Sequence[EnsembleMember], settings: JobSettings, labels: np.ndarray, volume: NetworkInput) -> dict:
     "What is written beside a label map, but for its identity and how it went"
     names = label_names(members[0].card)
-    counts = np.bincount(labels.ravel(), minlength=max(names, default=0) + 1)
+    counts = np.zeros(max(max(names, default=0), int(labels.max(initial=0))) + 1, np.int64)
+    for plane in labels:  # It makes int64 of what it counts
+        counts += np.bincount(plane.ravel(), minlength=len(counts))
     return {
         "shape": list(volume.header.shape),
         "spacing_mm": [round(float(size), 6) for size in voxel_sizes(volume.header.affine)],
@@ -282,9 +283,7 @@ def label_job(
 ) -> LabelledScan:
     "The network's part of one scan, and what its report says"
     begin, card, probabilities = time.perf_counter(), members[0].card, None
-    notes = modality_warnings(volume, card)
-    for note in notes:
-        warnings.warn(f"{job.name}: {note}", stacklevel=2)
+    notes = warn_of_scan(volume, members, job.name)
     with ExitStack() as stack:
         if settings.probabilities:
             probabilities = stack.enter_context(temporary_array((card.num_classes, *volume.image.shape[1:])))

@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..core import find_device
 from ..data.preprocess import bounding_box, coarse_axis, image_type, nonzero_box, normalise, resample_image, target_shape
 from ..data.scans import Header, ScanSource, Volume, as_float32, check_extent, read_scan, same_grid
+from .openvino import compile_network
 from mednext_v2.inference.windows import (
     MemoryBudget,
     OutputAxis,
@@ -55,12 +56,17 @@ class PredictSettings:
     device: str = "auto"  # As `find_device` takes it
     memory: float = 1.0  # GB of logits before some wait in a temporary file
     half: bool = False  # Logits summed in float16
+    runtime: str = "torch"  # What computes the network: "torch", or "openvino", on a CPU
 
     def __post_init__(self):
         if not 0 <= self.overlap < 1 or not self.memory >= 0:
             raise ValueError(f"needs 0 <= overlap < 1 and memory >= 0, got {self.overlap} and {self.memory}")
         if self.fast and self.tta:
             raise ValueError("fast leaves mirroring out: choose fast or tta")
+        if self.runtime not in ("torch", "openvino"):
+            raise ValueError(f"runtime must be torch or openvino, not {self.runtime!r}")
+        if self.runtime == "openvino" and find_device(self.device) != "cpu":
+            raise ValueError(f"runtime openvino computes on the CPU: add --device cpu, not {self.device}")
         object.__setattr__(self, "folds", tuple(map(str, self.folds)))
         if self.fast:
             object.__setattr__(self, "overlap", 0.25)
@@ -95,6 +101,7 @@ class EnsembleMember:
     models: tuple[nn.Module, ...]  # The network, or its folds
     card: "Card"  # Of the first fold
     hashes: tuple[str, ...] = ()  # sha256 of the weights
+    said: set[str] = field(default_factory=set, compare=False)  # Warnings that are given once
 
     def mirror_axes(self, settings: PredictSettings) -> tuple[int, ...]:
         "Axes to mirror: those along which its training did"
@@ -107,10 +114,10 @@ class EnsembleMember:
 
 def check_cards_agree(folder: str | Path, one: "Card", other: "Card", fields: Sequence[str]) -> None:
     "ValueError for the first field in which two cards differ"
-    for field in fields:
-        mine, theirs = getattr(one, field), getattr(other, field)
-        if mine != theirs or field == "regions" and list(mine) != list(theirs):  # Their order is that of the outputs
-            raise ValueError(f"{folder}: {field} differs between models that are to be averaged: {mine} and {theirs}")
+    for name in fields:
+        mine, theirs = getattr(one, name), getattr(other, name)
+        if mine != theirs or name == "regions" and list(mine) != list(theirs):  # Their order is that of the outputs
+            raise ValueError(f"{folder}: {name} differs between models that are to be averaged: {mine} and {theirs}")
 
 # %% ../../nbs/inference/10_predictor.ipynb #load-ensemble
 def load_ensemble(
@@ -132,7 +139,10 @@ def load_ensemble(
             check_cards_agree(folder, cards[0], other, ("normalisation", "mirror_axes", "windows"))
         if settings.tta and not cards[0].mirror_axes:
             warnings.warn(f"{folder} was trained without mirroring: tta does nothing for it", stacklevel=2)
-        members.append(EnsembleMember(tuple(model.to(device) for model, _ in loaded), cards[0], tuple(card.sha256 for card in cards)))
+        models = [model.to(device) for model, _ in loaded]
+        if settings.runtime == "openvino":
+            models = [compile_network(model, cards[0].in_channels, cards[0].patch) for model in models]
+        members.append(EnsembleMember(tuple(models), cards[0], tuple(card.sha256 for card in cards)))
         check_cards_agree(folder, members[0].card, cards[0], ("in_channels", "labels", "regions", "class_order"))
     return members
 
@@ -193,7 +203,8 @@ def network_input(
     first = volumes[0]
     for volume in volumes[1:]:
         same_grid(volume, first)
-    values = np.stack([as_float32(volume.voxels, header_of(volume).path) for volume in volumes])
+    channels = [as_float32(volume.voxels, header_of(volume).path) for volume in volumes]
+    values = channels[0][None] if len(channels) == 1 else np.stack(channels)  # Stacking copies
     box, mask = nonzero_box(values), None
     part = tuple(slice(0, side.stop - side.start) for side in box)
     if roi is not None:
@@ -227,6 +238,21 @@ def modality_warnings(volume: NetworkInput, card: "Card") -> list[str]:
         for number, (scheme, channel) in enumerate(zip(card.normalisation.get("schemes", ()), volume.image))
         if scheme == "ct" and channel.min() > -200
     ]
+
+
+def warn_of_scan(
+    volume: NetworkInput,
+    members: Sequence[EnsembleMember],
+    name: str = "",  # Of the scan, if there may be others
+) -> list[str]:  # All, for a report
+    "Warn of what speaks against a scan; of axes that training may not have had, once in a run"
+    axes, doubts = volume.header.axes, [member.card.doubt for member in members if member.card.doubt]
+    turned = [f"a scan is in {axes}: {doubts[0]}"] if doubts and axes != "RAS" else []
+    others = modality_warnings(volume, members[0].card)
+    for text in [*(text for text in turned if text not in members[0].said), *(f"{name}: {text}" if name else text for text in others)]:
+        warnings.warn(text, stacklevel=3)
+    members[0].said.update(turned)
+    return turned + others
 
 # %% ../../nbs/inference/10_predictor.ipynb #temporary-array
 @contextmanager
@@ -382,8 +408,7 @@ def label_scan(
     "`predict` for loaded models: to RAS and the card's spacing, through the windows, and back"
     check_channels(members[0].card, len(scans))
     volume = network_input(scans, roi)
-    for text in modality_warnings(volume, members[0].card):
-        warnings.warn(text, stacklevel=2)
+    warn_of_scan(volume, members)
     return label_image(label_volume(members, volume, settings), volume)
 
 

@@ -6,6 +6,7 @@
 __all__ = ['write_bundle']
 
 # %% ../../nbs/integrations/22_bundle.ipynb #imports
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,8 @@ def write_bundle(
     if folds != [Path(folder)]:
         raise ValueError(f"{folder} holds {len(folds)} folds, and a bundle holds one network: give one of them, such as {folds[0]}")
     model, card = plain_network(Path(folder), head)
+    if card.doubt:
+        warnings.warn(f"{folder}: {card.doubt}", stacklevel=2)
     configs = {"inference": inference_config(card), "evaluate": evaluate_config(card), "metadata": metadata(card)}
     if not card.regions:
         configs |= {"train": train_config(card), "finetune": finetune_config(card)}

@@ -105,24 +105,38 @@ def slide(network, image, weight, overlap, layout):
     return total[(slice(None), *inside)] / norm[inside]
 
 # %% ../../nbs/integrations/25_consumer.ipynb #read-channels
+def affine_in_mm(file):
+    "Voxel index to mm, whatever the file's unit is"
+    return np.diag([{1: 1000, 3: 0.001}.get(int(file.header["xyzt_units"]) & 7, 1)] * 3 + [1]) @ file.affine
+
+
+def same_grid(file, other):
+    "Whether corners of two files in RAS are at most 0.1 mm, or a tenth of a voxel, apart"
+    if len(file.shape) != 3 or file.shape != other.shape:
+        return False
+    corners = np.array([*product(*((0, side - 1) for side in file.shape), [1])])
+    apart = np.linalg.norm(((affine_in_mm(file) - affine_in_mm(other)) @ corners.T)[:3], axis=0)
+    return apart.max() <= min(0.1, 0.1 * voxel_sizes(affine_in_mm(other)).min())
+
+
 def read_channels(paths, count):
     "The first file, and all channels (C, X, Y, Z) in RAS; ends with one line for files that cannot be read or do not fit"
-    files, scans = [], []
+    files, turned, scans = [], [], []
     for path in paths:
         try:
             files.append(nib.load(path))
             if not isinstance(files[-1], nib.Nifti1Pair):
                 raise ValueError("it is no NIfTI file")
-            scans.append(nib.as_closest_canonical(files[-1]).get_fdata(dtype=np.float32) if len(files[-1].shape) == 3 else None)
+            turned.append(nib.as_closest_canonical(files[-1]))
+            scans.append(turned[-1].get_fdata(dtype=np.float32) if len(turned[-1].shape) == 3 else None)
         except Exception as error:  # Of any broken file
             sys.exit(f"{path} cannot be read ({' '.join(str(error).split()) or type(error).__name__}): give a whole NIfTI file")
-    first = files[0]
-    if len(files) != count or any(len(file.shape) != 3 or file.shape != first.shape or not np.allclose(file.affine, first.affine, atol=0.01) for file in files):
+    if len(files) != count or not all(same_grid(file, turned[0]) for file in turned):
         sys.exit(f"{', '.join(paths)}: {count} 3D scan(s) on one grid are needed, one for each channel")
     scan = np.stack(scans)
     if not np.isfinite(scan).all():
         sys.exit(f"{', '.join(paths)}: some voxels are not finite numbers, replace them")
-    return first, scan
+    return files[0], scan
 
 # %% ../../nbs/integrations/25_consumer.ipynb #prepare
 def prepare(image, spacing, spec):
@@ -137,9 +151,8 @@ def prepare(image, spacing, spec):
 def label(paths, network, weight, spec):
     "The label map of a scan, one file per channel, as nibabel's image"
     first, scan = read_channels(paths, len(spec["channels"]))
-    millimetres = {1: 1000, 3: 0.001}.get(int(first.header["xyzt_units"]) & 7, 1)
-    affine, (overlap, layout) = np.diag([millimetres] * 3 + [1]) @ first.affine, spec["windows"]
-    spacing = millimetres * voxel_sizes(nib.as_closest_canonical(first).affine)
+    affine, (overlap, layout) = affine_in_mm(first), spec["windows"]
+    spacing = voxel_sizes(affine_in_mm(nib.as_closest_canonical(first)))
     box = tuple(slice(at.min(), at.max() + 1) if len(at) else slice(None) for at in np.nonzero((scan != 0).any(0)))
     image = prepare(scan[(slice(None), *box)].copy(), spacing, spec)
     order, labels = spec["class_order"], np.zeros(scan.shape[1:], np.uint16)

@@ -98,6 +98,7 @@ def model_page(
     spacing, patch = (" × ".join(f"{side:g}" for side in sides) for sides in (card.spacing, card.patch))
     start = f"from `{card.init}`" + (f" (sha256 `{card.parent[:12]}`)" if card.parent else "") if card.init != "scratch" else "from random weights"
     steps = f"{card.recipe['steps']} steps, " if "steps" in card.recipe else ""
+    axes = " (the axes in training are not known)" if card.doubt else ""
     schemes = ", ".join(map(str, card.normalisation["schemes"]))
     return f"""---
 {page_head(card, title).strip()}
@@ -106,7 +107,7 @@ def model_page(
 # {title}
 
 {card.backbone}{f", {folds} folds that are averaged," if folds else ""} for {card.modality}, {card.in_channels} channel{"s" * (card.in_channels > 1)}.
-It was trained on {card.task}, {start}, {steps}seed {card.seed}. Scans are turned to {card.orientation} and resampled to {spacing} mm,
+It was trained on {card.task}, {start}, {steps}seed {card.seed}. Scans are turned to RAS{axes} and resampled to {spacing} mm,
 intensities are normalised ({schemes}), windows have {patch} voxels; the software below does all of it, and gives label maps on the scan's own grid.
 
 ## Labels

@@ -67,6 +67,8 @@ class NNUNetMedNeXt(MedNeXt):
         deep_supervision: bool = False,
     ):
         arch = Arch(width, tuple(depths), tuple(ratios), grn=grn, strides=_as_rows(strides[1:]), kernels=_as_rows(kernel_sizes))
+        if deep_supervision:
+            _check_levels(arch)
         super().__init__(arch, input_channels, num_classes, False, grad_checkpointing)
         for level in range(1, arch.levels):
             setattr(self, f"out_{level}", OutBlock(arch.channels[level], num_classes))
@@ -97,6 +99,14 @@ class NNUNetMedNeXt(MedNeXt):
         return _training_bytes(self.arch, input_size, 2, self.in_channels, self.num_classes) / 8e9 * 560e6
 
 
+def _check_levels(arch: Arch) -> None:
+    "ValueError for a network that nnU-Net cannot train: it gives the coarsest output the weight 0, so that one output alone has a loss of 0 / 0"
+    if arch.levels < 2:
+        raise ValueError(
+            f"nnU-Net trains networks of two levels or more, and depths {list(arch.depths)} are of {arch.levels}: give five depths and ratios, or more"
+        )
+
+
 def _as_rows(values: Sequence[Sequence[int]]) -> tuple[tuple[int, int, int], ...]:
     "Lists of JSON as tuples"
     return tuple((int(x), int(y), int(z)) for x, y, z in values)
@@ -110,9 +120,9 @@ def _adapt_arch(
 ) -> Arch:
     "A network with the steps and kernels that nnU-Net chose, as far as it has levels; ValueError if weights need more levels"
     levels = min(len(strides) - 1, arch.levels)
-    if levels < (arch.levels if fixed else 1):
-        need = f"the {arch.levels} levels of the given weights" if fixed else "one level"
-        raise ValueError(f"too few voxels for {need}: nnU-Net lowers the resolution {levels} times; give more memory, or a finer spacing")
+    if levels < (arch.levels if fixed else 2):
+        need = f"the {arch.levels} levels of the given weights" if fixed else "two levels"
+        raise ValueError(f"too few voxels for {need}: nnU-Net lowers the resolution {levels} time{'s' * (levels != 1)}; give more memory, or a finer spacing")
     steps = _as_rows(strides[1 : levels + 1])
     if fixed:
         return replace(arch, strides=steps)
@@ -297,6 +307,7 @@ def _wanted_network(network: str | None, start: Start, overrides: dict) -> tuple
     arch = Arch(**decisive_options(name, options))
     if not card and arch.kernel != 3:
         raise ValueError(f"nnU-Net's kernels are of 3 voxels at most, those of {name} of {arch.kernel}: plans can have it only from a model's weights")
+    _check_levels(arch)
     if card:
         check_options(str(start.model), (name, card.overrides), (name, options), start.convert)
     title = "".join(part.capitalize() for part in name.removeprefix("mednext_").split("_"))

@@ -125,6 +125,7 @@ def _check_heads(card: "Card") -> None:
 
 # %% ../../nbs/models/20_card.ipynb #check-card
 WINDOWS = ("nnunet", "monai")
+ORIENTATIONS = ("RAS", "unknown")  # Of the images of training
 
 
 def check_card(card: "Card") -> None:
@@ -142,8 +143,8 @@ def check_card(card: "Card") -> None:
     _check_normalisation(card.normalisation, card.in_channels, "normalisation")
     _check_overrides(card.overrides)
     _check_heads(card)
-    if card.orientation != "RAS":
-        _refuse("orientation", "RAS, to which scans are turned", card.orientation)
+    if card.orientation not in ORIENTATIONS:
+        _refuse("orientation", "RAS, to which scans are turned, or unknown", card.orientation)
     if card.grn not in (None, "mean", "sum"):
         _refuse("grn", "mean, sum or nothing", card.grn)
     if card.windows not in WINDOWS:
@@ -182,7 +183,7 @@ class Card:
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)  # Overlapping classes: each an output of its own, with its values
     class_order: tuple[int, ...] = ()  # Value that a label map gets for each region
     heads: dict[str, dict] = field(default_factory=dict)  # By data set, if it has output channels of its own: outputs, labels, ...
-    orientation: str = "RAS"  # Of the images that the network was trained on
+    orientation: str = "RAS"  # Of the images that the network was trained on; unknown where another program left the axes as the files had them
     grn: str | None = None  # Convention of GRN, mean or sum; filled in when saving
     mirror_axes: tuple[int, ...] = ()  # Along which training mirrored, so that prediction may: of X, Y, Z; none if empty
     windows: str = "nnunet"  # How prediction lays and weights its windows: as nnU-Net, or as "monai"
@@ -199,6 +200,16 @@ class Card:
         check_card(self)
         object.__setattr__(self, "labels", by_value(self.labels))
         object.__setattr__(self, "heads", {name: {**head, "labels": by_value(head["labels"])} for name, head in self.heads.items()})
+
+    @property
+    def doubt(self) -> str:
+        "What to say of a network whose images may have had other axes than those that it is given here; empty if they were in RAS"
+        return (
+            "the axes of the scans that this model was trained on are not known; scans are turned to RAS, and labels of a scan in other axes may differ from "
+            "those of the program that trained it: check them, or set orientation to RAS in card.json if it was trained on such scans"
+            if self.orientation == "unknown"
+            else ""
+        )
 
     @property
     def num_classes(self) -> int:

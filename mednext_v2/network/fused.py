@@ -6,7 +6,8 @@
 __all__ = ['use_fused']
 
 # %% ../../nbs/network/20_fused.ipynb #imports
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -61,16 +62,36 @@ def transposed_product(
     b: Tensor,  # Shape `(S, B)`
 ) -> Tensor:  # Shape `(A, B)`
     "`a.T @ b`, the sum over rows that the gradient of a weight needs"
+    threads = torch.get_num_threads()
+    if threads > 1 and len(a) % threads == 0:
+        a, b = (rows.reshape(threads, -1, rows.shape[1]) for rows in (a, b))
+        return torch.bmm(a.transpose(1, 2), b).sum(0)
     return linear(a.t(), b.t()) if min(a.shape[1], b.shape[1]) >= MIN_ONEDNN_COLUMNS else torch.mm(a.t(), b)
+
+
+def column_sums(
+    rows: Tensor,  # Shape `(S, C)`
+) -> Tensor:  # Shape `(C,)`
+    "`rows.sum(0)`"
+    threads = torch.get_num_threads()
+    return rows.reshape(threads, -1, rows.shape[1]).sum(1).sum(0) if threads > 1 and len(rows) % threads == 0 else rows.sum(0)
 
 # %% ../../nbs/network/20_fused.ipynb #moments
 CHUNK_VALUES = 2**18  # Expanded values worked on at a time: 1 MiB, about what stays in a core's cache
 
 
-def row_chunks(count: int, wide: int) -> list[slice]:
-    "Slices of `count` rows, each of about `CHUNK_VALUES` values where a row has `wide`"
-    step = max(CHUNK_VALUES // wide, 64)
-    return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
+def chunk_length(wide: int) -> int:
+    "Rows of `wide` values that a core works on at a time"
+    return max(CHUNK_VALUES // wide, 64)
+
+
+def split_rows(
+    wide: int,  # Values of an expanded row
+    *tensors: Tensor | None,  # All of equally many rows; None stays None
+) -> Iterator[tuple]:  # Views
+    "Chunks of each tensor side by side, with rows for every thread"
+    step = chunk_length(wide) * torch.get_num_threads()
+    return zip(*(repeat(None) if rows is None else rows.split(step) for rows in tensors))
 
 
 def moments(
@@ -83,10 +104,10 @@ def moments(
     variance = torch.zeros_like(mean)
     for _ in range(2):
         offset, square = torch.zeros_like(mean), torch.zeros_like(mean)
-        for chunk in row_chunks(count, channels):
-            centered = rows[chunk] - mean
-            offset += centered.sum(0)
-            square += centered.mul_(centered).sum(0)
+        for (chunk,) in split_rows(channels, rows):
+            centered = chunk - mean
+            offset += column_sums(centered)
+            square += column_sums(centered.mul_(centered))
         offset /= count
         variance = (square / count - offset.square()).clamp_(min=0)
         mean = mean + offset
@@ -145,20 +166,19 @@ class Weights(NamedTuple):
         return self
 
 
-ExpandRows = Callable[..., tuple[Tensor, Tensor]]  # `(chunk, gelu=False)`: normalised rows and expanded rows
+ExpandRows = Callable[..., tuple[Tensor, Tensor]]  # `(rows, gelu=False)`, rows of `d`: normalised rows and expanded rows
 
 
 def fold_norm(
-    d: Tensor,  # Shape `(S, C)`: a sample behind the depthwise convolution
-    mean: Tensor,  # Of `d`
-    rstd: Tensor,  # Of `d`
+    mean: Tensor,  # Of the depthwise convolution's result, shape `(C,)`
+    rstd: Tensor,
     weights: Weights,
 ) -> tuple[Tensor, ExpandRows]:
     "The weight of `conv2` with that of the norm folded in, and a function that normalises and expands a chunk of rows"
     weight, bias = weights.w1 * weights.norm_weight, torch.addmv(weights.b1, weights.w1, weights.norm_bias)
 
-    def expand_rows(chunk: slice, gelu: bool = False) -> tuple[Tensor, Tensor]:
-        normalised = (d[chunk] - mean).mul_(rstd)
+    def expand_rows(rows: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
+        normalised = (rows - mean).mul_(rstd)
         return normalised, linear(normalised, weight, bias, gelu)
 
     return weight, expand_rows
@@ -167,14 +187,14 @@ def fold_norm(
 def channel_norms(
     norms: Tensor,  # Zeros, shape `(wide,)`; filled in place
     expand_rows: ExpandRows,
-    chunks: list[slice],
+    d: Tensor,  # Shape `(S, C)`: a sample behind the depthwise convolution
     hold: bool,  # Keep the expanded rows?
 ) -> list[Tensor]:  # Expanded rows of each chunk behind GELU; empty unless held
     "First pass of GRN: the norm of each expanded channel"
     held = []
-    for chunk in chunks:
-        _, v = expand_rows(chunk, gelu=True)
-        norms += (v * v if hold else v.mul_(v)).sum(0)
+    for (rows,) in split_rows(len(norms), d):
+        _, v = expand_rows(rows, gelu=True)
+        norms += column_sums(v * v if hold else v.mul_(v))
         if hold:
             held.append(v)
     norms.sqrt_()
@@ -193,18 +213,18 @@ def expand(
     "Norm, expand, GELU, GRN, compress, plus the shortcut"
     gamma, beta, w2, b2 = weights[4:]
     wide = len(weights.w1)
-    _, expand_rows = fold_norm(d, mean, rstd, weights)
-    chunks, held, norms = row_chunks(len(d), wide), [], None
+    _, expand_rows = fold_norm(mean, rstd, weights)
+    held, norms = [], None
     if gamma is not None and beta is not None:
         norms = d.new_zeros(wide)
-        held = channel_norms(norms, expand_rows, chunks, hold=len(d) * wide <= MAX_HELD)
+        held = channel_norms(norms, expand_rows, d, hold=len(d) * wide <= MAX_HELD)
         _, relative = relative_norms(norms, reduction)
         w2, b2 = w2 * (1 + gamma * relative), torch.addmv(b2, w2, beta)
-    for chunk in chunks:
-        v = held.pop(0) if held else expand_rows(chunk, gelu=True)[1]
-        out[chunk] = linear(v, w2, b2)
-        if shortcut is not None:
-            out[chunk] += shortcut[chunk]
+    for rows, result, added in split_rows(wide, d, out, shortcut):
+        v = held.pop(0) if held else expand_rows(rows, gelu=True)[1]
+        result.copy_(linear(v, w2, b2))
+        if added is not None:
+            result += added
     return norms
 
 # %% ../../nbs/network/20_fused.ipynb #grn-gradients
@@ -226,6 +246,7 @@ def add_to(total: Tensor | None, part: Tensor) -> Tensor:
 
 def grn_gradients(
     grad: Tensor,  # Shape `(S, out)`: of the result
+    d: Tensor,  # Shape `(S, C)`
     d_b2: Tensor,  # Gradient of the last bias
     expand_rows: ExpandRows,
     norms: Tensor,
@@ -235,12 +256,12 @@ def grn_gradients(
     "First pass of backward: gradients of GRN and of `conv3`"
     _, _, _, _, gamma, beta, w2, _ = weights
     held, d_w2, hold = [], None, len(grad) * len(norms) <= MAX_HELD
-    for chunk in row_chunks(len(grad), len(norms)):
-        normalised, v = expand_rows(chunk, gelu=not hold)
+    for rows, d_result in split_rows(len(norms), d, grad):
+        normalised, v = expand_rows(rows, gelu=not hold)
         if hold:  # A second GELU costs less than one more tensor in memory
             held.append((normalised, v))
             v = F.gelu(v)
-        d_w2 = add_to(d_w2, transposed_product(grad[chunk], v))
+        d_w2 = add_to(d_w2, transposed_product(d_result, v))
     assert d_w2 is not None and gamma is not None and beta is not None  # A sample has a voxel, and a block with norms has GRN
     shared = w2 * d_w2
     d_gamma, own_share, factor = relative_norm_gradients(norms, shared.sum(0), gamma, reduction)
@@ -265,8 +286,8 @@ def norm_gradients(
     # The norm removes the mean of the gradient, and its component along the input
     slope = -weights.norm_weight * d_weight * rstd.square() / len(d)
     level = -weights.norm_weight * d_bias * rstd / len(d) - slope * mean
-    for chunk in row_chunks(len(d), len(d_b1)):
-        d_d[chunk].addcmul_(d[chunk], slope).add_(level)
+    for rows, d_rows in split_rows(len(d_b1), d, d_d):
+        d_rows.addcmul_(rows, slope).add_(level)
     return d_weight, d_bias
 
 # %% ../../nbs/network/20_fused.ipynb #expand-gradients
@@ -281,24 +302,24 @@ def expand_gradients(
     reduction: str,
 ) -> Weights:  # Gradients; None for what is not there
     "Exact gradients of `expand`; that of the shortcut is `grad` itself"
-    w1n, expand_rows = fold_norm(d, mean, rstd, weights)
-    d_b2 = grad.sum(0)
-    grn = None if norms is None else grn_gradients(grad, d_b2, expand_rows, norms, weights, reduction)
+    w1n, expand_rows = fold_norm(mean, rstd, weights)
+    d_b2 = column_sums(grad)
+    grn = None if norms is None else grn_gradients(grad, d, d_b2, expand_rows, norms, weights, reduction)
     held, d_w2, w2 = (grn.held, grn.w2, grn.scaled_w2) if grn else ([], None, weights.w2)
     back, back_d = w2.t(), (w1n * rstd).t()
     d_w1, d_b1 = None, torch.zeros_like(weights.b1)
-    for chunk in row_chunks(len(d), len(weights.w1)):
-        normalised, u = held.pop(0) if held else expand_rows(chunk)
+    for rows, d_rows, d_result in split_rows(len(weights.w1), d, d_d, grad):
+        normalised, u = held.pop(0) if held else expand_rows(rows)
         v = F.gelu(u)
-        dv = linear(grad[chunk], back)
+        dv = linear(d_result, back)
         if grn is None:
-            d_w2 = add_to(d_w2, transposed_product(grad[chunk], v))
+            d_w2 = add_to(d_w2, transposed_product(d_result, v))
         else:
             dv.addcmul_(v, grn.own_share)
         du = torch.ops.aten.gelu_backward.grad_input(dv, u, grad_input=v)
         d_w1 = add_to(d_w1, transposed_product(du, normalised))
-        d_b1 += du.sum(0)
-        d_d[chunk] = linear(du, back_d)
+        d_b1 += column_sums(du)
+        d_rows.copy_(linear(du, back_d))
     assert d_w1 is not None and d_w2 is not None  # A sample has a voxel
     d_weight, d_bias = norm_gradients(d_d, d, mean, rstd, weights, d_w1, d_b1, w1n)
     return Weights(d_weight, d_bias, d_w1, d_b1, grn and grn.gamma, grn and grn.beta, d_w2, d_b2)

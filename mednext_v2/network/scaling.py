@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from .blocks import CHECKPOINTING, MedNeXtBlock
-from .fused import MAX_HELD, MAX_KEPT, row_chunks
+from .fused import MAX_HELD, MAX_KEPT, chunk_length
 from .kernels import has_kernels
 from .mednext import Arch, MedNeXt, check_input, is_positive_integer
 from torch import Tensor, nn
@@ -202,7 +202,7 @@ def _fused_bytes(block: BlockSize, grn: str | None, batch_size: int) -> tuple[in
     channels, ratio, outside, inside = block[:4]
     entry, middle, expanded = channels * outside, channels * inside, ratio * channels * inside
     held, stays = expanded <= MAX_HELD, expanded <= MAX_KEPT
-    chunk, down = row_chunks(inside, ratio * channels)[0].stop * ratio * channels, inside < outside
+    chunk, down = min(chunk_length(ratio * channels), inside) * ratio * channels, inside < outside
     kept = batch_size * (entry + stays * middle)
     end = batch_size * block.out_channels * inside
     expanding = batch_size * (2 - stays) * middle + (middle + expanded + 2 * chunk if held and grn else 5 * chunk)
@@ -434,7 +434,7 @@ def arch_for_data(
         try:
             planned, patch = smaller_patch(base, spacing, shape, planned, patch)
         except ValueError:
-            said = f"a patch of {patch} voxels, the smallest, takes {needed / 1e9:.2f} GB, and {memory / 1e9:.2f} GB are given"
+            said = f"a patch of {patch} voxels, the smallest, takes {needed / 1e9:.2f} GB, and memory is {memory:g} bytes (24e9 for 24 GB)"
             raise ValueError(f"{said}: take a smaller network, or a smaller batch") from None
     return planned, patch
 

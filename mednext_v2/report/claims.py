@@ -290,7 +290,7 @@ def ledger(
 ) -> pd.DataFrame:  # One row per claim
     "All claims: what the paper reports, what was found here, and the verdict"
     known, rows = published(), []
-    noise = read_noise() if noise is None else noise
+    noise = read_noise(profile) if noise is None else noise
     for claim in CLAIMS:
         found = claim.rule(tables)
         found = add_noise(found, noise) if found and profile != "paper" else found

@@ -72,11 +72,17 @@ def precision_of_designs(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/25_power.ipynb #noise
-def read_noise(file: Path | None = None) -> pd.DataFrame:  # arithmetic, seed, backbone, init, task, dsc, nsd; no rows if it was never measured
-    "What benchmarks/noise.py measured"
+def read_noise(
+    profile: str,  # Noise of one profile says nothing of another's
+    file: Path | None = None,
+) -> pd.DataFrame:  # arithmetic, seed, backbone, init, task, dsc, nsd; no rows if it was never measured
+    "What benchmarks/noise.py measured with the networks of a profile"
     file = file or root() / "benchmarks/results/noise.csv"
     columns = ["arithmetic", "seed", "backbone", "init", "task", "dsc", "nsd"]
-    return read_csv(file)[columns] if file.is_file() else pd.DataFrame(columns=columns)
+    if not file.is_file():
+        return pd.DataFrame(columns=columns)
+    found = read_csv(file)
+    return found.loc[found.profile == profile, columns].reset_index(drop=True)
 
 
 def pooled_sd(table: pd.DataFrame) -> float:  # Rows: what was measured. Columns: settings

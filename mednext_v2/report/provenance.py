@@ -9,11 +9,12 @@ __all__ = []
 import hashlib
 import re
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core import as_csv, as_json, code_digest, params, read_json, read_yaml, root, sha256, versions, write_texts
-from ..study.arithmetic import PINS, describe_processor, is_pinned, unpinned_because
+from ..study.arithmetic import describe_processor, read_trainings, summarise_arithmetic
 from ..study.paths import StudyPaths, profile_of
 
 if TYPE_CHECKING:
@@ -68,13 +69,6 @@ def stage_code(stage: str) -> str:
     "A hash of the modules that a stage depends on"
     return code_digest(dep.removeprefix("mednext_v2/").removesuffix(".py") for dep in read_deps(stage) if dep.startswith("mednext_v2/"))
 
-# %% ../../nbs/report/05_provenance.ipynb #arithmetic
-def describe_arithmetic() -> str:
-    "Whether the arithmetic of this process is pinned, and if not, why"
-    if is_pinned():
-        return f"pinned to {PINS['ONEDNN_MAX_CPU_ISA']}"
-    return f"not pinned ({unpinned_because() or 'not started as a stage'})"
-
 # %% ../../nbs/report/05_provenance.ipynb #provenance
 def provenance_file(path: Path) -> Path:
     "Where the provenance of a table is"
@@ -84,6 +78,7 @@ def provenance_file(path: Path) -> Path:
 def make_provenance(path: Path, profile: str, text: str) -> dict:
     "What makes a table of results: the state of code, data, configuration and machine; `table` is the SHA-256 of its text"
     stage, machine = stage_of(path, profile), describe_processor()
+    places = StudyPaths(profile).models(), StudyPaths(profile).runs()
     return {
         **describe_commit(),
         "command": f"make repro PROFILE={profile}",
@@ -91,10 +86,11 @@ def make_provenance(path: Path, profile: str, text: str) -> dict:
         "seeds": list(params("seeds")) if params("profile") == profile else [],
         "made_from": input_digests(stage, path, profile),
         "code": stage_code(stage),
-        "arithmetic": describe_arithmetic(),
+        "arithmetic": summarise_arithmetic(*places),
         "processor": machine["processor"],
         "instructions": machine["instructions"],
         "versions": versions(),
+        **({"trainings": read_trainings(*places)} if stage == "collect" else {}),
         "table": hashlib.sha256(text.encode()).hexdigest(),
     }
 
@@ -107,17 +103,40 @@ def write_result(path: Path, table: "DataFrame") -> None:
     write_texts(texts)
 
 # %% ../../nbs/report/05_provenance.ipynb #read
+SHAPE = {  # What a provenance holds
+    **dict.fromkeys(("commit", "command", "stage", "code", "arithmetic", "processor", "instructions", "table"), str),
+    **dict.fromkeys(("uncommitted", "seeds"), list),
+    **dict.fromkeys(("made_from", "versions"), dict),
+}
+
+
+def check_provenance(
+    path: Path,  # A table of results
+) -> tuple[dict | None, str]:  # The provenance, or None and why
+    "The provenance of a table if there is one that is whole and belongs to this table"
+    file = provenance_file(path)
+    if not file.is_file():
+        return None, f"there is no {file.name}"
+    try:
+        found = read_json(file)
+    except ValueError as error:
+        return None, str(error).replace(str(file), file.name)
+    if wrong := [name for name, kind in SHAPE.items() if not isinstance(found.get(name), kind)]:
+        return None, f"{file.name} is incomplete: it lacks {', '.join(wrong)}, or has another kind of value there"
+    if found["table"] != sha256(path):
+        return None, f"{file.name} describes another table: {path.name} was edited, or is of another run"
+    return found, ""
+
+
 def read_provenance(path: Path) -> dict | None:  # None if there is none, or it belongs to another table
     "The provenance of a table of results"
-    file = provenance_file(path)
-    found = read_json(file) if file.is_file() else None
-    return found if found and found["table"] == sha256(path) else None
+    return check_provenance(path)[0]
 
 
 def is_current(path: Path) -> bool:
     "Whether the modules and the notebook that made a table are the ones that are here"
     found = read_provenance(path)
-    if found is None or found["code"] != stage_code(found["stage"]):
+    if found is None or found["stage"] not in read_yaml(root() / "dvc.yaml")["stages"] or found["code"] != stage_code(found["stage"]):
         return False
     notebooks = {root() / name: digest for name, digest in found["made_from"].items() if name.endswith(".ipynb")}
     return all(file.is_file() and sha256(file) == digest for file, digest in notebooks.items())
@@ -129,14 +148,69 @@ def commit_in_readme(profile: str) -> str:  # Empty if it names none
     found = re.search(r"\b[Mm]ade by (?:the code of )?commit ([0-9a-f]{7,40})\b", file.read_text(encoding="utf-8")) if file.is_file() else None
     return found[1] if found else ""
 
+# %% ../../nbs/report/05_provenance.ipynb #doubts
+def check_known(profile: str) -> None:
+    "ValueError for a profile that `conf/profile/` does not have, where there are any"
+    known = sorted(path.stem for path in (root() / "conf/profile").glob("*.yaml"))
+    if known and profile not in known:
+        raise ValueError(f"no profile is called {profile!r}; conf/profile holds: {', '.join(known)}")
+
+
+def doubt_commit(found: dict) -> list[str]:
+    "What does not fit between a provenance and the repository that is here"
+    commit = found["commit"]
+    if not commit or run_git("rev-parse", "--show-prefix") or not run_git("rev-parse", "HEAD"):
+        return []
+    if not re.fullmatch("[0-9a-f]{40,64}", commit) or not run_git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"):
+        shallow = run_git("rev-parse", "--is-shallow-repository") == "true"
+        return [] if shallow else [f"commit {commit[:12]} is not in this repository"]
+    wrong = []
+    for name, digest in found["made_from"].items():
+        if name.endswith(".ipynb") and name not in found["uncommitted"]:
+            shown = subprocess.run(["git", "show", f"{commit}:{name}"], cwd=root(), capture_output=True)
+            if shown.returncode or hashlib.sha256(shown.stdout).hexdigest() != digest:
+                wrong.append(f"commit {commit[:12]} holds another {name}")
+    return wrong
+
+
+def doubt_provenance(path: Path, profile: str, found: dict) -> list[str]:  # Clauses; empty if all that can be checked fits
+    "What a provenance says that the repository, the profile's plan, the run's record or the data contradict"
+    wrong = doubt_commit(found)
+    plan, record = root() / f"conf/profile/{profile}.yaml", StudyPaths(profile).results / "digests.json"
+    if plan.is_file() and found["seeds"] and found["seeds"] != (seeds := list(read_yaml(plan).get("seeds") or [])):
+        wrong.append(f"the profile has the seeds {seeds}, not {found['seeds']}")
+    if found["stage"] != stage_of(path, profile):
+        wrong.append(f"{path.name} is made by the stage {stage_of(path, profile)}, not {found['stage']}")
+    if found["command"] != f"make repro PROFILE={profile}":
+        wrong.append(f"the command of these results is make repro PROFILE={profile}")
+    with suppress(OSError, ValueError):
+        made = read_json(record)
+        run = {"versions": made.get("versions"), **{name: made.get("machine", {}).get(name) for name in ("processor", "instructions")}}
+        wrong += [f"digests.json has other {name}" for name, value in run.items() if value is not None and value != found[name]]
+    for name, digest in found["made_from"].items():
+        if name.startswith("data/prepared/") and (root() / name).is_file() and sha256(root() / name) != digest:
+            wrong.append(f"{name} is another one here")
+    return wrong
+
 # %% ../../nbs/report/05_provenance.ipynb #describe
 def describe_missing(path: Path, profile: str) -> str:
     "What is known of a table without provenance"
-    name = provenance_file(path).name
-    reason = f"{name} describes another table" if provenance_file(path).is_file() else f"there is no {name}"
-    if commit := commit_in_readme(profile):
+    reason = check_provenance(path)[1]
+    if not provenance_file(path).is_file() and (commit := commit_in_readme(profile)):
         return f"not available ({reason}): made by commit {commit}, see results/{profile}/README.md"
     return f"not available ({reason}): make it again with make repro PROFILE={profile}"
+
+
+def warn_of_provenance(
+    path: Path,  # A table below `results/<profile>`
+    profile: str,
+) -> str:  # One line; empty if nothing is known to be wrong
+    "What a reader of a table must know first: it is not the one that was made, or what is said of its making is wrong"
+    found, reason = check_provenance(path)
+    if found is None:
+        return f"warning: nobody knows what made this table: {reason}" if provenance_file(path).is_file() else ""
+    doubts = doubt_provenance(path, profile, found)
+    return f"warning: {provenance_file(path).name} is not to be believed: {'; '.join(doubts)}" if doubts else ""
 
 
 def describe_provenance(
@@ -157,5 +231,6 @@ def describe_provenance(
         f"with {installed}",
         f"from {inputs or 'data that were not there any more'}",
         f"by code {found['code']}{', which has not changed since' if is_current(path) else ', which has changed since'}",
+        *(f"but {doubt}" for doubt in doubt_provenance(path, profile, found)),
     ]
     return "provenance:\n" + "\n".join(f"  {line}" for line in lines)

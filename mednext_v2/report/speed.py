@@ -58,12 +58,23 @@ def same_processor(
     return max(rates) / min(rates) < 1.4 if len(rates) == 2 else None
 
 # %% ../../nbs/report/50_speed.ipynb #block-runs
+def by_threads(entry: dict) -> dict:  # Results as `block.py` has them, by number of threads
+    "Seconds that are kept by side, and by number of threads below it"
+    counts = sorted({count for sides in entry["seconds"].values() for count in sides}, key=int)
+    memory = {side: {"added_mib": value} for side, value in entry.get("added_mib", {}).items()} if entry["kind"] == "step" else {}
+    case = {"width": entry["width"], "side": entry["side"], "depths": (3, 4)}
+    sides = {count: {side: values[count] for side, values in entry["seconds"].items() if values.get(count)} for count in counts}
+    return {count: {"case": case, "threads": int(count), "seconds": {entry["kind"]: sides[count]}, "memory": memory} for count in counts}
+
+
 def find_runs(
     entry: dict,  # Results of a benchmark, or a part of them
     machine: Mapping = {},
 ) -> list[tuple[dict, dict]]:  # What it ran on, and its result
     "Everything in it that has seconds of a case, at whatever depth"
     machine = entry.get("machine", machine)
+    if {"kind", "width", "side", "seconds"} <= set(entry):  # Of `threads.py`, which knows the layout of Base alone
+        entry = by_threads(entry)
     if {"case", "seconds"} <= set(entry):
         peaks = entry.get("peaks", {})
         return [(dict(machine) | ({"gflops": peaks["flops"] / 1e9} if "flops" in peaks else {}), entry)]
@@ -71,9 +82,10 @@ def find_runs(
 
 
 def block_runs() -> list[tuple[str, dict, dict]]:  # File, what it ran on, result
-    "Every committed measurement of blocks"
+    "Every committed measurement of blocks, with one thread and more"
     folder = root() / "benchmarks" / "results"
-    return [(path.stem, *run) for path in sorted(folder.glob("block*.json")) for run in find_runs(read_json(path))]
+    paths = sorted(path for pattern in ("block*.json", "threads*.json") for path in folder.glob(pattern))
+    return [(path.stem, *run) for path in paths for run in find_runs(read_json(path))]
 
 
 def block_ranges(

@@ -7,20 +7,22 @@ __all__ = ['verify_results']
 
 # %% ../../nbs/report/70_verify.ipynb #imports
 import argparse
+import csv
 import io
 import math
+import re
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
 
-from ..core import parse_json, read_csv, read_json, root, rows_of, sha256, versions, write_csv, write_json
+from ..core import parse_json, read_csv, root, rows_of, sha256, versions, write_csv, write_json
 from .power import mean_sd, noise_settings, read_noise
-from .provenance import run_git
+from .provenance import check_known, check_provenance, run_git
 from .tables import summary
-from ..study.arithmetic import describe_machine, is_pinned
+from ..study.arithmetic import are_pinned, describe_machine, read_trainings
 from ..study.paths import StudyPaths
 
 # %% ../../nbs/report/70_verify.ipynb #digests
@@ -31,13 +33,49 @@ def model_digests(models: Path) -> dict[str, str]:  # By the folder's path below
 
 
 def write_digests(profile: str) -> dict:
-    "Write digests.json of a profile: its models, and the machine and versions that they were made with"
+    "Write digests.json of a profile: its models, how each was trained, and the machine and versions of this process"
     paths = StudyPaths(profile)
-    found = {"pinned": is_pinned(), "machine": describe_machine(), "versions": versions(), "models": model_digests(paths.models())}
+    trainings = read_trainings(paths.models(), paths.runs())
+    found = {
+        "pinned": are_pinned(trainings),
+        "trainings": trainings,
+        "machine": describe_machine(),
+        "versions": versions(),
+        "models": model_digests(paths.models()),
+    }
     write_json(paths.results / "digests.json", found)
     return found
 
+# %% ../../nbs/report/70_verify.ipynb #finished
+def read_digests(text: str, name: str) -> dict[str, str]:  # By model
+    "The digests in the text of digests.json; ValueError if it holds none"
+    found = parse_json(text, name).get("models")
+    if not isinstance(found, dict) or not all(isinstance(digest, str) for digest in found.values()):
+        raise ValueError(f"{name} does not list digests under `models`: make it again with make repro")
+    return found
+
+
+def check_finished(profile: str) -> dict[str, str]:  # Digests of the models that are here
+    "FileNotFoundError or ValueError unless a run of the profile has ended here, and left these models"
+    check_known(profile)
+    paths, first = StudyPaths(profile), f"run make repro PROFILE={profile} first"
+    file, ours = paths.results / "digests.json", model_digests(paths.models())
+    if not ours:
+        raise FileNotFoundError(f"models/{profile} holds no model, so there is no run to compare: {first}")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.relative_to(root())} is not there: {first}")
+    if ours != read_digests(file.read_text(encoding="utf-8"), file.relative_to(root()).as_posix()):
+        raise ValueError(f"{file.relative_to(root())} does not describe the models in models/{profile}, so the last run has not ended: {first}")
+    pages = sorted(path.stem for path in (root() / "nbs/paper").glob("*.ipynb"))
+    stages = {"collect": paths.runs("collect"), **{page: paths.runs("paper", page) for page in pages}}
+    if missing := [name for name, folder in stages.items() if not (folder / "notebook.ipynb").is_file()]:
+        raise FileNotFoundError(f"the last run has not ended (not done here: {', '.join(missing)}): {first}")
+    return ours
+
 # %% ../../nbs/report/70_verify.ipynb #compare-digests
+FAILED = ("outside", "new", "missing", "broken")
+
+
 def compare_digests(ours: dict[str, str], committed: dict[str, str]) -> pd.DataFrame:  # what, ours, committed, verdict: one row a model
     "Identical, different, new or missing, model by model"
     rows = []
@@ -60,14 +98,14 @@ def within(value: float, low: float, high: float) -> str:
 def compare_means(
     ours: pd.DataFrame,
     committed: pd.DataFrame,
-    noise: pd.DataFrame | None = None,  # As from `power.read_noise`, which is read if not given
+    noise: pd.DataFrame,  # From `power.read_noise`, of the same profile
 ) -> pd.DataFrame:  # what, ours, committed, verdict
     """The means of scores.csv by backbone and start, against the committed means and intervals.
 
     An interval over test cases is widened by what instructions alone change in a mean: twice, since both runs have it.
     """
     by, rows = ["backbone", "init"], []
-    between = noise_settings(read_noise() if noise is None else noise)["instructions"]
+    between = noise_settings(noise)["instructions"]
     more = {metric: 0.0 if between.empty else 1.96 * math.sqrt(2) * float(np.nan_to_num(mean_sd(between, metric))) for metric in ("dsc", "nsd")}
     both = summary(committed, by).merge(summary(ours, by), on=by, how="outer", suffixes=("_old", ""))
     for row in rows_of(both):
@@ -80,72 +118,257 @@ def compare_means(
             )
     return pd.DataFrame(rows, columns=["what", "ours", "committed", "verdict"])
 
-
+# %% ../../nbs/report/70_verify.ipynb #compare-claims
 def compare_claims(ours: pd.DataFrame, committed: pd.DataFrame) -> pd.DataFrame:  # what, ours, committed, verdict
-    "The effects of the ledger against the committed effects and intervals"
-    rows = []
-    for row in rows_of(committed.merge(ours[["claim", "effect"]], on="claim", how="left", suffixes=("_old", ""))):
-        interval = f"{row.effect_old:.3f} ({row.low:.3f} to {row.high:.3f})"
-        rows.append(dict(what=f"claim {row.claim}: {row.of}", ours=f"{row.effect:.3f}", committed=interval, verdict=within(row.effect, row.low, row.high)))
+    "The ledger against the committed one: the effects against their intervals; the pair, the verdict and all else must be the same"
+    rows, words = [], [str(column) for column in committed if column not in ("claim", "effect", "low", "high")]
+    before, after = ({row.claim: row for row in rows_of(table.fillna(dict.fromkeys(words, "")))} for table in (committed, ours))
+    for number in sorted({*before, *after}):
+        old, new = before.get(number), after.get(number)
+        if old is None or new is None:
+            rows.append(dict(what=f"claim {number}", ours="", committed="", verdict="new" if old is None else "missing"))
+            continue
+        for word in (word for word in words if getattr(old, word) != getattr(new, word)):
+            one, other = (f"{word}: {getattr(row, word)}" for row in (new, old))
+            rows.append(dict(what=f"claim {number}", ours=one, committed=other, verdict="outside"))
+        interval = f"{old.effect:.3f} ({old.low:.3f} to {old.high:.3f})"
+        rows.append(dict(what=f"claim {number}: {old.of}", ours=f"{new.effect:.3f}", committed=interval, verdict=within(new.effect, old.low, old.high)))
     return pd.DataFrame(rows, columns=["what", "ours", "committed", "verdict"])
 
 # %% ../../nbs/report/70_verify.ipynb #committed
 def read_committed(
     path: Path,  # Below the project's root
     revision: str,  # Of git
-) -> str:
-    "The text of a file as a revision has it; FileNotFoundError where it has none"
+) -> bytes:
+    "A file as a revision has it; FileNotFoundError where it has none"
     name = path.relative_to(root()).as_posix()
-    done = subprocess.run(["git", "show", f"{revision}:{name}"], cwd=root(), capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run(["git", "show", f"{revision}:{name}"], cwd=root(), capture_output=True)
     if done.returncode:
-        raise FileNotFoundError(f"{name} is not in {revision}: {done.stderr.strip() or 'git has no such file'}")
+        said = done.stderr.decode(errors="replace").strip()
+        raise FileNotFoundError(f"{name} is not in {revision}: {said or 'git has no such file'}")
     return done.stdout
 
 
 def compare_with_committed(
-    file: Path,  # digests.json of a fresh run
+    ours: dict[str, str],  # Of a fresh run
+    file: Path,  # Its digests.json
     revision: str,
 ) -> pd.DataFrame:  # As from `compare_digests`; "not committed" where the revision holds no digests
     "Digests of a fresh run against those of a revision"
-    ours = read_json(file)["models"]
     try:
-        text = read_committed(file, revision)
+        text = read_committed(file, revision).decode()
     except FileNotFoundError:
         return compare_digests(ours, {}).assign(verdict="not committed")
-    return compare_digests(ours, parse_json(text, f"{revision}:{file.name}")["models"])
+    return compare_digests(ours, read_digests(text, f"{revision}:{file.name}"))
+
+# %% ../../nbs/report/70_verify.ipynb #measured
+TIMED = ("seconds", "peak_mib")
+MEASURED = {  # By table below `results/<profile>`: the columns that a run measures, and in which rows if not in all
+    "models": (TIMED, ""),
+    "backbones/backbones": (TIMED, ""),
+    "compute/measured": (TIMED, ""),
+    "scaling/scaling": (TIMED, ""),
+    "scaling/power_law": (("exponent", "low", "high", "factor"), "peak"),
+}
+DRAWN_FROM_MEASURED = ("scaling/scaling.png", "scaling/scaling.svg")
+
+
+def split_cells(text: str, suffix: str) -> list[list[str]]:
+    "Rows of cells of a table, as it is written in CSV, LaTeX or HTML"
+    if suffix == ".csv":
+        return list(csv.reader(io.StringIO(text)))
+    if suffix == ".tex":
+        return [line.removesuffix(r" \\").split(" & ") for line in text.splitlines()]
+    return [re.split("</t[dh]>", row) for row in text.split("</tr>")]
+
+
+def hide_measured(
+    rows: list[list[str]],  # From `split_cells`
+    name: str,  # The table, as in `MEASURED`
+    header: list[str],  # Names of its columns
+) -> list[list[str]]:
+    "The same, without the numbers that a run measures"
+    columns, where = MEASURED.get(name, ((), ""))
+    places = [header.index(column) for column in columns if column in header]
+    for row in rows:
+        if len(row) >= len(header) and any(where in cell for cell in row):
+            for place in places:
+                if re.search(r"(^|\d|not available)$", row[place]):
+                    row[place] = "measured"
+    return rows
+
+# %% ../../nbs/report/70_verify.ipynb #differences
+KEYS = "profile task case label group backbone init patch seed n_voxels n_lesions grid".split()  # What no weights can change in a row of scores
+
+
+def first_difference(ours: list[list[str]], committed: list[list[str]]) -> tuple[str, str]:  # Of ours, of the committed: empty if there is none
+    "Where two tables first differ, and what is there"
+    if (ours[:1] or [[]]) != (committed[:1] or [[]]) and len(ours) == len(committed):
+        new, old = (sorted(set(one[0]) - set(other[0])) for one, other in ((ours, committed), (committed, ours)))
+        return f"columns {', '.join(new) or '...'}", f"columns {', '.join(old) or '...'}"
+    if len(ours) != len(committed):
+        return f"{max(len(ours) - 1, 0)} rows", f"{len(committed) - 1} rows"
+    for number, (one, other) in enumerate(zip(ours, committed)):
+        if len(one) != len(other):
+            return f"row {number}: {len(one)} cells", f"{len(other)} cells"
+        for name, new, old in zip(committed[0], one, other):
+            if new != old:
+                return f"row {number}, {name}: {new}"[:60], old[:60]
+    return "", ""
+
+
+def is_number(cell: str) -> bool:
+    "Whether a cell holds a number, or may as well"
+    try:
+        return cell in ("", "measured") or bool(float(cell) or True)
+    except ValueError:
+        return False
+
+
+def differs_in_kind(ours: list[list[str]], committed: list[list[str]]) -> tuple[str, str]:  # As from `first_difference`
+    "What other weights cannot change: rows, columns, numbers that are numbers, and what was scored"
+    if len(ours) != len(committed) or ours[0] != committed[0] or any(len(row) != len(ours[0]) for row in ours):
+        return first_difference(ours, committed)
+    for place, name in enumerate(committed[0]):
+        if all(is_number(row[place]) for row in committed[1:]):
+            for number, row in enumerate(ours):
+                if number and not is_number(row[place]):
+                    return f"row {number}, {name}: {row[place]}"[:60], "a number"
+    keys = [place for place, name in enumerate(committed[0]) if name in KEYS] if {"case", "dsc"} <= set(committed[0]) else []
+    return first_difference(*([[row[place] for place in keys] for row in table] for table in (ours, committed)))
+
+# %% ../../nbs/report/70_verify.ipynb #compare-file
+def compare_file(
+    path: Path,  # Below `results/<profile>`
+    committed: bytes,
+    profile: str,
+    same: bool,  # Whether all weights are
+    header: list[str],  # Columns of the table as it was committed
+) -> tuple[str, str, str]:  # ours, committed, verdict
+    "A file of results against the committed one"
+    ours, name = path.read_bytes(), path.relative_to(StudyPaths(profile).results).as_posix()
+    if ours == committed:
+        return "", "", "identical"
+    if path.suffix in (".png", ".svg"):
+        begins = ours.startswith(b"\x89PNG") if path.suffix == ".png" else b"<svg" in ours[:2000]
+        verdict = "drawn from times and memory" if name in DRAWN_FROM_MEASURED else "drawn otherwise" if same else "differs with the weights"
+        return "", "", verdict if begins else "broken"
+    try:
+        texts = [part.decode() for part in (ours, committed)]
+        if path.suffix == ".json":
+            parse_json(texts[0], name)
+            return "", "", "outside" if same else "differs with the weights"
+        one, other = (hide_measured(split_cells(text, path.suffix), name.removesuffix(path.suffix), header) for text in texts)
+        if path.suffix == ".csv":
+            read_csv(path, name)
+    except ValueError as error:
+        return str(error)[:60], "", "broken"
+    if not one or not ours.strip():
+        return "no rows", "", "broken"
+    if one == other and name.removesuffix(path.suffix) in MEASURED:
+        return "", "", "identical but for times and memory"
+    if path.suffix != ".csv":
+        return ("", "", "outside") if same else ("", "", "differs with the weights")
+    where = first_difference(one, other) if same else differs_in_kind(one, other)
+    return (*where, "outside") if same or any(where) else ("", "", "differs with the weights")
+
+# %% ../../nbs/report/70_verify.ipynb #compare-files
+KINDS = (".csv", ".json", ".html", ".tex", ".svg", ".png")
+
+
+def compare_provenance(path: Path, committed: bytes) -> tuple[str, str]:  # ours, committed: empty if all is well
+    "What a table says of its making, but for commit, machine and versions, which may be others"
+    found, reason = check_provenance(path)
+    if found is None:
+        return reason[:80], ""
+    old = parse_json(committed, path.name)
+    for name in ("command", "stage", "seeds"):
+        if found[name] != old.get(name):
+            return f"{name}: {found[name]}", str(old.get(name))
+    return "", ""
+
+
+def compare_files(profile: str, revision: str, same: bool) -> pd.DataFrame:  # what, ours, committed, verdict
+    "All files of results that a revision or the run holds, but for digests and README"
+    folder, rows = StudyPaths(profile).results, []
+    place = folder.relative_to(root()).as_posix()
+    listed = run_git("-c", "core.quotepath=off", "ls-tree", "-r", "--name-only", revision, "--", f"{place}/").splitlines()
+    here = [path.relative_to(root()).as_posix() for path in folder.rglob("*") if path.is_file() and not any(part.startswith(".") for part in path.parts[-2:])]
+    for name in sorted({*listed, *here}):
+        path, table = root() / name, root() / name.removesuffix(".json")
+        if PurePosixPath(name).suffix not in KINDS or path == folder / "digests.json":
+            continue
+        of_table = name.endswith(".csv.json")
+        if not path.is_file() or name not in listed:
+            if path.is_file() and of_table and table.is_file():  # Results that were committed before tables had one
+                continue
+            rows.append(dict(what=name, ours="", committed="", verdict="new" if path.is_file() else "missing"))
+            continue
+        committed = read_committed(path, revision)
+        if of_table:
+            if not table.is_file():  # Which has a row of its own
+                continue
+            one, other = compare_provenance(table, committed)
+            if one:
+                rows.append(dict(what=name, ours=one, committed=other, verdict="outside"))
+            continue
+        csv_name = str(PurePosixPath(name).with_suffix(".csv"))
+        header = split_cells(read_committed(root() / csv_name, revision).decode(), ".csv")[0] if csv_name in listed else []
+        rows.append(dict(zip(("what", "ours", "committed", "verdict"), (name, *compare_file(path, committed, profile, same, header)))))
+    return pd.DataFrame(rows, columns=["what", "ours", "committed", "verdict"])
+
+# %% ../../nbs/report/70_verify.ipynb #compare-networks
+def compare_networks(
+    ours: str,  # scores.csv
+    committed: str,
+    same: set[str],  # Models with equal weights, as in digests.json
+) -> pd.DataFrame:  # what, ours, committed, verdict: a row for each network whose scores differ
+    "Scores of networks with equal weights must be equal"
+    tables = []
+    for text in (ours, committed):
+        header, *rows = split_cells(text, ".csv")
+        networks: dict[str, list[list[str]]] = {}
+        for row in rows:
+            cells = dict(zip(header, row))
+            networks.setdefault("finetune/{init}/{backbone}/{task}-s{seed}".format(**cells), [header]).append(row)
+        tables.append(networks)
+    rows = []
+    for name in sorted(same & set(tables[0]) & set(tables[1])):
+        one, other = first_difference(tables[0][name], tables[1][name])
+        if one:
+            rows.append(dict(what=f"scores of {name}", ours=one, committed=other, verdict="outside"))
+    return pd.DataFrame(rows, columns=["what", "ours", "committed", "verdict"])
 
 # %% ../../nbs/report/70_verify.ipynb #verify
 def verify_results(
     profile: str,
     revision: str = "HEAD",  # Of git: what to compare with
 ) -> tuple[str, pd.DataFrame]:  # identical, within the noise or outside; and what, ours, committed, verdict row by row
-    """Compare the results of a fresh run with those that are committed.
+    """Compare the results of a run that has ended here with those that are committed.
 
-    Weights are compared by SHA-256, means and effects with the committed 95 % intervals over test cases and seeds. Where no digests are
-    committed, as with results of older code, the numbers alone decide. FileNotFoundError if a run or the revision lacks scores.csv or the ledger.
+    Weights are compared by SHA-256. If all are equal, every committed file must be, but for measured times and memory; if not, means and
+    effects must lie in the committed 95 % intervals over test cases and seeds. Where a revision holds results without digests, the numbers alone
+    decide; a run has digests. FileNotFoundError or ValueError if there is no such profile, no run of it that has ended, or nothing committed.
     """
+    ours = check_finished(profile)
     paths = StudyPaths(profile)
-    files = {"digests": paths.results / "digests.json", "scores": paths.results / "scores.csv", "claims": paths.page("claims") / "claims.csv"}
-    for path in files.values():
-        if not path.is_file():
-            raise FileNotFoundError(f"{path.relative_to(root())} is not there: run make repro PROFILE={profile} first")
-    texts = {name: read_committed(path, revision) for name, path in files.items() if name != "digests"}
-
-    def parse(name: str) -> pd.DataFrame:
-        return read_csv(io.BytesIO(texts[name].encode()), f"{revision}:{name}.csv")
-
-    digests = compare_with_committed(files["digests"], revision)
-    same = [
-        dict(what=f"{path.relative_to(root()).as_posix()}", ours="", committed="", verdict="identical")
-        for name, path in files.items()
-        if name != "digests" and path.read_text(encoding="utf-8") == texts[name]
-    ]
-    if len(same) == 2 and (digests.verdict == "identical").all():
-        return "identical", pd.concat([digests, pd.DataFrame(same)], ignore_index=True)
-    means = compare_means(read_csv(files["scores"]), parse("scores"))
-    claims = compare_claims(read_csv(files["claims"]), parse("claims"))
-    table = pd.concat([digests, means, claims], ignore_index=True)
-    return "outside" if table.verdict.isin(["outside", "new", "missing"]).any() else "within the noise", table
+    files = {"scores": paths.results / "scores.csv", "claims": paths.page("claims") / "claims.csv"}
+    texts = {name: read_committed(path, revision) for name, path in files.items()}
+    old = {name: read_csv(io.BytesIO(text), f"{revision}:{files[name].name}") for name, text in texts.items()}
+    digests = compare_with_committed(ours, paths.results / "digests.json", revision)
+    same = bool((digests.verdict == "identical").all())
+    compared = compare_files(profile, revision, same)
+    parts = [digests, compared]
+    good = set(compared.what[~compared.verdict.isin(FAILED)])
+    readable = {name for name, path in files.items() if path.relative_to(root()).as_posix() in good}
+    if not same and "scores" in readable:
+        parts.append(compare_means(read_csv(files["scores"]), old["scores"], read_noise(profile)))
+        equal = set(digests.what[digests.verdict == "identical"].str.removeprefix("weights "))
+        parts.append(compare_networks(files["scores"].read_text(encoding="utf-8"), texts["scores"].decode(), equal))
+    if not same and "claims" in readable:
+        parts.append(compare_claims(read_csv(files["claims"]), old["claims"]))
+    table = pd.concat([part for part in parts if len(part)], ignore_index=True)
+    return "outside" if table.verdict.isin(FAILED).any() else "identical" if same else "within the noise", table
 
 # %% ../../nbs/report/70_verify.ipynb #record
 HEADING = """# Machines on which the results were made again
@@ -174,24 +397,38 @@ def record_machine(
     file.write_text(text + "| " + " | ".join(map(str, cells)) + " |\n", encoding="utf-8")
 
 # %% ../../nbs/report/70_verify.ipynb #main
+def report_verdict(profile: str, revision: str, verdict: str, table: pd.DataFrame) -> str:
+    "The rows that are not identical, what they mean, and the verdict"
+    differing, lines = table[table.verdict != "identical"], []
+    if len(differing):
+        lines.append(differing.to_string(index=False))
+    weights = table[table.what.str.startswith("weights ")]
+    if verdict == "outside" and (weights.verdict == "identical").all():
+        lines.append("the weights are the same, so evaluation or the pages have changed, or a file was edited")
+    counts = ", ".join(f"{n} {word}" for word, n in table.verdict.value_counts().items())
+    return "\n".join([*lines, f"\n{profile} against {revision}: {verdict} ({counts})"])
+
+
 def main(
     arguments: list[str] | None = None,  # The command line without the program's name
-) -> int:  # Exit code: 1 if something is outside
+) -> int:  # Exit code: 0 if identical or within the noise, 1 if outside, 2 if there is nothing to compare
     "Compare, print what differs, and keep the table"
-    parser = argparse.ArgumentParser(prog="python -m mednext_v2.report.verify", description="Compare results with the committed ones.")
+    parser = argparse.ArgumentParser(
+        prog="python -m mednext_v2.report.verify",
+        description="Compare the results of a run that has ended here with the committed ones.",
+        epilog="exit code: 0 identical or within the noise, 1 outside, 2 nothing to compare, for example no run that has ended",
+    )
     parser.add_argument("profile", help="a profile of conf/profile that has been run")
     parser.add_argument("--revision", default="HEAD", help="what to compare with (default: HEAD)")
     parser.add_argument("--record", action="store_true", help="add a line on this machine to benchmarks/machines.md")
     options = parser.parse_args(arguments)
     try:
         verdict, table = verify_results(options.profile, options.revision)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"verify: {error}") from None
+    except (OSError, ValueError) as error:
+        print(f"verify: {error}", file=sys.stderr)
+        return 2
     write_csv(StudyPaths(options.profile).runs("verify") / "verify.csv", table)
-    differing = table[table.verdict != "identical"]
-    if len(differing):
-        print(differing.to_string(index=False))
-    print(f"\n{options.profile} against {options.revision}: {verdict} ({', '.join(f'{n} {word}' for word, n in table.verdict.value_counts().items())})")
+    print(report_verdict(options.profile, options.revision, verdict, table))
     if options.record:
         named = run_git("rev-parse", "--short", options.revision)
         record_machine(root() / "benchmarks/machines.md", options.profile, named, verdict, table, pd.Timestamp.now().date().isoformat())
