@@ -41,7 +41,7 @@ repro: $(PIPELINE) ## Regenerate results, tables and figures of a profile with D
 	@echo "scores, tables and figures: results/$(PROFILE)"
 
 verify: $(PIPELINE) ## Compare the results of make repro with the committed ones (RECORD=1 adds this machine to benchmarks/machines.md)
-	@python -m mednext_v2.report.verify $(PROFILE) $(if $(filter-out 0,$(RECORD)),--record)
+	@python -m mednext_v2.report.verify $(PROFILE) $(if $(filter-out 0 no false,$(RECORD)),--record)
 
 smoke: $(READY) ## Run the whole pipeline at toy size in a scratch copy
 	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && git clone --quiet . "$$copy/mednext_v2" && cd "$$copy/mednext_v2" \
@@ -58,7 +58,7 @@ test: $(READY) ## Run every test and every chapter
 	@python -m pytest -n 2 $(PYTEST)
 
 bench: $(READY) ## Measure the ratios to the named peers anew and compare them with the committed ones (ten minutes; STRICT=1 fails on a regression)
-	@python benchmarks/compare.py $(if $(STRICT),--strict)
+	@python benchmarks/compare.py $(if $(filter-out 0 no false,$(STRICT)),--strict)
 
 bench-full: $(READY) ## Measure all that benchmarks/results holds anew, and write it there (over an hour)
 	@for part in storage data trainer block scaling tried metrics inference whole; do python benchmarks/$$part.py || exit 1; done

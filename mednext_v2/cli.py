@@ -99,7 +99,7 @@ def find_weights(what: str) -> Path | None:  # None for the name of a network, o
         try:
             return find_fetched(what)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}; {unknown}") from None
+            raise FileNotFoundError(f"{unknown}; {error}") from None
     return None
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from .core import atomic_file, output_lock, parse_json, read_json, read_yaml, root, write_json
 from .stages import check_profile, compose_params
+from .study.arithmetic import unpinned_because
 
 if TYPE_CHECKING:
     import psutil
@@ -198,9 +200,38 @@ def clean_rwlock(
         write_json(path, {"write": write, "read": {place: entries for place, entries in read.items() if entries}})
     return alive
 
+# %% ../nbs/72_repro.ipynb #open-repo
+@contextmanager
+def dvc_errors() -> Iterator[None]:
+    "ValueError in place of what DVC raises, OSError where its databases cannot be written"
+    from dvc.exceptions import DvcException
+
+    try:
+        yield
+    except DvcException as error:
+        raise ValueError(f"dvc: {error}") from None
+    except sqlite3.Error as error:
+        raise OSError(f"DVC cannot write its database ({error}): is there room on the disk, and no limit to the size of a file?") from None
+
+
+def open_repo(folder: Path) -> "Repo":  # The project
+    "DVC's view of the project, in a git repository or not"
+    from dvc.repo import Repo
+
+    no_git = not any((place / ".git").exists() for place in (folder, *folder.parents))
+    return Repo(str(folder), config={"core": {"no_scm": True}} if no_git else None, _wait_for_lock=True)
+
 # %% ../nbs/72_repro.ipynb #wait-for-dvc
 def wait_for_dvc(repo: "Repo") -> None:
-    "Clean `rwlock`, and wait, and say so, while a living process holds anything"
+    "Clean `rwlock`, and wait, and say so, while a living process holds anything, or the lock of the repository"
+    from dvc.lock import LockError, make_lock
+
+    lock, hard = repo.lock.lockfile, repo.config["core"].get("hardlink_lock", False)
+    try:  # For three seconds
+        with make_lock(lock, tmp_dir=repo.tmp_dir, hardlink_lock=hard):
+            pass
+    except LockError:
+        print(f"another process holds {Path(lock).relative_to(repo.root_dir)}, the lock of dvc: waiting for its end", flush=True)
     said: set[int] = set()
     while True:
         with repo.lock:
@@ -225,20 +256,16 @@ class PlannedStage:
 
 def plan_stages(repo: "Repo") -> list[PlannedStage]:
     "The stages of a repository in an order in which they can run; ValueError with DVC's message if `dvc.yaml` or `dvc.lock` cannot be read"
-    from dvc.exceptions import DvcException
     from dvc.repo import lock_repo
     from dvc.repo.reproduce import plan_repro
 
     plan: dict[str, PlannedStage] = {}
-    try:
-        with lock_repo(repo):
-            graph = repo.index.graph
-            for stage in plan_repro(graph):
-                name, needs = stage.name, {other.name for other in graph.successors(stage)}
-                pending = any(plan[other].pending for other in needs) or stage.changed()
-                plan[name] = PlannedStage(name, needs, pending, bool((stage.meta or {}).get("side_by_side")))
-    except DvcException as error:
-        raise ValueError(f"dvc: {error}") from None
+    with dvc_errors(), lock_repo(repo):
+        graph = repo.index.graph
+        for stage in plan_repro(graph):
+            name, needs = stage.name, {other.name for other in graph.successors(stage)}
+            pending = any(plan[other].pending for other in needs) or stage.changed()
+            plan[name] = PlannedStage(name, needs, pending, bool((stage.meta or {}).get("side_by_side")))
     return list(plan.values())
 
 # %% ../nbs/72_repro.ipynb #reproduce-stage
@@ -249,17 +276,18 @@ def reproduce_stage(
     import logging
 
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo
 
     use_fast_yaml()
     logging.getLogger("dvc").setLevel(logging.WARNING)
     logging.getLogger("dvc.stage").setLevel(logging.INFO)
     try:
-        repo: Any = Repo(_wait_for_lock=True)
+        repo: Any = open_repo(Path.cwd())
         with repo:
             repo.reproduce(name, single_item=True)
     except DvcException as error:
         raise SystemExit(f"{error}: {error.__cause__}" if error.__cause__ else str(error)) from None
+    except sqlite3.Error as error:
+        raise SystemExit(f"DVC cannot write its database: {error}") from None
 
 
 def start_stage(
@@ -274,7 +302,7 @@ def start_stage(
         return subprocess.Popen(
             [sys.executable, "-c", call],
             cwd=folder,
-            env={**os.environ, MARK: str(folder)},
+            env={**os.environ, MARK: str(folder), "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -369,6 +397,8 @@ def end_stage(
         run.failed.append(name)
         how = f"was killed by signal {-process.returncode}" if process.returncode < 0 else "failed"
         print(f"repro: the stage {name} {how}; its log is {run.log(name)}", file=sys.stderr, flush=True)
+        if run.running:
+            print(f"repro: what runs beside it may end first: {', '.join(run.running)}", file=sys.stderr, flush=True)
         return
     with open(log, encoding="utf-8", errors="replace") as file:
         ran = file.read(1000).startswith("Running stage")
@@ -410,14 +440,12 @@ def reproduce(
     compose: Callable[[], object] = lambda: None,  # Called once no other run is at work: writes `params.yaml`
 ) -> None:
     "Bring all stages up to date; a line for each. SystemExit 1 if one fails, ValueError if DVC cannot read the project"
-    from dvc.repo import Repo
-
     folder = folder.absolute()
     with only_run(folder):
         end_leftovers(folder)
         compose()
         use_fast_yaml()
-        with Repo(str(folder), _wait_for_lock=True) as repo:
+        with dvc_errors(), open_repo(folder) as repo:
             wait_for_dvc(repo)
             plan = plan_stages(repo)
         names, pending = [stage.name for stage in plan], [stage for stage in plan if stage.pending]
@@ -448,10 +476,14 @@ def main(
     "Reproduce a profile; an error that a user can fix ends in one line and exit code 1"
     parser = argparse.ArgumentParser(prog="python -m mednext_v2.repro", description="What make repro calls: run what is out of date.")
     parser.add_argument("profile", help="one of conf/profile")
-    parser.add_argument("--jobs", type=int, default=0, help="stages at a time, of those that may run side by side (default: one a core on CPUs, one on GPUs)")
+    parser.add_argument("--jobs", type=int, help="stages at a time, 1 or more, of those that may run side by side (default: one a core on CPUs, one on GPUs)")
     options = parser.parse_args(arguments)
     try:
         check_profile(options.profile)
+        if options.jobs is not None and options.jobs < 1:
+            raise ValueError(f"--jobs is {options.jobs}: give 1 or more stages at a time, or leave it out for one a core")
+        if reason := unpinned_because():
+            print(f"arithmetic is not pinned ({reason}): numbers will differ a little from the committed ones", flush=True)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         reproduce(root(), options.profile, options.jobs or default_jobs(options.profile), lambda: compose_params(options.profile))
     except KeyboardInterrupt:

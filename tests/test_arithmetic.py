@@ -75,6 +75,28 @@ def test_fast_and_other_processors_run_unpinned_and_say_so(monkeypatch, capsys):
     assert not pin_arithmetic() and "the processor has no AVX2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("value", "fast"), [("1", True), ("yes", True), ("True", True), ("", False), ("0", False), ("no", False), ("FALSE", False)])
+def test_fast_is_yes_or_no(value, fast):
+    assert (unpinned_because({"FAST": value}) == "FAST is set") == fast
+
+
+@pytest.mark.parametrize("value", ["2", "maybe", "-"])
+def test_fast_that_is_neither_is_refused(value):
+    with pytest.raises(ValueError, match=f"FAST is '{value}': say 1, yes or true"):
+        unpinned_because({"FAST": value})
+
+
+def test_speed_is_that_of_the_best_try(monkeypatch):
+    """Of tries that another program slows down, the fastest counts."""
+    import torch
+
+    clock, product, calls = iter(range(10**6)), torch.mm, []
+    monkeypatch.setattr(arithmetic.time, "perf_counter", lambda: next(clock) / 1000)
+    monkeypatch.setattr(torch, "mm", lambda a, b: (calls.append(1), product(a[:1, :1], b[:1, :1]))[1])
+    found = describe_machine(0.095)["gflops"]  # Nine products in ten steps of the clock, ten times
+    assert found == round(2 * 512**3 * 9 / 0.010 / 1e9, 1) and len(calls) == 90
+
+
 def test_the_machine_is_described():
     found = describe_machine(0.05)
     assert list(found) == ["processor", "instructions", "cores", "gflops"] and found["gflops"] > 0

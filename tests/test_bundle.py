@@ -5,11 +5,13 @@ import logging
 import subprocess
 import sys
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from monai import bundle as monai_bundle
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
 
 from mednext_v2.cli import main
 from mednext_v2.core import root
@@ -92,6 +94,85 @@ def test_monai_labels_scans_as_predict_does(made, tmp_path):
     for name in ("ctK", "mrP"):
         (tmp_path / f"truth/{name}.nii.gz").write_bytes((tmp_path / f"labels/{name}.nii.gz").read_bytes())
     main(["evaluate", str(tmp_path / "labels"), str(tmp_path / "truth"), "--task", str(made / "raw" / CHEST.folder / "dataset.json")])
+
+
+def write_channels(folder, name, axes, shape=(20, 18, 16), unit="mm", flipped=False):
+    "A scan of two channels in these axes, voxels of 2 x 2 x 3 mm; the second may be stored the other way round"
+    folder.mkdir(parents=True, exist_ok=True)
+    turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(axes))
+    affine, scale = np.diag([2.0, 2.0, 3.0, 1.0]), {"mm": 1, "meter": 1000, "micron": 0.001}[unit]
+    rng = np.random.default_rng(7)
+    for channel in range(2):
+        voxels, stored = rng.normal(size=shape).astype("f4"), affine
+        if flipped and channel:
+            voxels, stored = voxels[::-1], affine @ np.array([[-1, 0, 0, shape[0] - 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+        ending = f"_{channel:04}.nii.gz"
+        image = nib.Nifti1Image(apply_orientation(voxels, turn), np.diag([1 / scale] * 3 + [1]) @ stored @ inv_ornt_aff(turn, shape))
+        image.header.set_xyzt_units(unit)
+        nib.save(image, folder / f"{name}{ending}")
+
+
+READ = {
+    **{axes: dict(axes=axes) for axes in ("RAS", "LPS", "PIR", "ASL", "SAR")},
+    "one_slice": dict(axes="RAS", shape=(20, 18, 1)),
+    "one_sagittal_slice": dict(axes="SAR", shape=(1, 18, 16)),
+    "metres": dict(axes="RAS", unit="meter"),
+    "microns": dict(axes="PIR", unit="micron"),
+    "flipped": dict(axes="RAS", flipped=True),
+}
+TWO = dict(in_channels=2, spacing=(2.5, 2.0, 2.0), patch=(16, 16, 16), normalisation={"schemes": ["zscore", "zscore"], "nonzero": True}, modality="MR")
+
+
+@pytest.fixture(scope="module")
+def two_channels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    save(folder / "model", **TWO)
+    write_bundle(folder / "model", folder / "bundle")
+    for name, how in READ.items():
+        write_channels(folder / "scans", name, **how)
+    return folder
+
+
+def test_scans_are_read_and_written_as_predict_does(two_channels, tmp_path, monkeypatch):
+    run(two_channels, ["inference"], monkeypatch, dataset_dir=str(two_channels / "scans"), output_dir=str(tmp_path))
+    for name in READ:
+        got, files = nib.load(tmp_path / f"{name}.nii.gz"), [two_channels / f"scans/{name}_{channel:04}.nii.gz" for channel in range(2)]
+        expected = predict(two_channels / "model", files, device="cpu")
+        assert got.shape == expected.shape and len(np.unique(expected.dataobj)) > 1 and got.get_data_dtype() == expected.get_data_dtype(), name
+        assert np.array_equal(np.asarray(got.dataobj), np.asarray(expected.dataobj)), name
+        assert np.allclose(got.affine, expected.affine, atol=1e-4) and got.header.get_xyzt_units()[0] == "mm", name
+
+
+def test_evaluation_takes_scans_in_any_axes(two_channels, tmp_path, monkeypatch):
+    raw = tmp_path / "Dataset101_Two"
+    for name in ("PIR", "metres", "one_slice"):
+        write_channels(raw / "imagesTs", name, **READ[name])
+        write_channels(raw / "imagesTr", f"{name}tr", **READ[name])
+        files = [raw / f"imagesTs/{name}_{channel:04}.nii.gz" for channel in range(2)]
+        for part, case in (("labelsTs", name), ("labelsTr", f"{name}tr")):
+            (raw / part).mkdir(exist_ok=True)
+            nib.save(predict(two_channels / "model", files, device="cpu"), raw / part / f"{case}.nii.gz")
+    about = {"channel_names": {"0": "a", "1": "b"}, "labels": {"background": 0, **CHEST.labels}, "numTraining": 3, "file_ending": ".nii.gz"}
+    (raw / "dataset.json").write_text(json.dumps(about))
+    run(two_channels, ["evaluate"], monkeypatch, dataset_dir=str(raw), output_dir=str(tmp_path / "out"))
+    found = pd.read_csv(tmp_path / "out/val_mean_dice_raw.csv").set_index("filename").to_numpy()
+    assert len(found) == 3 and (found[~np.isnan(found)] == 1).all() and (found == 1).any(axis=1).all()
+
+
+def test_what_predict_refuses_is_refused_before_a_scan_is_labelled(two_channels, tmp_path, monkeypatch):
+    write_channels(tmp_path / "scans", "a", "RAS")
+    write_channels(tmp_path / "scans", "b", "RAS")
+    path = tmp_path / "scans/b_0001.nii.gz"
+    image = nib.load(path)
+    for wrong, said in (
+        (nib.Nifti1Image(np.asarray(image.dataobj)[..., None], image.affine), "the further axes can be dropped"),
+        (nib.Nifti1Image(np.asarray(image.dataobj), image.affine + np.outer([5, 0, 0, 0], [0, 0, 0, 1])), "lies on another grid than"),
+    ):
+        nib.save(wrong, path)
+        with pytest.raises(RuntimeError) as caught:
+            run(two_channels, ["inference"], monkeypatch, dataset_dir=str(tmp_path / "scans"), output_dir=str(tmp_path / "out"))
+        assert said in str(caught.value.__cause__) and "b_0001" in str(caught.value.__cause__)
+        assert not (tmp_path / "out").exists()
 
 
 def test_label_maps_are_named_as_by_predict_and_never_among_the_scans(made, tmp_path, monkeypatch):
@@ -188,3 +269,13 @@ def test_axes_that_were_not_turned_are_refused(tmp_path):
     with pytest.raises(RuntimeError) as caught:
         steps({"image": tmp_path / "scan.nii.gz"})
     assert "scan.nii.gz must be (C, X, Y, Z) in RAS" in str(caught.value.__cause__)
+
+
+def test_lengths_that_monai_takes_for_mm_are_refused(tmp_path):
+    from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd
+
+    write_channels(tmp_path, "a", "RAS", unit="meter")
+    steps = Compose([LoadImaged("image"), EnsureChannelFirstd("image"), Orientationd("image", axcodes="RAS"), PrepareScand("image", (1, 1, 1), CT)])
+    with pytest.raises(RuntimeError) as caught:
+        steps({"image": tmp_path / "a_0000.nii.gz"})
+    assert "has lengths in metres" in str(caught.value.__cause__)

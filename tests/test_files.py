@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,11 +13,14 @@ import pytest
 import torch
 
 from mednext_v2 import core
+from mednext_v2.cli import main
 from mednext_v2.core import ItemsFailed
 from mednext_v2.data.scans import BadFile
 from mednext_v2.inference import files, predictor
 from mednext_v2.inference.files import colour, itksnap_table, label_names, list_jobs, names_extension, predict_files, read_names, slicer_table
 from mednext_v2.inference.predictor import PredictSettings, predict
+from mednext_v2.integrations.bundle import write_bundle
+from mednext_v2.integrations.export import export_model
 from mednext_v2.models.card import read_card
 from model_toys import KNOWN, save_unet
 
@@ -73,6 +77,8 @@ def test_names_go_through_the_header(tmp_path):
 def test_regions_are_named_by_the_value_they_are_painted_with(model):
     card = replace(read_card(model), groups={}, regions={"whole": (1, 2), "core": (2,)}, class_order=(1, 2))
     assert label_names(card) == {1: "whole", 2: "core"}
+    shared = replace(card, regions={"left": (1, 2), "whole": (1, 2), "core": (2,)}, class_order=(1, 1, 2))
+    assert label_names(shared) == {1: "left or whole", 2: "core"}
 
 
 # A file
@@ -280,6 +286,29 @@ def test_where_the_output_may_not_be(tmp_path):
     scan(tmp_path / "in/a.nii")
     with pytest.raises(ValueError, match="holds a.nii and a.nii.gz: keep one"):
         list_jobs(tmp_path / "in", tmp_path / "out", 1)
+
+
+def test_axes_that_training_may_not_have_had_are_said_once(tmp_path):
+    save_unet(tmp_path / "known")
+    save_unet(tmp_path / "model", orientation="unknown")
+    for name, affine in (("a", np.diag([-2, -2, 2, 1])), ("b", np.diag([-2, -2, 2, 1])), ("c", np.diag([2, 2, 2, 1]))):
+        for folder in ("all", name):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(20, 20, 20)).astype("float32"), affine), tmp_path / folder / f"{name}.nii.gz")
+    said = "a scan is in LPS: the axes of the scans that this model was trained on are not known"
+    for model, source, count in (("model", "all", 1), ("model", "c", 0), ("known", "all", 0)):
+        line = ["predict", "-m", tmp_path / model, "-i", tmp_path / source, "-o", tmp_path / f"{model}_{source}", "--device", "cpu"]
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("default")
+            main([*map(str, line), "--quiet"])
+        told = "\n".join(str(warning.message) for warning in shown)
+        assert told.count(said) == count and told.count("axes of the scans") == count
+    for number, name in enumerate(("a", "c")):
+        report = json.loads((tmp_path / f"model_all/{name}.json").read_text())
+        assert len([text for text in report["warnings"] if said in text]) == 1 - number
+    for write in (export_model, write_bundle):
+        with pytest.warns(UserWarning, match="model: the axes of the scans that this model was trained on are not known"):
+            write(tmp_path / "model", tmp_path / write.__name__)
 
 
 def test_a_file_of_another_kind_is_no_table_of_names(model, tmp_path):

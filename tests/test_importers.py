@@ -22,7 +22,7 @@ from monai.networks.nets import SegResNet, SwinUNETR
 from safetensors.torch import save_file
 from torch import nn
 
-from mednext_v2.models.card import Card, save_model
+from mednext_v2.models.card import Card, read_card, save_model
 from mednext_v2.models.registry import BACKBONES, Backbone, create, load_model
 from mednext_v2.network.fused import use_fused
 from mednext_v2.network.scaling import build_mednext
@@ -541,6 +541,18 @@ def resenc(monkeypatch):
 
         entry = Backbone("resenc_l", "", build, heads=("decoder.seg_layers.",), stem="encoder.stem.")
         monkeypatch.setitem(BACKBONES, "resenc_l", entry)
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", None, "NibabelIOWithReorient", "SimpleITKIOWithReorient"])
+def test_the_axes_of_training_are_known_only_of_readers_that_turn_scans(tmp_path, resenc, reader, recwarn):
+    place = nnunet_folder(tmp_path / "T__P__3d_fullres", dna(*DNA["resenc"])[0].state_dict(), PLANS | {"image_reader_writer": reader})
+    known = bool(reader) and reader.endswith("Reorient")
+    card, _ = import_model(place, tmp_path / "ours")
+    said = [str(warning.message) for warning in recwarn if "set orientation to RAS in card.json" in str(warning.message)]
+    assert card.orientation == read_card(tmp_path / "ours").orientation == ("RAS" if known else "unknown") and len(said) == (not known)
+    assert known or "trained in the orientation of its files" in card.provenance and str(place) in said[0]
+    recwarn.clear()
+    assert import_model(place, tmp_path / "told", {"orientation": "RAS"})[0].orientation == "RAS" and not [w for w in recwarn if "axes" in str(w.message)]
 
 
 def test_nnunet_folder_becomes_a_model_folder(tmp_path, resenc):

@@ -53,6 +53,7 @@ def ball(shape=(30, 26, 22), center=(12, 15, 9), radius=7.0) -> np.ndarray:
 
 def card(spacing=(1.0, 1.0, 1.0), patch=(16, 16, 16), in_channels=1):
     return SimpleNamespace(
+        doubt="",
         in_channels=in_channels,
         modality="MR",
         spacing=spacing,

@@ -411,11 +411,108 @@ def test_finished_runs_of_a_failed_stage_are_not_trained_again(prepared, workpla
     run = TrainingRun("smoke", "unet", "scratch", "brain_lesion_mr")
     missing = TrainingRun("smoke", "unet", "scratch", "no_such_task")
     with pytest.raises(FileNotFoundError, match="no_such_task"):
-        train([run, missing], prepared, workplace / "first")
-    assert not (workplace / "first").exists()
+        train([run, missing], prepared, workplace / "models")
+    assert not (workplace / "models").exists()
     assert len(list((workplace / "scratch").rglob("last.pt"))) == 1
     monkeypatch.setattr(trainer, "train_step", lambda *arguments: pytest.fail("it was trained again"))
-    assert len(train([run], prepared, workplace / "second")) and (workplace / "second" / run.name).is_dir()
+    assert len(train([run], prepared, workplace / "models")) and (workplace / "models" / run.name).is_dir()
+
+
+SAME = """
+import os, signal, sys, time
+from pathlib import Path
+from mednext_v2.study.runs import TrainingRun, train_runs
+from mednext_v2.training import trainer
+from mednext_v2.training.recipe import Recipe
+name, end = sys.argv[1:]
+save, step, steps, begun = trainer.save_state, trainer.train_step, [], Path("begun")
+def saved(state):
+    save(state)
+    if end == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+def counted(*arguments):
+    steps.append(1)
+    if end != "again":  # All are in the middle of their training at the same time
+        (begun / name).touch()
+        while len(list(begun.iterdir())) < 3:
+            time.sleep(0.02)
+    return step(*arguments)
+trainer.save_state, trainer.train_step = saved, counted
+recipe = Recipe(**{recipe!r})
+train_runs([TrainingRun("smoke", "unet", "scratch", "corpus_ct")], recipe, {small!r}, Path({data!r}), Path(name), Path(f"{{name}}-curves"))
+print(len(steps))
+"""
+
+
+def test_stages_that_train_the_same_model_side_by_side_leave_each_other_alone(prepared, workplace):
+    """Two go on, one is killed in the middle; it starts again when the others have ended and removed their checkpoints."""
+    import signal
+
+    (workplace / "begun").mkdir()
+    recipe = vars(RECIPE) | {"steps": 5}
+    program = SAME.format(recipe=recipe, small=SMALL, data=str(prepared))
+
+    def start(name: str, end: str) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", program, name, end], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    processes = [start("a", "whole"), start("b", "whole"), start("c", "killed")]
+    told = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, -signal.SIGKILL], told
+    assert [out.strip() for out, _ in told] == ["5", "5", ""]
+    assert len(list((workplace / "scratch").iterdir())) == 1 and not (workplace / "c").exists(), "what the killed one had stays"
+    again = start("c", "again")
+    assert again.communicate(timeout=300)[0].strip() == "3", "it goes on after its second step"
+    digests = {(workplace / name / "corpus_ct-s0/model.safetensors").read_bytes() for name in "abc"}
+    assert len(digests) == 1 and not list((workplace / "scratch").iterdir())
+
+
+def test_views_of_a_fold_that_several_stages_want_at_the_same_time(prepared, workplace):
+    from threading import Barrier, Thread
+
+    from mednext_v2.data.preprocess import Prepared, link_view
+
+    whole = Prepared(prepared / "corpus_ct").manifest
+    barrier, views = Barrier(6), []
+
+    def view() -> None:
+        barrier.wait()
+        views.append(link_view(prepared / "corpus_ct", whole[:1], workplace / "folds/one"))
+
+    threads = [Thread(target=view) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert views == 6 * [workplace / "folds/one"] and len(Prepared(views[0]).manifest) == 1
+    assert [path.name for path in (workplace / "folds").iterdir()] == ["one"]
+
+
+def test_each_training_notes_its_arithmetic_and_an_unpinned_one_is_not_taken_over(prepared, workplace, monkeypatch):
+    from mednext_v2.report.verify import write_digests
+    from mednext_v2.study.arithmetic import PINS, read_trainings, summarise_arithmetic
+    from mednext_v2.study.paths import StudyPaths
+
+    paths, runs = StudyPaths("smoke"), [TrainingRun("smoke", "unet", "scratch", "corpus_ct", seed) for seed in (0, 1)]
+    places = paths.models(), paths.runs()
+
+    def make(run: TrainingRun) -> None:
+        place = f"unet{run.seed}"
+        train_runs([run], RECIPE, SMALL, prepared, paths.models("pretrain", "corpus_ct", place), paths.curves("pretrain", "corpus_ct", place))
+
+    monkeypatch.setenv("FAST", "1")
+    make(runs[0])
+    for name, value in PINS.items():
+        monkeypatch.setenv(name, value)
+    make(runs[1])
+    assert [(one["arithmetic"], one["models"]) for one in read_trainings(*places)] == [("not pinned (FAST is set)", 1), ("pinned to AVX2", 1)]
+    assert summarise_arithmetic(*places) == "not the same in all parts: not pinned (FAST is set) in 1, pinned to AVX2 in 2"
+    found = write_digests("smoke")
+    assert not found["pinned"] and all(one["versions"]["torch"] and one["commit"] for one in found["trainings"])
+    make(runs[0])  # With pins: the model of before is there, but it is not the one that was asked for
+    assert [(one["arithmetic"], one["models"]) for one in read_trainings(*places)] == [("pinned to AVX2", 2)]
+    assert write_digests("smoke")["pinned"] and summarise_arithmetic(*places) == "pinned to AVX2"
+    (paths.curves("pretrain", "corpus_ct", "unet1") / "corpus_ct-s1/made.json").unlink()
+    assert not write_digests("smoke")["pinned"] and "not known in 1" in summarise_arithmetic(*places)
 
 
 def weights(folder: Path) -> dict:

@@ -18,7 +18,9 @@ from mednext_v2.repro import MARK, as_minutes, clean_rwlock, find_leftovers, rea
 from mednext_v2.stages import compose_params, profiles, run_stage
 
 ROOT = Path(__file__).parents[1]
-COMMAND = "import sys; from mednext_v2 import repro; repro.compose_params = lambda _: None; repro.main(sys.argv[1:])"
+COMMAND = """import os, sys; from mednext_v2 import repro; repro.compose_params = lambda _: None
+if "FAST" not in os.environ: repro.unpinned_because = str  # On any processor
+repro.main(sys.argv[1:])"""
 SLOW = "i=0; while [ ! -f FILE ] && [ $i -lt 300 ]; do sleep 0.1; i=$((i + 1)); done"  # Until it is there, or 30 s
 STAGES = """
 stages:
@@ -46,13 +48,13 @@ class Toy:
         (folder / ".dvc").mkdir()
         (folder / ".dvc/config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
 
-    def start(self, *options: str) -> subprocess.Popen:
+    def start(self, *options: str, **variables: str) -> subprocess.Popen:
         command = [sys.executable, "-c", COMMAND, "toy", *options]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_SITE_CACHE_DIR": str(self.folder / "site")}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_SITE_CACHE_DIR": str(self.folder / "site"), **variables}
         return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-    def run(self, *options: str, code: int = 0) -> str:
-        process = self.start(*options)
+    def run(self, *options: str, code: int = 0, **variables: str) -> str:
+        process = self.start(*options, **variables)
         output = process.communicate(timeout=120)[0]
         assert process.returncode == code, output
         return output
@@ -132,6 +134,48 @@ def test_an_unknown_profile_and_a_broken_pipeline_are_one_line(toy):
     (toy.folder / "conf/profile/toy.yaml").write_text("compute: {device: cuda}")
     (toy.folder / "dvc.yaml").write_text("stages:\n  a: {cmd: 1, cmd: 2\n")
     assert toy.run(code=1).startswith("repro: dvc: ")
+
+
+@pytest.mark.parametrize("jobs", ["-1", "0"])
+def test_no_stage_at_a_time_is_refused(toy, jobs):
+    assert toy.run("--jobs", jobs, code=1) == f"repro: --jobs is {jobs}: give 1 or more stages at a time, or leave it out for one a core\n"
+
+
+def test_the_first_line_says_that_arithmetic_is_not_pinned(toy):
+    (toy.folder / "go").touch()
+    first, second, *_ = toy.run(FAST="1").splitlines()
+    assert first == "arithmetic is not pinned (FAST is set): numbers will differ a little from the committed ones" and second.startswith("stage 1")
+    assert toy.run(FAST="2", code=1).startswith("repro: FAST is '2': say 1, yes or true")
+    assert toy.run().startswith("nothing to do")
+
+
+def test_an_unpacked_archive_needs_no_git(toy):
+    (toy.folder / ".dvc/config").write_text("[core]\n    analytics = false\n")
+    (toy.folder / "go").touch()
+    assert toy.run().splitlines()[-1] == "stage 3 of 3: last" and (toy.folder / "last.txt").read_text() == "11"
+
+
+def test_stages_find_the_python_of_the_run_though_path_has_another(tmp_path):
+    toy = Toy(tmp_path, "stages:\n  who: {cmd: 'command -v python > who.txt', outs: [who.txt]}\n")
+    toy.run(PATH="/usr/bin:/bin")
+    assert (tmp_path / "who.txt").read_text().strip() == str(Path(sys.executable).parent / "python")
+
+
+def test_a_database_that_cannot_be_written_is_one_line(toy):
+    import shlex
+
+    command = shlex.join([sys.executable, "-c", COMMAND, "toy"])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "DVC_SITE_CACHE_DIR": str(toy.folder / "site")}
+    done = subprocess.run(["bash", "-c", f"ulimit -f 4; {command}"], cwd=toy.folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("repro: DVC cannot write its database (")
+
+
+def test_what_runs_beside_a_stage_that_failed_is_named_and_may_end(tmp_path):
+    text = PAIR.replace("cp right.begun left.txt", "false").replace("cp left.begun right.txt", "sleep 2; cp left.begun right.txt")
+    lines = Toy(tmp_path, text).run("--jobs", "2", code=1).splitlines()
+    assert lines[2:] == ["repro: the stage left failed; its log is runs/toy/logs/left.log", "repro: what runs beside it may end first: right"]
+    assert (tmp_path / "right.txt").exists()
 
 
 # ---- a kill ----------------------------------------------------------------------------------------------------------------
@@ -247,6 +291,20 @@ def test_dvc_that_was_started_by_hand_is_waited_for(toy):
     sleeper.kill()  # And stays a zombie
     assert run.communicate(timeout=60)[0].splitlines()[-1] == "stage 3 of 3: last" and run.returncode == 0
     sleeper.wait()
+
+
+def test_a_process_that_holds_the_lock_of_dvc_is_waited_for_and_named(toy):
+    (toy.folder / ".dvc/tmp").mkdir()
+    hold = "import time, zc.lockfile; lock = zc.lockfile.LockFile('.dvc/tmp/lock'); print(flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold], cwd=toy.folder, stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline()
+    (toy.folder / "go").touch()
+    run = toy.start()
+    assert run.stdout is not None
+    assert run.stdout.readline() == "another process holds .dvc/tmp/lock, the lock of dvc: waiting for its end\n"
+    holder.kill()
+    holder.communicate()
+    assert run.communicate(timeout=60)[0].splitlines()[-1] == "stage 3 of 3: last" and run.returncode == 0
 
 
 def write_rwlock(path: Path, *pids: int) -> None:

@@ -327,6 +327,19 @@ def test_what_sets_must_have_in_common(sets, tmp_path):
         train([sets / "chest", sets / "chest"], tmp_path / "twice")
 
 
+def test_regions_in_another_order_are_another_run(tmp_path):
+    nested = dataset("nested", 903, ("spleen", "liver"), regions={"all": (1, 2), "liver": (2,)}, class_order=(1, 2))
+    write_raw(nested, tmp_path / "raw")
+    prepare(nested, tmp_path / "raw", tmp_path / "nested")
+    train(tmp_path / "nested", tmp_path / "model")
+    assert list(read_card(tmp_path / "model").regions) == ["all", "liver"] == list(class_channels(nested))
+    turned = replace(nested, regions=dict(reversed(nested.regions.items())), class_order=(2, 1))
+    prepare(turned, tmp_path / "raw", tmp_path / "nested")
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"holds another run \(regions was"):
+        train(tmp_path / "nested", tmp_path / "model")
+
+
 def test_regions_are_not_mixed(sets, tmp_path):
     regions = dataset("nested", 903, ("spleen", "liver"), regions={"all": (1, 2), "liver": (2,)}, class_order=(1, 2))
     write_raw(regions, tmp_path / "raw")

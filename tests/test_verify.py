@@ -11,7 +11,6 @@ import pytest
 from mednext_v2.core import sha256, write_csv, write_json
 from mednext_v2.report import provenance, verify
 from mednext_v2.study import paths
-from mednext_v2.study.arithmetic import PINS
 
 CLAIM = dict(claim=1, effect=0.10, low=0.05, high=0.15, of="one less other", verdict="supported at this scale")
 
@@ -242,12 +241,12 @@ def test_a_machine_is_recorded_once_a_run(project):
     assert sum(line.startswith("| ") for line in lines) == 4 and lines[-1].endswith("| 1 of 1 | identical |")
 
 
-def test_digests_name_pins_machine_and_versions(project, monkeypatch):
-    for name, value in PINS.items():
-        monkeypatch.setenv(name, value)
-    assert verify.write_digests("toy")["pinned"]
-    monkeypatch.delenv("MKL_CBWR")  # As in a notebook that is run by hand, on a machine that could be pinned
+def test_digests_name_trainings_machine_and_versions(project):
     found = verify.write_digests("toy")
-    assert not found["pinned"]
+    assert not found["pinned"] and found["trainings"] == [{"models": 1}], "nobody noted how the model was trained"
+    note = {"key": "k", "model": found["models"]["pretrain/corpus/unet/corpus-s0"], "arithmetic": "pinned to AVX2"}
+    write_json(project / "runs/toy/pretrain/corpus-unet/corpus-s0/made.json", note)
+    found = verify.write_digests("toy")
+    assert found["pinned"] and found["trainings"] == [{"arithmetic": "pinned to AVX2", "models": 1}]
     assert json.loads((project / "results/toy/digests.json").read_text()) == json.loads(json.dumps(found))
-    assert list(found) == ["pinned", "machine", "versions", "models"] and list(found["models"]) == ["pretrain/corpus/unet/corpus-s0"]
+    assert list(found) == ["pinned", "trainings", "machine", "versions", "models"] and list(found["models"]) == ["pretrain/corpus/unet/corpus-s0"]

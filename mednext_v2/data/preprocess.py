@@ -627,11 +627,14 @@ def link_view(
     "A prepared data set with another manifest"
     out = Path(out)
     if not (out / "manifest.csv").is_file():
-        with atomic_folder(out) as folder:
-            for path in sorted(Path(prepared).iterdir()):
-                if path.name != "manifest.csv":
-                    (folder / path.name).symlink_to(path.resolve())
-            write_csv(folder / "manifest.csv", manifest)
+        with output_lock(out, beside=True, wait=True):  # Several stages may want it at the same time
+            if (out / "manifest.csv").is_file():
+                return out
+            with atomic_folder(out) as folder:
+                for path in sorted(Path(prepared).iterdir()):
+                    if path.name != "manifest.csv":
+                        (folder / path.name).symlink_to(path.resolve())
+                write_csv(folder / "manifest.csv", manifest)
     return out
 
 # %% ../../nbs/data/40_preprocess.ipynb #fold-view

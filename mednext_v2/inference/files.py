@@ -10,7 +10,6 @@ import colorsys
 import json
 import math
 import time
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,7 +41,7 @@ from mednext_v2.core import (
 )
 from ..data.scans import ENDINGS, BadFile, split_ending, list_scans, list_volumes, read_header, read_scan, stored_files
 from .predictor import EnsembleMember, NetworkInput, PredictSettings, Region, check_channels, count_passes, label_image
-from .predictor import label_volume, load_ensemble, modality_warnings, network_input, temporary_array
+from .predictor import label_volume, load_ensemble, network_input, temporary_array, warn_of_scan
 from .windows import device_of
 
 if TYPE_CHECKING:
@@ -50,10 +49,11 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/inference/20_files.ipynb #label-names
 def label_names(card: "Card") -> dict[int, str]:
-    "Names by the value in the label map; of overlapping regions, the value that each one is painted with"
-    if card.regions:
-        return dict(zip(card.class_order, card.regions))
-    return {value: name for name, value in card.labels.items()}
+    "Names by the value in the label map, in its order; of overlapping regions, the value that each one is painted with"
+    names: dict[int, str] = {}
+    for value, name in sorted(zip(card.class_order, card.regions) if card.regions else zip(card.labels.values(), card.labels)):
+        names[value] = f"{names[value]} or {name}" if value in names else name  # Regions may share a value
+    return names
 
 
 def colour(value: int) -> tuple[int, int, int]:
@@ -267,6 +267,7 @@ class LabelledScan:
     volume: NetworkInput
     names: dict[int, str]
     probabilities: np.ndarray | None  # (K, *box)
+    background: bool  # Is the first of them the background's?
     report: dict
     stack: ExitStack  # Holds the probabilities until it is closed
 
@@ -282,9 +283,7 @@ def label_job(
 ) -> LabelledScan:
     "The network's part of one scan, and what its report says"
     begin, card, probabilities = time.perf_counter(), members[0].card, None
-    notes = modality_warnings(volume, card)
-    for note in notes:
-        warnings.warn(f"{job.name}: {note}", stacklevel=2)
+    notes = warn_of_scan(volume, members, job.name)
     with ExitStack() as stack:
         if settings.probabilities:
             probabilities = stack.enter_context(temporary_array((card.num_classes, *volume.image.shape[1:])))
@@ -293,7 +292,7 @@ def label_job(
     about = {"scan": job.name, "files": [path.name for path in job.images], "output": job.output.name, "identity": key}
     seconds = {"read": round(read_seconds, 3), "network": round(time.perf_counter() - begin, 3)}
     report = about | make_report(job, members, settings, labels, volume) | {"warnings": notes, "seconds": seconds, "versions": versions()}
-    return LabelledScan(job, labels, volume, label_names(card), probabilities, report, left_open)
+    return LabelledScan(job, labels, volume, label_names(card), probabilities, not card.regions, report, left_open)
 
 # %% ../../nbs/inference/20_files.ipynb #write-probabilities
 def write_probabilities(path: Path, values: np.ndarray, volume: NetworkInput, background: bool) -> None:
@@ -325,7 +324,7 @@ def write_job(scan: LabelledScan, overwrite: bool = False) -> None:
             image.header.extensions.append(names_extension(scan.names))
             nib.save(image, path[target])
             if values is not None and scan.probabilities is not None:
-                write_probabilities(path[values], scan.probabilities, scan.volume, len(scan.probabilities) == len(scan.names) + 1)
+                write_probabilities(path[values], scan.probabilities, scan.volume, scan.background)
             scan.report["seconds"]["write"] = round(time.perf_counter() - begin, 3)
             scan.report["peak_bytes"] = peak_bytes()
             path[table].write_text(json.dumps(scan.report, indent=1) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -101,6 +101,7 @@ class EnsembleMember:
     models: tuple[nn.Module, ...]  # The network, or its folds
     card: "Card"  # Of the first fold
     hashes: tuple[str, ...] = ()  # sha256 of the weights
+    said: set[str] = field(default_factory=set, compare=False)  # Warnings that are given once
 
     def mirror_axes(self, settings: PredictSettings) -> tuple[int, ...]:
         "Axes to mirror: those along which its training did"
@@ -113,9 +114,10 @@ class EnsembleMember:
 
 def check_cards_agree(folder: str | Path, one: "Card", other: "Card", fields: Sequence[str]) -> None:
     "ValueError for the first field in which two cards differ"
-    for field in fields:
-        if getattr(one, field) != getattr(other, field):
-            raise ValueError(f"{folder}: {field} differs between models that are to be averaged: {getattr(one, field)} and {getattr(other, field)}")
+    for name in fields:
+        mine, theirs = getattr(one, name), getattr(other, name)
+        if mine != theirs or name == "regions" and list(mine) != list(theirs):  # Their order is that of the outputs
+            raise ValueError(f"{folder}: {name} differs between models that are to be averaged: {mine} and {theirs}")
 
 # %% ../../nbs/inference/10_predictor.ipynb #load-ensemble
 def load_ensemble(
@@ -236,6 +238,21 @@ def modality_warnings(volume: NetworkInput, card: "Card") -> list[str]:
         for number, (scheme, channel) in enumerate(zip(card.normalisation.get("schemes", ()), volume.image))
         if scheme == "ct" and channel.min() > -200
     ]
+
+
+def warn_of_scan(
+    volume: NetworkInput,
+    members: Sequence[EnsembleMember],
+    name: str = "",  # Of the scan, if there may be others
+) -> list[str]:  # All, for a report
+    "Warn of what speaks against a scan; of axes that training may not have had, once in a run"
+    axes, doubts = volume.header.axes, [member.card.doubt for member in members if member.card.doubt]
+    turned = [f"a scan is in {axes}: {doubts[0]}"] if doubts and axes != "RAS" else []
+    others = modality_warnings(volume, members[0].card)
+    for text in [*(text for text in turned if text not in members[0].said), *(f"{name}: {text}" if name else text for text in others)]:
+        warnings.warn(text, stacklevel=3)
+    members[0].said.update(turned)
+    return turned + others
 
 # %% ../../nbs/inference/10_predictor.ipynb #temporary-array
 @contextmanager
@@ -391,8 +408,7 @@ def label_scan(
     "`predict` for loaded models: to RAS and the card's spacing, through the windows, and back"
     check_channels(members[0].card, len(scans))
     volume = network_input(scans, roi)
-    for text in modality_warnings(volume, members[0].card):
-        warnings.warn(text, stacklevel=2)
+    warn_of_scan(volume, members)
     return label_image(label_volume(members, volume, settings), volume)
 
 

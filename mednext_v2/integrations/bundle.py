@@ -6,6 +6,7 @@
 __all__ = ['write_bundle']
 
 # %% ../../nbs/integrations/22_bundle.ipynb #imports
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,14 @@ def shared_entries(card: Card) -> dict:
 
 
 def loading(card: Card, keys: list[str], label_key: str | None) -> dict:
-    "From files to the grid of the model; a label is taken along if its key is given"
-    turned = keys if label_key else ["image"]
+    "From files to the grid of the model, with the label if `label_key` is given; else a label in `keys` is only read"
     options = dict(spacing=list(card.spacing), normalisation=card.normalisation, regions=bool(card.regions), windows=card.windows)
-    steps = [
-        target("LoadImaged", keys=keys),
-        target("EnsureChannelFirstd", keys=keys),
-        target("Orientationd", keys=turned, axcodes="RAS"),
-        target(f"{DOORS}.PrepareScand", keys="image", label_key=label_key, **options),
-    ]
-    return target("Compose", transforms=steps)
+    read = target(f"{DOORS}.ReadScand", keys="image", label_key="label" if "label" in keys else None)
+    return target("Compose", transforms=[read, target(f"{DOORS}.PrepareScand", keys="image", label_key=label_key, **options)])
 
 # %% ../../nbs/integrations/22_bundle.ipynb #inference
 def evaluator_entries(card: Card, prefix: str, keys: list[str], after: list[dict], handlers: list) -> dict:
-    "Scans of `dataset#data` through the network and back to their own grids; `prefix` stands before the names of entries"
+    "Scans of `dataset#data` through the network and back to their own grids, in RAS; `prefix` stands before the names of entries"
     back = target("Invertd", keys="pred", transform=f"@{prefix}preprocessing", orig_keys="image", nearest_interp=False)
     labels = target(f"{DOORS}.ScanLabelsd", keys="pred", class_order=list(card.class_order))
     return {
@@ -80,9 +75,8 @@ def evaluator_entries(card: Card, prefix: str, keys: list[str], after: list[dict
 
 
 def save_labels() -> dict:
-    "Label maps to files that are called as those of `mednextv2 predict`"
-    names: dict = dict(output_postfix="", output_name_formatter="$doors.label_name", separate_folder=False)
-    return target("SaveImaged", keys="pred", output_dir="@output_dir", output_dtype="$'uint16'", resample=False, **names)
+    "Label maps to files as those of `mednextv2 predict`"
+    return target(f"{DOORS}.SaveLabelsd", keys="pred", output_dir="@output_dir")
 
 
 def inference_config(card: Card) -> dict:
@@ -96,7 +90,7 @@ def inference_config(card: Card) -> dict:
 # %% ../../nbs/integrations/22_bundle.ipynb #validate
 def dice_entries(card: Card, split: str, after: list[dict], handlers: list) -> dict:
     "Mean Dice over the classes, on the scans' own grids; entries of `validate`"
-    values = [list(each) for each in card.regions.values()] or [[value] for value in sorted(card.labels.values())]
+    values = [list(each) for each in card.regions.values()] or [[value] for value in card.labels.values()]
     masks = target(f"{DOORS}.ClassMasksd", keys=["pred", "label"], values=values)
     entries = evaluator_entries(card, "validate#", ["image", "label"], [*after, masks], handlers)
     taken = "$monai.handlers.from_engine(['pred', 'label'])"
@@ -179,12 +173,12 @@ def finetune_config(card: Card) -> dict:
 # %% ../../nbs/integrations/22_bundle.ipynb #metadata
 def metadata(card: Card) -> dict:
     "What MONAI's programs read of a bundle"
-    names = dict(enumerate(["background", *card.labels] if not card.regions else card.regions))
+    names = {str(channel): name for name, channel in class_channels(card).items()}
     found = versions()
     both = {"type": "image", "spatial_shape": list(card.patch), "dtype": "float32", "is_patch_data": True, "value_range": []}
     channels = {str(number): "image" for number in range(card.in_channels)}
     image = {**both, "format": "magnitude", "modality": card.modality, "num_channels": card.in_channels, "channel_def": channels}
-    output = {**both, "format": "segmentation", "num_channels": card.num_classes, "channel_def": {str(n): name for n, name in names.items()}}
+    output = {**both, "format": "segmentation", "num_channels": card.num_classes, "channel_def": names}
     return {
         "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json",
         "version": "1.0.0",
@@ -211,7 +205,7 @@ def plain_network(folder: Path, head: str | None) -> tuple[nn.Module, Card]:
     if not isinstance(model, OneHead):
         return model, card
     single = create(card.backbone, card.in_channels, card.num_classes, **card.overrides)
-    outputs = dict(zip(["background", *card.labels], model.outputs))
+    outputs = {name: model.outputs[channel] for name, channel in class_channels(card).items()}
     transfer(single, model.network.state_dict(), class_channels(card), outputs)
     return single.eval(), card
 
@@ -251,6 +245,8 @@ def write_bundle(
     if folds != [Path(folder)]:
         raise ValueError(f"{folder} holds {len(folds)} folds, and a bundle holds one network: give one of them, such as {folds[0]}")
     model, card = plain_network(Path(folder), head)
+    if card.doubt:
+        warnings.warn(f"{folder}: {card.doubt}", stacklevel=2)
     configs = {"inference": inference_config(card), "evaluate": evaluate_config(card), "metadata": metadata(card)}
     if not card.regions:
         configs |= {"train": train_config(card), "finetune": finetune_config(card)}

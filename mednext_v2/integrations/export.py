@@ -174,6 +174,8 @@ def export_model(
     if folds != [Path(folder)]:
         raise ValueError(f"{folder} holds {len(folds)} folds, and one network is exported: give one of them, such as {folds[0]}")
     model, card = load_model(folder, head=head)
+    if card.doubt:
+        warnings.warn(f"{folder}: {card.doubt}", stacklevel=2)
     name, write, run = FORMATS[format]
     with atomic_folder(out, EXPORTED) as temporary:
         free, differences = write_checked(model, card, temporary / name, write, run)

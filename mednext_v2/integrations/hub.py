@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..models.card import Card, read_card
+from ..inference.files import label_names
+from ..models.card import Card, card_values, read_card
 from ..models.hub import HUB_FILES, check_weights, explain_hub, hub_options
 from ..models.licence import licence_terms
 from ..models.registry import load_model
@@ -71,8 +72,7 @@ def as_table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 def label_table(card: Card) -> str:
     "What the values of a label map mean; of overlapping regions, the value that each one is painted with"
-    values = dict(zip(card.regions, card.class_order)) if card.regions else card.labels
-    return as_table(("value", "name", "kind"), [(value, name, card.groups.get(name, "")) for name, value in values.items()])
+    return as_table(("value", "name", "kind"), [(value, name, card.groups.get(name, "")) for value, name in label_names(card).items()])
 
 
 def score_lines(card: Card) -> str:
@@ -98,6 +98,7 @@ def model_page(
     spacing, patch = (" × ".join(f"{side:g}" for side in sides) for sides in (card.spacing, card.patch))
     start = f"from `{card.init}`" + (f" (sha256 `{card.parent[:12]}`)" if card.parent else "") if card.init != "scratch" else "from random weights"
     steps = f"{card.recipe['steps']} steps, " if "steps" in card.recipe else ""
+    axes = " (the axes in training are not known)" if card.doubt else ""
     schemes = ", ".join(map(str, card.normalisation["schemes"]))
     return f"""---
 {page_head(card, title).strip()}
@@ -106,7 +107,7 @@ def model_page(
 # {title}
 
 {card.backbone}{f", {folds} folds that are averaged," if folds else ""} for {card.modality}, {card.in_channels} channel{"s" * (card.in_channels > 1)}.
-It was trained on {card.task}, {start}, {steps}seed {card.seed}. Scans are turned to {card.orientation} and resampled to {spacing} mm,
+It was trained on {card.task}, {start}, {steps}seed {card.seed}. Scans are turned to RAS{axes} and resampled to {spacing} mm,
 intensities are normalised ({schemes}), windows have {patch} voxels; the software below does all of it, and gives label maps on the scan's own grid.
 
 ## Labels
@@ -117,7 +118,7 @@ intensities are normalised ({schemes}), windows have {patch} voxels; the softwar
 
 ```sh
 mednextv2 predict -m {repo} -i scan.nii.gz -o labels.nii.gz
-mednextv2 finetune -d Dataset012_Spleen -m {repo} -o tuned
+mednextv2 finetune -d DatasetNNN_Name -m {repo} -o tuned
 ```
 
 ```python
@@ -188,7 +189,7 @@ def model_files(
     cards = {place: publishable_card(path, licence) for place, path in folders.items()}
     files: dict[str, Path | bytes] = {}
     for place, path in folders.items():
-        files[f"{place}card.json"] = (json.dumps(asdict(cards[place]), indent=1) + "\n").encode()
+        files[f"{place}card.json"] = (json.dumps(card_values(cards[place]), indent=1) + "\n").encode()
         files[f"{place}model.safetensors"] = path / "model.safetensors"
     files["README.md"] = model_page(next(iter(cards.values())), repo, len(cards) if "" not in cards else 0).encode()
     return files

@@ -12,6 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data.meta_tensor import MetaTensor
@@ -23,12 +24,84 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import aff2axcodes
 from torch import Tensor, nn
 
+from ..core import atomic_file
 from ..data.datasets import Dataset, list_cases, raw_dataset
 from ..data.preprocess import coarse_axis, image_type, nonzero_box, normalise, resample_image, resample_label, target_shape
-from ..data.scans import channel_of, list_scans, split_ending
+from ..data.scans import Volume, as_float32, channel_of, check_extent, list_scans, read_header, read_label, read_scan, same_grid, split_ending
+from ..inference.predictor import label_image
 from ..inference.windows import labels_from_logits, resample_logits, sliding_window
 from ..models.transfer import class_channels, transfer
 from ..training.losses import dice_ce
+
+# %% ../../nbs/integrations/20_monai.ipynb #end-in-one-line
+Call = TypeVar("Call", bound=Callable)
+
+
+def end_in_one_line(function: Call) -> Call:
+    "ValueError and OSError of a function end the program, if it is `python -m monai.bundle`"
+
+    @wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except (ValueError, OSError) as error:
+            spec = getattr(sys.modules["__main__"], "__spec__", None)
+            if spec is None or not spec.name.startswith("monai.bundle"):
+                raise
+            raise SystemExit(f"mednext_v2: {error}") from None  # No `Exception`: MONAI does not wrap it
+
+    return cast(Call, call)
+
+# %% ../../nbs/integrations/20_monai.ipynb #read-scan
+def as_tensor_of(values: np.ndarray, volume: Volume, path: str) -> MetaTensor:
+    "Values (C, X, Y, Z) on the grid of a volume that was read"
+    about = {"filename_or_obj": path, "original_channel_dim": 0, "spatial_shape": np.array(values.shape[1:])}
+    return MetaTensor(torch.from_numpy(np.ascontiguousarray(values, np.float32)), affine=torch.from_numpy(volume.affine), meta=about)
+
+
+class ReadScand(MapTransform):
+    "Files to MetaTensors (C, X, Y, Z) in RAS, read and refused as by `mednextv2 predict`, with lengths in mm; BadFile for one with a fault or on another grid"
+
+    def __init__(
+        self,
+        keys: str,  # Of the image: a file, or one for each channel
+        label_key: str | None = None,  # Of a label map on its grid
+    ):
+        super().__init__(keys)
+        self.label_key = label_key
+
+    @end_in_one_line
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        found = dict(data)
+        for key in self.key_iterator(found):
+            files = [found[key]] if isinstance(found[key], (str, Path)) else list(found[key])
+            first, *others = volumes = [read_scan(file) for file in files]
+            for other in others:
+                same_grid(other, first)
+            found[key] = as_tensor_of(np.stack([as_float32(volume.voxels, file) for volume, file in zip(volumes, files)]), first, str(files[0]))
+            if self.label_key is not None:
+                label = read_label(found[self.label_key])
+                same_grid(label, first)
+                found[self.label_key] = as_tensor_of(label.voxels[None], label, str(found[self.label_key]))
+        return found
+
+
+class SaveLabelsd(MapTransform):
+    "Label maps (1, X, Y, Z) in RAS to files as those of `mednextv2 predict`: its names, the axes and header of the scan that `ReadScand` read"
+
+    def __init__(self, keys: str, output_dir: str | Path):
+        super().__init__(keys)
+        self.folder = Path(output_dir)
+
+    @end_in_one_line
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for key in self.key_iterator(dict(data)):
+            header = read_header(data[key].meta["filename_or_obj"])
+            labels = data[key].as_tensor().cpu().numpy()[0]
+            with atomic_file(self.folder / label_name(data[key].meta, None)["subject"]) as path:
+                nib.save(label_image(labels, cast(Any, Volume(labels, header.canonical[1], header))), path)
+        return dict(data)
 
 # %% ../../nbs/integrations/20_monai.ipynb #place
 def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
@@ -66,10 +139,12 @@ def read_label_array(label: MetaTensor) -> np.ndarray:
 
 # %% ../../nbs/integrations/20_monai.ipynb #prepare-scan
 def read_array(image: MetaTensor) -> tuple[np.ndarray, np.ndarray, str]:
-    "Values (C, X, Y, Z), affine and name of a MetaTensor; ValueError unless its axes are RAS"
+    "Values (C, X, Y, Z), affine and name of a MetaTensor; ValueError unless its axes are RAS and its lengths mm"
     affine, name = image.affine.cpu().numpy().astype(float), str(image.meta.get("filename_or_obj", "the image"))
     if image.ndim != 4 or "".join(code or "?" for code in aff2axcodes(affine)) != "RAS":
         raise ValueError(f"{name} must be (C, X, Y, Z) in RAS, got {tuple(image.shape)}: put EnsureChannelFirstd and Orientationd(axcodes='RAS') before")
+    if (unit := int(image.meta.get("xyzt_units", 0)) & 7) in (1, 3):
+        raise ValueError(f"{name} has lengths in {'metres' if unit == 1 else 'microns'}, which LoadImaged takes for mm: read it by ReadScand")
     return image.as_tensor().detach().cpu().numpy(), affine, name
 
 
@@ -93,7 +168,8 @@ class PrepareScand(MapTransform, InvertibleTransform):
         found = dict(data)
         label = None if self.label_key is None else read_label_array(found[self.label_key])
         for key in self.key_iterator(found):
-            image, affine, _ = read_array(found[key])
+            image, affine, name = read_array(found[key])
+            check_extent(Volume(image[0], affine), self.spacing, name)
             box = nonzero_box(image, label)
             place = Place.of(affine, box, image.shape[1:], self.spacing)
             scaled = resample_image(normalise(image[:, *box], self.normalisation), place.shape, place.coarse)
@@ -174,26 +250,16 @@ class ClassMasksd(MapTransform):
             found[key] = MetaTensor(masks, meta=label.meta, applied_operations=label.applied_operations)
         return found
 
-# %% ../../nbs/integrations/20_monai.ipynb #end-in-one-line
-Call = TypeVar("Call", bound=Callable)
-
-
-def end_in_one_line(function: Call) -> Call:
-    "ValueError and OSError of a function end the program, if it is `python -m monai.bundle`"
-
-    @wraps(function)
-    def call(*arguments: Any, **options: Any) -> Any:
-        try:
-            return function(*arguments, **options)
-        except (ValueError, OSError) as error:
-            spec = getattr(sys.modules["__main__"], "__spec__", None)
-            if spec is None or not spec.name.startswith("monai.bundle"):
-                raise
-            raise SystemExit(f"mednext_v2: {error}") from None  # No `Exception`: MONAI does not wrap it
-
-    return cast(Call, call)
-
 # %% ../../nbs/integrations/20_monai.ipynb #items
+def checked(items: list[dict]) -> list[dict]:  # `items`
+    "BadFile, before anything is computed, for a file whose header has a fault or lies on another grid than the first of its scan"
+    for item in items:
+        first, *others = [read_header(path) for path in (*item["image"], *([item["label"]] if "label" in item else []))]
+        for other in others:
+            same_grid(other, first)
+    return items
+
+
 @end_in_one_line
 def case_items(
     folder: str | Path,  # A data set in nnU-Net's raw layout
@@ -207,7 +273,7 @@ def case_items(
     cases = [case for case in list_cases(dataset, Path(folder).absolute().parent) if case.split == split]
     if not cases:
         raise ValueError(f"{folder} has no {split} cases")
-    return [{"image": [str(path) for path in case.images], "label": str(case.label)} for case in cases]
+    return checked([{"image": [str(path) for path in case.images], "label": str(case.label)} for case in cases])
 
 
 @end_in_one_line
@@ -222,7 +288,7 @@ def described_dataset(folder: str | Path) -> Dataset:
 @end_in_one_line
 def scan_items(folder: str | Path, channels: int) -> list[dict]:
     "The scans of a folder, named as nnU-Net does, for MONAI's data sets"
-    return [{"image": [str(path) for path in files]} for files in list_scans(folder, channels).values()]
+    return checked([{"image": [str(path) for path in files]} for files in list_scans(folder, channels).values()])
 
 
 @end_in_one_line

@@ -125,6 +125,7 @@ def _check_heads(card: "Card") -> None:
 
 # %% ../../nbs/models/20_card.ipynb #check-card
 WINDOWS = ("nnunet", "monai")
+ORIENTATIONS = ("RAS", "unknown")  # Of the images of training
 
 
 def check_card(card: "Card") -> None:
@@ -142,8 +143,8 @@ def check_card(card: "Card") -> None:
     _check_normalisation(card.normalisation, card.in_channels, "normalisation")
     _check_overrides(card.overrides)
     _check_heads(card)
-    if card.orientation != "RAS":
-        _refuse("orientation", "RAS, to which scans are turned", card.orientation)
+    if card.orientation not in ORIENTATIONS:
+        _refuse("orientation", "RAS, to which scans are turned, or unknown", card.orientation)
     if card.grn not in (None, "mean", "sum"):
         _refuse("grn", "mean, sum or nothing", card.grn)
     if card.windows not in WINDOWS:
@@ -156,15 +157,22 @@ def check_card(card: "Card") -> None:
 MAX_CARD_BYTES = 2**22
 MODEL_FOLDER = FolderKind("model folder", ("card.json", "model.safetensors"))
 
+
+def by_value(labels: dict[str, int]) -> dict[str, int]:
+    "Labels in the order of their values, which is that of the outputs"
+    return dict(sorted(labels.items(), key=lambda item: item[1]))
+
 # %% ../../nbs/models/20_card.ipynb #card-part
 @dataclass(frozen=True)
 class Card:
-    "What a trained network is: all that prediction needs besides the weights; ValueError for a field out of range"
+    """What a trained network is: all that prediction needs besides the weights; ValueError for a field out of range.
+
+    Labels and regions are in the order of the outputs that stand for them: labels by value, regions as they are given."""
 
     backbone: str  # Name in the registry of backbones
     overrides: dict  # What differs from that backbone's defaults
     in_channels: int  # Of the image
-    labels: dict[str, int]  # Class names and values, without background
+    labels: dict[str, int]  # Class names and values, without background; kept by value
     groups: dict[str, str]  # Class name to organ or pathology
     task: str  # Data set that it was trained on; of several, joined by +
     modality: str  # CT or MR, which decides how intensities are normalised; of several data sets, joined by " / "
@@ -175,7 +183,7 @@ class Card:
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)  # Overlapping classes: each an output of its own, with its values
     class_order: tuple[int, ...] = ()  # Value that a label map gets for each region
     heads: dict[str, dict] = field(default_factory=dict)  # By data set, if it has output channels of its own: outputs, labels, ...
-    orientation: str = "RAS"  # Of the images that the network was trained on
+    orientation: str = "RAS"  # Of the images that the network was trained on; unknown where another program left the axes as the files had them
     grn: str | None = None  # Convention of GRN, mean or sum; filled in when saving
     mirror_axes: tuple[int, ...] = ()  # Along which training mirrored, so that prediction may: of X, Y, Z; none if empty
     windows: str = "nnunet"  # How prediction lays and weights its windows: as nnU-Net, or as "monai"
@@ -190,13 +198,60 @@ class Card:
 
     def __post_init__(self) -> None:
         check_card(self)
+        object.__setattr__(self, "labels", by_value(self.labels))
+        object.__setattr__(self, "heads", {name: {**head, "labels": by_value(head["labels"])} for name, head in self.heads.items()})
+
+    @property
+    def doubt(self) -> str:
+        "What to say of a network whose images may have had other axes than those that it is given here; empty if they were in RAS"
+        return (
+            "the axes of the scans that this model was trained on are not known; scans are turned to RAS, and labels of a scan in other axes may differ from "
+            "those of the program that trained it: check them, or set orientation to RAS in card.json if it was trained on such scans"
+            if self.orientation == "unknown"
+            else ""
+        )
 
     @property
     def num_classes(self) -> int:
         "Output channels: background and labels, a background for each head, or one for each region"
         return len(self.regions) or len(self.labels) + max(1, len(self.heads))
 
+# %% ../../nbs/models/20_card.ipynb #region-order
+def assign_regions(regions: dict[str, tuple[int, ...]], order: tuple[int, ...]) -> list[str]:  # Empty if there is not one way
+    "The regions in the only order in which each holds its value of `class_order`"
+    free, found = {place: [name for name in regions if order[place] in regions[name]] for place in range(len(order))}, {}
+    while free:
+        place = next((place for place, names in free.items() if len(names) == 1), None)
+        if place is None:  # Where only one assignment is possible, some place always has one region
+            return []
+        (found[place],) = free.pop(place)
+        free = {other: [name for name in names if name != found[place]] for other, names in free.items()}
+    return [found[place] for place in range(len(order))]
 
+
+def order_regions(
+    card: "Card",  # As read, its regions in any order
+    names: object,  # `region_order` of the file: the regions in the order of the outputs; None in cards of older versions
+    path: str,  # Of card.json
+) -> dict[str, tuple[int, ...]]:
+    "The regions in the order of the outputs; ValueError if nothing tells it"
+    if names is None:
+        names = assign_regions(card.regions, card.class_order)
+        if not names:
+            raise ValueError(
+                f"{path}: an older version wrote the regions ({', '.join(card.regions)}) in order of their names, so which output is which is not known: "
+                f'add "region_order", a list of these names as labels of dataset.json of {card.task} are ordered; of imported weights, import them again'
+            )
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or sorted(names) != sorted(card.regions):
+        raise ValueError(f"{path}: region_order must be each of the regions ({', '.join(card.regions)}) once, got {shorten(names)}")
+    return {name: card.regions[name] for name in names}
+
+
+def card_values(card: "Card") -> dict:
+    "What card.json holds; with regions, their order too, which sorted keys would lose"
+    return asdict(card) | ({"region_order": list(card.regions)} if card.regions else {})
+
+# %% ../../nbs/models/20_card.ipynb #read-card
 def read_card(
     folder: str | Path,  # A model folder
 ) -> Card:
@@ -209,7 +264,9 @@ def read_card(
         values["mirror_axes"] = ()
     if isinstance(values.get("overrides"), dict):  # Older versions kept how the network was trained, which weights do not depend on
         values["overrides"].pop("checkpointing", None)
-    return build(Card, lists_to_tuples(values), str(path))
+    names = values.pop("region_order", None)
+    card = build(Card, lists_to_tuples(values), str(path))
+    return replace(card, regions=order_regions(card, names, str(path))) if card.regions or names is not None else card
 
 # %% ../../nbs/models/20_card.ipynb #save
 def save_model(
@@ -224,7 +281,7 @@ def save_model(
         save_file(state, temporary / "model.safetensors")
         grn = getattr(getattr(model, "arch", None), "grn", None)
         card = replace(card, grn=grn, sha256=sha256(temporary / "model.safetensors"), version=__version__)
-        write_json(temporary / "card.json", asdict(card))
+        write_json(temporary / "card.json", card_values(card))
     return card
 
 # %% ../../nbs/models/20_card.ipynb #add-scores
@@ -236,7 +293,7 @@ def add_scores(
 ) -> Card:  # As written
     "Write mean scores into a card, with the grid they were computed on and the command that made them"
     card = replace(read_card(folder), scores={**scores, "grid": grid, "command": command})
-    write_json(Path(folder) / "card.json", asdict(card))
+    write_json(Path(folder) / "card.json", card_values(card))
     return card
 
 # %% ../../nbs/models/20_card.ipynb #describe-damage

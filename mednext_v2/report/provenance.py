@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core import as_csv, as_json, code_digest, params, read_json, read_yaml, root, sha256, versions, write_texts
-from ..study.arithmetic import PINS, describe_processor, is_pinned, unpinned_because
+from ..study.arithmetic import describe_processor, read_trainings, summarise_arithmetic
 from ..study.paths import StudyPaths, profile_of
 
 if TYPE_CHECKING:
@@ -69,13 +69,6 @@ def stage_code(stage: str) -> str:
     "A hash of the modules that a stage depends on"
     return code_digest(dep.removeprefix("mednext_v2/").removesuffix(".py") for dep in read_deps(stage) if dep.startswith("mednext_v2/"))
 
-# %% ../../nbs/report/05_provenance.ipynb #arithmetic
-def describe_arithmetic() -> str:
-    "Whether the arithmetic of this process is pinned, and if not, why"
-    if is_pinned():
-        return f"pinned to {PINS['ONEDNN_MAX_CPU_ISA']}"
-    return f"not pinned ({unpinned_because() or 'not started as a stage'})"
-
 # %% ../../nbs/report/05_provenance.ipynb #provenance
 def provenance_file(path: Path) -> Path:
     "Where the provenance of a table is"
@@ -85,6 +78,7 @@ def provenance_file(path: Path) -> Path:
 def make_provenance(path: Path, profile: str, text: str) -> dict:
     "What makes a table of results: the state of code, data, configuration and machine; `table` is the SHA-256 of its text"
     stage, machine = stage_of(path, profile), describe_processor()
+    places = StudyPaths(profile).models(), StudyPaths(profile).runs()
     return {
         **describe_commit(),
         "command": f"make repro PROFILE={profile}",
@@ -92,10 +86,11 @@ def make_provenance(path: Path, profile: str, text: str) -> dict:
         "seeds": list(params("seeds")) if params("profile") == profile else [],
         "made_from": input_digests(stage, path, profile),
         "code": stage_code(stage),
-        "arithmetic": describe_arithmetic(),
+        "arithmetic": summarise_arithmetic(*places),
         "processor": machine["processor"],
         "instructions": machine["instructions"],
         "versions": versions(),
+        **({"trainings": read_trainings(*places)} if stage == "collect" else {}),
         "table": hashlib.sha256(text.encode()).hexdigest(),
     }
 

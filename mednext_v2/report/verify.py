@@ -22,7 +22,7 @@ from ..core import parse_json, read_csv, root, rows_of, sha256, versions, write_
 from .power import mean_sd, noise_settings, read_noise
 from .provenance import check_known, check_provenance, run_git
 from .tables import summary
-from ..study.arithmetic import describe_machine, is_pinned
+from ..study.arithmetic import are_pinned, describe_machine, read_trainings
 from ..study.paths import StudyPaths
 
 # %% ../../nbs/report/70_verify.ipynb #digests
@@ -33,9 +33,16 @@ def model_digests(models: Path) -> dict[str, str]:  # By the folder's path below
 
 
 def write_digests(profile: str) -> dict:
-    "Write digests.json of a profile: its models, and the machine and versions that they were made with"
+    "Write digests.json of a profile: its models, how each was trained, and the machine and versions of this process"
     paths = StudyPaths(profile)
-    found = {"pinned": is_pinned(), "machine": describe_machine(), "versions": versions(), "models": model_digests(paths.models())}
+    trainings = read_trainings(paths.models(), paths.runs())
+    found = {
+        "pinned": are_pinned(trainings),
+        "trainings": trainings,
+        "machine": describe_machine(),
+        "versions": versions(),
+        "models": model_digests(paths.models()),
+    }
     write_json(paths.results / "digests.json", found)
     return found
 

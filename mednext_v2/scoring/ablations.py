@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import pandas as pd
 
-from ..core import Resources, atomic_folder, build, run_jobs, params, read_json, write_csv
+from ..core import Resources, atomic_folder, build, run_jobs, params, read_json, write_csv, write_json
 from .evaluate import SCORE_COLUMNS, evaluate_one
 from ..study.paths import StudyPaths, scratch
 from ..study.plan import StudyPlan, read_plan
-from ..study.runs import STAGE, TrainingRun, resources_of, run_folder, train_one
+from ..study.runs import STAGE, TrainingRun, describe_making, resources_of, run_folder, train_one
 from ..training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class TrainingJob:
     @property
     def checkpoints(self) -> Path:
         "As `runs.run_folder`"
-        return run_folder(self.run, self.recipe, self.overrides, self.data, self.parent)
+        return run_folder(self.run, self.recipe, self.overrides, self.data, self.parent, self.curves)
 
 
 def check_distinct(ablation: str, jobs: Sequence[TrainingJob]) -> None:
@@ -340,6 +340,7 @@ def run_ablation(
     write_csv(folders.out / "models.csv", models)
     scores = scores.assign(ablation=ablation.name)[["ablation", "variant", *SCORE_COLUMNS]]
     write_csv(folders.out / "scores.csv", scores)
+    write_json(folders.out / "scored.json", describe_making())
     for folder in checkpoints:
         shutil.rmtree(folder, ignore_errors=True)
     return scores

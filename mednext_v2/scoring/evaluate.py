@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import run_jobs, write_csv
+from ..core import run_jobs, write_csv, write_json
 from ..data.datasets import Case, list_cases
 from ..data.preprocess import Prepared
 from ..evaluation.cases import predict_cases, score_cases
 from ..models.card import read_card
-from ..study.runs import TrainingRun, run_data
+from ..study.runs import TrainingRun, describe_making, run_data
 
 # %% ../../nbs/scoring/10_evaluate.ipynb #evaluate-one
 SCORE_COLUMNS = (
@@ -74,4 +74,5 @@ def evaluate_runs(
     jobs = [delayed(evaluate_one)(models / run.name, data, raw, out, run, overlap, device, threads) for run in runs]
     scores = pd.concat(run_jobs(jobs, workers), ignore_index=True)[SCORE_COLUMNS]
     write_csv(Path(out) / "scores.csv", scores)
+    write_json(Path(out) / "scored.json", describe_making())
     return scores

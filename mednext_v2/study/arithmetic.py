@@ -6,12 +6,16 @@
 __all__ = ['PINS', 'unpinned_because', 'cpu_facts', 'pin_arithmetic', 'describe_machine']
 
 # %% ../../nbs/study/05_arithmetic.ipynb #imports
+import json
 import os
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+
+from ..core import read_json, sha256
 
 # %% ../../nbs/study/05_arithmetic.ipynb #pins
 PINS = {
@@ -27,9 +31,17 @@ PINS = {
 }
 
 # %% ../../nbs/study/05_arithmetic.ipynb #why-not
+def _asks_fast(environment: Mapping[str, str] = os.environ) -> bool:
+    "Whether the variable FAST asks for arithmetic that is not pinned; ValueError for a value that is neither yes nor no"
+    value = environment.get("FAST", "").strip()
+    if value.lower() not in ("", "0", "1", "no", "yes", "false", "true"):
+        raise ValueError(f"FAST is {value!r}: say 1, yes or true for arithmetic that is not pinned; 0, no or false for the pinned one")
+    return value.lower() in ("1", "yes", "true")
+
+
 def unpinned_because(environment: Mapping[str, str] = os.environ) -> str:  # Empty if the pins hold
     "Why the arithmetic of a run is not pinned, as a clause for a message"
-    if environment.get("FAST", "") not in ("", "0"):
+    if _asks_fast(environment):
         return "FAST is set"
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"the processor is {platform.machine()}, not x86-64"
@@ -59,6 +71,47 @@ def is_pinned() -> bool:
     "Whether the environment of this process holds all pins"
     return all(os.environ.get(name) == value for name, value in PINS.items())
 
+
+def describe_arithmetic() -> str:
+    "Whether the arithmetic of this process is pinned, and if not, why"
+    if is_pinned():
+        return f"pinned to {PINS['ONEDNN_MAX_CPU_ISA']}"
+    return f"not pinned ({unpinned_because() or 'not started as a stage'})"
+
+# %% ../../nbs/study/05_arithmetic.ipynb #notes
+def read_trainings(
+    models: Path,  # Model folders of a profile
+    runs: Path,  # What its stages left besides
+) -> list[dict]:  # As `runs.describe_making`, with the number of `models`; only that number of those without a note
+    "How the models of a profile were trained"
+    notes = {}
+    for file in sorted(runs.glob("**/made.json")):
+        note = read_json(file)
+        notes[note.get("model", "")] = json.dumps({name: value for name, value in note.items() if name not in ("key", "model")}, sort_keys=True)
+    files = [file for file in sorted(models.glob("**/model.safetensors")) if file.parent.name != "parent"]  # Released models are not trained here
+    counts = Counter(notes.get(sha256(file), "{}") for file in files)
+    return [json.loads(note) | {"models": count} for note, count in counts.items()]
+
+
+def are_pinned(trainings: list[dict]) -> bool:
+    "Whether all models of `read_trainings` were trained with pinned arithmetic"
+    return bool(trainings) and all(one.get("arithmetic", "").startswith("pinned ") for one in trainings)
+
+
+def summarise_arithmetic(
+    models: Path,  # As of `read_trainings`
+    runs: Path,
+) -> str:
+    "How all that the tables of a profile rest on was computed: trainings, scores, and what this process adds"
+    found = Counter({describe_arithmetic(): 1})
+    for one in read_trainings(models, runs):
+        found[one.get("arithmetic", "not known")] += one["models"]
+    for file in sorted(runs.glob("**/scored.json")):
+        found[read_json(file)["arithmetic"]] += 1
+    if len(found) == 1:
+        return next(iter(found))
+    return "not the same in all parts: " + ", ".join(f"{word} in {count}" for word, count in sorted(found.items()))
+
 # %% ../../nbs/study/05_arithmetic.ipynb #processor
 def describe_processor() -> dict:  # processor, instructions, cores
     "The processor, its widest vector instructions, and its cores"
@@ -70,18 +123,21 @@ def describe_processor() -> dict:  # processor, instructions, cores
 
 # %% ../../nbs/study/05_arithmetic.ipynb #machine
 def describe_machine(
-    seconds: float = 0.5,  # To measure for
+    seconds: float = 1.0,  # To measure for
 ) -> dict:  # processor, instructions, cores, gflops
-    "The processor, its widest vector instructions, its cores, and float32 GFLOP/s of one thread"
+    "The processor, its widest vector instructions, its cores, and float32 GFLOP/s of one thread in the best of ten tries"
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        a, count, start = torch.randn(512, 512), 0, time.perf_counter()
-        while (spent := time.perf_counter() - start) < seconds:
-            torch.mm(a, a)
-            count += 1
+        a, best = torch.randn(512, 512), 0.0
+        for _ in range(10):
+            count, start = 0, time.perf_counter()
+            while (spent := time.perf_counter() - start) < seconds / 10:
+                torch.mm(a, a)
+                count += 1
+            best = max(best, count / spent)
     finally:
         torch.set_num_threads(threads)
-    return describe_processor() | {"gflops": round(2 * 512**3 * count / spent / 1e9, 1)}
+    return describe_processor() | {"gflops": round(2 * 512**3 * best / 1e9, 1)}

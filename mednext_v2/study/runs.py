@@ -6,6 +6,7 @@
 __all__ = ['TrainingRun', 'train_runs']
 
 # %% ../../nbs/study/30_runs.ipynb #imports
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,15 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from ..core import FolderKind, Resources, atomic_folder, code_digest, read_csv, read_json, run_jobs, sha256, short_hash, write_json
+from ..core import FolderKind, Resources, atomic_folder, code_digest, read_csv, read_json, root, run_jobs, sha256, short_hash, versions, write_json
 from ..data.preprocess import Prepared, fold_view
 from ..models.card import read_card
 from ..models.transfer import Start
+from .arithmetic import describe_arithmetic, describe_processor, is_pinned
 from .paths import scratch
 from .plan import StudyPlan
 from ..training.checkpoint import TRAINING_ROOMS
-from ..training.monitor import Display
+from ..training.monitor import Display, package_commit, value_or_unavailable
 from ..training.recipe import Recipe
 from ..training.run import TrainSettings, train_in_processes
 
@@ -86,10 +88,24 @@ def run_folder(
     overrides: dict,  # Changes to the backbone's published size
     data: Path,  # Folder of prepared tasks
     parent: Path | None,  # Model folder whose weights it starts from; None from scratch
+    curves: Path,  # Folder that gets the logged curves
 ) -> Path:
-    "Where a run keeps its checkpoints: `scratch/<key>`"
+    "Where a run keeps its checkpoints: `scratch/<key>`, a folder that no other stage, versions or arithmetic use"
+    place = Path(os.path.relpath(curves, root())).as_posix()
     digest, source = Prepared(run_data(run, data)).digest, read_card(parent).sha256 if parent else None
-    return scratch(run_key(run, recipe, overrides, digest, source))
+    return scratch(run_key(run, recipe, overrides, digest, source, place, is_pinned(), versions()))
+
+# %% ../../nbs/study/30_runs.ipynb #making
+def describe_making() -> dict:  # arithmetic, processor, instructions, versions, commit
+    "What this process makes models and scores with"
+    processor = describe_processor()
+    return {
+        "arithmetic": describe_arithmetic(),
+        "processor": processor["processor"],
+        "instructions": processor["instructions"],
+        "versions": versions(),
+        "commit": value_or_unavailable(package_commit),
+    }
 
 # %% ../../nbs/study/30_runs.ipynb #is-made
 STAGE = FolderKind("output of a stage", (), ("*",))  # dvc.yaml names it, not a user
@@ -103,8 +119,8 @@ def is_made(
     "Whether the model is there, whole, and was made by the run of that key"
     try:
         record = read_json(curves / "made.json")
-        return record == {"key": key, "model": sha256(model / "model.safetensors")}
-    except (OSError, ValueError):
+        return (record["key"], record["model"]) == (key, sha256(model / "model.safetensors"))
+    except (OSError, ValueError, KeyError):
         return False
 
 # %% ../../nbs/study/30_runs.ipynb #train-one-part
@@ -120,7 +136,7 @@ def train_one(
     resources: Resources = Resources("cpu", threads=1),
 ) -> pd.DataFrame:  # The training history
     "Train one model of the plan; an interrupted training of the same key goes on where it was"
-    folder = run_folder(run, recipe, overrides, data, parent)
+    folder = run_folder(run, recipe, overrides, data, parent, curves)
     if before and is_made(folder.name, before, curves):
         shutil.copytree(before, out)
         return read_csv(curves / "history.csv")
@@ -141,7 +157,7 @@ def train_one(
         shutil.copy(folder / name, curves)
     if (folder / "snapshots").is_dir():
         shutil.copytree(folder / "snapshots", out / "snapshots", dirs_exist_ok=True)
-    write_json(curves / "made.json", {"key": folder.name, "model": read_card(out).sha256})
+    write_json(curves / "made.json", {"key": folder.name, "model": read_card(out).sha256} | describe_making())
     return history
 
 # %% ../../nbs/study/30_runs.ipynb #train-runs
@@ -164,7 +180,7 @@ def train_runs(
         jobs = [delayed(train_one)(run, recipe, overrides, data, parent, folder / run.name, curves / run.name, out / run.name, resources) for run in runs]
         histories = run_jobs(jobs, workers)
     for run in runs:
-        shutil.rmtree(run_folder(run, recipe, overrides, data, parent), ignore_errors=True)
+        shutil.rmtree(run_folder(run, recipe, overrides, data, parent, curves / run.name), ignore_errors=True)
     return pd.concat([history.assign(run=run.name) for run, history in zip(runs, histories, strict=True)], ignore_index=True)
 
 # %% ../../nbs/study/30_runs.ipynb #learning-curves

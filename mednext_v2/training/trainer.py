@@ -282,7 +282,8 @@ def fit(
     check_run(recipe, model, sampler)
     folder, may = open_folder(folder), resources
     settings = dict(compiled=may.compiled, channels_last=may.channels_last, augment_on_device=may.augment_on_device)
-    run_id = identity(recipe, model, sampler, seed, **settings)
+    regions = {key: value for key, value in loss_options(recipe, sampler).items() if key == "regions"}  # In the order of the outputs
+    run_id = identity(recipe, model, sampler, seed, **settings, **regions)
     with lock_folder(folder):
         engine = make_engine(recipe, model, may, display.trackers, folder)
         state = TrainingState(recipe, model, engine, folder, run_id, resume)

@@ -9,6 +9,7 @@ __all__ = ['import_checkpoint', 'import_model', 'describe']
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -550,6 +551,7 @@ class Checkpoint:
     normalisation: dict | None = None  # What `preprocess.normalise` needs
     mirror_axes: tuple[int, ...] = ()  # Axes of the weights along which training mirrored, as far as the file says
     axes: tuple[int, ...] = (0, 1, 2)  # Which axis of the weights is X, Y and Z, see `to_xyz_axes`
+    orientation: str = "RAS"  # As in `Card`
     trainer: str | None = None
     epoch: int | None = None
     licence: str = UNKNOWN
@@ -653,13 +655,14 @@ def plans_metadata(
     "What plans and data set say of a network"
     configuration, axes = configuration_of(plans, name), nnunet_axes(plans)
     normalisation, reader = nnunet_normalisation(plans, configuration), plans.get("image_reader_writer")
-    reoriented = reader == "NibabelIOWithReorient"
+    reoriented = reader in ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
     notes = [] if normalisation else [f"not a normalisation of ours: {configuration['normalization_schemes']}"]
     own = f"trained in the orientation of its files, which is not known (reader {reader}); ours is RAS"
     notes += ["trained on images turned to RAS" if reoriented else own]
     channels = dataset.get("channel_names", {})
     return nnunet_labels(dataset) | {
         "axes": axes,
+        "orientation": "RAS" if reoriented else "unknown",
         "spacing": tuple(float(configuration["spacing"][axis]) for axis in axes),
         "patch": tuple(int(configuration["patch_size"][axis]) for axis in axes),
         "normalisation": normalisation,
@@ -717,7 +720,7 @@ def nnssl_metadata(content: dict) -> dict:
 def nnunet_v1_metadata(content: dict) -> dict:
     "The fields of a `Checkpoint` in a v1 checkpoint, which has its plans in another file"
     plans = "its plans are in the .model.pkl beside it, which is a bare pickle and is not read"
-    return {"epoch": content.get("epoch"), "notes": (plans, "axes as in training, (Z, Y, X) in nnU-Net v1")}
+    return {"epoch": content.get("epoch"), "orientation": "unknown", "notes": (plans, "axes as in training, (Z, Y, X) in nnU-Net v1")}
 
 
 METADATA_READERS: dict[str, Callable[[dict], dict]] = {
@@ -867,6 +870,7 @@ def read_model_folder(
         spacing=card.spacing,
         patch=card.patch,
         normalisation=card.normalisation,
+        orientation=card.orientation,
         licence=card.licence or UNKNOWN,
         notes=tuple(filter(None, (f"task {card.task}, {card.modality}", card.provenance))),
     )
@@ -1160,10 +1164,11 @@ def make_card(
             "class_order": checkpoint.class_order,
             "licence": checkpoint.licence,
             "mirror_axes": checkpoint.mirror_axes,
+            "orientation": checkpoint.orientation,
             "windows": "monai" if checkpoint.family in MONAI_FAMILIES else "nnunet",
             "init": checkpoint.layout,
-            "provenance": "; ".join((Path(checkpoint.path).name, *notes)),
             **metadata,
+            "provenance": "; ".join((metadata.get("provenance") or Path(checkpoint.path).name, *notes)),
         },
         f"{checkpoint.path} and what was given for it",
     )
@@ -1192,6 +1197,8 @@ def import_model(
     else:
         parent = sha256(source) if source.is_file() else None
         card = make_card(checkpoint, **{"parent": parent, "backbone": cast(dict, model.blueprint)["name"]} | facts)
+    if card.doubt:
+        warnings.warn(f"{path}: {card.doubt}", stacklevel=2)
     return save_model(folder, model, card), report
 
 # %% ../../nbs/zoo/10_importers.ipynb #describe
