@@ -76,7 +76,7 @@ def test_a_script_imports_from_the_top(name):
 
 @pytest.mark.parametrize("name, said", [
     ("make_network", "parameters, "),
-    ("train", "for liver, spleen: (1, 3, 32, 32, 32)"),
+    ("train", "for spleen, liver: (1, 3, 32, 32, 32)"),
     ("fine_tune", "spleen"),
     ("predict_folder", "(20, 20, 20)"),
     ("compare_models", "surface dice"),

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tqdm import tqdm
 
 from mednext_v2.core import Resources
 from mednext_v2.models.registry import create
@@ -232,9 +233,15 @@ def dies_at(folder: Path, recipe: Recipe, step: int, wait: float) -> None:
     toy_run(folder, recipe, on_step=on_step)
 
 
+def with_a_lock_of_its_own(function, *arguments) -> None:
+    "A forked process shares tqdm's lock, and one that is killed while it holds the lock would stop every bar after it"
+    tqdm.set_lock(threading.RLock())
+    function(*arguments)
+
+
 def in_a_child(function, *arguments) -> int:
     "Exit code of a forked process"
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process = multiprocessing.get_context("fork").Process(target=with_a_lock_of_its_own, args=(function, *arguments))
     process.start()
     process.join()
     return process.exitcode

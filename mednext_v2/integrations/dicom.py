@@ -50,7 +50,7 @@ def is_dicom(source: Path) -> bool:  # False for a folder with scans in other fo
     "Whether a folder, or one below it, holds DICOM; ValueError for a single file of a series, FileNotFoundError for a folder without any scan"
     if source.is_file() and _starts_as_dicom(source):
         raise ValueError(f"{source} is one file of a DICOM series: give the folder that holds the series")
-    if not source.is_dir() or any(path.name.endswith(IMAGES) for path in source.iterdir()):
+    if not source.is_dir() or any(path.name.lower().endswith(IMAGES) for path in source.iterdir()):
         return False
     if not any(map(_starts_as_dicom, source.rglob("*"))):
         raise FileNotFoundError(f"{source} holds no scan ({', '.join(IMAGES)}), and no DICOM file in it or below it: give a folder with scans")

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..inference.files import label_names
 from ..models.card import Card, card_values, read_card
 from ..models.hub import HUB_FILES, check_weights, explain_hub, hub_options
 from ..models.licence import licence_terms
@@ -72,6 +71,8 @@ def as_table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 def label_table(card: Card) -> str:
     "What the values of a label map mean; of overlapping regions, the value that each one is painted with"
+    from mednext_v2.inference.files import label_names  # Here, since it takes longer to import than all the rest
+
     return as_table(("value", "name", "kind"), [(value, name, card.groups.get(name, "")) for value, name in label_names(card).items()])
 
 
