@@ -61,7 +61,7 @@ bench: $(READY) ## Measure the ratios to the named peers anew and compare them w
 	@python benchmarks/compare.py $(if $(filter-out 0 no false,$(STRICT)),--strict)
 
 bench-full: $(READY) ## Measure all that benchmarks/results holds anew, and write it there (over an hour)
-	@for part in storage data trainer block scaling tried metrics inference whole; do python benchmarks/$$part.py || exit 1; done
+	@for part in storage data trainer block threads scaling tried metrics inference whole; do python benchmarks/$$part.py || exit 1; done
 
 params: $(PIPELINE) ## Compose params.yaml anew from conf/ (profile mini)
 	@python -m mednext_v2.stages params mini
