@@ -79,7 +79,7 @@ def test_one_name_can_be_two_processors():
 # ---------------------------------------------------------------- benchmarks/README.md
 
 
-@pytest.mark.parametrize("name", ["block", "threads", "data", "trainer", "scaling", "tried", "inference", "repro"])
+@pytest.mark.parametrize("name", ["block", "threads", "whole", "data", "trainer", "scaling", "tried", "inference", "repro"])
 def test_the_tables_are_those_of_the_results(name):
     script, results = importlib.import_module(name), read_benchmark(name)
     made = script.table(results["stages"]) if name == "repro" else getattr(script, "tables", None) or script.table
@@ -94,6 +94,7 @@ SECTIONS = {
     "Does the loader keep up": ("data", "loader"),
     "The training loop": ("trainer", ""),
     "Label maps": ("inference", ""),
+    "Whole predictions": ("whole", ""),
     "Scores of a case": ("metrics", ""),
     "Networks on a CPU": ("block", ""),
     "More than one thread, and beside what people deploy": ("threads", ""),
