@@ -13,6 +13,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
+
+
+def leave_out_primus() -> None:
+    "nnU-Net's search for a trainer imports all of its own, and those of Primus need a torchvision that fits torch"
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        name = "nnunetv2.training.nnUNetTrainer.primus.primus_trainers"
+        sys.modules[name] = ModuleType(name)
 
 
 def request(

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from block import BASE, monai_network, step
-from data import child, heading, measure_parts, row, run_script, spread
+from block import BASE, batch, monai_network, over, step
+from data import child, heading, measure_parts, results_file, row, run_script, spread
 from nnunet_peer import peak_mib
 
-RESULTS = Path(__file__).resolve().parent / "results" / "threads.json"
+RESULTS = results_file("threads")
 REPEATS = int(os.environ.get("BENCH_REPEATS", 3))
 THREADS = (1, 2)
 PAUSE = 0.3  # Seconds: longer than any side spins
@@ -67,12 +67,6 @@ def network(side: str, width: int):
     return use_fused(MedNeXt(Arch(width, BASE, BASE, grn="mean"), 1, 8, deep_supervision=True), side.startswith("fused"))
 
 
-def batch(side: int):
-    import torch
-
-    return torch.randn(1, 1, side, side, side, generator=torch.Generator().manual_seed(1))
-
-
 def exported(width: int, side: int, folder: str) -> str:
     "The network as ONNX, as `mednextv2 export` writes it"
     from mednext_v2.integrations.export import write_onnx
@@ -84,7 +78,7 @@ def exported(width: int, side: int, folder: str) -> str:
 
 def run_of(name: str, kind: str, width: int, side: int, threads: int, path: str):
     "One side with so many threads, as a function of nothing that gives the output of a forward pass"
-    x = batch(side)
+    x = batch({"batch": 1, "side": side})
     if name.startswith("openvino"):
         import openvino
 
@@ -139,7 +133,7 @@ def child_memory(name: str, kind: str, width: int, side: int, path: str) -> dict
     "What two runs with two threads add to the peak of a process, MiB; a compiled network's weights among them"
     import torch  # Every side holds it, so that it counts for none
 
-    batch(side)
+    batch({"batch": 1, "side": side})
     before = peak_mib()
     run = run_of(name, kind, width, side, 2, path)
     for _ in range(2):
@@ -159,19 +153,6 @@ def measure(part: str) -> dict:
         names = sides_of(kind)
         memory = {name: child("memory", __file__, name=name, kind=kind, width=width, side=side, path=path)["added_mib"] for name in names}
     return {"kind": kind, "width": width, "side": side, **found, "added_mib": memory}
-
-
-def over(values: list, base: list) -> str:
-    "Ratio, repeat by repeat: median, and least to most"
-    found = spread([a / b for a, b in zip(values, base)])
-    return f"{found['median']:.2f} ({found['least']:.2f}–{found['most']:.2f})"
-
-
-def amdahl(one: float, two: float) -> tuple[float, float, float]:
-    "Gain from one thread to two; the share of the time on one thread that a second does not shorten; the gain that eight would give"
-    gain = one / two
-    alone = min(max(2 / gain - 1, 0), 1)
-    return gain, alone, 1 / (alone + (1 - alone) / 8)
 
 
 def peers_table(results: dict, kind: str) -> str:
@@ -194,6 +175,8 @@ def peers_table(results: dict, kind: str) -> str:
 
 def gain_table(results: dict) -> str:
     "What a second thread gains"
+    from mednext_v2.report.speed import amdahl
+
     lines = heading("from one thread to two", "side", "gain", "share of one thread alone", "gain of eight, extrapolated")
     for entry in results.values():
         found = entry["result"]

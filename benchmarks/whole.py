@@ -31,7 +31,7 @@ from types import ModuleType
 import numpy as np
 
 from data import heading, log, measure_parts, row, run_script
-from nnunet_peer import peak_mib
+from nnunet_peer import leave_out_primus, peak_mib
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "whole.json"
@@ -100,15 +100,6 @@ def ours(work: str) -> dict:
     predictor.average_models = lambda *arguments: timed(average(*arguments), "network")
     main(["predict", "-m", f"{work}/model", "-i", f"{work}/scans/scan_0000.nii.gz", "-o", f"{work}/ours.nii.gz", "--device", "cpu", "--quiet"])
     return finish()
-
-
-def leave_out_primus() -> None:
-    "nnU-Net's search for a trainer imports all of its own, and those of Primus need a torchvision that fits torch"
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        name = "nnunetv2.training.nnUNetTrainer.primus.primus_trainers"
-        sys.modules[name] = ModuleType(name)
 
 
 def clock_nnunet() -> ModuleType:

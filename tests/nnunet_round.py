@@ -13,10 +13,13 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import nibabel as nib
 import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from nnunet_peer import leave_out_primus
 
 TRAINER = """
 import torch
@@ -64,15 +67,6 @@ def set_environment(folder: Path, trainers: bool) -> None:
         own.mkdir(exist_ok=True)
         (own / "short.py").write_text(TRAINER)
         os.environ["nnUNet_extTrainer"] = os.pathsep.join([str(trainers_folder()), str(own)])
-
-
-def leave_out_primus() -> None:
-    "nnU-Net's search for a trainer imports all of its own, and those of Primus need a torchvision that fits torch"
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        name = "nnunetv2.training.nnUNetTrainer.primus.primus_trainers"
-        sys.modules[name] = ModuleType(name)
 
 
 def shorten_stock_trainer() -> None:

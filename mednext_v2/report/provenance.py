@@ -156,6 +156,19 @@ def check_known(profile: str) -> None:
         raise ValueError(f"no profile is called {profile!r}; conf/profile holds: {', '.join(known)}")
 
 
+def read_committed(
+    path: Path,  # Below the project's root
+    revision: str,  # Of git
+) -> bytes:
+    "A file as a revision has it; FileNotFoundError where it has none"
+    name = path.relative_to(root()).as_posix()
+    done = subprocess.run(["git", "show", f"{revision}:{name}"], cwd=root(), capture_output=True)
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()
+        raise FileNotFoundError(f"{name} is not in {revision}: {said or 'git has no such file'}")
+    return done.stdout
+
+
 def doubt_commit(found: dict) -> list[str]:
     "What does not fit between a provenance and the repository that is here"
     commit = found["commit"]
@@ -167,9 +180,10 @@ def doubt_commit(found: dict) -> list[str]:
     wrong = []
     for name, digest in found["made_from"].items():
         if name.endswith(".ipynb") and name not in found["uncommitted"]:
-            shown = subprocess.run(["git", "show", f"{commit}:{name}"], cwd=root(), capture_output=True)
-            if shown.returncode or hashlib.sha256(shown.stdout).hexdigest() != digest:
-                wrong.append(f"commit {commit[:12]} holds another {name}")
+            with suppress(FileNotFoundError):
+                if hashlib.sha256(read_committed(root() / name, commit)).hexdigest() == digest:
+                    continue
+            wrong.append(f"commit {commit[:12]} holds another {name}")
     return wrong
 
 

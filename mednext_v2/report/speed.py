@@ -137,6 +137,16 @@ def speed_sentence(
         f"the mini network ({sizes('Tiny')}) {span('step', 'Tiny')}, {span('memory', 'Tiny')} and {span('infer', 'Tiny')}"
     )
 
+# %% ../../nbs/report/50_speed.ipynb #amdahl
+def amdahl(
+    one: float,  # Seconds with one thread
+    two: float,  # With two
+) -> tuple[float, float, float]:
+    "Gain of a second thread; the share of the time on one thread that it does not shorten; the gain that eight would give, by Amdahl's law"
+    gain = one / two
+    alone = min(max(2 / gain - 1, 0), 1)
+    return gain, alone, 1 / (alone + (1 - alone) / 8)
+
 # %% ../../nbs/report/50_speed.ipynb #exponent
 def exponent(
     sizes: Sequence[float],  # At least two

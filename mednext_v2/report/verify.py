@@ -11,7 +11,6 @@ import csv
 import io
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -20,7 +19,7 @@ import pandas as pd
 
 from ..core import parse_json, read_csv, root, rows_of, sha256, versions, write_csv, write_json
 from .power import mean_sd, noise_settings, read_noise
-from .provenance import check_known, check_provenance, run_git
+from .provenance import check_known, check_provenance, read_committed, run_git
 from .tables import summary
 from ..study.arithmetic import are_pinned, describe_machine, read_trainings
 from ..study.paths import StudyPaths
@@ -149,19 +148,6 @@ def compare_claims(ours: pd.DataFrame, committed: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["what", "ours", "committed", "verdict"])
 
 # %% ../../nbs/report/70_verify.ipynb #committed
-def read_committed(
-    path: Path,  # Below the project's root
-    revision: str,  # Of git
-) -> bytes:
-    "A file as a revision has it; FileNotFoundError where it has none"
-    name = path.relative_to(root()).as_posix()
-    done = subprocess.run(["git", "show", f"{revision}:{name}"], cwd=root(), capture_output=True)
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
-        raise FileNotFoundError(f"{name} is not in {revision}: {said or 'git has no such file'}")
-    return done.stdout
-
-
 def compare_with_committed(
     ours: dict[str, str],  # Of a fresh run
     file: Path,  # Its digests.json
