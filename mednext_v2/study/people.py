@@ -9,6 +9,7 @@ __all__ = []
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from scipy import ndimage
 from ..core import FolderKind, atomic_folder, check_output, read_csv, read_yaml, write_csv, write_json
 from ..data.datasets import Case, Dataset, find_patient, get_dataset, load_datasets, write_description
 from ..data.scans import read_label, read_scan, write_volume
-from .seeds import generator, load_seeds, lumpy_distance, sample_points, seeds_folder, smooth_field, verify_seeds, voxel_digest
+from .seeds import SeedEntry, generator, load_seeds, lumpy_distance, sample_points, seeds_folder, smooth_field, verify_seeds, voxel_digest
 
 # %% ../../nbs/study/12_people.ipynb #person
 def people_folder(folder: str | Path | None = None) -> Path:
@@ -48,20 +49,27 @@ class Person:
         return np.array([0.0, *(wanted.get(name, 0.0) for name in self.structures)])[self.label]
 
 
+@lru_cache(maxsize=4)
+def _parse_manifest(path: Path, changed: int) -> tuple[dict[str, SeedEntry], dict[str, dict[str, list[list[int]]]]]:
+    "People and label sets of one version of a manifest"
+    return load_seeds(path.parent), read_yaml(path)["label_sets"]
+
+
 def read_person(
     name: str,  # hd01, hd02, ...
     folder: str | Path | None = None,  # The project's `data/seeds/people` if not given
 ) -> Person:
     "The structures of one person; ValueError for an unknown one, or for a value that the manifest does not name"
-    folder, entries = people_folder(folder), load_seeds(people_folder(folder))
+    path = people_folder(folder) / "manifest.yaml"
+    entries, label_sets = _parse_manifest(path, path.stat().st_mtime_ns if path.is_file() else 0)
     if name not in entries:
-        raise ValueError(f"no person {name!r}: {folder / 'manifest.yaml'} has {', '.join(entries)}")
-    sets = read_yaml(folder / "manifest.yaml")["label_sets"][entries[name].label_set]
+        raise ValueError(f"no person {name!r}: {path} has {', '.join(entries)}")
+    sets = label_sets[entries[name].label_set]
     lookup = np.zeros(1024, np.uint8)
     for position, ranges in enumerate(sets.values()):
         for first, last in ranges:
             lookup[first : last + 1] = position + 1
-    file = folder / next(iter(entries[name].files))
+    file = path.parent / next(iter(entries[name].files))
     scan = read_label(file)
     present = np.unique(scan.voxels).astype(int)
     if unknown := [value for value in present.tolist() if value and not lookup[value]]:
@@ -81,18 +89,20 @@ class Tissue:
     source: str  # Of the numbers; the texture is an assumption
 
 
+PROKOP = "HU: table of RadClass after Prokop 2003 and Buzug 2008"
+SCALE = "HU: Wikipedia, Hounsfield scale"
 BRAINWEB = "T1, T2, PD: BrainWeb (Kwan et al. 1999)"
 TISSUES = {
     "air": Tissue((-1000, -1000), 1, 1, 0, 0, "HU by definition"),
-    "white": Tissue((20, 30), 500, 70, 0.77, 1.5, f"HU: Buzug 2008; {BRAINWEB}"),
-    "grey": Tissue((37, 45), 833, 83, 0.86, 2, f"HU: Buzug 2008; {BRAINWEB}"),
-    "fluid": Tissue((0, 15), 2569, 329, 1, 1, f"HU: water to CSF, Buzug 2008; {BRAINWEB}, CSF; the eye is assumed to be like it"),
-    "fat": Tissue((-120, -90), 350, 70, 1, 8, f"HU: Hofer 2007; {BRAINWEB}"),
-    "muscle": Tissue((35, 55), 900, 47, 1, 6, f"HU: Hofer 2007; {BRAINWEB}; skin and mucosa are assumed to be like it"),
-    "blood": Tissue((45, 65), 1441, 290, 1, 3, "HU: Prokop 2003; T1, T2: Stanisz et al. 2005; PD assumed"),
-    "dense bone": Tissue((700, 1300), 1, 1, 0, 120, "HU: Prokop 2003, lower part of 700 to 3000; no MR signal: T2 below 1 ms"),
-    "marrow": Tissue((300, 400), 549, 49, 1, 50, "HU of spongy bone: Hofer 2007; T1, T2 of marrow: de Bazelaire et al. 2004; PD assumed"),
-    "clot": Tissue((55, 90), 833, 83, 0.86, 4, "HU: clotted blood 50 to 75, haematoma to 90 (Prokop 2003); not used in MR"),
+    "white": Tissue((20, 30), 500, 70, 0.77, 1.5, f"{PROKOP}; {BRAINWEB}"),
+    "grey": Tissue((37, 45), 833, 83, 0.86, 2, f"{PROKOP}; {BRAINWEB}"),
+    "fluid": Tissue((0, 15), 2569, 329, 1, 1, f"HU: water to cerebrospinal fluid, {SCALE[4:]}; {BRAINWEB}, CSF; the eye is assumed to be like it"),
+    "fat": Tissue((-120, -90), 350, 70, 1, 8, f"{SCALE}; {BRAINWEB}"),
+    "muscle": Tissue((35, 55), 900, 47, 1, 6, f"{SCALE}; {BRAINWEB}; skin and mucosa are assumed to be like it"),
+    "blood": Tissue((45, 65), 1441, 290, 1, 3, f"{PROKOP}; T1, T2: Stanisz et al. 2005; PD assumed"),
+    "dense bone": Tissue((700, 1300), 1, 1, 0, 120, f"{PROKOP}, lower part of 700 to 3000; no MR signal: T2 below 1 ms"),
+    "marrow": Tissue((300, 400), 549, 49, 1, 50, f"{SCALE}, spongy bone; T1, T2 of marrow: de Bazelaire et al. 2004; PD assumed"),
+    "clot": Tissue((55, 90), 833, 83, 0.86, 4, f"{PROKOP}: haematoma, upper part of 40 to 90; not used in MR"),
     "lesion": Tissue((20, 30), 752, 237, 0.76, 1.5, f"{BRAINWEB}, multiple sclerosis; not used in CT"),
 }
 MIXTURES = {
