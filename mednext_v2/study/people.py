@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/study/12_people.ipynb #imports
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -38,14 +38,19 @@ class Person:
     structures: tuple[str, ...]
     spacing: tuple[float, float, float]  # mm
 
+    def check_names(self, names: Iterable[str]) -> None:
+        "ValueError for a structure that there is not"
+        if unknown := set(names) - set(self.structures):
+            raise ValueError(f"no structure {', '.join(sorted(unknown))}: there are {', '.join(self.structures)}")
+
     def where(self, *names: str) -> np.ndarray:
         "Mask of some structures together"
-        return self.values(dict.fromkeys(names, 1)) == 1
+        self.check_names(names)
+        return np.array([False, *(name in names for name in self.structures)])[self.label]
 
     def values(self, wanted: Mapping[str, float]) -> np.ndarray:
         "A value for each voxel by its structure; 0 for background and structures that are not named"
-        if unknown := set(wanted) - set(self.structures):
-            raise ValueError(f"no structure {', '.join(sorted(unknown))}: there are {', '.join(self.structures)}")
+        self.check_names(wanted)
         return np.array([0.0, *(wanted.get(name, 0.0) for name in self.structures)])[self.label]
 
 
@@ -430,9 +435,9 @@ REAL = {
 }
 
 
-def write_real_case(real: RealScan, dataset: Dataset, seeds: Path, folder: Path, seed: int) -> dict:  # Its row of `real.csv`
+def write_real_case(real: RealScan, entry: SeedEntry, dataset: Dataset, seeds: Path, folder: Path, seed: int) -> dict:  # Its row of `real.csv`
     "Write a seed scan as a case of a task, with a simulated bleed if the task is of bleeds"
-    entry, task, rng = load_seeds(seeds)[real.scan], TASKS[dataset.name], generator(seed, dataset.name, real.scan)
+    task, rng = TASKS[dataset.name], generator(seed, dataset.name, real.scan)
     image_file, label_file = list(entry.files)[:2]
     scan, values = read_scan(seeds / image_file), read_label(seeds / label_file).voxels
     image, label = scan.voxels.astype(np.float64), np.zeros(values.shape, np.uint8)
@@ -496,8 +501,7 @@ def build_people(
 ) -> pd.DataFrame:  # One row per case, as in provenance.csv
     "A data set of people in nnU-Net's raw layout; same seed, same voxels"
     entries, dataset, seeds = verify_seeds(people_folder(people)), get_dataset(name, people_folder(people) / "datasets.yaml"), people_folder(people).parent
-    if name in REAL:
-        verify_seeds(seeds)
+    scans = verify_seeds(seeds) if name in REAL else {}
     check_output(Path(out) / dataset.folder, BUILT_PEOPLE)
     plans = plan_people(name, split_people(list(entries), counts, seed), images, dataset.role == "pretrain")
     heads = {plan.person: read_person(plan.person, people) for plan in plans}
@@ -506,7 +510,7 @@ def build_people(
         table = pd.DataFrame(list(Parallel(n_jobs=workers)(jobs)))
         check_people(table.assign(task=name, role=dataset.role))
         if name in REAL:
-            write_csv(folder / "real.csv", pd.DataFrame([write_real_case(real, dataset, seeds, folder, seed) for real in REAL[name]]))
+            write_csv(folder / "real.csv", pd.DataFrame([write_real_case(real, scans[real.scan], dataset, seeds, folder, seed) for real in REAL[name]]))
         ids = {split: table.case[table.split == split].tolist() for split in ("train", "val")}
         write_description(dataset, folder, training=len(ids["train"]) + len(ids["val"]))
         write_json(folder / "splits_final.json", [ids])
