@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
+from torch.nn import functional as F
 
 from mednext_v2.network import fused
 from mednext_v2.network.blocks import DownBlock, MedNeXtBlock, UpBlock
@@ -194,6 +195,37 @@ def test_products_in_every_shape_and_without_onednn(rows, columns, out, onednn, 
         assert error([fused.linear(a, w, bias)], [expected]) < 1e-6
         assert error([fused.linear(a, w, bias, gelu=True)], [nn.functional.gelu(expected)]) < 1e-6
     assert error([fused.transposed_product(a, a @ weight.t())], [a.double().t() @ (a @ weight.t()).double()]) < 1e-5
+
+
+@pytest.mark.parametrize("grn", ["mean", "sum"])
+@pytest.mark.parametrize("cls", [MedNeXtBlock, DownBlock, UpBlock])
+def test_what_is_held_changes_nothing_and_stays_below_its_limit(cls, grn, monkeypatch):
+    "Around the limit of each sample, with portions: nothing is held, the expanded rows, those and their activation"
+    block = cls(8, 8 if cls is not MedNeXtBlock else None, ratio=4, grn=grn)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    x, gelu, held, grown = torch.randn(2, 8, 12, 12, 12), [], [], fused.grn_gradients
+    expanded = 32 * {MedNeXtBlock: 12, DownBlock: 6, UpBlock: 23}[cls] ** 3
+    monkeypatch.setattr(fused, "CHUNK_VALUES", 1000 * 32)
+    monkeypatch.setattr(F, "gelu", lambda values: gelu.append(values.numel()) or torch.ops.aten.gelu(values))
+
+    def watched(*arguments):
+        found = grown(*arguments)
+        held.append(sum(value.numel() for chunk in found.held for value in chunk[1:] if value is not None))
+        return found
+
+    monkeypatch.setattr(fused, "grn_gradients", watched)
+    seen = {}
+    for limit in (expanded - 1, expanded, 2 * expanded - 1, 2 * expanded):
+        monkeypatch.setattr(fused, "MAX_HELD", limit)
+        gelu.clear(), held.clear()
+        outputs, gradients = run(block, x)
+        seen[limit] = outputs + gradients
+        assert held == [expanded * (limit >= expanded) + expanded * (limit >= 2 * expanded)] * 2 and max(held) <= limit
+        assert sum(gelu) == 2 * expanded * (1 if limit in (expanded - 1, 2 * expanded) else 2)  # Where nothing is held, the first is a part of the product
+    anew, alone, *others = seen.values()
+    assert all(torch.equal(a, b) for other in others for a, b in zip(alone, other))  # To the bit
+    assert error(anew, [value.double() for value in alone]) < 1e-5  # Here GELU is a part of the product
 
 
 def test_a_block_keeps_its_input_alone(monkeypatch):

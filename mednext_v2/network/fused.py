@@ -236,7 +236,7 @@ class GRNGradients(NamedTuple):
     w2: Tensor
     scaled_w2: Tensor  # `w2` with GRN's factor folded in
     own_share: Tensor  # Of an activation in its own gradient, shape `(wide,)`
-    held: list[tuple[Tensor, Tensor]]  # Normalised and expanded rows of each chunk; empty unless held
+    held: list[tuple[Tensor, Tensor, Tensor | None]]  # Normalised and expanded rows of each chunk, and those behind GELU; empty unless held
 
 
 def add_to(total: Tensor | None, part: Tensor) -> Tensor:
@@ -255,12 +255,13 @@ def grn_gradients(
 ) -> GRNGradients:
     "First pass of backward: gradients of GRN and of `conv3`"
     _, _, _, _, gamma, beta, w2, _ = weights
-    held, d_w2, hold = [], None, len(grad) * len(norms) <= MAX_HELD
+    held, d_w2, expanded = [], None, len(grad) * len(norms)
+    hold, hold_both = expanded <= MAX_HELD, 2 * expanded <= MAX_HELD
     for rows, d_result in split_rows(len(norms), d, grad):
         normalised, v = expand_rows(rows, gelu=not hold)
-        if hold:  # A second GELU costs less than one more tensor in memory
-            held.append((normalised, v))
-            v = F.gelu(v)
+        if hold:
+            u, v = v, F.gelu(v)
+            held.append((normalised, u, v if hold_both else None))
         d_w2 = add_to(d_w2, transposed_product(d_result, v))
     assert d_w2 is not None and gamma is not None and beta is not None  # A sample has a voxel, and a block with norms has GRN
     shared = w2 * d_w2
@@ -309,14 +310,14 @@ def expand_gradients(
     back, back_d = w2.t(), (w1n * rstd).t()
     d_w1, d_b1 = None, torch.zeros_like(weights.b1)
     for rows, d_rows, d_result in split_rows(len(weights.w1), d, d_d, grad):
-        normalised, u = held.pop(0) if held else expand_rows(rows)
-        v = F.gelu(u)
+        normalised, u, v = held.pop(0) if held else (*expand_rows(rows), None)
+        v = F.gelu(u) if v is None else v
         dv = linear(d_result, back)
         if grn is None:
             d_w2 = add_to(d_w2, transposed_product(d_result, v))
         else:
             dv.addcmul_(v, grn.own_share)
-        du = torch.ops.aten.gelu_backward.grad_input(dv, u, grad_input=v)
+        du = torch.ops.aten.gelu_backward.grad_input(dv, u, grad_input=dv)
         d_w1 = add_to(d_w1, transposed_product(du, normalised))
         d_b1 += column_sums(du)
         d_rows.copy_(linear(du, back_d))

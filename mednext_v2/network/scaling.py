@@ -201,11 +201,11 @@ def _fused_bytes(block: BlockSize, grn: str | None, batch_size: int) -> tuple[in
     "The same of a batch in the fused form, in `float32`"
     channels, ratio, outside, inside = block[:4]
     entry, middle, expanded = channels * outside, channels * inside, ratio * channels * inside
-    held, stays = expanded <= MAX_HELD, expanded <= MAX_KEPT
+    held, stays = (expanded <= MAX_HELD) + (2 * expanded <= MAX_HELD), expanded <= MAX_KEPT
     chunk, down = min(chunk_length(ratio * channels), inside) * ratio * channels, inside < outside
     kept = batch_size * (entry + stays * middle)
     end = batch_size * block.out_channels * inside
-    expanding = batch_size * (2 - stays) * middle + (middle + expanded + 2 * chunk if held and grn else 5 * chunk)
+    expanding = batch_size * (2 - stays) * middle + (middle + held * expanded + 2 * chunk if held and grn else 5 * chunk)
     convolving = batch_size * (middle + (2 if down else 1) * entry)  # Zeros between voxels make the input of a stride as large as what comes in
     weights = (6 if grn else 4) * ratio * channels**2  # The two of the expansion, scaled, and their gradients on the way
     return 4 * kept, 4 * (end + weights + max(expanding, convolving))
