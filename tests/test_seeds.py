@@ -55,16 +55,20 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_every_seed_file_is_in_the_manifest_and_unaltered():
-    listed = {name for seed in verify_seeds(SEEDS).values() for name in seed.files}
-    assert listed == {path.name for path in SEEDS.glob("*.nii.gz")}
+@pytest.mark.parametrize("folder", [SEEDS, SEEDS / "people"], ids=["scans", "people"])
+def test_every_seed_file_is_in_the_manifest_and_unaltered(folder):
+    listed = {name for seed in verify_seeds(folder).values() for name in seed.files}
+    assert listed == {path.name for path in folder.glob("*.nii.gz")}
 
 
-def test_manifest_states_origin_licence_and_true_spacing():
-    for seed in load_seeds(SEEDS).values():
+@pytest.mark.parametrize("folder", [SEEDS, SEEDS / "people"], ids=["scans", "people"])
+def test_manifest_states_origin_licence_and_true_spacing(folder):
+    readme = (SEEDS / "README.md").read_text()
+    for seed in load_seeds(folder).values():
         assert all(str(value).strip() for value in vars(seed).values())
+        assert seed.licence.split()[0] in readme
         for name in seed.files:
-            image = nibabel.load(SEEDS / name)
+            image = nibabel.load(folder / name)
             assert image.header.get_zooms() == pytest.approx(seed.spacing)
             assert nibabel.aff2axcodes(image.affine) == ("R", "A", "S")
 

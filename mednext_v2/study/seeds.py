@@ -44,13 +44,18 @@ def seeds_folder(folder: str | Path | None = None) -> Path:
     return Path(folder) if folder else root() / "data" / "seeds"
 
 
+def restore_command(folder: str | Path | None, name: str) -> str:
+    "How a file of the seeds, or of the people below them, comes back"
+    return f"git checkout -- data/seeds/{'people/' if seeds_folder(folder).name == 'people' else ''}{name}"
+
+
 def load_seeds(
     folder: str | Path | None = None,  # The project's `data/seeds` if not given
 ) -> dict[str, SeedEntry]:
     "The manifest of the seeds, by name; no file is opened"
     path = seeds_folder(folder) / "manifest.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: git checkout -- data/seeds/manifest.yaml")
+        raise FileNotFoundError(f"{path} is missing: {restore_command(folder, path.name)}")
     return {name: build(SeedEntry, {"name": name, **values}, f"{path.name}, seed {name!r}") for name, values in read_yaml(path)["seeds"].items()}
 
 
@@ -62,7 +67,7 @@ def verify_seeds(
     for seed in seeds.values():
         for name, expected in seed.files.items():
             path = seeds_folder(folder) / name
-            remedy = f"restore it by: git checkout -- data/seeds/{name}"
+            remedy = f"restore it by: {restore_command(folder, name)}"
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing, expected SHA-256 {expected}: {remedy}")
             if (actual := sha256(path)) != expected:
