@@ -141,7 +141,7 @@ def depthwise_forward():
         return total
 
     return {
-        "convolution, channels last": lambda: fused.depthwise(x, weight, None, "same"),
+        "convolution, channels last": lambda: fused.depthwise(x, weight, None, fused.SAME),
         "convolution, channels first": lambda: F.conv3d(plain, weight, padding=1, groups=CHANNELS),
         "27 shifted sums": shifted,
     }
@@ -155,7 +155,7 @@ def depthwise_gradient():
     x, weight = volume_of(CHANNELS, SIDE), torch.randn(CHANNELS, 1, 3, 3, 3)
     options = ([CHANNELS], [1] * 3, [1] * 3, [1] * 3, False, [0] * 3, CHANNELS, [True, True, False])
     return {
-        "planes and a mirrored convolution": lambda: fused.depthwise_gradients(x, x, weight, "same"),
+        "planes and a mirrored convolution": lambda: fused.depthwise_gradients(x, x, weight, fused.SAME),
         "PyTorch's own, channels last": lambda: torch.ops.aten.convolution_backward(x, x, weight, *options),
     }
 
@@ -228,7 +228,7 @@ def portions():
 
 
 def holding():
-    return {"large samples expanded anew": block_step(), "every expanded sample held between passes": block_step(HELD=2**40)}
+    return {"large samples expanded anew": block_step(), "every expanded sample held between passes": block_step(MAX_HELD=2**40)}
 
 
 def whole(name: str, compiled: bool = False, half: bool = False, last: bool = False):

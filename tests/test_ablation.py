@@ -163,14 +163,14 @@ def test_the_paper_profile_fits_gpus_of_80_gb_and_counts_every_run():
     table = forecast_table("paper")
     assert table.gpu_memory_gb.max() < 80 and table.gpu_memory_gb.notna().sum() > len(table) / 2
     values = profile_params("paper")
-    tasks = len(values["axes"]["tasks"])
+    tasks, seeds = len(values["axes"]["tasks"]), len(values["seeds"])
     main = table[table.stage == "finetune"]
     # Four of the six are dealt into five folds, two have a published split
-    assert main.runs.tolist() == [4 * 5 + 2] * len(values["axes"]["backbones"])
+    assert main.runs.tolist() == [(4 * 5 + 2) * seeds] * len(values["axes"]["backbones"])
     released = table[table.stage == "released"]
-    assert len(released) == 7 and set(released.runs) == {4 * 5 + 2} and released.parameters.min() > 1e7
+    assert len(released) == 7 and set(released.runs) == {(4 * 5 + 2) * seeds} and released.parameters.min() > 1e7
     grn = list_trainings("paper").query("stage == 'ablate grn'")
-    assert grn.runs.tolist() == [2 * tasks] * 3 + [1] * 3
+    assert grn.runs.tolist() == [2 * tasks * seeds] * 3 + [1] * 3
     # The reference itself is taken to need its published hours
     row = published_compute().set_index("model").loc["MedNeXt-L k3"]
     from mednext_v2.models.registry import cost

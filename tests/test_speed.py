@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mednext_v2.report.speed import block_costs, block_ranges, block_runs, find_runs, read_benchmark, same_processor, speed_sentence
+from mednext_v2.network import fused
+from mednext_v2.report.speed import block_costs, block_ranges, block_runs, find_runs, least_price, read_benchmark, same_processor, speed_sentence
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -79,7 +80,7 @@ def test_one_name_can_be_two_processors():
 # ---------------------------------------------------------------- benchmarks/README.md
 
 
-@pytest.mark.parametrize("name", ["block", "threads", "whole", "data", "trainer", "scaling", "tried", "inference", "repro"])
+@pytest.mark.parametrize("name", ["block", "price", "threads", "whole", "data", "trainer", "scaling", "tried", "inference", "repro"])
 def test_the_tables_are_those_of_the_results(name):
     script, results = importlib.import_module(name), read_benchmark(name)
     made = script.table(results["stages"]) if name == "repro" else getattr(script, "tables", None) or script.table
@@ -97,6 +98,7 @@ SECTIONS = {
     "Whole predictions": ("whole", ""),
     "Scores of a case": ("metrics", ""),
     "Networks on a CPU": ("block", ""),
+    "What GRN costs": ("price", ""),
     "More than one thread, and beside what people deploy": ("threads", ""),
     "How it grows": ("scaling", ""),
     "Tried in place of what is there": ("tried", ""),
@@ -125,6 +127,11 @@ def ratio(file: str, part: str, kind: str = "step", base: str = "monai") -> floa
     return block_costs(read_benchmark(file), base).query("part == @part and kind == @kind and side == 'fused'").ratio.item()
 
 
+def second_thread() -> float:
+    seconds = read_benchmark("price")["second_thread"]["result"]["seconds"]
+    return median(np.divide(seconds["1"], seconds["2"]))
+
+
 def rate(file: str) -> str:
     return f"{read_benchmark(file)['width32']['result']['peaks']['flops'] / 1e9:.0f}"
 
@@ -145,6 +152,7 @@ STATED = [  # A text, what it says, and what that should be
     (README, r"in a first trial on an (\w+) a step", lambda: read_benchmark("gpu_trial")["machine"]["gpu"].split()[1]),
     (README, r"On two cores of an Intel (\w+), `make repro` takes", lambda: read_benchmark("repro")["machine"]["cpu"].split()[1].partition("(")[0]),
     (TABLES, r"The processor multiplies at (\d+) GFLOP/s a core", lambda: rate("block")),
+    (TABLES, r"A second thread gains ([\d.]+) times there", lambda: f"{second_thread():.2f}"),
     (TABLES, r"on another, of (\d+), a fused step", lambda: rate("block_fast")),
     (TABLES, r"took ([\d.]+) and [\d.]+ of MONAI's at widths 16 and 32", lambda: f"{ratio('block_fast', 'width16'):.2f}"),
     (TABLES, r"took [\d.]+ and ([\d.]+) of MONAI's at widths 16 and 32", lambda: f"{ratio('block_fast', 'width32'):.2f}"),
@@ -168,6 +176,26 @@ def test_what_is_said_without_a_number_is_so():
     assert tried("norm_statistics", "var_mean") > 1
     threads = read_benchmark("scaling")["threads"]["result"]["found"]
     assert all(1 < median(threads[0][kind]) / median(threads[1][kind]) < 1.5 for kind in ("step", "infer"))  # "Two threads gain little at this size"
+
+
+def test_the_least_price_is_above_the_bar_and_below_what_was_measured():
+    price = importlib.import_module("price")
+    for part, width in price.WIDTHS.items():
+        found = read_benchmark("price")[part]["result"]
+        least, free = (price.least(found, free) for free in (False, True))
+        measured = median(np.divide(found["seconds"]["v2"], found["seconds"]["v1"]))
+        assert price.BAR < least < measured and 1 < free < least  # "above the bar of 1.08 at all three widths"
+        assert (free < price.BAR) == (width < 32)  # "might meet it at widths 8 and 16"
+        assert found["values"] == price.expanded_values(width) and tuple(found["limits"]) == (fused.CHUNK_VALUES, fused.MAX_HELD)
+
+
+def test_what_a_block_holds_decides_the_least_price():
+    ns = {"product": 3, "GELU": 2, "squares and their sums": 1, "own share": 0.5, "held": 1}
+    for size, value in ((10, 1.5), (11, 1.5 + 1 + 2), (50, 1.5 + 1 + 2), (51, 1.5 + 1 + 3), (100, 1.5 + 1 + 3), (101, 1.5 + 2 * 5)):
+        assert least_price(ns, [size, size], 1e-9, (10, 100)) == pytest.approx(1 + 2 * size * value)
+        assert least_price(ns, [size], 1e-9, (10, 100), free=True) == pytest.approx(1 + size * (value - 1.5))
+    dear = ns | {"held": 9}  # Then rows are made anew, and GELU is applied again
+    assert least_price(dear, [50], 1e-9, (10, 100), free=True) == pytest.approx(1 + 50 * 2 * 5)
 
 
 CLAIM = re.compile(

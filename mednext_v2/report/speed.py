@@ -137,6 +137,25 @@ def speed_sentence(
         f"the mini network ({sizes('Tiny')}) {span('step', 'Tiny')}, {span('memory', 'Tiny')} and {span('infer', 'Tiny')}"
     )
 
+# %% ../../nbs/report/50_speed.ipynb #least-cost
+def least_price(
+    ns: Mapping[str, float],  # Of an expanded value: `product`, `GELU`, `squares and their sums`, `own share`, and `held` instead of left in the cache
+    sizes: Iterable[int],  # Expanded values of a sample, of each block
+    seconds: float,  # Of a step of v1
+    limits: tuple[int, int],  # Expanded values that stay in the cache, and that a block holds
+    free: bool = False,  # Do squares and own share cost nothing, as in a product's own loop?
+) -> float:
+    "The least that a step of v2 takes, as a multiple of v1's"
+    anew, extra = ns["product"] + ns["GELU"], 0.0
+    for size in sizes:
+        if limits[0] < size <= limits[1]:  # Forward holds the activation, backward what is in front of GELU and, if both fit, behind it
+            behind = min(ns["held"], ns["GELU"]) if 2 * size <= limits[1] else ns["GELU"]
+            extra += size * (min(ns["held"], anew) + min(ns["held"] + behind, anew))
+        elif size > limits[1]:
+            extra += size * 2 * anew
+        extra += 0 if free else size * (ns["squares and their sums"] + ns["own share"])
+    return 1 + 1e-9 * extra / seconds
+
 # %% ../../nbs/report/50_speed.ipynb #amdahl
 def amdahl(
     one: float,  # Seconds with one thread

@@ -1,0 +1,298 @@
+"The rules for the seven claims: made-up studies of known truth, missing arms, noise, what must change nothing, and the seal"
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mednext_v2.core import read_json, root
+from mednext_v2.report import provenance
+from mednext_v2.report import rules as module
+from mednext_v2.report.rules import (
+    BACKBONES,
+    LEDGER_COLUMNS,
+    RULES,
+    SEAL,
+    VERDICTS,
+    Finding,
+    NotTestedError,
+    code_shape,
+    judge,
+    made_after,
+    make_study,
+    read_rules,
+    rules_hash,
+    seal,
+    verdict,
+)
+
+TRUE = dict(backbones=0.2, released=0.1, grn=0.08, scaling=0.08, pathology=0.08)
+FALSE = dict(backbones=-0.2, released=-0.1, grn=-0.08, scaling=0.08, pathology=-0.08, modality=0.08)
+CALM = (0.004, 0.002, 0.01)
+DECLARED = read_rules()
+
+
+def study(gains: dict | None = TRUE, noise: tuple = CALM, seed: int = 0, **options) -> dict[str, pd.DataFrame]:
+    return make_study(np.random.default_rng(seed), gains, noise=noise, **options)
+
+
+@pytest.fixture(scope="module")
+def true() -> dict[str, pd.DataFrame]:
+    return study()
+
+
+@pytest.fixture(scope="module")
+def judged(true) -> pd.DataFrame:
+    return judge(true, "study")
+
+
+def one(number: int, tables: dict, profile: str = "study", rules: dict = DECLARED) -> str:
+    try:
+        return verdict(RULES[number](tables, profile, rules), profile, rules)[0]
+    except NotTestedError:
+        return VERDICTS[4]
+
+
+def test_what_is_true_is_supported_and_what_is_false_contradicted(judged):
+    assert judged.verdict.tolist() == ["supported"] * 7
+    assert list(judged) == LEDGER_COLUMNS
+    assert (judged.people == 8).all() and (judged.seeds == 3).all() and judged.backbones.tolist() == [8, 8, 1, 1, 8, 1, 1]
+    assert judge(study(FALSE, carries=-1), "study").verdict[1:].tolist() == ["contradicted"] * 6
+    # Claim 1: the best one is a routine one, and so no more than half is beaten by what matters
+    tables = study({})
+    level = {"segresnet": 0.3, "swin_unetr": 0.295, "resenc_l": 0.295, "unet": 0.295}
+    tables["scores"]["dsc"] += 0.1 * tables["scores"].backbone.map(level).fillna(0)
+    assert one(1, tables) == "contradicted"
+
+
+def test_effects_are_those_that_were_put_in(judged):
+    for claim, effect in ((3, 0.08), (4, 0.1), (6, 0.08), (7, 0.0)):
+        row = judged[judged.claim == claim].iloc[0]
+        assert row.effect == pytest.approx(effect, abs=0.015) and row.low <= row.effect <= row.high
+    assert judged.effect[0] == 5 and "mednext_v2_tiny was best" in judged.detail[0]
+    assert judged.effect[1] > 0.9 and judged.effect[4] == pytest.approx(1, abs=0.2)
+
+
+def test_reproduced_is_for_paper_alone_and_smoke_is_never_judged(true):
+    assert one(3, true, "paper") == "reproduced"
+    assert one(4, true, "paper") == "not tested"  # Three released models, where the paper has seven
+    assert one(3, true, "study") == one(3, true, "mini") == "supported"
+    assert set(judge(true, "smoke").verdict) == {"not tested"}
+
+
+def test_noise_is_inconclusive_and_seldom_supported():
+    words = pd.concat([judge(study({"modality": 0.01}, (0.02, 0.015, 0.03), seed), "study").assign(draw=seed) for seed in range(3)])
+    assert (words.verdict == "supported").sum() <= 1
+    assert (words[words.claim.isin([1, 3, 4, 5, 6, 7])].verdict == "inconclusive").mean() > 0.8
+    rates = pd.DataFrame(read_json(root() / "benchmarks/results/coverage.json")["verdicts"])
+    assert rates.claim.tolist() == list(range(1, 8)) and (rates.studies >= 100).all()
+    assert (rates.false_supported <= 5).all() and (rates.false_contradicted <= 5).all()
+
+
+@pytest.mark.parametrize(
+    ("missing", "affected"),
+    [
+        (lambda t: t["scores"].init == "scratch", {1, 2, 5}),
+        (lambda t: t["scores"].init == "corpus_ct", {2, 4, 5}),
+        (lambda t: ~t["scores"].init.isin(["scratch", "corpus_ct"]), {4}),
+        (lambda t: t["scores"].split == "validation", {1, 2, 5}),
+        (lambda t: t["scores"].split == "test", {1, 2, 4, 5}),
+        (lambda t: t["scores"].backbone == "mednext_v2_tiny", {2, 4, 5}),
+        (lambda t: t["scores"].backbone.isin(["segresnet", "swin_unetr", "stunet_base"]), {1, 2, 5}),
+    ],
+)
+def test_missing_arms_of_the_scores_are_not_tested_and_leave_the_others_alone(true, missing, affected):
+    found = judge(true | {"scores": true["scores"][~missing(true)]}, "study")
+    assert set(found[found.verdict == "not tested"].claim) == affected
+    assert (found[found.verdict == "not tested"].reason.str.len() > 5).all()
+
+
+@pytest.mark.parametrize(
+    ("gone", "claim"), [("neither", 3), ("grn", 3), ("scaling", 3), ("both", 3), ("base", 6), ("compound", 6), ("ct_full", 7), ("mr_full", 7)]
+)
+def test_missing_variants_are_named(true, gone, claim):
+    rows = true["ablations"]
+    tables = true | {"ablations": rows[rows.variant != gone]}
+    assert one(claim, tables) == "not tested"
+    with pytest.raises(NotTestedError, match=f"lacks {gone}"):
+        RULES[claim](tables, "study", DECLARED)
+
+
+def test_too_few_people_seeds_tasks_or_organs_are_not_tested(true):
+    def cut(keep) -> dict:
+        return true | {name: true[name][keep(true[name])] for name in ("scores", "ablations")}
+
+    few = judge(cut(lambda t: ~t.person.isin(["t0", "t1", "t2"])), "study")
+    assert set(few.verdict) == {"not tested"} and few.reason[2] == "5 people, where the rules want 6"
+    assert set(judge(cut(lambda t: t.seed < 2), "study").reason) == {"2 seeds, where the rules want 3"}
+    assert set(judge(cut(lambda t: t.task == "brain_mr"), "study").verdict) == {"not tested"}
+    assert one(6, cut(lambda t: t.label != "thalamus")) == one(6, cut(lambda t: t.group == "organ")) == "not tested"
+    assert set(judge({}, "study").verdict) == {"not tested"}
+
+
+def test_corpora_of_other_people_or_of_unknown_ones_are_not_compared(true):
+    other = true["corpora"].replace({"person": {"c5": "c9"}}).where(true["corpora"].variant == "ct_full", true["corpora"])
+    for corpora, words in ((other, "not of the same people"), (other.iloc[:0], "not known")):
+        with pytest.raises(NotTestedError, match=words):
+            RULES[7](true | {"corpora": corpora}, "study", DECLARED)
+
+
+def test_real_scans_and_train_people_are_never_mixed_in(true, judged):
+    def spoil(table: pd.DataFrame, **columns) -> pd.DataFrame:
+        return pd.concat([table, table.assign(dsc=0.1, nsd=0.1, **columns)])
+
+    for columns in ({"scans": "real"}, {"split": "train"}):
+        tables = true | {name: spoil(true[name], **columns) for name in ("scores", "ablations")}
+        pd.testing.assert_frame_equal(judge(tables, "study"), judged)
+
+
+def test_a_gain_of_all_arms_and_another_order_of_rows_change_nothing(true, judged):
+    lifted = {name: true[name].assign(dsc=true[name].dsc + 0.02, nsd=true[name].nsd + 0.02) for name in ("scores", "ablations")}
+    found = judge(true | lifted, "study")
+    assert found.verdict.tolist() == judged.verdict.tolist()
+    linear = [0, 1, 2, 3, 4, 5, 6]  # All: the effect of claim 6 is in DSC, its logit only decides
+    np.testing.assert_allclose(found.loc[linear, ["effect", "low", "high"]], judged.loc[linear, ["effect", "low", "high"]], atol=1e-9)
+    shuffled = judge({name: true[name].sample(frac=1, random_state=1) for name in true}, "study")
+    np.testing.assert_allclose(shuffled[["effect", "low", "high"]], judged[["effect", "low", "high"]], atol=1e-9)
+
+
+def test_deformations_are_no_people(true, judged):
+    twice = {name: pd.concat([true[name], true[name].assign(case=true[name].case + 2)]) for name in ("scores", "ablations")}
+    np.testing.assert_allclose(judge(true | twice, "study")[["effect", "low", "high"]], judged[["effect", "low", "high"]], atol=1e-9)
+
+
+def test_claim_1_judges_on_people_who_did_not_choose():
+    "A backbone that shines on validation people alone is chosen and beats nobody"
+    tables = study({})
+    lucky = (tables["scores"].backbone == "unetr") & (tables["scores"].split == "validation")
+    tables["scores"]["dsc"] += 0.2 * lucky
+    found = RULES[1](tables, "study", DECLARED)
+    assert "unetr was best on validation people" in found.detail and found.effect == 0 and not found.supported
+
+
+def test_claim_4_names_its_model_beforehand_and_one_lost_comparison_contradicts(true):
+    tables = dict(true)
+    better = tables["scores"].assign(dsc=tables["scores"].dsc + 0.3 * (tables["scores"].init == "suprem_swinunetr"))
+    assert one(4, tables | {"scores": better}) == "contradicted"
+    other = DECLARED | {"claims": DECLARED["claims"] | {4: DECLARED["claims"][4] | {"ours": {"study": "segresnet"}}}}
+    assert one(4, tables, rules=other) == "contradicted"
+    assert one(4, tables, "elsewhere") == "not tested"
+
+
+def test_claim_6_depends_on_no_scale():
+    "Organs near the ceiling gain less DSC but more logits: the scales disagree"
+    tables = study({}, noise=(0.002, 0.001, 0.002))
+    table = tables["ablations"]
+    compound, organ = table.variant == "compound", table.group == "organ"
+    spread = table.dsc - 0.6
+    table["dsc"] = np.where(organ, np.where(compound, 0.95, 0.90), np.where(compound, 0.36, 0.30)) + 0.05 * spread
+    table["nsd"] = table.dsc
+    found = RULES[6](tables, "study", DECLARED)
+    assert found.low > 0 and not found.supported and not found.contradicted and "logit of DSC −" in found.detail.replace("-", "−")
+
+
+def test_claim_7_needs_the_interval_within_the_margin_not_around_zero():
+    assert one(7, study({"modality": 0.005}, (0.0005, 0.0005, 0.001))) == "supported"  # Differs from zero, and does not matter
+    assert one(7, study({}, (0.03, 0.02, 0.03))) == "inconclusive"
+    assert one(7, study({"modality": -0.08})) == "contradicted"
+
+
+def test_two_pretrainings_are_refused_until_one_is_named(true):
+    both = pd.concat([true["scores"], true["scores"][true["scores"].init == "corpus_ct"].assign(init="corpus_mr")])
+    with pytest.raises(ValueError, match="several pretrainings could be meant"):
+        judge(true | {"scores": both}, "study")
+    assert judge(true | {"scores": both}, "study", DECLARED | {"pretrained": "corpus_ct"}).verdict[1] == "supported"
+    with pytest.raises(ValueError, match=r"scores need the column\(s\) person, split"):
+        judge(true | {"scores": true["scores"].drop(columns=["person", "split"])}, "study")
+
+
+def test_words_follow_from_what_was_found():
+    counts = dict(of="", people=8, seeds=3, tasks=2, backbones=1)
+    assert verdict(Finding(1, float("nan"), 2, **counts, supported=True, contradicted=False), "study", DECLARED)[0] == "not tested"
+    assert verdict(Finding(1, 0, 2, **counts, supported=False, contradicted=False), "study", DECLARED) == ("inconclusive", "")
+    with pytest.raises(ValueError, match="both supports and contradicts"):
+        verdict(Finding(1, 0, 2, **counts, supported=True, contradicted=True), "study", DECLARED)
+
+
+def test_declared_rules_name_what_there_is(tmp_path):
+    from mednext_v2.models.registry import BACKBONES as registered
+
+    assert set(DECLARED["claims"][1]["routine"]) <= set(registered) and set(DECLARED["claims"][4]["ours"].values()) <= set(registered)
+    assert set(BACKBONES) <= set(registered)
+    profiles = {path.stem for path in (root() / "conf/profile").glob("*.yaml")}
+    assert {*DECLARED["never_judged"], *DECLARED["reproduces"], *DECLARED["claims"][4]["ours"]} <= profiles
+    (tmp_path / "rules.yaml").write_text("claims: {1: {says: x}}\n")
+    with pytest.raises(ValueError, match=r"must declare the claims 1 to 7, got \[1\]"):
+        read_rules(tmp_path / "rules.yaml")
+
+
+@pytest.mark.parametrize(
+    ("code", "same"),
+    [
+        ("def f(x):\n    # Why\n    return x < 1\n", True),
+        ('def f(x: int) -> bool:\n    "Words"\n    return (\n        x < 1\n    )\n', True),
+        ("def f(x):\n    return x <= 1\n", False),
+        ("def f(x):\n    return x < 2\n", False),
+        ("def f(x):\n    return not x < 1\n", False),
+        ("def f(x, y=1):\n    return x < 1\n", False),
+    ],
+)
+def test_the_hash_sees_what_decides_and_nothing_else(code, same):
+    assert (code_shape(code) == code_shape("def f(x):\n    return x < 1\n")) == same
+
+
+def test_every_declared_value_is_in_the_hash():
+    def leaves(value, path=()):
+        if isinstance(value, dict):
+            for key, item in value.items():
+                yield from leaves(item, (*path, key))
+        else:
+            yield path
+
+    def changed(value, path):
+        return "other" if not path else value | {path[0]: changed(value[path[0]], path[1:])}
+
+    paths = list(leaves(DECLARED))
+    assert len(paths) > 30 and len({rules_hash(changed(DECLARED, path)) for path in paths[::8]} | {rules_hash()}) == len(paths[::8]) + 1
+
+
+def test_numbers_count_as_made_afterwards_only_from_descendants_of_the_seal(tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    def commit(text: str) -> str:
+        (tmp_path / "file").write_text(text)
+        git("add", "-A")
+        git("commit", "-qm", text)
+        return git("rev-parse", "HEAD")
+
+    here = rules_hash()
+    monkeypatch.setattr(provenance, "root", lambda: tmp_path)
+    assert made_after("", rules=here)[0] is None  # No repository
+    git("init", "-q")
+    before = commit("before")
+    assert made_after(before, rules=here) == (False, {"rules": here, "sealed": "", "date": "", "why": f"no commit holds this hash in {SEAL}"})
+    Path(tmp_path / "conf").mkdir()
+    assert seal(tmp_path / SEAL) == here
+    sealed = commit("sealed")
+    after = commit("after")
+    assert made_after(before, rules=here)[1]["why"] == "the numbers are older than the rules"
+    found, why = made_after(after, rules=here)
+    assert found and why["sealed"] == sealed and why["date"]
+    assert made_after(after, ["conf/rules.yaml"], here)[0] is False
+    assert made_after("0" * 40, rules=here)[0] is None
+    assert made_after(after, rules="f" * 16)[0] is False
+    # Rules that were changed and changed back count from the first time; a branch beside the seal does not hold it
+    git("checkout", "-qb", "beside", before)
+    assert made_after(commit("beside"), rules=here)[0] is False
+
+
+def test_a_committed_seal_is_that_of_these_rules():
+    file = root() / SEAL
+    if file.is_file():
+        assert read_json(file)["rules"] == rules_hash(), f"the rules changed after {SEAL} was written: seal them anew, and make the numbers anew"
+    assert module.SEAL.startswith("conf/")
