@@ -13,6 +13,7 @@ from mednext_v2.study.schedule import (
     OWN_SECONDS,
     RESERVE,
     SCAN_SECONDS,
+    TRIAL_SCANS,
     Arm,
     Schedule,
     forecast,
@@ -28,7 +29,7 @@ ONE = dict.fromkeys(FAMILIES, 0.1)
 def test_hours_of_a_small_schedule_by_hand():
     small = Schedule(pretrain=100, finetune=50, trial=20, pretrain_trial=30, backbones=("unet",), seeds=2, tasks=3, trial_tasks=1, arms=(), cases=4)
     table = forecast(small, {"unet": 0.1})
-    rates = 4 * (30 * 0.1 + OWN_SECONDS) + 8 * (20 * 0.1 + OWN_SECONDS)
+    rates = 4 * (30 * 0.1 + OWN_SECONDS + TRIAL_SCANS * SCAN_SECONDS) + 8 * (20 * 0.1 + OWN_SECONDS + TRIAL_SCANS * SCAN_SECONDS)
     tuned = 6 * (50 * 0.1 + OWN_SECONDS + 4 * SCAN_SECONDS)
     wanted = {"rates": rates, "pretrain": 2 * (10 + OWN_SECONDS), "scratch": tuned, "finetune": tuned}
     wanted["all"] = sum(wanted.values())

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from mednext_v2.core import Resources, read_csv, read_json, rows_of, run_jobs, write_json
-from mednext_v2.study.runs import TrainingRun, is_made, run_folder, train_one
+from mednext_v2.core import Resources, read_json, rows_of, run_jobs, write_json
+from mednext_v2.study.runs import TrainingRun, is_made, run_data, run_folder, train_one
 from mednext_v2.training.recipe import Recipe
 
 # %% ../../nbs/study/35_rates.ipynb #choose
@@ -121,10 +121,30 @@ class Trials:
             raise ValueError(f"{self.backbone}: a start from {self.start} has {'no' if self.parent is None else 'a'} parent")
 
     def run(self, task: str) -> TrainingRun:
-        "A run of seed 0: the study's seeds are its own"
+        "The training of a task, with seed 0"
         return TrainingRun(self.profile, self.backbone, "scratch" if self.parent is None else self.start, task)
 
 
+VALIDATION_BATCHES = 16  # Of the recipe's size: a run itself is followed by four, too few to choose by
+
+
+def validation_dice(
+    folder: Path,  # Model folder
+    recipe: Recipe,
+    data: Path,  # A prepared data set
+) -> float:  # NaN if no patch shows any class
+    "Mean Dice over classes on fixed patches of the validation people, the same for every rate"
+    import torch
+
+    from mednext_v2.data.preprocess import Prepared
+    from mednext_v2.models.registry import load_model
+    from mednext_v2.training.validation import patch_validation
+
+    model, card = load_model(folder)
+    with torch.inference_mode():
+        return patch_validation(replace(recipe, patch=card.patch), Prepared(data), VALIDATION_BATCHES)(model.eval())
+
+# %% ../../nbs/study/35_rates.ipynb #train-trial
 def train_trial(
     trials: Trials,
     task: str,
@@ -141,22 +161,19 @@ def train_trial(
     key = checkpoints.name
     if mark.is_file() and read_json(mark).get("key") == key:
         return found | {"dice": math.nan}
-    if is_made(key, model, curves):
-        history = read_csv(curves / "history.csv")
-    else:
+    if not is_made(key, model, curves):
         shutil.rmtree(model, ignore_errors=True)
         try:
-            history = train_one(run, recipe, trials.overrides, Path(data), trials.parent, model, curves, resources=resources)
+            train_one(run, recipe, trials.overrides, Path(data), trials.parent, model, curves, resources=resources)
         except FloatingPointError as error:
             write_json(mark, {"key": key, "because": str(error).partition(";")[0]})
             return found | {"dice": math.nan}
         finally:
             if model.is_dir() or mark.is_file():  # One that was killed goes on from them
                 shutil.rmtree(checkpoints, ignore_errors=True)
-    dice = history.val_dice.dropna()
-    if dice.empty:
+    if math.isnan(dice := validation_dice(model, recipe, run_data(run, Path(data)))):
         raise ValueError(f"{run.label}: no validation patch of {task} shows a class, so no rate can be chosen on it")
-    return found | {"dice": float(dice.iloc[-1])}
+    return found | {"dice": dice}
 
 # %% ../../nbs/study/35_rates.ipynb #run-trials
 def run_trials(

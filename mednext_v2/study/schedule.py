@@ -89,13 +89,16 @@ class Schedule:
         return replace(self, **steps)
 
 # %% ../../nbs/study/40_schedule.ipynb #trainings
+TRIAL_SCANS = 4  # Scans whose labelling takes as long as the validation patches of a trial
+
+
 def list_trainings(schedule: Schedule) -> pd.DataFrame:  # stage, backbone, runs, steps, factor, scored
     "All trainings; `scored` says how many test scans each labels afterwards"
     rows, tuned = [], schedule.seeds * schedule.tasks
     for name in schedule.backbones:
         rows += [
-            ("rates", name, schedule.rates, schedule.pretrain_trial, 1.0, 0),
-            ("rates", name, 2 * schedule.rates * schedule.trial_tasks, schedule.trial, 1.0, 0),  # From scratch and pretrained
+            ("rates", name, schedule.rates, schedule.pretrain_trial, 1.0, TRIAL_SCANS),
+            ("rates", name, 2 * schedule.rates * schedule.trial_tasks, schedule.trial, 1.0, TRIAL_SCANS),  # From scratch and pretrained
             ("pretrain", name, schedule.seeds, schedule.pretrain, 1.0, 0),
             ("scratch", name, tuned, schedule.finetune, 1.0, schedule.cases),
             ("finetune", name, tuned, schedule.finetune, 1.0, schedule.cases),
