@@ -881,8 +881,6 @@ class BarStream:
     def __eq__(self, other: object) -> bool:  # tqdm asks, before it measures the terminal's width
         return other is self or other == self.stream
 
-    __hash__ = None
-
 
 def progress_bar(total: int, description: str, unit: str, show: bool, start: int = 0) -> "tqdm":
     "A bar on a terminal; in a log file a line now and then"
