@@ -849,7 +849,7 @@ def map_items(
     jobs = (delayed(try_item)(function, name, arguments) for name, arguments in items.items())
     ended = Parallel(n_jobs=min(workers, max(len(items), 1)), return_as="generator_unordered")(jobs)
     results, failures = {}, {}
-    for name, result, reason in tqdm(cast(Iterator, ended), description, len(items), disable=not description):
+    for name, result, reason in tqdm(cast(Iterator, ended), description, len(items), disable=not description, file=BarStream()):
         if reason is None:
             results[name] = result
         else:
@@ -860,6 +860,28 @@ def map_items(
     return results
 
 # %% ../nbs/00_core.ipynb #bar
+class BarStream:
+    "Standard error, for a bar: what it no longer takes, because its reader has gone, is dropped"
+
+    def __init__(self):
+        self.stream = sys.stderr
+
+    def write(self, text: str) -> None:
+        # An error within tqdm's `refresh` would leave its lock taken, and every bar of another thread waiting
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def __eq__(self, other: object) -> bool:  # tqdm asks, before it measures the terminal's width
+        return other is self or other == self.stream
+
+
 def progress_bar(total: int, description: str, unit: str, show: bool, start: int = 0) -> "tqdm":
     "A bar on a terminal; in a log file a line now and then"
     from tqdm import tqdm
@@ -872,6 +894,7 @@ def progress_bar(total: int, description: str, unit: str, show: bool, start: int
         initial=start,
         desc=description,
         disable=not show,
+        file=BarStream(),
         unit=unit,
         mininterval=interval,
         maxinterval=max(10, interval),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILE = "mini"
+LIMIT = 40 * 60  # Seconds for all of it, on machines three times as slow: a hang is an error
 DELAY = 4  # Seconds from a stage's first line to the kill: its notebook has begun
 RUN = [sys.executable, "-u", "-m", "mednext_v2.repro", PROFILE]
 
@@ -51,8 +52,14 @@ def run_once(folder: Path, environment: dict, killed: set[str]) -> int:  # The e
     return process.wait()
 
 
+def give_up(*_) -> None:
+    raise SystemExit(f"-- not done after {LIMIT // 60} minutes: what is printed last hangs, or the machine is too slow")
+
+
 def main() -> None:
     began, killed = time.monotonic(), set()
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(LIMIT)
     folder = Path(tempfile.mkdtemp(prefix="rehearsal-")) / "mednext_v2"
     try:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)

@@ -3,6 +3,9 @@
 import errno
 import json
 import re
+import sys
+import threading
+import time
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,10 +14,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from mednext_v2 import core
 from mednext_v2.cli import main
-from mednext_v2.core import ItemsFailed
+from mednext_v2.core import ItemsFailed, map_items
 from mednext_v2.data.scans import BadFile
 from mednext_v2.inference import files, predictor
 from mednext_v2.inference.files import colour, itksnap_table, label_names, list_jobs, names_extension, predict_files, read_names, slicer_table
@@ -22,6 +26,7 @@ from mednext_v2.inference.predictor import PredictSettings, predict
 from mednext_v2.integrations.bundle import write_bundle
 from mednext_v2.integrations.export import export_model
 from mednext_v2.models.card import read_card
+from mednext_v2.training.run import show_elapsed
 from model_toys import KNOWN, save_unet
 
 torch.set_num_threads(1)
@@ -439,13 +444,25 @@ def test_a_bar_that_cannot_be_drawn_costs_nothing(model, tmp_path, monkeypatch):
         def write(self, text):
             raise BrokenPipeError(errno.EPIPE, "closed")
 
-    scan(tmp_path / "a.nii.gz")
-    with files.WindowBar({"a": 3}, False) as bar:
-        bar.bar = files.progress_bar(3, "predicting", "window", True)
-        monkeypatch.setattr(bar.bar, "fp", Closed())
-        monkeypatch.setattr(bar.bar, "sp", bar.bar.status_printer(Closed()))
+    monkeypatch.setattr(sys, "stderr", Closed())
+    with files.WindowBar({"a": 3}, True) as bar:
         for done in range(4):
             bar.tell("a", done, 5)
+    map_items(len, {"a": ("a",)}, description="counting")
+    with show_elapsed("waiting"):
+        time.sleep(1.2)
+    taken = []
+
+    def take() -> None:
+        for lock in tqdm.get_lock().locks:
+            taken.append(lock.acquire(timeout=5))
+            if taken[-1]:
+                lock.release()
+
+    other = threading.Thread(target=take)
+    other.start()
+    other.join()
+    assert all(taken), "a lock that is kept stops the bars of every other thread"
 
 
 @pytest.mark.parametrize("option", ["--quiet", "--json"])

@@ -212,6 +212,7 @@ NAMED = {  # Sentences that no JSON holds: processor, threads and size stand in 
     # Times that are set, and a forecast
     "nbs/training/60_launch.ipynb": r"here they get ten seconds|gives the others 30 seconds|an order of magnitude, not a promise",
     "nbs/training/70_run.ipynb": r"four fifths of the memory that is free",
+    "nbs/study/40_schedule.ipynb": r"Beside its steps a training takes about two seconds .* kept as a reserve",
 }
 
 

@@ -382,11 +382,10 @@ class WindowBar:
         guessed = sum(self.forecasts.get(scan, 0) for scan in self.begun)
         rest = sum(passes for scan, passes in self.forecasts.items() if scan not in self.begun)
         in_all, before = round(known + rest * (known / guessed if known and guessed else 1)), self.bar.total
-        with suppress(OSError, ValueError):  # Standard error may have been closed
-            self.bar.total = in_all
-            self.bar.update(sum(done for done, _ in self.begun.values()) - self.bar.n)
-            if in_all != before:
-                self.bar.refresh()
+        self.bar.total = in_all
+        self.bar.update(sum(done for done, _ in self.begun.values()) - self.bar.n)
+        if in_all != before:
+            self.bar.refresh()
 
     def end_scan(self, name: str) -> None:
         "A scan is done, was done before, or failed: it takes no more windows"
@@ -399,8 +398,7 @@ class WindowBar:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with suppress(OSError, ValueError):
-            self.bar.close()
+        self.bar.close()
 
 # %% ../../nbs/inference/20_files.ipynb #read-ahead
 def read_ahead(

@@ -35,6 +35,7 @@ from .. import __version__
 from ..models.hub import find_model, named_models
 from ..models.licence import UNKNOWN
 from mednext_v2.core import (
+    BarStream,
     FolderKind,
     atomic_folder,
     build,
@@ -405,7 +406,7 @@ def write_body(
     if (total or 0) > max_bytes:
         raise ValueError(f"{url} has {total} bytes, at most {max_bytes} are allowed")
     check_disk_space(part.parent, (total or 0) - start, url)
-    bar = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": not progress}
+    bar = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": not progress, "file": BarStream()}
     with open(part, "ab" if start else "wb") as file, tqdm(total=total, initial=start, **bar) as shown:
         for chunk in answer.iter_content(2**16):
             file.write(chunk)
