@@ -15,6 +15,7 @@ import pandas as pd
 from mednext_v2.core import build
 from mednext_v2.data.datasets import get_dataset
 from mednext_v2.report.forecast import profile_params
+from mednext_v2.report.rules import read_rules
 from mednext_v2.scoring.ablations import Variant
 from mednext_v2.study.plan import StudyPlan
 from mednext_v2.zoo.catalogue import get_entry
@@ -61,7 +62,9 @@ def read_planned(profile: str) -> Planned:
     )
 
 # %% ../../nbs/report/65_arms.ipynb #gaps
-MIN_SEEDS, MIN_TASKS, MIN_BACKBONES = 3, 2, 4
+def least(name: str) -> int:
+    "The least number of seeds or tasks that any claim is judged on"
+    return read_rules()["enough"][name]
 
 
 def gaps_of_numbers(planned: Planned, ablation: str = "") -> list[str]:
@@ -70,16 +73,16 @@ def gaps_of_numbers(planned: Planned, ablation: str = "") -> list[str]:
         return [f"the ablation {ablation}"]
     seeds = planned.seeds[ablation] if ablation else planned.plan.seeds
     tasks = planned.tasks[ablation] if ablation else planned.plan.tasks
-    found = [f"{MIN_SEEDS} seeds, there are {len(seeds)}"] if len(set(seeds)) < MIN_SEEDS else []
-    found += [f"{MIN_TASKS} tasks, there are {len(tasks)}"] if len(set(tasks)) < MIN_TASKS else []
+    counts = {"seeds": len(set(seeds)), "tasks": len(set(tasks))}
+    found = [f"{least(name)} {name}, there are {count}" for name, count in counts.items() if count < least(name)]
     return found + ([] if not ablation or "pretrained" in planned.inits[ablation] else [f"the start pretrained in {ablation}"])
 
 
-def gaps_of_main(planned: Planned, *inits: str) -> list[str]:
+def gaps_of_main(planned: Planned, *inits: str, backbones: int = 0) -> list[str]:
     "Too few backbones, seeds or tasks, or a start that is missing"
     plan, found = planned.plan, gaps_of_numbers(planned)
-    if (count := len(set(plan.backbones))) < MIN_BACKBONES:
-        found.append(f"{MIN_BACKBONES} backbones, there are {count}")
+    if (count := len(set(plan.backbones))) < backbones:
+        found.append(f"{backbones} backbones, there are {count}")
     for init in inits:
         if init == "scratch" and init not in plan.inits or init == "pretrained" and not set(plan.inits) & set(plan.corpora):
             found.append(f"the start {init}")
@@ -87,41 +90,46 @@ def gaps_of_main(planned: Planned, *inits: str) -> list[str]:
 
 # %% ../../nbs/report/65_arms.ipynb #main-gaps
 def gaps_1(planned: Planned) -> list[str]:
-    "1. Four backbones from scratch, one of ours and three others"
-    others = [name for name in planned.plan.backbones if not name.startswith("mednext")]
-    found = gaps_of_main(planned, "scratch")
-    found += ["a MedNeXt"] if len(others) == len(planned.plan.backbones) else []
-    return found + ([f"3 backbones that are none of ours, there are {len(others)}"] if len(others) < 3 else [])
+    "1. From scratch, enough of the backbones that public pretrained models use, and one of ours"
+    rule, found = read_rules()["claims"][1], gaps_of_main(planned, "scratch")
+    routine = set(rule["routine"]) & set(planned.plan.backbones)
+    found += [] if any(name.startswith("mednext") for name in planned.plan.backbones) else ["a MedNeXt"]
+    return found + ([f"{rule['least_routine']} routine backbones, there are {len(routine)}"] if len(routine) < rule["least_routine"] else [])
 
 
 def gaps_2(planned: Planned) -> list[str]:
-    "2. Four backbones, each from scratch and pretrained"
-    return gaps_of_main(planned, "scratch", "pretrained")
+    "2. Enough backbones, each from scratch and pretrained"
+    return gaps_of_main(planned, "scratch", "pretrained", backbones=read_rules()["claims"][2]["backbones"])
 
 
 def gaps_4(planned: Planned) -> list[str]:
-    "4. Released models, fine-tuned alike, and MedNeXt-v2 pretrained"
-    found = [] if planned.plan.released else ["released models"]
-    found += [] if any(name.startswith("mednext_v2") for name in planned.plan.backbones) else ["MedNeXt-v2"]
-    return found + gaps_of_numbers(planned) + ([] if set(planned.plan.inits) & set(planned.plan.corpora) else ["the start pretrained"])
+    "4. Released models, fine-tuned alike, and the model of ours that the rules name, pretrained"
+    rule, profile, found = read_rules()["claims"][4], planned.plan.profile, gaps_of_numbers(planned)
+    wanted, ours = rule["released"].get(profile, 1), rule["ours"].get(profile)
+    if (count := len(set(planned.plan.released))) < wanted:
+        found.append(f"{wanted} released models, there are {count}")
+    found += [] if ours in planned.plan.backbones else [f"{ours or 'a model of ours named in the rules'}"]
+    return found + ([] if set(planned.plan.inits) & set(planned.plan.corpora) else ["the start pretrained"])
 
 
 def gaps_5(planned: Planned) -> list[str]:
-    "5. Four backbones pretrained on one corpus, with their order from scratch"
-    return gaps_of_main(planned, "scratch", "pretrained")
+    "5. Enough backbones pretrained on one corpus, with their order from scratch"
+    return gaps_of_main(planned, "scratch", "pretrained", backbones=read_rules()["claims"][5]["backbones"])
 
 # %% ../../nbs/report/65_arms.ipynb #ablation-gaps
 def gaps_3(planned: Planned) -> list[str]:
-    "3. After pretraining: a 2×2 of GRN (without, mean) and scale (base, compound), equal in everything else"
-    found, variants = gaps_of_numbers(planned, "grn_scaling"), planned.variants.get("grn_scaling", {})
-    for size in ("base", "compound") if variants else ():
-        pair = [f"{size}_{form}" for form in ("without", "mean")]
-        if lacking := [name for name in pair if name not in variants]:
-            found += [f"the variant {name} of grn_scaling" for name in lacking]
+    "3. After pretraining: a 2×2 of GRN and scale, equal in everything else"
+    rule = read_rules()["claims"][3]
+    name, cells = rule["ablation"], rule["cells"]
+    found, variants = gaps_of_numbers(planned, name), planned.variants.get(name, {})
+    for size, pair in {"base": ("neither", "grn"), "compound": ("scaling", "both")}.items() if variants else ():
+        names = [cells[cell] for cell in pair]
+        if lacking := [one for one in names if one not in variants]:
+            found += [f"the variant {one} of {name}" for one in lacking]
             continue
-        (old, new), archs = (variants[name] for name in pair), [planned.arch(variants[name]) for name in pair]
+        (old, new), archs = (variants[one] for one in names), [planned.arch(variants[one]) for one in names]
         if [arch.grn for arch in archs] != [None, "mean"]:
-            found.append(f"GRN as its name says at {size} scale")
+            found.append(f"GRN in {names[1]} alone at {size} scale")
         if replace(archs[0], grn=None) != replace(archs[1], grn=None) or (old.pretrain, old.finetune) != (new.pretrain, new.finetune):
             found.append(f"the same layout and recipe with and without GRN at {size} scale")
     return found
@@ -135,8 +143,11 @@ def gaps_6(planned: Planned) -> list[str]:
     return found + [f"a task with {group}" for group in ("organ", "pathology") if group not in groups]
 
 
+SAME_PEOPLE = (("people_ct", "people_mr"),)  # Corpora of CT and MR of the same people
+
+
 def gaps_7(planned: Planned) -> list[str]:
-    "7. All weights fine-tuned after pretraining on CT, and on MR"
+    "7. All weights fine-tuned after pretraining on CT, and on MR of the same people"
     found, variants = gaps_of_numbers(planned, "modality"), planned.variants.get("modality", {})
     for name, modality in (("ct_full", "CT"), ("mr_full", "MR")):
         if name not in variants:
@@ -145,6 +156,8 @@ def gaps_7(planned: Planned) -> list[str]:
             found.append(f"a corpus of {modality} in {name}, there is {planned.corpus(variants[name])} ({got})")
         elif variants[name].finetune.get("freeze"):
             found.append(f"all weights fine-tuned in {name}")
+    if not found and (pair := tuple(planned.corpus(variants[name]) for name in ("ct_full", "mr_full"))) not in SAME_PEOPLE:
+        found.append(f"corpora of the same people, {pair[0]} and {pair[1]} are not")
     return found
 
 # %% ../../nbs/report/65_arms.ipynb #gaps-table
