@@ -313,6 +313,8 @@ CLEAN = [("people_ct", "pretrain", "train", "hd01"), ("people_ct", "pretrain", "
         (("brain", "finetune", "val", "hd03"), "hd03 is in the training of head and in the validation of brain"),
         (("brain", "finetune", "val", None), "a case of brain has no person"),
         (("brain", "finetune", "val", " "), "a case of brain has no person"),
+        (("brain", "finetune", "Test", "hd01"), "a case of brain has the split 'Test': it must be one of train, val, test"),
+        (("brain", "corpus", "train", "hd05"), "a case of brain has the role 'corpus': it must be one of pretrain, finetune"),
     ],
 )
 def test_a_person_in_two_places_is_refused(case, message):
@@ -405,6 +407,9 @@ def test_missing_real_scan(suite, tmp_path):
         list_real_cases(dataset, tmp_path)
     with pytest.raises(FileNotFoundError, match="build it with `build_people`"):
         list_real_cases(dataset, tmp_path / "nothing")
+    (tmp_path / dataset.folder / "real.csv").unlink()
+    with pytest.raises(FileNotFoundError, match="real.csv is missing: build people_brain_mr anew"):
+        list_real_cases(dataset, tmp_path)
 
 
 def test_failed_build_leaves_what_was_there_and_another_folder_is_not_replaced(suite, tmp_path, monkeypatch):

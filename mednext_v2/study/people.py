@@ -299,6 +299,10 @@ def check_people(
         raise ValueError(f"the table of cases lacks {', '.join(sorted(missing))}: it has {', '.join(map(str, table.columns))}")
     if (nameless := table.person.isna() | (table.person.astype(str).str.strip() == "")).any():
         raise ValueError(f"a case of {table.task[nameless].iloc[0]} has no person: nobody can say whether it was trained on")
+    for column, known in (("role", ("pretrain", "finetune")), ("split", ("train", "val", "test"))):
+        if (unknown := ~table[column].isin(known)).any():
+            row = table[unknown].iloc[0]
+            raise ValueError(f"a case of {row.task} has the {column} {row[column]!r}: it must be one of {', '.join(known)}")
     part = np.where(table.split == "test", "test", np.where(table.split == "val", "validation", np.where(table.role == "pretrain", "corpus", "training")))
     members = {name: set(table.person[part == name]) for name in ("test", "corpus", "training", "validation")}
     for one, other in combinations(members, 2):
@@ -464,7 +468,9 @@ def list_real_cases(
     folder, found = Path(raw) / dataset.folder, {}
     if not (folder / "provenance.csv").is_file():
         raise FileNotFoundError(f"{folder} is not there: build it with `build_people`")
-    for row in read_csv(folder / "real.csv").itertuples() if (folder / "real.csv").is_file() else ():
+    if dataset.name in REAL and not (folder / "real.csv").is_file():
+        raise FileNotFoundError(f"{folder / 'real.csv'} is missing: build {dataset.name} anew")
+    for row in read_csv(folder / "real.csv").itertuples() if dataset.name in REAL else ():
         image, label = folder / "imagesReal" / f"{row.case}_0000.nii.gz", folder / "labelsReal" / f"{row.case}.nii.gz"
         for path in (image, label):
             if not path.is_file():
