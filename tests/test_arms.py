@@ -24,10 +24,11 @@ def gaps(monkeypatch, change) -> dict[int, str]:
     return {int(claim): text for claim, text in found.items() if text}
 
 
-def test_the_profile_paper_lacks_one_pair_of_corpora_and_every_claim_is_asked_for():
+def test_the_profile_paper_lacks_nothing_and_every_claim_is_asked_for():
     assert list(NEEDS) == [claim.number for claim in CLAIMS] == list(range(1, 8))
     lacking = claim_gaps("paper").missing
-    assert not lacking.drop(7).any() and lacking[7] == "corpora of the same people, cads and acdc are not"
+    assert not lacking.any()
+    assert claim_gaps("study").missing[7] == "corpora of the same people, corpus_ct and corpus_mr are not"
     assert claim_gaps("mini").missing.astype(bool).any()
 
 
@@ -60,10 +61,14 @@ def put(path: str, value):
         (put("axes.released", ["stunet_large"]), {4}, "7 released models, there are 1"),
         (put("axes.ablations", ["grn", "scaling", "modality"]), {3}, "the ablation grn_scaling"),
         (put("ablations.grn_scaling.seeds", [0, 1]), {3}, "3 seeds, there are 2"),
-        (put("ablations.grn_scaling.variants.scaling", None), {3}, "the variant scaling"),
-        (put("ablations.grn_scaling.variants.scaling.overrides", {}), {3}, "GRN in both alone at compound scale"),
-        (put("ablations.grn_scaling.variants.neither.backbone", "mednext_v1_medium"), {3}, "the same layout and recipe with and without GRN at base scale"),
-        (put("ablations.grn_scaling.variants.both.finetune", {}), {3}, "the same layout and recipe with and without GRN at compound scale"),
+        (put("ablations.grn_scaling.variants.compound_without", None), {3}, "the variant compound_without"),
+        (put("ablations.grn_scaling.variants.compound_without.overrides", {}), {3}, "GRN in compound_mean alone at compound scale"),
+        (
+            put("ablations.grn_scaling.variants.base_without.backbone", "mednext_v1_medium"),
+            {3},
+            "the same layout and recipe with and without GRN at base scale",
+        ),
+        (put("ablations.grn_scaling.variants.compound_mean.finetune", {}), {3}, "the same layout and recipe with and without GRN at compound scale"),
         (put("ablations.scaling.inits", ["scratch"]), {6}, "the start pretrained in scaling"),
         (put("ablations.modality.variants.mr_full", None), {7}, "the variant mr_full"),
         (put("ablations.modality.variants.mr_full", {"backbone": "mednext_v2_base"}), {7}, "a corpus of MR in mr_full, there is cads (CT)"),
@@ -92,8 +97,8 @@ def test_rows_of_the_plan_of_paper_give_seven_verdicts():
     for table in tables.values():
         level = 0.5 + table.backbone.map(STRENGTH).fillna(0) + 0.05 * (table.init != "scratch") - 0.15 * table.init.isin(list(load_zoo()))
         if "variant" in table:
-            big = table.variant.isin(["compound", "scaling", "both"])
-            level += 0.06 * big + 0.08 * big * (table.group == "pathology") + 0.05 * table.variant.isin(["mean", "both", "grn"])
+            big = table.variant.isin(["compound", "compound_without", "compound_mean"])
+            level += 0.06 * big + 0.08 * big * (table.group == "pathology") + 0.05 * table.variant.isin(["mean", "compound_mean", "base_mean"])
         table["dsc"] = table["nsd"] = (level + 0.01 * generator.normal(size=len(table))).clip(0, 1)
     held = ledger(tables, "paper").set_index("claim")
     assert held.verdict.to_dict() == dict.fromkeys(range(1, 8), "reproduced"), held[["of", "effect", "low", "high"]]
@@ -121,7 +126,7 @@ def test_the_recipe_of_paper_is_what_is_known_of_it():
     assert (pretrain.steps, pretrain.warmup) == (1500 * 250, 0) and (finetune.steps, finetune.warmup, finetune.lr) == (300 * 250, 50 * 250, 1e-3)
     planned = read_planned("paper")
     large = {(name, key) for name, found in planned.variants.items() for key, one in found.items() if one.finetune.get("patch") == (192, 192, 192)}
-    assert large == {("scaling", "context"), ("scaling", "compound"), ("grn_scaling", "scaling"), ("grn_scaling", "both")}
+    assert large == {("scaling", "context"), ("scaling", "compound"), ("grn_scaling", "compound_without"), ("grn_scaling", "compound_mean")}
     assert not any(one.pretrain.get("patch") for found in planned.variants.values() for one in found.values())
     assert finetune.optimizer == "adamw" and not finetune.freeze
     assert len(planned.plan.backbones) == 8 and len(planned.plan.released) == 7 and len(planned.plan.seeds) == 3

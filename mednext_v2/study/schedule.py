@@ -55,8 +55,8 @@ class Arm:
 
 WIDER = (("width", 9), ("depths", (2, 2, 2, 2, 2, 2, 2, 2, 2)))
 ARMS = (
-    Arm("grn_scaling", "scaling", "mednext_v1_large", WIDER, (48, 48, 48), pretrains=1, tasks=2),
-    Arm("grn_scaling", "both", "mednext_v2_base", WIDER, (48, 48, 48), pretrains=1, tasks=2),
+    Arm("grn_scaling", "compound_without", "mednext_v1_large", WIDER, (48, 48, 48), pretrains=1, tasks=2),
+    Arm("grn_scaling", "compound_mean", "mednext_v2_base", WIDER, (48, 48, 48), pretrains=1, tasks=2),
     Arm("modality", "mr_full", pretrains=1),
     Arm("modality", "ct_frozen", tasks=2),
     Arm("modality", "mr_frozen", tasks=2),  # From the pretrainings of mr_full
