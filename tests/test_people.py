@@ -286,6 +286,9 @@ def test_plan_holds_every_person_of_its_roles_and_some_without_finding():
     healthy = {plan.person for plan in plans if plan.split == "test" and plan.healthy}
     assert len(healthy) == 1 and all(plan.healthy for plan in plans if plan.person in healthy)
     assert sum(plan.healthy for plan in plans if plan.split == "train") == 3
+    lesions = [plan for plan in plan_people("people_lesion_mr", split) if plan.split == "train"]
+    for healthy in (True, False):  # What has no lesion is not told by its sequence
+        assert {plan.shape % len(TASKS["people_lesion_mr"].sequences) for plan in lesions if plan.healthy == healthy} == {0, 1}
     corpus = plan_people("people_ct", split, corpus=True)
     assert {plan.split for plan in corpus} == {"train", "val"} and not {plan.person for plan in corpus} & set(split["test"])
     with pytest.raises(ValueError, match="no task 'people_spine'"):

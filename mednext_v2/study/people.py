@@ -386,8 +386,8 @@ def plan_people(
     for part, role in (("train", "corpus"), ("val", "val")) if corpus else (("train", "train"), ("val", "val"), ("test", "test")):
         order = sorted(split[role], key=lambda name: hashlib.sha256(f"{task}/healthy/{name}".encode()).digest())
         never = set(order[: len(order) // 8])
-        for person in split[role]:
-            plans += [PersonCase(task, part, person, i, person in never or (part == "train" and i % 4 == 3)) for i in range(number[role])]
+        for place, person in enumerate(split[role]):  # By turns, so that images without a finding are not all of one sequence
+            plans += [PersonCase(task, part, person, i, person in never or (part == "train" and (i + place) % 4 == 3)) for i in range(number[role])]
     return plans
 
 # %% ../../nbs/study/12_people.ipynb #make
