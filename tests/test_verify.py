@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import rehearsal
 from mednext_v2.core import sha256, write_csv, write_json
 from mednext_v2.report import provenance, verify
 from mednext_v2.study import paths
@@ -250,3 +251,20 @@ def test_digests_name_trainings_machine_and_versions(project):
     assert found["pinned"] and found["trainings"] == [{"arithmetic": "pinned to AVX2", "models": 1}]
     assert json.loads((project / "results/toy/digests.json").read_text()) == json.loads(json.dumps(found))
     assert list(found) == ["pinned", "trainings", "machine", "versions", "models"] and list(found["models"]) == ["pretrain/corpus/unet/corpus-s0"]
+
+
+@pytest.mark.parametrize(
+    "code, processor, expected",
+    [
+        (0, ("Xeon", "AVX-512"), 0),
+        (1, ("Xeon", "AVX-512"), 1),  # It gave the committed numbers once
+        (1, ("Xeon", "AVX2"), 0),
+        (1, ("EPYC", "AVX2"), 0),  # There others came out, and were noted
+        (2, ("EPYC", "AVX2"), 2),  # Nothing to compare is an error everywhere
+    ],
+)
+def test_a_rehearsal_fails_where_the_numbers_were_made_before(code, processor, expected):
+    rows = ["mini | abc | Xeon | AVX-512 | 99 | 2.13 | 53 of 53 | identical", "study | abc | Xeon | AVX2 | 99 | 2.13 | 9 of 9 | identical"]
+    rows.append("mini | abc | EPYC | AVX2 | 99 | 2.13 | 3 of 53 | outside")
+    machines = verify.HEADING + "".join(f"| 2026-11-30 | {row} |\n" for row in rows)
+    assert rehearsal.judge(code, machines, dict(zip(("processor", "instructions"), processor))) == expected
