@@ -65,9 +65,8 @@ def judge(
     known = {(row[3], row[4]) for row in rows if row[1] == PROFILE and row[-1] == "identical"}
     if code != 1 or (processor["processor"], processor["instructions"]) in known:
         return code
-    print(
-        f"-- A FINDING: other numbers on {processor['processor']} ({processor['instructions']}), where nobody has made them before; make verify RECORD=1 notes it"
-    )
+    where = f"{processor['processor']} ({processor['instructions']})"
+    print(f"-- A FINDING: the numbers are others on {where}, where nobody has made them before; make verify RECORD=1 notes it")
     return 0
 
 
