@@ -835,30 +835,6 @@ def try_item(function: Callable[..., Any], name: str, arguments: tuple) -> tuple
         known = isinstance(error, (ValueError, FileNotFoundError, ItemsFailed))
         return name, None, str(error) if known else f"{type(error).__name__}: {error}"
 
-# %% ../nbs/00_core.ipynb #map-items
-def map_items(
-    function: Callable[..., Any],  # Called as `function(*arguments)`; from a module, so that processes can import it
-    items: dict[str, tuple],  # Arguments by the item's name
-    workers: int = 1,  # Processes, or what else joblib's backend has
-    description: str = "",  # Label of the progress bar; no bar if empty
-) -> dict[str, Any]:  # Results by name, in the order of `items`
-    "Calls a function for every item in a pool; ItemsFailed, after all were tried, names those that raised"
-    from joblib import Parallel, delayed
-    from tqdm import tqdm
-
-    jobs = (delayed(try_item)(function, name, arguments) for name, arguments in items.items())
-    ended = Parallel(n_jobs=min(workers, max(len(items), 1)), return_as="generator_unordered")(jobs)
-    results, failures = {}, {}
-    for name, result, reason in tqdm(cast(Iterator, ended), description, len(items), disable=not description, file=BarStream()):
-        if reason is None:
-            results[name] = result
-        else:
-            failures[name] = reason
-    results = {name: results[name] for name in items if name in results}
-    if failures:
-        raise ItemsFailed({name: failures[name] for name in items if name in failures}, results)
-    return results
-
 # %% ../nbs/00_core.ipynb #bar
 class BarStream:
     "Standard error, for a bar: what it no longer takes, because its reader has gone, is dropped"
@@ -900,6 +876,30 @@ def progress_bar(total: int, description: str, unit: str, show: bool, start: int
         maxinterval=max(10, interval),
         bar_format=None if terminal else line,
     )
+
+# %% ../nbs/00_core.ipynb #map-items
+def map_items(
+    function: Callable[..., Any],  # Called as `function(*arguments)`; from a module, so that processes can import it
+    items: dict[str, tuple],  # Arguments by the item's name
+    workers: int = 1,  # Processes, or what else joblib's backend has
+    description: str = "",  # Label of the progress bar; no bar if empty
+) -> dict[str, Any]:  # Results by name, in the order of `items`
+    "Calls a function for every item in a pool; ItemsFailed, after all were tried, names those that raised"
+    from joblib import Parallel, delayed
+    from tqdm import tqdm
+
+    jobs = (delayed(try_item)(function, name, arguments) for name, arguments in items.items())
+    ended = Parallel(n_jobs=min(workers, max(len(items), 1)), return_as="generator_unordered")(jobs)
+    results, failures = {}, {}
+    for name, result, reason in tqdm(cast(Iterator, ended), description, len(items), disable=not description, file=BarStream()):
+        if reason is None:
+            results[name] = result
+        else:
+            failures[name] = reason
+    results = {name: results[name] for name in items if name in results}
+    if failures:
+        raise ItemsFailed({name: failures[name] for name in items if name in failures}, results)
+    return results
 
 # %% ../nbs/00_core.ipynb #stop-workers
 def stop_workers() -> None:
