@@ -64,10 +64,19 @@ def test_a_further_file_widens_the_range_whatever_its_parts_are_called():
     for run in [*runs]:
         run[2]["memory"] = {"monai": {"added_mib": 100}, "fused": {"added_mib": 12}}
     text = speed_sentence(block_ranges(runs))
-    assert "(one thread, one processor), a training step of Base's layout (width 16 on 64³) takes 0.25 of the time and 0.12 of the memory" in text
+    assert "a training step of Base's layout (width 16 on 64³, one thread: 1 run on one processor) takes 0.25 of the time and 0.12 of the memory" in text
     text = speed_sentence(block_ranges([*runs, *[("block_threads", *run) for run in find_runs(nested)]]))
-    assert "(one and two threads, two processors), a training step of Base's layout (width 16 on 48³ and 64³) takes 0.20 to 0.40 of the time" in text
-    assert text.endswith("the mini network (width 8 on 32³) 0.50, 0.12 and 0.50")
+    assert "a training step of Base's layout (width 16 on 48³ and 64³, one and two threads: 3 runs on two processors) takes 0.20 to 0.40 of the time" in text
+    assert text.endswith("the mini network (width 8 on 32³, one thread: 1 run on one processor) 0.50, 0.12 and 0.50")
+
+
+def test_a_size_is_named_for_what_was_measured_at_it():
+    runs = [("block", *run) for run in find_runs({"width16": a_run(0.25), "forward": a_run(0.3, 8, 96)})]
+    for _, _, result in runs:
+        result["memory"] = {}
+    del runs[1][2]["seconds"]["step"]
+    text = speed_sentence(block_ranges(runs))
+    assert "a training step of Base's layout (width 16 on 64³, one thread" in text and "a forward pass (widths 8 and 16 on 64³ and 96³, one thread" in text
 
 
 def test_one_name_can_be_two_processors():

@@ -118,23 +118,27 @@ def speed_sentence(
 ) -> str:
     "What the README says of speed on CPUs: ranges over all that was measured, with sizes, threads and processors"
 
+    words = {1: "one", 2: "two", 3: "three", 4: "four"}
+
     def span(kind: str, layout: str) -> str:
         found = ranges.query("kind == @kind and layout == @layout").ratio
         low, high = f"{found.min():.2f}", f"{found.max():.2f}"
         return low if low == high else f"{low} to {high}"
 
-    def sizes(layout: str) -> str:
-        rows = ranges[ranges.layout == layout]
-        return f"width{'s' * (rows.width.nunique() > 1)} {listed(rows.width)} on {listed(rows.side, '³')}"
+    def where(kinds: list[str], layout: str) -> str:
+        rows = ranges[(ranges.layout == layout) & ranges.kind.isin(kinds)]
+        threads = [words.get(number, str(number)) for number in sorted(set(rows.threads))]
+        runs, count = len(rows.drop_duplicates(["file", "processor", "threads", "width", "side"])), rows.processor.nunique()
+        return (
+            f"width{'s' * (rows.width.nunique() > 1)} {listed(rows.width)} on {listed(rows.side, '³')}, "
+            f"{' and '.join(threads)} thread{'s' * (threads != ['one'])}: "
+            f"{runs} run{'s' * (runs > 1)} on {words.get(count, count)} processor{'s' * (count > 1)}"
+        )
 
-    words = {1: "one", 2: "two", 3: "three", 4: "four"}
-    threads = [words.get(number, str(number)) for number in sorted(set(ranges.threads))]
-    count = ranges.processor.nunique()
-    where = f"{' and '.join(threads)} thread{'s' * (threads != ['one'])}, {words.get(count, count)} processor{'s' * (count > 1)}"
     return (
-        f"On CPUs ({where}), a training step of Base's layout ({sizes('Base')}) takes {span('step', 'Base')} of the time and {span('memory', 'Base')} of the "
-        f"memory of MONAI's MedNeXt with GRN, and a forward pass {span('infer', 'Base')} of the time; "
-        f"the mini network ({sizes('Tiny')}) {span('step', 'Tiny')}, {span('memory', 'Tiny')} and {span('infer', 'Tiny')}"
+        f"On CPUs, a training step of Base's layout ({where(['step', 'memory'], 'Base')}) takes {span('step', 'Base')} of the time and "
+        f"{span('memory', 'Base')} of the memory of MONAI's MedNeXt with GRN, and a forward pass ({where(['infer'], 'Base')}) {span('infer', 'Base')} of the time; "
+        f"the mini network ({where(['step', 'memory', 'infer'], 'Tiny')}) {span('step', 'Tiny')}, {span('memory', 'Tiny')} and {span('infer', 'Tiny')}"
     )
 
 # %% ../../nbs/report/50_speed.ipynb #least-cost
