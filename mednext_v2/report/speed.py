@@ -138,7 +138,8 @@ def speed_sentence(
     return (
         f"On CPUs, a training step of Base's layout ({where(['step', 'memory'], 'Base')}) takes {span('step', 'Base')} of the time and "
         f"{span('memory', 'Base')} of the memory of MONAI's MedNeXt with GRN, and a forward pass ({where(['infer'], 'Base')}) {span('infer', 'Base')} of the time; "
-        f"the mini network ({where(['step', 'memory', 'infer'], 'Tiny')}) {span('step', 'Tiny')}, {span('memory', 'Tiny')} and {span('infer', 'Tiny')}"
+        f"the mini network ({where(['step', 'memory', 'infer'], 'Tiny')}) "
+        f"{span('step', 'Tiny')}, {span('memory', 'Tiny')} and {span('infer', 'Tiny')}"
     )
 
 # %% ../../nbs/report/50_speed.ipynb #least-cost
