@@ -137,7 +137,8 @@ def speed_sentence(
 
     return (
         f"On CPUs, a training step of Base's layout ({where(['step', 'memory'], 'Base')}) takes {span('step', 'Base')} of the time and "
-        f"{span('memory', 'Base')} of the memory of MONAI's MedNeXt with GRN, and a forward pass ({where(['infer'], 'Base')}) {span('infer', 'Base')} of the time; "
+        f"{span('memory', 'Base')} of the memory of MONAI's MedNeXt with GRN, and a forward pass "
+        f"({where(['infer'], 'Base')}) {span('infer', 'Base')} of the time; "
         f"the mini network ({where(['step', 'memory', 'infer'], 'Tiny')}) "
         f"{span('step', 'Tiny')}, {span('memory', 'Tiny')} and {span('infer', 'Tiny')}"
     )
