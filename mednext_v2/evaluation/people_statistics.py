@@ -45,6 +45,14 @@ def person_means(
     return table if epsilon is None else table.assign(value=logit(table.value, epsilon))
 
 
+def _scored_alike(parts: Sequence[pd.DataFrame], metric: str) -> list[pd.DataFrame]:
+    "Rows of cases and classes that every arm was scored on"
+    keys = [*KEYS, "label", "case"]
+    cases = [pd.MultiIndex.from_frame(part[keys]) for part in parts]
+    scored = [index[part[metric].notna()] for index, part in zip(cases, parts)]
+    return [pd.DataFrame(part[np.logical_and.reduce([index.isin(other) for other in scored])]) for index, part in zip(cases, parts)]
+
+
 def person_contrast(
     scores: pd.DataFrame,  # As for `person_means`
     arms: Sequence[tuple[float, Mapping[str, object]]],  # Weight and method, e.g. [(1, {"variant": "a"}), (-1, {"variant": "b"})]
@@ -52,10 +60,13 @@ def person_contrast(
     epsilon: float | None = None,
     strata: Sequence[str] = ("task",),  # What is averaged by itself before strata are weighed
 ) -> pd.DataFrame:  # stratum (a tuple), person, seed, value
-    "A weighted sum of arms for each person and seed, over the classes that all arms have; ValueError for an arm without rows"
+    "A weighted sum of arms for each person and seed, over the cases and classes that all arms have; ValueError for an arm without rows"
     keys = list(dict.fromkeys([*KEYS, "label", *strata]))
     kept = [name for name in strata if name not in (*KEYS, "label")]
-    sides = [person_means(select_method(scores, arm), metric, epsilon, kept).set_index(keys).value * weight for weight, arm in arms]
+    require_columns(scores, [*keys, metric])
+    parts = [select_method(scores, arm) for _, arm in arms]
+    parts = _scored_alike(parts, metric) if "case" in scores else parts
+    sides = [person_means(part, metric, epsilon, kept).set_index(keys).value * weight for (weight, _), part in zip(arms, parts)]
     both = pd.concat(sides, axis=1, join="inner").dropna().sum(axis=1).rename("value").reset_index()
     both = both.assign(stratum=list(zip(*(both[name] for name in strata))))
     return pd.DataFrame(both.groupby(["stratum", "person", "seed"], sort=True)["value"].mean()).reset_index()

@@ -80,6 +80,7 @@ Tables = Mapping[str, pd.DataFrame]
 
 def study_rows(
     tables: Tables,
+    profile: str,
     rules: Mapping,
     name: str = "scores",  # Or `ablations`
     split: str = "test",  # Or `validation`
@@ -89,9 +90,10 @@ def study_rows(
     if not len(table):
         raise NotTestedError(f"no {name}")
     require_columns(table, ["task", "person", "label", "seed", "init", "split", "scans", "dsc", "nsd"])
-    table = table[(table.split == split) & (table.scans == rules["scans"])]
+    kind = "real" if profile in rules["real_scans"] else rules["scans"]
+    table = table[(table.split == split) & (table.scans == kind)]
     if table.empty:
-        raise NotTestedError(f"no {rules['scans']} scans of {split} people in {name}")
+        raise NotTestedError(f"no {kind} scans of {split} people in {name}")
     return pd.DataFrame(table)
 
 
@@ -119,13 +121,17 @@ def of_start(
     return pd.DataFrame(part)
 
 # %% ../../nbs/report/35_rules.ipynb #arms
-def ablation_arms(tables: Tables, rules: Mapping, name: str, variants: Sequence[str]) -> pd.DataFrame:
-    "Pretrained rows of an ablation; NotTestedError names the variants that are missing"
-    table = study_rows(tables, rules, "ablations")
+def ablation_arms(tables: Tables, profile: str, rules: Mapping, name: str, variants: Sequence[str]) -> pd.DataFrame:
+    "Pretrained rows of an ablation; NotTestedError names the variants that are missing, ValueError one with several pretrainings"
+    table = study_rows(tables, profile, rules, "ablations")
     table = table[(table.ablation == name) & (table.init != "scratch")]
     if missing := [variant for variant in variants if variant not in set(table.variant)]:
         raise NotTestedError(f"the ablation {name} lacks {', '.join(missing)}")
-    return pd.DataFrame(table[table.variant.isin(variants)])
+    table = table[table.variant.isin(variants)]
+    starts = table.groupby("variant").init.agg(lambda init: sorted(set(init)))
+    if several := [f"{variant} from {', '.join(found)}" for variant, found in starts.items() if len(found) > 1]:
+        raise ValueError(f"the ablation {name} has several pretrainings in one variant: {'; '.join(several)}")
+    return pd.DataFrame(table)
 
 
 def contrast(table: pd.DataFrame, column: str, plus: Sequence[str], minus: Sequence[str], metric: str) -> pd.DataFrame:
@@ -147,12 +153,15 @@ def points_of(found: pd.DataFrame) -> list[str]:
 def best_beats_routine(tables: Tables, profile: str, rules: Mapping) -> Finding:
     "1. How many routine backbones are beaten by the best one, chosen on validation people and judged on test people"
     rule, metric = rules["claims"][1], rules["metric"]
-    chosen_on = of_start(study_rows(tables, rules, split="validation"), "scratch", rules)
-    test = of_start(study_rows(tables, rules), "scratch", rules)
+    chosen_on = of_start(study_rows(tables, profile, rules, split="validation"), "scratch", rules)
+    test = of_start(study_rows(tables, profile, rules), "scratch", rules)
     routine = [name for name in rule["routine"] if name in set(test.backbone)]
     if len(routine) < rule["least_routine"]:
         raise NotTestedError(f"{len(routine)} routine backbones, where the rule wants {rule['least_routine']}")
-    best = str(backbone_means(pd.DataFrame(chosen_on[chosen_on.backbone.isin(test.backbone)]), metric).idxmax())
+    means = backbone_means(pd.DataFrame(chosen_on[chosen_on.backbone.isin(test.backbone)]), metric)
+    if means.dropna().empty:
+        raise NotTestedError("backbones share no validation person, seed and class, or none of them is in the test")
+    best = str(means.idxmax())
     others = [name for name in routine if name != best]
     found = effects_table({name: contrast(test, "backbone", [best], [name], metric) for name in others}, rules["level"])
     beaten = int(((found.low > 0) & (found.p_holm < 1 - rules["level"])).sum())
@@ -165,10 +174,10 @@ def best_beats_routine(tables: Tables, profile: str, rules: Mapping) -> Finding:
     return Finding(beaten, min(beaten, most), max(beaten, most), f"routine backbones beaten, of {len(routine)}", **counts, **outcome, detail=detail)
 
 # %% ../../nbs/report/35_rules.ipynb #rule-backbones
-def _over_backbones(tables: Tables, rules: Mapping, least: int) -> tuple[pd.Series, pd.Series, dict]:
+def _over_backbones(tables: Tables, profile: str, rules: Mapping, least: int) -> tuple[pd.Series, pd.Series, dict]:
     "Means from scratch on validation people, after pretraining on test people, and counts"
-    before = of_start(study_rows(tables, rules, split="validation"), "scratch", rules)
-    after = of_start(study_rows(tables, rules), "pretrained", rules)
+    before = of_start(study_rows(tables, profile, rules, split="validation"), "scratch", rules)
+    after = of_start(study_rows(tables, profile, rules), "pretrained", rules)
     both = sorted(set(before.backbone) & set(after.backbone))
     if len(both) < least:
         raise NotTestedError(f"{len(both)} backbones both from scratch and pretrained, where the rule wants {least}")
@@ -183,7 +192,7 @@ def _over_backbones(tables: Tables, rules: Mapping, least: int) -> tuple[pd.Seri
 def scratch_predicts(tables: Tables, profile: str, rules: Mapping) -> Finding:
     "2. Rank correlation over backbones between scores from scratch and after pretraining"
     rule = rules["claims"][2]
-    x, y, counts = _over_backbones(tables, rules, rule["backbones"])
+    x, y, counts = _over_backbones(tables, profile, rules, rule["backbones"])
     found = rank_over_backbones(x.to_numpy(), y.to_numpy(), rules["level"])
     holds = found.low > 0 and found.value >= rule["reliable"] and found.least > 0
     detail = f"with one backbone left out {found.least:.2f} to {found.most:.2f}; reliable is {rule['reliable']}"
@@ -193,7 +202,7 @@ def scratch_predicts(tables: Tables, profile: str, rules: Mapping) -> Finding:
 
 def stronger_is_better(tables: Tables, profile: str, rules: Mapping) -> Finding:
     "5. Slope over all backbones of scores after the same pretraining against strength from scratch"
-    x, y, counts = _over_backbones(tables, rules, rules["claims"][5]["backbones"])
+    x, y, counts = _over_backbones(tables, profile, rules, rules["claims"][5]["backbones"])
     if np.ptp(x) == 0:
         raise NotTestedError("all backbones are equally strong from scratch")
     found = slope_over_backbones(x.to_numpy(), y.to_numpy(), rules["level"])
@@ -205,7 +214,7 @@ def stronger_is_better(tables: Tables, profile: str, rules: Mapping) -> Finding:
 def grn_and_scaling_help(tables: Tables, profile: str, rules: Mapping) -> Finding:
     "3. A 2 x 2 of GRN and scaling after pretraining: both main effects"
     rule, cells = rules["claims"][3], rules["claims"][3]["cells"]
-    table = ablation_arms(tables, rules, rule["ablation"], list(cells.values()))
+    table = ablation_arms(tables, profile, rules, rule["ablation"], list(cells.values()))
     sides = {
         "GRN": (["grn", "both"], ["neither", "scaling"]),
         "scaling": (["scaling", "both"], ["neither", "grn"]),
@@ -220,8 +229,11 @@ def grn_and_scaling_help(tables: Tables, profile: str, rules: Mapping) -> Findin
     weaker = min(("GRN", "scaling"), key=lambda name: found[name].low)
     words = [f"{name} {points(*one[:3])}, NSD {points(*effect(name, 'nsd')[:3])}" for name, one in found.items()]
     both = found["GRN"], found["scaling"]
-    outcome = dict(supported=all(one.low > 0 for one in both), contradicted=any(one.high < 0 for one in both))
-    shown = next((one for one in both if one.high < 0), found[weaker])
+    lost = holm([one.p for one in both]) < 1 - rules["level"]
+    worse = [bool(one.high < 0 and sure) for one, sure in zip(both, lost)]
+    outcome = dict(supported=all(one.low > 0 for one in both), contradicted=any(worse))
+    weaker = ("GRN", "scaling")[worse.index(True)] if any(worse) else weaker
+    shown = found[weaker]
     return Finding(
         shown.value, shown.low, shown.high, f"the weaker main effect, {weaker}", shown.people, shown.seeds, shown.strata, 1, **outcome, detail="; ".join(words)
     )
@@ -229,7 +241,7 @@ def grn_and_scaling_help(tables: Tables, profile: str, rules: Mapping) -> Findin
 
 def beats_released(tables: Tables, profile: str, rules: Mapping) -> Finding:
     "4. Our model that was named beforehand against each released model, fine-tuned alike"
-    rule, metric, test = rules["claims"][4], rules["metric"], study_rows(tables, rules)
+    rule, metric, test = rules["claims"][4], rules["metric"], study_rows(tables, profile, rules)
     name, least = rule["ours"].get(profile), rule["released"].get(profile, 1)
     released, ours = of_start(test, "released", rules), of_start(test, "pretrained", rules)
     ours, others = ours[ours.backbone == name], sorted(set(released.init))
@@ -252,7 +264,7 @@ def beats_released(tables: Tables, profile: str, rules: Mapping) -> Finding:
 def pathology_gains_more(tables: Tables, profile: str, rules: Mapping) -> Finding:
     "6. The gain of pathology from scaling less that of organs, on each scale"
     rule = rules["claims"][6]
-    table = ablation_arms(tables, rules, rule["ablation"], [rule["with"], rule["without"]])
+    table = ablation_arms(tables, profile, rules, rule["ablation"], [rule["with"], rule["without"]])
     if (organs := table[table.group == "organ"].label.nunique()) < rule["organs"]:
         raise NotTestedError(f"{organs} organs, where the rule wants {rule['organs']}")
     arms = [(1, {"variant": rule["with"]}), (-1, {"variant": rule["without"]})]
@@ -276,7 +288,7 @@ def modalities_agree(tables: Tables, profile: str, rules: Mapping) -> Finding:
     "7. CT- and MR-pretrained on the same people are equivalent within the margin"
     rule = rules["claims"][7]
     first, second = rule["arms"]
-    table = ablation_arms(tables, rules, rule["ablation"], rule["arms"])
+    table = ablation_arms(tables, profile, rules, rule["ablation"], rule["arms"])
     corpora = tables.get("corpora", pd.DataFrame(columns=["variant", "person"]))
     people = [set(corpora[corpora.variant == arm].person) for arm in rule["arms"]]
     if not all(people):
@@ -329,15 +341,21 @@ BACKBONES = ("mednext_v2_base", "mednext_v1_large", "unet", "resenc_l", "stunet_
 
 
 def _made_rows(
-    arms: Mapping[tuple, Mapping[str, float]], people: Sequence[str], seeds: int, noise: Sequence[float], generator: np.random.Generator
+    arms: Mapping[tuple, Mapping[str, float]],
+    people: Sequence[str],
+    seeds: int,
+    noise: Sequence[float],
+    generator: np.random.Generator,
+    trained: int | None = None,
 ) -> pd.DataFrame:
-    "Rows of arms, whose level is by group of classes: two cases a person, two organs and a lesion, three tasks"
+    "Rows of arms, whose level is by group of classes: two cases a person, two organs and a lesion, three tasks; `trained` names their trainings"
     tasks, labels = ("bleed_ct", "brain_mr", "lesion_mr"), (("cortex", "organ"), ("thalamus", "organ"), ("lesion", "pathology"))
     shape = (len(arms), len(tasks), len(people), seeds, len(labels), 2)
     level = np.array([[of[group] for _, group in labels] for of in arms.values()])[:, None, None, None, :, None]
     common = 0.05 * generator.standard_normal((1, len(tasks), len(people), 1, len(labels), 1))
     person = noise[0] * generator.standard_normal((len(arms), 1, len(people), 1, 1, 1))
-    seed = noise[1] * generator.standard_normal((len(arms), 1, 1, seeds, 1, 1))
+    luck = generator if trained is None else np.random.default_rng(trained)
+    seed = noise[1] * luck.standard_normal((len(arms), 1, 1, seeds, 1, 1))
     values = level + common + person + seed + noise[2] * generator.standard_normal((*shape[:5], 1)) + 0.01 * generator.standard_normal(shape)
     at = np.indices(shape).reshape(6, -1)
     columns = dict(task=np.array(tasks)[at[1]], person=np.array(people)[at[2]], seed=at[3], label=np.array([n for n, _ in labels])[at[4]])
@@ -372,7 +390,8 @@ def make_study(
     more |= {("base", "corpus_ct"): level(0), ("compound", "corpus_ct"): level(gain["scaling"], gain["pathology"])}
     more |= {("ct_full", "corpus_ct"): level(gain["modality"]), ("mr_full", "corpus_mr"): level(0)}
     splits = {split: [f"{split[0]}{index}" for index in range(people)] for split in ("validation", "test")}
-    scores = pd.concat([_made_rows(main, who, seeds, noise, generator).assign(split=split) for split, who in splits.items()])
+    trained = int(generator.integers(2**32))  # The same networks label both splits
+    scores = pd.concat([_made_rows(main, who, seeds, noise, generator, trained).assign(split=split) for split, who in splits.items()])
     ablations = _made_rows(more, splits["test"], seeds, noise, generator).assign(split="test").rename(columns={"method": "variant"})
     ablation = {name: "grn_scaling" for name in four} | dict(base="scaling", compound="scaling", ct_full="modality", mr_full="modality")
     corpora = pd.DataFrame([dict(variant=arm, person=f"c{index}") for arm in ("ct_full", "mr_full") for index in range(6)])
@@ -380,6 +399,7 @@ def make_study(
 
 # %% ../../nbs/report/35_rules.ipynb #rules-hash
 SEAL = "conf/rules_seal.json"
+CODE = tuple(f"mednext_v2/{name}.py" for name in ("report/rules", "evaluation/people_statistics", "evaluation/statistics"))  # What the hash is of
 IGNORED = {"ctx", "annotation", "returns", "type_comment", "type_ignores", "type_params", "kind"}
 
 
@@ -428,7 +448,7 @@ def made_after(
     found["sealed"], found["date"] = lines[0].split(" ")
     if not commit or run_git("cat-file", "-t", commit) != "commit":
         return None, found | {"why": "the commit of the numbers is not known here"}
-    if changed := sorted(set(uncommitted) & {SEAL, "conf/rules.yaml", "mednext_v2/report/rules.py", "mednext_v2/evaluation/people_statistics.py"}):
+    if changed := sorted(set(uncommitted) & {SEAL, "conf/rules.yaml", *CODE}):
         return False, found | {"why": f"{', '.join(changed)} differed from what was committed"}
     if run_git("merge-base", found["sealed"], commit) != found["sealed"]:
         return False, found | {"why": "the numbers are older than the rules"}
