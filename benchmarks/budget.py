@@ -13,14 +13,12 @@ import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import json
-import subprocess
-import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from data import SHORT, heading, measure_parts, results_file, row, run_script
+from data import SHORT, child, heading, measure_parts, results_file, row, run_script
 
 RESULTS = results_file("budget")
 REPEATS = int(os.environ.get("BENCH_REPEATS", 2 if SHORT else 7))
@@ -28,7 +26,7 @@ PARTS = ("alone", "beside")
 
 
 def child_steps(folder: str, repeats: int) -> dict:
-    "Seconds of each repeat, by backbone"
+    "`seconds` of each repeat, by backbone"
     import torch
 
     from mednext_v2.data.augment import PatchSampler
@@ -54,7 +52,7 @@ def child_steps(folder: str, repeats: int) -> dict:
             optimizer.step()
             optimizer.zero_grad()
             seconds[name].append(time.perf_counter() - begin)
-    return {name: values[1:] for name, values in seconds.items()}  # The first warms up
+    return {"seconds": {name: values[1:] for name, values in seconds.items()}}  # The first warms up
 
 
 def measure(part: str) -> dict:
@@ -66,13 +64,10 @@ def measure(part: str) -> dict:
         folder = Path(place)
         build_dataset("brain_lesion_mr", None, folder / "raw", (2, 1, 1))
         prepare_all(("brain_lesion_mr",), folder / "raw", folder / "prepared")
-        arguments = json.dumps({"folder": str(folder / "prepared/brain_lesion_mr"), "repeats": REPEATS})
-        command = [sys.executable, __file__, "--child", "steps", arguments]
-        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(1 + (part == "beside"))]
-        said = [process.communicate()[0] for process in running]
-        if any(process.returncode for process in running):
-            raise RuntimeError(f"{part} failed")
-    found = [json.loads(text.splitlines()[-1]) for text in said]
+        arguments = {"folder": str(folder / "prepared/brain_lesion_mr"), "repeats": REPEATS}
+        with ThreadPoolExecutor() as pool:  # Each waits for a process
+            running = [pool.submit(child, "steps", __file__, **arguments) for _ in range(1 + (part == "beside"))]
+        found = [one.result()["seconds"] for one in running]
     together = {name: [value for one in found for value in one[name]] for name in found[0]}
     return {name: {"step": round(median(values), 4), "repeats": [round(value, 4) for value in values]} for name, values in together.items()}
 

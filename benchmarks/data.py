@@ -163,6 +163,17 @@ def child(name: str, script: str = __file__, /, **arguments) -> dict:
     return json.loads(done.stdout.splitlines()[-1]) | {"command_s": time.perf_counter() - begin}
 
 
+def take_turns(ways: dict, repeats: int, clock=time.process_time) -> dict:
+    "Seconds of each function, in turns; the first round warms up"
+    found = {name: [] for name in ways}
+    for _ in range(repeats + 1):
+        for name, way in ways.items():
+            begin = clock()
+            way()
+            found[name].append(clock() - begin)
+    return {name: values[1:] for name, values in found.items()}
+
+
 def measure_parts(path: Path, order, measure, asked: list[str], table) -> None:
     "Measures what is asked for, all in this order if nothing is, into a JSON file beside what it holds; prints the table"
     results = json.loads(path.read_text()) if path.is_file() else {}

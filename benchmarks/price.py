@@ -16,7 +16,7 @@ import time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from block import BASE, batch, child_peaks, network, over, step
-from data import child, heading, log, measure_parts, results_file, row, run_script, spread
+from data import child, heading, log, measure_parts, results_file, row, run_script, spread, take_turns
 
 RESULTS = results_file("price")
 REPEATS = int(os.environ.get("BENCH_REPEATS", 3))
@@ -37,17 +37,6 @@ OTHERS = "all others"
 
 def case_of(width: int) -> dict:
     return {"width": width, "depths": BASE, "ratios": BASE, "batch": 1, "side": SIDE}
-
-
-def timed(ways: dict, clock=time.process_time) -> dict:
-    "Seconds of each, in turns; the first round warms up"
-    found = {name: [] for name in ways}
-    for _ in range(REPEATS + 1):
-        for name, way in ways.items():
-            begin = clock()
-            way()
-            found[name].append(clock() - begin)
-    return {name: values[1:] for name, values in found.items()}
 
 
 def operator_ms(way, steps: int = 2) -> dict:
@@ -116,7 +105,7 @@ def child_width(width: int) -> dict:
     case = case_of(width)
     x, models = batch(case), {"v2": network("fused", case), "v1": network("v1_fused", case)}
     ways = {name: (lambda model=model: step(model, x)) for name, model in models.items()}
-    seconds = timed(ways)
+    seconds = take_turns(ways, REPEATS)
     operators = {name: operator_ms(way) for name, way in ways.items()}
     found = {"ns": value_ns(width), "values": expanded_values(width), "limits": (CHUNK_VALUES, MAX_HELD), "peaks": child_peaks()}
     return {"seconds": seconds, "operators": operators, **found}
@@ -187,7 +176,7 @@ def child_tried() -> dict:
         "squares added up before they are summed": way(channel_norms=squares_by(added_up)),
         "squares left out (wrong numbers)": way(channel_norms=squares_by(left_out)),
     }
-    return {"seconds": timed(ways)}
+    return {"seconds": take_turns(ways, REPEATS)}
 
 
 def child_second_thread() -> dict:
@@ -205,7 +194,7 @@ def child_second_thread() -> dict:
         return run
 
     ways = {str(threads): way(threads) for threads in (1, 2)}
-    return {"seconds": timed(ways, time.perf_counter), "operators": {name: operator_ms(one) for name, one in ways.items()}}
+    return {"seconds": take_turns(ways, REPEATS, time.perf_counter), "operators": {name: operator_ms(one) for name, one in ways.items()}}
 
 
 CHILDREN = {"width": child_width, "tried": child_tried, "second_thread": child_second_thread}

@@ -9,13 +9,12 @@ Sizes are those of the finest level: 16 channels, 64³ voxels, expansion by 3. `
 
 import ctypes
 import os
-import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from block import PARTS, batch, network, step
-from data import child, heading, measure_parts, row, run_script, spread
+from data import child, heading, measure_parts, row, run_script, spread, take_turns
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tried.json"
 REPEATS = int(os.environ.get("BENCH_REPEATS", 7))
@@ -28,17 +27,6 @@ def row_chunks(count: int, wide: int) -> list[slice]:
 
     length = chunk_length(wide)
     return [slice(begin, min(begin + length, count)) for begin in range(0, count, length)]
-
-
-def take_turns(ways: dict) -> dict:
-    "Seconds of each function, in turns; the first round warms up"
-    found = {name: [] for name in ways}
-    for _ in range(REPEATS + 1):
-        for name, way in ways.items():
-            begin = time.process_time()
-            way()
-            found[name].append(time.process_time() - begin)
-    return {name: values[1:] for name, values in found.items()}
 
 
 def portion_by_portion(cuts: list, way):
@@ -276,7 +264,7 @@ QUESTIONS = {
 
 
 def child_question(question: str) -> dict:
-    return take_turns(QUESTIONS[question][1]())
+    return take_turns(QUESTIONS[question][1](), REPEATS)
 
 
 def child_malloc(keep: bool) -> dict:
@@ -288,7 +276,7 @@ def child_malloc(keep: bool) -> dict:
     found = {}
     for side in ("fused", "monai"):
         model, x = network(side, PARTS["width16"]), batch(PARTS["width16"])
-        found[side] = take_turns({side: lambda: step(model, x)})[side][: max(1, REPEATS // 2)]
+        found[side] = take_turns({side: lambda: step(model, x)}, REPEATS)[side][: max(1, REPEATS // 2)]
     return found
 
 

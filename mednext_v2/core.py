@@ -858,19 +858,26 @@ class BarStream:
         return other is self or other == self.stream
 
 
-def progress_bar(total: int, description: str, unit: str, show: bool, start: int = 0) -> "tqdm":
-    "A bar on a terminal; in a log file a line now and then"
+def open_bar(
+    items: Iterable | None = None,  # To go through; None if the bar is moved by hand
+    **options: Any,  # Of tqdm
+) -> "tqdm":
+    "A bar of tqdm that outlives whoever reads it"
     from tqdm import tqdm
 
+    return tqdm(items, file=BarStream(), **options)
+
+
+def progress_bar(total: int, description: str, unit: str, show: bool, start: int = 0) -> "tqdm":
+    "A bar on a terminal; in a log file a line now and then"
     terminal = sys.stderr.isatty()
     line = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
     interval = 0.5 if terminal else 15
-    return tqdm(
+    return open_bar(
         total=total,
         initial=start,
         desc=description,
         disable=not show,
-        file=BarStream(),
         unit=unit,
         mininterval=interval,
         maxinterval=max(10, interval),
@@ -886,12 +893,11 @@ def map_items(
 ) -> dict[str, Any]:  # Results by name, in the order of `items`
     "Calls a function for every item in a pool; ItemsFailed, after all were tried, names those that raised"
     from joblib import Parallel, delayed
-    from tqdm import tqdm
 
     jobs = (delayed(try_item)(function, name, arguments) for name, arguments in items.items())
     ended = Parallel(n_jobs=min(workers, max(len(items), 1)), return_as="generator_unordered")(jobs)
     results, failures = {}, {}
-    for name, result, reason in tqdm(cast(Iterator, ended), description, len(items), disable=not description, file=BarStream()):
+    for name, result, reason in open_bar(cast(Iterator, ended), desc=description, total=len(items), disable=not description):
         if reason is None:
             results[name] = result
         else:

@@ -61,8 +61,9 @@ def judge(
     processor: dict,  # From `describe_processor`
 ) -> int:  # Exit code
     "A difference is an error where this kind of processor gave the committed numbers before; elsewhere it is a finding, which is printed"
-    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in machines.splitlines() if line.startswith("| 2")]
-    known = {(row[3], row[4]) for row in rows if row[1] == PROFILE and row[-1] == "identical"}
+    names, _, *rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in machines.splitlines() if line.startswith("|")]
+    confirmed = [row for row in (dict(zip(names, cells)) for cells in rows) if row["profile"] == PROFILE and row["verdict"] == "identical"]
+    known = {(row["processor"], row["instructions"]) for row in confirmed}
     if code != 1 or (processor["processor"], processor["instructions"]) in known:
         return code
     where = f"{processor['processor']} ({processor['instructions']})"

@@ -146,6 +146,13 @@ MAX_HELD = 2**23  # Expanded values of a sample that are held between two passes
 MAX_KEPT = 2**22  # Expanded values of a sample whose depthwise convolution is kept for backward
 
 
+def tensors_held(
+    expanded: int,  # Expanded values of a sample
+) -> int:  # 0, 1 or 2
+    "How many expanded tensors of a sample are held between two passes: in front of GELU, and behind it too"
+    return min(2, MAX_HELD // expanded)
+
+
 class Weights(NamedTuple):
     "Parameters of a block behind its depthwise convolution, or their gradients"
 
@@ -217,7 +224,7 @@ def expand(
     held, norms = [], None
     if gamma is not None and beta is not None:
         norms = d.new_zeros(wide)
-        held = channel_norms(norms, expand_rows, d, hold=len(d) * wide <= MAX_HELD)
+        held = channel_norms(norms, expand_rows, d, hold=tensors_held(len(d) * wide) > 0)
         _, relative = relative_norms(norms, reduction)
         w2, b2 = w2 * (1 + gamma * relative), torch.addmv(b2, w2, beta)
     for rows, result, added in split_rows(wide, d, out, shortcut):
@@ -255,13 +262,12 @@ def grn_gradients(
 ) -> GRNGradients:
     "First pass of backward: gradients of GRN and of `conv3`"
     _, _, _, _, gamma, beta, w2, _ = weights
-    held, d_w2, expanded = [], None, len(grad) * len(norms)
-    hold, hold_both = expanded <= MAX_HELD, 2 * expanded <= MAX_HELD
+    held, d_w2, count = [], None, tensors_held(len(grad) * len(norms))
     for rows, d_result in split_rows(len(norms), d, grad):
-        normalised, v = expand_rows(rows, gelu=not hold)
-        if hold:
+        normalised, v = expand_rows(rows, gelu=not count)
+        if count:
             u, v = v, F.gelu(v)
-            held.append((normalised, u, v if hold_both else None))
+            held.append((normalised, u, v if count == 2 else None))
         d_w2 = add_to(d_w2, transposed_product(d_result, v))
     assert d_w2 is not None and gamma is not None and beta is not None  # A sample has a voxel, and a block with norms has GRN
     shared = w2 * d_w2

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from .blocks import CHECKPOINTING, MedNeXtBlock
-from .fused import MAX_HELD, MAX_KEPT, chunk_length
+from .fused import MAX_KEPT, chunk_length, tensors_held
 from .kernels import has_kernels
 from .mednext import Arch, MedNeXt, check_input, is_positive_integer
 from torch import Tensor, nn
@@ -201,7 +201,7 @@ def _fused_bytes(block: BlockSize, grn: str | None, batch_size: int) -> tuple[in
     "The same of a batch in the fused form, in `float32`"
     channels, ratio, outside, inside = block[:4]
     entry, middle, expanded = channels * outside, channels * inside, ratio * channels * inside
-    held, stays = (expanded <= MAX_HELD) + (2 * expanded <= MAX_HELD), expanded <= MAX_KEPT
+    held, stays = tensors_held(expanded), expanded <= MAX_KEPT
     chunk, down = min(chunk_length(ratio * channels), inside) * ratio * channels, inside < outside
     kept = batch_size * (entry + stays * middle)
     end = batch_size * block.out_channels * inside

@@ -18,10 +18,11 @@ import pandas as pd
 from joblib import Parallel, delayed
 from scipy import ndimage
 
-from ..core import FolderKind, atomic_folder, check_output, read_csv, read_yaml, write_csv, write_json
-from ..data.datasets import Case, Dataset, find_patient, get_dataset, load_datasets, write_description
-from ..data.scans import read_label, read_scan, write_volume
-from .seeds import SeedEntry, generator, load_seeds, lumpy_distance, sample_points, seeds_folder, smooth_field, verify_seeds, voxel_digest
+from ..core import FolderKind, atomic_folder, check_output, read_csv, read_yaml, write_csv
+from ..data.datasets import Case, Dataset, find_patient, get_dataset, load_datasets
+from ..data.scans import read_label, read_scan
+from .seeds import SeedEntry, generator, load_seeds, lumpy_distance, sample_points, seeds_folder, smooth_field
+from .seeds import structure_lookup, verify_seeds, write_arrays, write_descriptions
 
 # %% ../../nbs/study/12_people.ipynb #person
 def people_folder(folder: str | Path | None = None) -> Path:
@@ -70,10 +71,7 @@ def read_person(
     if name not in entries:
         raise ValueError(f"no person {name!r}: {path} has {', '.join(entries)}")
     sets = label_sets[entries[name].label_set]
-    lookup = np.zeros(1024, np.uint8)
-    for position, ranges in enumerate(sets.values()):
-        for first, last in ranges:
-            lookup[first : last + 1] = position + 1
+    lookup = structure_lookup(sets, 1024)
     file = path.parent / next(iter(entries[name].files))
     scan = read_label(file)
     present = np.unique(scan.voxels).astype(int)
@@ -453,11 +451,10 @@ def write_real_case(real: RealScan, entry: SeedEntry, dataset: Dataset, seeds: P
         bleed = place_finding(values == 2, task.finding, scan.spacing, rng)  # Inside of the skull
         image, label[bleed > 0.5] = add_clot(image, bleed, rng), dataset.labels[task.label]
         classes, how = [*classes, task.label], f"{how}; simulated {task.label}"
-    voxels, id, affine = np.rint(image).astype(np.int16), f"{dataset.name}_{real.scan}", np.diag([*scan.spacing, 1.0])
-    write_volume(folder / "imagesReal" / f"{id}_0000.nii.gz", voxels, affine)
-    write_volume(folder / "labelsReal" / f"{id}.nii.gz", label, affine)
+    id = f"{dataset.name}_{real.scan}"
+    digest = write_arrays(folder, "Real", id, np.rint(image).astype(np.int16), label, scan.spacing)
     row = {"case": id, "person": real.scan, "kind": entry.kind, "intensities": "real", "how": how, "classes": " ".join(classes)}
-    return row | {"label_kind": entry.label_kind, "licence": entry.licence, "sha256": voxel_digest(voxels, label)}
+    return row | {"label_kind": entry.label_kind, "licence": entry.licence, "sha256": digest}
 
 
 def list_real_cases(
@@ -489,11 +486,9 @@ BUILT_PEOPLE = FolderKind(
 def write_person_case(case: PersonCase, person: Person, dataset: Dataset, folder: Path, seed: int) -> dict:  # Its row of `provenance.csv`
     "Make and write one case"
     image, label, how = make_case(case, person, dataset.labels, seed)
-    suffix, affine = "Ts" if case.split == "test" else "Tr", np.diag([*person.spacing, 1.0])
-    write_volume(folder / f"images{suffix}" / f"{case.id}_0000.nii.gz", image, affine)
-    write_volume(folder / f"labels{suffix}" / f"{case.id}.nii.gz", label, affine)
+    digest = write_arrays(folder, "Ts" if case.split == "test" else "Tr", case.id, image, label, person.spacing)
     row = {"case": case.id, "split": case.split, "person": case.person, "kind": case.kind, "intensities": "synthetic", "how": how}
-    return row | {"source_scan": f"{case.person} (label map)", "sha256": voxel_digest(image, label)}
+    return row | {"source_scan": f"{case.person} (label map)", "sha256": digest}
 
 
 def build_people(
@@ -517,10 +512,7 @@ def build_people(
         check_people(table.assign(task=name, role=dataset.role))
         if name in REAL:
             write_csv(folder / "real.csv", pd.DataFrame([write_real_case(real, scans[real.scan], dataset, seeds, folder, seed) for real in REAL[name]]))
-        ids = {split: table.case[table.split == split].tolist() for split in ("train", "val")}
-        write_description(dataset, folder, training=len(ids["train"]) + len(ids["val"]))
-        write_json(folder / "splits_final.json", [ids])
-        write_csv(folder / "provenance.csv", table)
+        write_descriptions(dataset, table, folder)
     return table
 
 # %% ../../nbs/study/12_people.ipynb #suite

@@ -7,7 +7,7 @@ __all__ = ['build_dataset', 'build_suite']
 
 # %% ../../nbs/study/10_seeds.ipynb #imports
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +97,18 @@ class LabelledScan:
         return lookup[label]
 
 
+def structure_lookup(
+    structures: Mapping[str, Sequence[Sequence[int]]],  # Ranges of values by name, both ends included
+    length: int,  # One more than the largest value that a file may hold
+) -> np.ndarray:  # uint8: 0, or 1 + position of the structure that a value is in
+    "A label set of a manifest as a table by value"
+    lookup = np.zeros(length, np.uint8)
+    for position, ranges in enumerate(structures.values()):
+        for first, last in ranges:
+            lookup[first : last + 1] = position + 1
+    return lookup
+
+
 def read_seed(
     folder: str | Path,  # Folder of the seeds
     seed: SeedEntry,
@@ -104,12 +116,8 @@ def read_seed(
     "Image and grouped labels of a seed"
     structures = read_yaml(Path(folder) / "manifest.yaml")["label_sets"][seed.label_set]
     image_file, label_file = list(seed.files)[:2]
-    lookup = np.zeros(256, np.uint8)
-    for position, ranges in enumerate(structures.values()):
-        for first, last in ranges:
-            lookup[first : last + 1] = position + 1
     image = read_scan(Path(folder) / image_file)
-    label = lookup[read_label(Path(folder) / label_file).voxels]
+    label = structure_lookup(structures, 256)[read_label(Path(folder) / label_file).voxels]
     return LabelledScan(image.voxels.astype(np.int16), label, tuple(structures), image.spacing)
 
 # %% ../../nbs/study/10_seeds.ipynb #random
@@ -612,6 +620,21 @@ def voxel_digest(image: np.ndarray, label: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def write_arrays(
+    folder: Path,  # The data set's folder
+    part: str,  # Behind `images` and `labels`: Tr, Ts, ...
+    case: str,
+    image: np.ndarray,
+    label: np.ndarray,
+    spacing: tuple[float, float, float],  # mm
+) -> str:  # `voxel_digest`
+    "Write image and label of a case as nnU-Net names them"
+    affine = np.diag([*spacing, 1.0])
+    write_volume(folder / f"images{part}" / f"{case}_0000.nii.gz", image, affine)
+    write_volume(folder / f"labels{part}" / f"{case}.nii.gz", label, affine)
+    return voxel_digest(image, label)
+
+
 def build_case(
     plan: CasePlan,
     scan: LabelledScan,
@@ -624,13 +647,11 @@ def build_case(
     source = SOURCES[plan.task]
     image, label = source.make(scan, plan, dataset, spacing, generator(seed, plan.task, plan.case))
     label = label.astype(np.uint8)
-    suffix, affine = "Ts" if plan.split == "test" else "Tr", np.diag([*spacing, 1.0])
-    write_volume(folder / f"images{suffix}" / f"{plan.case}_0000.nii.gz", image, affine)
-    write_volume(folder / f"labels{suffix}" / f"{plan.case}.nii.gz", label, affine)
+    digest = write_arrays(folder, "Ts" if plan.split == "test" else "Tr", plan.case, image, label, spacing)
     how = source.how_test if plan.split == "test" else source.how_train
     if plan.split == "test":
         how += "; not deformed" if plan.pristine else f"; {DEFORMED}"
-    return {"case": plan.case, "split": plan.split, "source_scan": plan.scan, "how": how, "note": source.leakage, "sha256": voxel_digest(image, label)}
+    return {"case": plan.case, "split": plan.split, "source_scan": plan.scan, "how": how, "note": source.leakage, "sha256": digest}
 
 
 def write_descriptions(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 
-from ..core import BarStream, Resources, build, check_output, describe_duration, find_device, read_csv, require_extra, write_csv
+from ..core import Resources, build, check_output, describe_duration, find_device, open_bar, read_csv, require_extra, write_csv
 from ..models.transfer import Start
 
 if TYPE_CHECKING:
@@ -269,10 +269,8 @@ def show_elapsed(text: str) -> Iterator[None]:
     "A line on standard error that counts seconds while something runs"
     from threading import Event, Thread
 
-    from tqdm import tqdm
-
     done = Event()
-    with tqdm(desc=text, file=BarStream(), bar_format="{desc}: {elapsed}", leave=True) as bar:
+    with open_bar(desc=text, bar_format="{desc}: {elapsed}", leave=True) as bar:
 
         def tick() -> None:
             while not done.wait(1):

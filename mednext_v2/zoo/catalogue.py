@@ -35,12 +35,12 @@ from .. import __version__
 from ..models.hub import find_model, named_models
 from ..models.licence import UNKNOWN
 from mednext_v2.core import (
-    BarStream,
     FolderKind,
     atomic_folder,
     build,
     check_disk_space,
     check_output,
+    open_bar,
     short_hash,
     read_json,
     read_yaml,
@@ -399,15 +399,13 @@ def write_body(
     progress: bool,
 ) -> None:
     "Add a body to a part; ValueError if it is larger than allowed, Interrupted if it is shorter than promised"
-    from tqdm import tqdm
-
     url, length = answer.url, answer.headers.get("Content-Length")
     total = start + int(length) if length else None
     if (total or 0) > max_bytes:
         raise ValueError(f"{url} has {total} bytes, at most {max_bytes} are allowed")
     check_disk_space(part.parent, (total or 0) - start, url)
-    bar = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": not progress, "file": BarStream()}
-    with open(part, "ab" if start else "wb") as file, tqdm(total=total, initial=start, **bar) as shown:
+    bar = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": not progress}
+    with open(part, "ab" if start else "wb") as file, open_bar(total=total, initial=start, **bar) as shown:
         for chunk in answer.iter_content(2**16):
             file.write(chunk)
             shown.update(len(chunk))
