@@ -419,7 +419,7 @@ def test_failed_build_leaves_what_was_there_and_another_folder_is_not_replaced(s
     dataset = DATASETS["people_head_ct"]
     shutil.copytree(suite[0] / dataset.folder, tmp_path / dataset.folder)
     before = contents(tmp_path)
-    monkeypatch.setattr("mednext_v2.study.people.write_description", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("mednext_v2.study.people.write_descriptions", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_people("people_head_ct", None, tmp_path, images=(1, 1, 1, 1), counts=(1, 1, 1, 1))
     assert contents(tmp_path) == before
