@@ -636,10 +636,11 @@ def test_patch_fits_volume_and_strides(patch, shape, strides, expected):
 
 
 def test_collect_keeps_case_names_and_needs_input(tmp_path):
-    row = ["mini", "t", "001", "liver", "organ", "unet", "scratch", "32x32x32", 0, 0.5, 0.5]
+    row = dict(profile="mini", task="t", case="001", person="007", scans="real", split="test", label="liver", backbone="unet", init="scratch", seed=0)
     (tmp_path / "in/one").mkdir(parents=True)
-    pd.DataFrame([row], columns=SCORE_COLUMNS[:11]).reindex(columns=SCORE_COLUMNS).to_csv(tmp_path / "in/one/scores.csv", index=False)
-    assert collect(tmp_path / "in", tmp_path / "out").case.tolist() == ["001"]
+    pd.DataFrame([row | dict(dsc=0.5, nsd=0.5)]).reindex(columns=SCORE_COLUMNS).to_csv(tmp_path / "in/one/scores.csv", index=False)
+    found = collect(tmp_path / "in", tmp_path / "out")
+    assert (found.case.tolist(), found.person.tolist()) == (["001"], ["007"])
     with pytest.raises(FileNotFoundError, match="the stage `evaluate` has not run"):
         collect(tmp_path / "out", tmp_path / "none")
 
