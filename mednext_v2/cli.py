@@ -723,7 +723,7 @@ def add_recipe_options(command: argparse.ArgumentParser, source: str, recipe: st
     changes = "change the network, e.g. width=16 or grad_checkpointing=auto"
     group.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=changes)
     default = recipe or "finetune on a GPU or with a model; else quick with what steps an hour allows"
-    group.add_argument("--recipe", default=recipe, metavar="NAME", help=f"pretrain, finetune, v1, nnunet, quick or smoke (default: {default})")
+    group.add_argument("--recipe", default=recipe, metavar="NAME", help=f"pretrain, finetune, finetune_192, v1, nnunet, quick or smoke (default: {default})")
     group.add_argument("--recipe-set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change the recipe, e.g. lr=1e-4")
 
 
