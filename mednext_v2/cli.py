@@ -186,11 +186,16 @@ def push(options: argparse.Namespace) -> Answer:
 
 
 def zoo_list(options: argparse.Namespace) -> Answer:
-    "List the public models that are known by name"
+    "List the public models that are known by name, and the small ones that a clone holds"
     from mednext_v2.zoo.catalogue import zoo_table
+    from mednext_v2.zoo.shipped import REPOSITORY, shipped_table
 
-    table = zoo_table(options.zoo)
-    return Answer((table if options.long else table.drop(columns=["where", "source"])).to_string(index=False), models=table)
+    table, shipped = zoo_table(options.zoo), shipped_table()
+    said = (table if options.long else table.drop(columns=["where", "source"])).to_string(index=False)
+    below = (
+        f"in this clone, ready to use:\n{shipped.to_string(index=False)}" if len(shipped) else f"small models of this project are in a clone of {REPOSITORY}"
+    )
+    return Answer(f"{said}\n\n{below}", models=table, shipped=shipped)
 
 
 def zoo_fetch(options: argparse.Namespace) -> Answer:
@@ -825,7 +830,7 @@ def add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 # %% ../nbs/90_cli.ipynb #zoo-options
 def add_zoo_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     "Public pretrained models"
-    command = add("zoo list", zoo_list, "List the public pretrained models that are known by name.", "zoo list --long")
+    command = add("zoo list", zoo_list, "List the public pretrained models that are known by name, and those that a clone holds.", "zoo list --long")
     command.add_argument("--long", action="store_true", help="also show where each model is and how each fact is known")
     add_zoo_option(command)
 

@@ -249,6 +249,8 @@ def test_model_rows_say_what_a_training_took(tmp_path, workplace, prepared):
 def test_collected_models_hold_main_runs_and_ablations(workplace, monkeypatch):
     _, plan = read_ablation("smoke", "grn")
     monkeypatch.setattr(collected, "main_models", lambda *rest: [dict.fromkeys(MODEL_COLUMNS, 1)])
+    for name in ("people_table", "corpora_table"):  # tests/test_collect.py
+        monkeypatch.setattr(collected, name, lambda *rest: pd.DataFrame(columns=["person"]))
     part = workplace / "runs/smoke/ablate/grn"
     part.mkdir(parents=True)
     pd.DataFrame([dict.fromkeys(MODEL_COLUMNS, 2)]).to_csv(part / "models.csv", index=False)

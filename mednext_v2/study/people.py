@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from ..core import FolderKind, atomic_folder, check_output, read_csv, read_yaml, write_csv
 from ..data.datasets import Case, Dataset, find_patient, get_dataset, list_cases, load_datasets
+from ..data.preprocess import Prepared
 from ..data.scans import read_label, read_scan
 from .seeds import SeedEntry, generator, load_seeds, lumpy_distance, sample_points, seeds_folder, smooth_field
 from .seeds import structure_lookup, verify_seeds, write_arrays, write_descriptions
@@ -611,11 +612,13 @@ ORIGIN = ["case", "split", "person", "kind", "intensities", "how"]
 def read_origins(
     dataset: Dataset,
     raw: str | Path,  # Folder that holds the data set's folder
+    splits: Mapping[str, str] | None = None,  # By case, if known: then raw data of other sources need not be there
 ) -> pd.DataFrame:  # A row per case of its splits: ORIGIN, and `scans` (synthetic, deformed or real)
     "Whose scan each case is, and what was done to it; ValueError for a provenance.csv of an earlier version"
     path = Path(raw) / dataset.folder / "provenance.csv"
     if dataset.source not in ("seeds", "people") or not path.is_file():
-        rows = [(case.id, case.split, find_patient(dataset, case.id), "scan", "real", "", "real") for case in list_cases(dataset, raw)]
+        known = splits or {case.id: case.split for case in list_cases(dataset, raw)}
+        rows = [(case, split, find_patient(dataset, case), "scan", "real", "", "real") for case, split in known.items()]
         return pd.DataFrame(rows, columns=[*ORIGIN, "scans"])
     table = read_csv(path)
     if missing := [name for name in ORIGIN if name not in table]:
@@ -634,11 +637,14 @@ def real_origins(dataset: Dataset, raw: str | Path) -> pd.DataFrame:  # As `read
 def people_table(
     names: Sequence[str],  # Data sets of the registry
     raw: str | Path,  # Folder of their raw folders
+    prepared: str | Path | None = None,  # Of their prepared ones, if there
 ) -> pd.DataFrame:  # task, split (train, val, test or real), scans, and the columns of `describe_cases`
     "What is a person, what a deformation, and what is synthetic, in each data set"
     tables = []
     for dataset in (get_dataset(name) for name in names):
-        tables += [part.assign(task=dataset.name) for part in (read_origins(dataset, raw), real_origins(dataset, raw)) if len(part)]
+        found = None if prepared is None else Prepared(Path(prepared) / dataset.name).manifest
+        splits = None if found is None else dict(zip(found.case, found.split))
+        tables += [part.assign(task=dataset.name) for part in (read_origins(dataset, raw, splits), real_origins(dataset, raw)) if len(part)]
     kinds = pd.concat(tables, ignore_index=True)
     scans = kinds.groupby(["task", "split"], sort=False).scans.agg(lambda values: ", ".join(sorted(set(values))))
     return describe_cases(kinds).assign(scans=scans).reset_index()
