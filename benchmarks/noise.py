@@ -54,7 +54,9 @@ def train_and_score(profile: str, seed: int) -> pd.DataFrame:
         runs, models = finetuning_runs(plan, backbone, "scratch"), paths.models("finetune", "scratch", backbone)
         curves = paths.curves("finetune", "scratch", backbone)
         train_runs(runs, recipe, params(f"backbones.{backbone}"), paths.prepared, models, curves, resources=resources_of(compute))
-        scores.append(evaluate_runs(runs, models, paths.prepared, paths.raw, paths.evaluated("scratch", backbone), params("evaluate.overlap")))
+        scores.append(
+            evaluate_runs(runs, models, paths.prepared, paths.raw, paths.evaluated("scratch", backbone), params("evaluate.overlap"), splits=("test",))
+        )
     return pd.concat(scores).groupby(["backbone", "init", "task"], sort=False)[["dsc", "nsd"]].mean().reset_index().assign(seed=seed)
 
 

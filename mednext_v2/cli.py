@@ -186,11 +186,16 @@ def push(options: argparse.Namespace) -> Answer:
 
 
 def zoo_list(options: argparse.Namespace) -> Answer:
-    "List the public models that are known by name"
+    "List the public models that are known by name, and the small ones that a clone holds"
     from mednext_v2.zoo.catalogue import zoo_table
+    from mednext_v2.zoo.shipped import REPOSITORY, shipped_table
 
-    table = zoo_table(options.zoo)
-    return Answer((table if options.long else table.drop(columns=["where", "source"])).to_string(index=False), models=table)
+    table, shipped = zoo_table(options.zoo), shipped_table()
+    said = (table if options.long else table.drop(columns=["where", "source"])).to_string(index=False)
+    below = (
+        f"in this clone, ready to use:\n{shipped.to_string(index=False)}" if len(shipped) else f"small models of this project are in a clone of {REPOSITORY}"
+    )
+    return Answer(f"{said}\n\n{below}", models=table, shipped=shipped)
 
 
 def zoo_fetch(options: argparse.Namespace) -> Answer:
@@ -718,7 +723,7 @@ def add_recipe_options(command: argparse.ArgumentParser, source: str, recipe: st
     changes = "change the network, e.g. width=16 or grad_checkpointing=auto"
     group.add_argument("--network", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=changes)
     default = recipe or "finetune on a GPU or with a model; else quick with what steps an hour allows"
-    group.add_argument("--recipe", default=recipe, metavar="NAME", help=f"pretrain, finetune, v1, nnunet, quick or smoke (default: {default})")
+    group.add_argument("--recipe", default=recipe, metavar="NAME", help=f"pretrain, finetune, finetune_192, v1, nnunet, quick or smoke (default: {default})")
     group.add_argument("--recipe-set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change the recipe, e.g. lr=1e-4")
 
 
@@ -825,7 +830,7 @@ def add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 # %% ../nbs/90_cli.ipynb #zoo-options
 def add_zoo_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     "Public pretrained models"
-    command = add("zoo list", zoo_list, "List the public pretrained models that are known by name.", "zoo list --long")
+    command = add("zoo list", zoo_list, "List the public pretrained models that are known by name, and those that a clone holds.", "zoo list --long")
     command.add_argument("--long", action="store_true", help="also show where each model is and how each fact is known")
     add_zoo_option(command)
 

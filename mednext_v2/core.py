@@ -683,7 +683,7 @@ def write_csv(path: str | Path, table: "DataFrame") -> None:
 
 # %% ../nbs/00_core.ipynb #read-csv
 # Columns that hold names, even where a name looks like a number
-TEXT_COLUMNS = ("case", "task", "label", "group", "split", "grid", "backbone", "init", "corpus", "ablation", "variant", "model")
+TEXT_COLUMNS = ("case", "person", "task", "label", "group", "split", "grid", "backbone", "init", "corpus", "ablation", "variant", "model")
 
 
 def _unescape_formula(value: Any) -> Any:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from .core import atomic_file, output_lock, parse_json, read_json, read_yaml, root, write_json
 from .stages import check_profile, compose_params
 from .study.arithmetic import unpinned_because
+from .training.launch import SHARE_VARIABLE
 
 if TYPE_CHECKING:
     import psutil
@@ -469,6 +470,23 @@ def default_jobs(profile: str) -> int:  # Stages at a time
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, psutil.virtual_memory().total // 2**31))
 
+# %% ../nbs/72_repro.ipynb #check-gpus
+def check_gpus(
+    profile: str,
+    jobs: int,  # Stages at a time
+) -> None:
+    "ValueError if the profile's stages ask for more processes with a GPU than this machine has"
+    compute = read_yaml(root() / f"conf/profile/{profile}.yaml")["compute"]
+    if compute["device"] != "cuda":
+        return
+    import torch
+
+    count = torch.cuda.device_count()
+    asked = max(compute["workers"] * compute["processes"], compute["pretrain_processes"]) * jobs
+    if 0 < count < asked and os.environ.get(SHARE_VARIABLE, "0") in ("", "0"):
+        where = "workers, processes and pretrain_processes in conf/profile"
+        raise ValueError(f"{asked} processes of profile {profile} need a GPU each, and there are {count}: lower {where}/{profile}.yaml, or JOBS")
+
 # %% ../nbs/72_repro.ipynb #main
 def main(
     arguments: list[str] | None = None,  # The command line without the program's name
@@ -485,7 +503,9 @@ def main(
         if reason := unpinned_because():
             print(f"arithmetic is not pinned ({reason}): numbers will differ a little from the committed ones", flush=True)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        reproduce(root(), options.profile, options.jobs or default_jobs(options.profile), lambda: compose_params(options.profile))
+        jobs = options.jobs or default_jobs(options.profile)
+        check_gpus(options.profile, jobs)
+        reproduce(root(), options.profile, jobs, lambda: compose_params(options.profile))
     except KeyboardInterrupt:
         print("\nrepro: stopped; the next make repro goes on from here", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None

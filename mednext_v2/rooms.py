@@ -21,7 +21,7 @@ ROOMS = {
     "training": "losses, recipes, the training loop, checkpoints, one process or many machines",
     "inference": "sliding windows and label maps",
     "evaluation": "scores, their intervals and tests, a page of the worst cases",
-    "zoo": "weights of other programs: how they are read and downloaded, their licences",
+    "zoo": "weights of other programs: how they are read and downloaded, their licences; models that a clone holds",
     "factory": "one call for every network, new or pretrained",
     "intake": "published forms of data sets, and faults in raw data",
     "study": "the seed scans, the plan of an experiment, its trainings",

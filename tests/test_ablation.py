@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,18 @@ from mednext_v2.data.preprocess import Prepared, prepare_all
 from mednext_v2.models.card import read_card
 from mednext_v2.report import collect as collected
 from mednext_v2.report.forecast import forecast_table, list_trainings, profile_params, published_compute
-from mednext_v2.scoring.ablations import MODEL_COLUMNS, Ablation, AblationFolders, Variant, limit_cases, pretrainings, read_ablation, run_ablation
+from mednext_v2.scoring.ablations import (
+    MODEL_COLUMNS,
+    Ablation,
+    AblationFolders,
+    Variant,
+    finetunings,
+    limit_cases,
+    pretrainings,
+    read_ablation,
+    run_ablation,
+    shared_rows,
+)
 from mednext_v2.scoring.evaluate import SCORE_COLUMNS
 from mednext_v2.scoring.features import snapshot_features
 from mednext_v2.stages import compose_params
@@ -91,9 +103,49 @@ def test_variants_that_share_a_pretraining_train_it_once_and_the_main_run_lends_
     )
     described = Ablation("some", variants, plan.tasks, ("pretrained",), (0,))
     found = pretrainings(described, plan, places(workplace, prepared), workplace / "new")
-    assert found["main"] == found["lr"] == workplace / "models/smoke/pretrain/corpus_ct/mednext_v2_tiny/corpus_ct-s0"
-    assert found["few"] is found["same"] and found["wide"] is not found["few"]
-    assert Prepared(found["few"].data / "corpus_ct").ids("train") == Prepared(prepared / "corpus_ct").ids("train")[:2]
+    main = workplace / "models/smoke/pretrain/corpus_ct/mednext_v2_tiny"
+    assert found["main", 0] == found["lr", 0] == main / "corpus_ct-s0"
+    assert found["few", 0] is found["same", 0] and found["wide", 0] is not found["few", 0]
+    assert Prepared(found["few", 0].data / "corpus_ct").ids("train") == Prepared(prepared / "corpus_ct").ids("train")[:2]
+
+
+def test_a_seed_is_that_of_pretraining_and_fine_tuning_alike(workplace, prepared):
+    _, plan = read_ablation("smoke", "grn")
+    plan = replace(plan, seeds=(0, 1))
+    described = Ablation("some", dict(main=Variant(), wide=Variant(overrides={"width": 6})), plan.tasks, ("pretrained",), (0, 1, 2))
+    parents = pretrainings(described, plan, places(workplace, prepared), workplace / "new")
+    main = workplace / "models/smoke/pretrain/corpus_ct/mednext_v2_tiny"
+    assert [parents["main", seed] for seed in (0, 1)] == [main / "corpus_ct-s0", main / "corpus_ct-s1"]
+    # The main runs have no seed 2, so the ablation trains it
+    own = [parents["main", 2], *(parents["wide", seed] for seed in (0, 1, 2))]
+    assert [job.run.seed for job in own] == [2, 0, 1, 2] and len({job.out for job in own}) == 4
+    for job in finetunings(described, plan, places(workplace, prepared), workplace / "new", parents):
+        assert job.parent.name == f"corpus_ct-s{job.run.seed}"
+
+
+def test_variants_that_others_train_are_not_trained_and_their_rows_are_copied(workplace, prepared):
+    _, plan = read_ablation("smoke", "grn")
+    variants = dict(main=Variant(trained_by="main"), wide=Variant(overrides={"width": 6}, trained_by="scaling/wide"), own=Variant(overrides={"width": 8}))
+    described = Ablation("grn", variants, plan.tasks, ("pretrained",), (0,))
+    assert {name for name, _ in pretrainings(described, plan, places(workplace, prepared), workplace / "new")} == {"own"}
+    row = dict(task=plan.tasks[0], backbone="mednext_v2_tiny", init="corpus_ct", seed=0, split="test", dsc=0.5)
+    main = pd.DataFrame([row, row | {"split": "validation"}, row | {"init": "scratch"}, row | {"seed": 1}, row | {"backbone": "unet"}])
+    others = pd.DataFrame([row | {"ablation": name, "variant": "wide", "dsc": 0.6} for name in ("scaling", "schedules")])
+    found = shared_rows(described, plan, main, others)
+    assert found[["ablation", "variant", "dsc"]].to_numpy().tolist() == [["grn", "main", 0.5], ["grn", "wide", 0.6]]
+    with pytest.raises(ValueError, match="ablation grn, wide: scaling/wide has no rows"):
+        shared_rows(described, plan, main, others[others.ablation != "scaling"])
+
+
+@pytest.mark.parametrize("trained_by", ["main", "scaling/narrow", "scaling/wide", "nothing/width", "scaling"])
+def test_a_variant_that_another_run_does_not_train_alike_is_refused(workplace, trained_by):
+    import yaml
+
+    values = yaml.safe_load((workplace / "params.yaml").read_text())
+    values["ablations"]["grn"]["variants"]["without"]["trained_by"] = trained_by
+    (workplace / "params.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match=f"ablation grn, without: trained_by '{trained_by}' is not the same training"):
+        read_ablation("smoke", "grn")
 
 
 def test_limit_cases_are_the_first_ones_and_are_read_as_before(prepared, tmp_path):
@@ -170,7 +222,7 @@ def test_the_paper_profile_fits_gpus_of_80_gb_and_counts_every_run():
     released = table[table.stage == "released"]
     assert len(released) == 7 and set(released.runs) == {(4 * 5 + 2) * seeds} and released.parameters.min() > 1e7
     grn = list_trainings("paper").query("stage == 'ablate grn'")
-    assert grn.runs.tolist() == [2 * tasks * seeds] * 3 + [1] * 3
+    assert grn.runs.tolist() == [2 * tasks * seeds] * 3 + [seeds] * 3
     # The reference itself is taken to need its published hours
     row = published_compute().set_index("model").loc["MedNeXt-L k3"]
     from mednext_v2.models.registry import cost
@@ -197,6 +249,8 @@ def test_model_rows_say_what_a_training_took(tmp_path, workplace, prepared):
 def test_collected_models_hold_main_runs_and_ablations(workplace, monkeypatch):
     _, plan = read_ablation("smoke", "grn")
     monkeypatch.setattr(collected, "main_models", lambda *rest: [dict.fromkeys(MODEL_COLUMNS, 1)])
+    for name in ("people_table", "corpora_table"):  # tests/test_collect.py
+        monkeypatch.setattr(collected, name, lambda *rest: pd.DataFrame(columns=["person"]))
     part = workplace / "runs/smoke/ablate/grn"
     part.mkdir(parents=True)
     pd.DataFrame([dict.fromkeys(MODEL_COLUMNS, 2)]).to_csv(part / "models.csv", index=False)

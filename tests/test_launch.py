@@ -246,6 +246,136 @@ def test_a_rank_that_nobody_watches_needs_nothing(tmp_path, monkeypatch):
     module.write_report(error="nobody reads this")
 
 
+# A GPU for each process, on a machine that only says how many it has
+
+PRETEND = """
+import sys, time, torch
+torch.cuda.device_count = lambda: 3
+from mednext_v2.training.launch import claim_gpus
+with claim_gpus("cuda", int(sys.argv[1])) as environment:
+    print(environment.get("CUDA_VISIBLE_DEVICES"), flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    "Three GPUs without nvidia-smi; claims in a folder of this test"
+    for name in ("CUDA_VISIBLE_DEVICES", module.SHARE_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(module.tempfile, "tempdir", None)
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    return tmp_path
+
+
+def claim_in_process(count: int = 1, seconds: float = 600) -> subprocess.Popen:
+    line = [sys.executable, "-c", PRETEND, str(count), str(seconds)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(HERE.parent)})
+
+
+def test_trainings_side_by_side_get_a_gpu_each_and_one_too_many_is_told_who_has_them(gpus):
+    trainings = [claim_in_process(), claim_in_process()]
+    try:
+        assert sorted(training.stdout.readline() for training in trainings) == ["0\n", "1\n"]
+        with pytest.raises(ValueError, match=f"of 3 only 1 are free .GPU 0: process ({trainings[0].pid}|{trainings[1].pid}) on .*compute.workers"):
+            with module.claim_gpus("cuda", 2):
+                raise AssertionError("claimed what others have")
+        with module.claim_gpus("cuda") as environment:
+            assert environment == {"CUDA_VISIBLE_DEVICES": "2"}
+        trainings[0].kill()  # What a killed training had is free at once
+        trainings[0].wait()
+        with module.claim_gpus("cuda", 2) as environment:
+            assert len(environment["CUDA_VISIBLE_DEVICES"].split(",")) == 2
+    finally:
+        for training in trainings:
+            training.kill()
+            training.communicate()
+
+
+def test_only_gpus_that_the_environment_leaves_are_claimed(gpus, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-5d1c")
+    with module.claim_gpus("cuda") as environment:
+        assert environment == {"CUDA_VISIBLE_DEVICES": "2"}
+    with module.claim_gpus("cuda", 2) as environment:
+        assert environment == {}, "all that are visible: nothing to change"
+    with pytest.raises(ValueError, match="3 processes need a GPU each, and CUDA_VISIBLE_DEVICES has 2"):
+        with module.claim_gpus("cuda", 3):
+            pass
+    for device in ("cpu", "mps", "cuda:1"):
+        with module.claim_gpus(device, 8) as environment:
+            assert environment == {}
+
+
+def test_a_gpu_has_one_claim_under_any_number_and_can_be_shared_on_request(gpus, monkeypatch):
+    "Slurm's control groups number the GPUs of each job from 0: what counts is the GPU's own id"
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    listing = gpus / "bin" / "nvidia-smi"
+
+    def machine(uuid):
+        listing.write_text(f"#!/bin/sh\necho '0, {uuid}'\n")
+        listing.chmod(0o755)
+
+    from concurrent.futures import ThreadPoolExecutor
+
+    def claimed():
+        with module.claim_gpus("cuda") as environment:
+            return environment
+
+    with ThreadPoolExecutor(1) as other:
+        machine("GPU-a")
+        with module.claim_gpus("cuda"):
+            machine("GPU-b")
+            assert other.submit(claimed).result() == {}
+            machine("GPU-a")
+            with pytest.raises(ValueError, match="of 1 only 0 are free .GPU 0: process"):
+                other.submit(claimed).result()
+            monkeypatch.setenv(module.SHARE_VARIABLE, "1")
+            assert other.submit(claimed).result() == {}
+
+
+@pytest.mark.parametrize("processes, seen, launched", [(1, "0", True), (2, "0,1", True), (3, "", True), (1, "", False)])
+def test_a_training_runs_where_it_sees_its_own_gpus_alone(gpus, monkeypatch, processes, seen, launched):
+    import torch
+
+    from mednext_v2.core import Resources, write_csv
+    from mednext_v2.training import run
+    from mednext_v2.training.recipe import get_recipe
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3 if launched else 1)
+    calls = []
+
+    def end(**arguments):
+        calls.append(None)
+        write_csv(gpus / "history.csv", pd.DataFrame({"step": [1]}))
+
+    import pandas as pd
+
+    monkeypatch.setattr(run, "train_from_json", end)
+    monkeypatch.setattr(module, "launch", lambda spec, number, variables: (end(), calls.append((number, variables.get("CUDA_VISIBLE_DEVICES", "")))))
+    settings = run.TrainSettings(gpus / "data", gpus / "out", "unet", get_recipe("smoke"), gpus)
+    run.train_in_processes(settings, Resources("cuda", processes=processes))
+    assert calls == [None, (processes, seen)] if launched else [None]
+
+
+def test_launch_passes_the_gpus_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent)]))
+    script = tmp_path / "gpu.py"
+    script.write_text("import os, pathlib\npathlib.Path(__file__).with_suffix('.txt').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n")
+    launch(dict(function="runpy:run_path", arguments=dict(path_name=str(script))), variables={"CUDA_VISIBLE_DEVICES": "3"})
+    assert (tmp_path / "gpu.txt").read_text() == "3"
+
+
 # The cause, from what is known at the end
 
 

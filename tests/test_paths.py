@@ -12,11 +12,14 @@ from mednext_v2.study.paths import StudyPaths, scratch
 ROOT = Path(__file__).parents[1]
 STAGES = read_yaml(ROOT / "dvc.yaml")["stages"]
 PATHS = StudyPaths("mini")
-CSVS = ("scores.csv", "ablations.csv", "models.csv", "features.csv")
+CSVS = ("scores.csv", "ablations.csv", "models.csv", "features.csv", "rates.csv", "people.csv", "corpora.csv")
 TABLES = ("digests.json", *CSVS, *(f"{name}.json" for name in CSVS), "metrics.json")
 OUTS = {
     "suite": [PATHS.raw, PATHS.runs("suite")],
     "prepare": [PATHS.prepared, PATHS.runs("prepare")],
+    "rates_pretrain": [PATHS.rates("pretrain", "CORPUS", "BACKBONE")],
+    "rates_scratch": [PATHS.rates("finetune", "scratch", "BACKBONE")],
+    "rates_finetune": [PATHS.rates("finetune", "CORPUS", "BACKBONE")],
     "pretrain": [PATHS.models("pretrain", "CORPUS", "BACKBONE"), PATHS.curves("pretrain", "CORPUS", "BACKBONE")],
     "scratch": [PATHS.models("finetune", "scratch", "BACKBONE"), PATHS.curves("finetune", "scratch", "BACKBONE")],
     "finetune": [PATHS.models("finetune", "CORPUS", "BACKBONE"), PATHS.curves("finetune", "CORPUS", "BACKBONE")],
@@ -75,4 +78,5 @@ def test_paths_follow_the_project_and_the_profile(tmp_path, monkeypatch):
     paths = StudyPaths("paper")
     assert paths.parent("scratch", "unet") is None
     assert paths.parent("corpus_ct", "unet") == tmp_path / "models/paper/pretrain/corpus_ct/unet/corpus_ct-s0"
+    assert paths.parent("corpus_ct", "unet", seed=2) == tmp_path / "models/paper/pretrain/corpus_ct/unet/corpus_ct-s2"
     assert not list(tmp_path.glob("*/"))

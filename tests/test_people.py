@@ -1,6 +1,8 @@
 "People: same seed same voxels, tissues as physics has them, lesions where they belong, and nobody who is tested on is trained on"
 
+import json
 import shutil
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -8,14 +10,17 @@ import pandas as pd
 import pytest
 from scipy import ndimage
 
-from mednext_v2.core import root, sha256
-from mednext_v2.data.datasets import find_patient, list_cases, load_datasets, read_case
+from mednext_v2.core import read_yaml, root, sha256
+from mednext_v2.data.datasets import find_patient, get_dataset, list_cases, load_datasets, read_case
+from mednext_v2.stages import compose_params
 from mednext_v2.study.people import (
     BLEED,
     BUILT_PEOPLE,
     LESION,
     MIXTURES,
+    ORIGIN,
     REAL,
+    SAME_HEAD,
     SEQUENCES,
     TASKS,
     TISSUES,
@@ -26,23 +31,27 @@ from mednext_v2.study.people import (
     check_people,
     check_suite,
     class_map,
+    compare_people,
     describe_cases,
     list_real_cases,
     make_case,
     people_datasets,
     people_folder,
+    people_table,
     person_hu,
     place_finding,
     plan_people,
+    read_origins,
     read_person,
     reshape,
     split_people,
     synthesise_ct,
     synthesise_mr,
 )
-from mednext_v2.study.seeds import BUILT, generator, load_seeds, verify_seeds, voxel_digest
+from mednext_v2.study.seeds import BUILT, build_dataset, generator, load_seeds, verify_seeds, voxel_digest
 
-SEEDS = root() / "data" / "seeds"
+CLONE = root()
+SEEDS = CLONE / "data" / "seeds"
 NAMES = tuple(load_seeds(people_folder()))
 DATASETS = people_datasets()
 FEW = {"images": (1, 1, 1, 2), "counts": (1, 1, 1, 1)}
@@ -90,10 +99,10 @@ def test_a_case_depends_on_the_seed_and_not_on_how_many_there_are(suite, tmp_pat
     assert not set(other.sha256) & set(many) and many.is_unique
 
 
-def test_tasks_are_described_once_and_collide_with_no_other():
+def test_tasks_are_in_the_registry_with_titles_of_their_own():
     known = load_datasets()
-    assert set(DATASETS) == set(TASKS) and not set(DATASETS) & set(known)
-    assert not {one.dataset for one in DATASETS.values()} & {one.dataset for one in known.values()}
+    assert set(DATASETS) == set(TASKS) == {name for name in known if name.startswith("people_")}
+    assert len({one.title for one in known.values()}) == len(known) and not any("eople" in one.title for one in DATASETS.values())
     for name, dataset in DATASETS.items():
         assert (dataset.source, dataset.licence, dataset.spacing) == ("people", "Apache-2.0", (2.5, 2.5, 2.5))
         assert dataset.modality == ("MR" if TASKS[name].sequences else "CT")
@@ -350,7 +359,9 @@ def test_a_person_that_is_not_the_name_s_is_refused(suite, tmp_path):
 def test_suite_says_what_is_a_person_and_what_a_deformation(suite):
     table = describe_cases(suite[1])
     head = table.loc[("people_head_ct", "test")]
-    assert (head.people, head.as_mapped, head.deformations, head.intensities) == (1, 1, 1, "synthetic")
+    assert (head.people, head.images, head.as_mapped, head.deformations, head.synthetic, head.intensities) == (1, 2, 1, 1, 2, "synthetic")
+    bleeds = table.loc["people_bleed_ct"]
+    assert (bleeds.simulated + bleeds.without_finding == bleeds.images).all() and not head.simulated
     assert ("people_ct", "test") not in table.index
     cases = suite[1]
     assert set(cases.kind[cases.case.str.endswith("_00")]) == {"person"}
@@ -402,6 +413,53 @@ def test_real_scans_are_a_column_of_their_own(suite):
     assert set(verify_seeds(SEEDS)) >= {one.scan for many in REAL.values() for one in many}
 
 
+def test_no_two_of_the_twenty_are_one_head_and_one_that_was_turned_or_mirrored_is_known_again(people):
+    pairs = compare_people([read_person(name) for name in NAMES])
+    assert len(pairs) == 190 and 0.6 < pairs.likeness[0] < SAME_HEAD - 0.1
+    head = people["hd03"]
+    for turn, shift, mirrored in ((10, (2, -3, 1), False), (-8, (0, 2, 2), True), (0, (4, 4, 4), False)):
+        angle = np.deg2rad(turn)
+        matrix = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+        middle = (np.array(head.label.shape) - 1) / 2
+        label = ndimage.affine_transform(head.label, matrix, offset=middle - matrix @ middle + shift, order=0)
+        again = replace(head, name="again", label=label[::-1] if mirrored else label)
+        assert compare_people([head, again]).likeness[0] > SAME_HEAD, (turn, mirrored)
+
+
+def test_origin_of_every_case_of_people_of_seeds_and_of_others(suite, tmp_path):
+    found = read_origins(DATASETS["people_bleed_ct"], suite[0])
+    assert list(found) == [*ORIGIN, "scans"] and set(found.scans) == {"synthetic"}
+    assert found.person.tolist() == [find_patient(DATASETS["people_bleed_ct"], case) for case in found.case]
+    seeds = build_dataset("abdomen_mr", None, tmp_path, cases=(1, 1, 2))
+    origins = read_origins(get_dataset("abdomen_mr"), tmp_path).set_index("split")
+    assert origins.person.to_dict() == {"train": "ctA", "val": "ctA", "test": "mrM"} and seeds.person.tolist() == origins.person.tolist()
+    assert origins.scans.to_dict() == {"train": "synthetic", "val": "synthetic", "test": "deformed"}
+    assert origins.kind.tolist()[2:] == ["scan in its own shape", "deformation of mrM"]
+    folder = tmp_path / get_dataset("abdomen_mr").folder
+    table = pd.read_csv(folder / "provenance.csv")
+    table.drop(columns="person").to_csv(folder / "provenance.csv", index=False)
+    with pytest.raises(ValueError, match="provenance.csv lacks the column person: build abdomen_mr anew"):
+        read_origins(get_dataset("abdomen_mr"), tmp_path)
+    (folder / "provenance.csv").unlink()  # A data set that nobody deformed
+    plain = read_origins(get_dataset("abdomen_mr"), tmp_path)
+    assert set(plain.scans) == {"real"} and plain.person.tolist() == plain.case.tolist()
+    converted = get_dataset("abdomen_mr").__class__(**vars(get_dataset("abdomen_mr")) | {"source": "raw"})
+    table.to_csv(folder / "provenance.csv", index=False)  # As a converter leaves one
+    assert set(read_origins(converted, tmp_path).scans) == {"real"}
+
+
+def test_table_of_people_keeps_real_scans_apart(suite, tmp_path):
+    raw = shutil.copytree(suite[0], tmp_path / "raw")
+    build_dataset("corpus_mr", None, raw, cases=(3, 1, 0))
+    table = people_table([*TASKS, "corpus_mr"], raw).set_index(["task", "split"])
+    assert table.index.is_unique and set(table.loc["people_head_ct"].index) == {"train", "val", "test", "real"}
+    assert table.loc[("people_head_ct", "real")][["people", "images", "synthetic", "scans"]].tolist() == [1, 1, 0, "real"]
+    assert table.loc[("people_bleed_ct", "real"), "simulated"] == 1
+    mixed = table.loc[("corpus_mr", "train")]
+    assert (mixed.people, mixed.images, mixed.synthetic, mixed.scans) == (2, 3, 2, "deformed, synthetic")
+    assert table.loc[("people_ct", "train"), "people"] == 1 and ("people_ct", "real") not in table.index
+
+
 def test_missing_real_scan(suite, tmp_path):
     dataset = DATASETS["people_brain_mr"]
     shutil.copytree(suite[0] / dataset.folder, tmp_path / dataset.folder)
@@ -427,3 +485,55 @@ def test_failed_build_leaves_what_was_there_and_another_folder_is_not_replaced(s
     with pytest.raises(FileExistsError, match="thesis.txt"):
         build_people("people_head_ct", None, tmp_path, **FEW)
     assert BUILT_PEOPLE.name != BUILT.name
+
+
+def run_suite(profile: str) -> dict:
+    "The variables of the stage `suite` after its cells were run here"
+    cells = json.loads((CLONE / "nbs/pipeline/10_suite.ipynb").read_text())["cells"]
+    found = {"profile": profile}
+    for cell in cells:
+        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", []):
+            exec("".join(cell["source"]), found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "numbers, tasks",
+    [
+        ({"suite": None, "people": {"images": [1, 1, 1, 1], "counts": [2, 1, 1, 1], "seed": 0}}, {"people_head_ct"}),
+        ({"suite": {"cases": [1, 1, 1], "corpus": [1, 1], "seed": 0}, "people": None}, {"brain_mr"}),
+        ({"suite": {"cases": [1, 1, 1], "corpus": [1, 1], "seed": 0}}, {"brain_mr"}),
+        (
+            {"suite": {"cases": [1, 1, 1], "corpus": [1, 1], "seed": 0}, "people": {"images": [1, 1, 1, 1], "counts": [2, 1, 1, 1], "seed": 0}},
+            {"people_head_ct", "brain_mr"},
+        ),
+    ],
+    ids=["people", "seeds", "seeds without a word of people", "both"],
+)
+def test_the_suite_stage_builds_what_a_profile_describes(tmp_path, monkeypatch, numbers, tasks):
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "data").mkdir()
+    shutil.copy(CLONE / "data/datasets.yaml", tmp_path / "data")
+    (tmp_path / "data/seeds").symlink_to(CLONE / "data/seeds")
+    composed = read_yaml(compose_params("smoke", tmp_path / "params.yaml"))
+    plain = json.loads(json.dumps({name: value for name, value in composed.items() if name not in ("suite", "people")} | numbers))
+    (tmp_path / "params.yaml").write_text(json.dumps(plain))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mednext_v2.study.people.TASKS", {"people_head_ct": TASKS["people_head_ct"]})
+    monkeypatch.setattr("mednext_v2.study.seeds.load_datasets", lambda: {"brain_mr": get_dataset("brain_mr")})
+    first = run_suite("smoke")["provenance"]
+    assert set(first.task) == tasks and {path.name for path in (tmp_path / "data/raw/smoke").iterdir()} == {get_dataset(name).folder for name in tasks}
+    if "people_head_ct" in tasks:
+        assert first[first.task == "people_head_ct"].person.nunique() == 3
+    if tasks == {"people_head_ct"}:
+        before = contents(tmp_path / "data/raw/smoke")
+        assert run_suite("smoke")["provenance"].equals(first) and contents(tmp_path / "data/raw/smoke") == before  # A second start
+
+
+def test_a_profile_that_describes_no_raw_data_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    composed = read_yaml(compose_params("smoke", tmp_path / "params.yaml"))
+    (tmp_path / "params.yaml").write_text(json.dumps(composed | {"suite": None, "people": None}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="profile smoke is in axes.suites and describes neither `suite` nor `people`"):
+        run_suite("smoke")

@@ -216,7 +216,8 @@ def test_pretrain_finetune_evaluate_collect(raw, prepared, workplace):
     labels = nibabel.load(next((workplace / "evaluate/one/predictions/brain_lesion_mr-s3").glob("*.nii.gz")))
     assert set(np.unique(np.asanyarray(labels.dataobj))) <= {0, 1, 2}
     collected = collect(workplace / "evaluate", workplace / "results")
-    assert len(collected) == len(scores) == 2
+    assert len(collected) == len(scores) == 4 and set(zip(scores.split, scores.person)) == {("validation", "mrP"), ("test", "mrQ")}
+    assert set(scores.scans) == {"deformed"}
     assert "unet" in json.loads((workplace / "results/metrics.json").read_text())
 
 
@@ -248,7 +249,7 @@ def test_pipeline_scores_as_predict_and_evaluate_and_finetune_do_on_the_scans_ow
     run = TrainingRun("smoke", "unet", "scratch", task.name)
     train([run], workplace / "prepared", workplace / "models")
     model = workplace / "models" / run.name
-    scores = evaluate_runs([run], model.parent, workplace / "prepared", own.parent, workplace / "evaluate", overlap=0.5)
+    scores = evaluate_runs([run], model.parent, workplace / "prepared", own.parent, workplace / "evaluate", overlap=0.5, splits=("test",))
     case = next(case for case in list_cases(task, own.parent) if case.split == "test")
     truth = nibabel.load(case.label)
     assert Prepared(workplace / "prepared" / task.name).label(case.id).shape != truth.shape
@@ -324,7 +325,7 @@ def test_every_fold_is_trained_on_its_own_cases_and_all_cases_are_scored_once(ra
     assert [run.name for run in runs] == ["brain_lesion_mr-s0", "brain_lesion_mr-s0-f1"]
     train(runs, data, workplace / "models")
     assert len({read_card(workplace / "models" / run.name).sha256 for run in runs}) == 2
-    scores = evaluate_runs(runs, workplace / "models", data, raw, workplace / "evaluate/one")
+    scores = evaluate_runs(runs, workplace / "models", data, raw, workplace / "evaluate/one", splits=("test",))
     assert sorted(scores.case.unique()) == sorted({*tested, *others[1:]}) and not scores.duplicated(["case", "label"]).any()
     with pytest.raises(ValueError, match=r"brain_lesion_mr has 2 fold\(s\), fold 2 was asked for"):
         train([TrainingRun("smoke", "unet", "scratch", "brain_lesion_mr", 0, 2)], data, workplace / "more")
@@ -635,10 +636,11 @@ def test_patch_fits_volume_and_strides(patch, shape, strides, expected):
 
 
 def test_collect_keeps_case_names_and_needs_input(tmp_path):
-    row = ["mini", "t", "001", "liver", "organ", "unet", "scratch", "32x32x32", 0, 0.5, 0.5]
+    row = dict(profile="mini", task="t", case="001", person="007", scans="real", split="test", label="liver", backbone="unet", init="scratch", seed=0)
     (tmp_path / "in/one").mkdir(parents=True)
-    pd.DataFrame([row], columns=SCORE_COLUMNS[:11]).reindex(columns=SCORE_COLUMNS).to_csv(tmp_path / "in/one/scores.csv", index=False)
-    assert collect(tmp_path / "in", tmp_path / "out").case.tolist() == ["001"]
+    pd.DataFrame([row | dict(dsc=0.5, nsd=0.5)]).reindex(columns=SCORE_COLUMNS).to_csv(tmp_path / "in/one/scores.csv", index=False)
+    found = collect(tmp_path / "in", tmp_path / "out")
+    assert (found.case.tolist(), found.person.tolist()) == (["001"], ["007"])
     with pytest.raises(FileNotFoundError, match="the stage `evaluate` has not run"):
         collect(tmp_path / "out", tmp_path / "none")
 

@@ -11,7 +11,19 @@ from mednext_v2.core import read_json, root
 from mednext_v2.data.preprocess import prepare_all
 from mednext_v2.models.card import read_card
 from mednext_v2.study import rates
-from mednext_v2.study.rates import TRIAL_COLUMNS, Trials, choose_rates, mean_trials, rate_table, run_trials, trial_recipe, with_rate
+from mednext_v2.study.paths import StudyPaths
+from mednext_v2.study.rates import (
+    TRIAL_COLUMNS,
+    Trials,
+    choose_rate,
+    choose_rates,
+    mean_trials,
+    rate_table,
+    run_trials,
+    trial_recipe,
+    use_chosen_rate,
+    with_rate,
+)
 from mednext_v2.study.seeds import build_dataset
 from mednext_v2.training.recipe import Recipe
 
@@ -135,3 +147,44 @@ def test_a_search_from_scratch_and_pretrained_that_is_not_trained_twice(tmp_path
     pd.testing.assert_frame_equal(run_trials([scratch, tuned], tmp_path / "prepared", tmp_path / "out"), both)
     with pytest.raises(pytest.fail.Exception, match="trained again"):  # Another recipe is another trial, diverged or not
         run_trials([replace(scratch, steps=2, rates=(1e30,))], tmp_path / "prepared", tmp_path / "out")
+
+
+def test_the_stage_chooses_and_trainings_take_its_choice(tmp_path, monkeypatch):
+    import yaml
+
+    from mednext_v2.core import read_yaml
+    from mednext_v2.stages import compose_params
+
+    for name in ("conf", "data"):
+        (tmp_path / name).mkdir()
+    shutil.copy(root() / "data/datasets.yaml", tmp_path / "data")
+    shutil.copytree(root() / "conf", tmp_path / "conf", dirs_exist_ok=True)
+    (tmp_path / "dvc.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    compose_params("smoke")
+    paths, recipe = StudyPaths("smoke"), Recipe(steps=9, lr=0.5)
+    assert choose_rate("smoke", "finetune", "scratch", "unet").empty
+    assert use_chosen_rate(recipe, "smoke", "finetune", "scratch", "unet") == recipe  # Nothing was tried
+
+    values = read_yaml(tmp_path / "params.yaml")
+    values["rates"] = dict(tried=[1e-3, 1e-2], pretrain_steps=3, finetune_steps=4, tasks=["brain_lesion_mr", "abdomen_ct"])
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    asked = {}
+
+    def run_trials(several, data, out, workers, resources):
+        asked["trials"] = several
+        return pd.DataFrame([(one.backbone, one.start, lr, task, lr) for one in several for lr in one.rates for task in one.tasks], columns=TRIAL_COLUMNS)
+
+    monkeypatch.setattr(rates, "run_trials", run_trials)
+    assert choose_rate("smoke", "finetune", "scratch", "unet").lr.tolist() == [1e-2]
+    (trials,) = asked["trials"]
+    assert (trials.start, trials.tasks, trials.steps, trials.parent) == ("scratch", ("brain_lesion_mr", "abdomen_ct"), 4, None)
+    assert use_chosen_rate(recipe, "smoke", "finetune", "scratch", "unet").lr == 1e-2
+    with pytest.raises(FileNotFoundError):
+        use_chosen_rate(recipe, "smoke", "pretrain", "corpus_ct", "unet")
+    choose_rate("smoke", "pretrain", "corpus_ct", "unet")
+    assert (asked["trials"][0].start, asked["trials"][0].tasks, asked["trials"][0].steps) == ("pretrain", ("corpus_ct",), 3)
+    assert use_chosen_rate(recipe, "smoke", "pretrain", "corpus_ct", "unet").lr == 1e-2
+    choose_rate("smoke", "finetune", "corpus_ct", "unet")
+    assert asked["trials"][0].parent == paths.pretrained("corpus_ct", "unet") and asked["trials"][0].start == "corpus_ct"
+    assert len(pd.read_csv(paths.rates("finetune", "corpus_ct", "unet") / "trials.csv")) == 4

@@ -12,8 +12,9 @@ from mednext_v2.data.datasets import load_datasets, read_splits, write_descripti
 from mednext_v2.intake.convert import CONVERTERS
 
 TASKS = load_datasets()
-MINI = [dataset for dataset in TASKS.values() if dataset.source == "seeds"]
-PUBLIC = {name: dataset for name, dataset in TASKS.items() if dataset.source != "seeds"}
+MADE = ("seeds", "people")
+MINI = [dataset for dataset in TASKS.values() if dataset.source in MADE]
+PUBLIC = {name: dataset for name, dataset in TASKS.items() if dataset.source not in MADE}
 
 # Labels without the background, as published by the sources that the entries' notes name. A new entry needs no line here: what every entry must
 # have is checked of all of them

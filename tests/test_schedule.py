@@ -27,7 +27,7 @@ ONE = dict.fromkeys(FAMILIES, 0.1)
 
 
 def test_hours_of_a_small_schedule_by_hand():
-    small = Schedule(pretrain=100, finetune=50, trial=20, pretrain_trial=30, backbones=("unet",), seeds=2, tasks=3, trial_tasks=1, arms=(), cases=4)
+    small = Schedule(pretrain=100, finetune=50, trial=20, pretrain_trial=30, backbones=("unet",), seeds=2, tasks=3, trial_tasks=1, arms=(), cases=4, checked=0)
     table = forecast(small, {"unet": 0.1})
     rates = 4 * (30 * 0.1 + OWN_SECONDS + TRIAL_SCANS * SCAN_SECONDS) + 8 * (20 * 0.1 + OWN_SECONDS + TRIAL_SCANS * SCAN_SECONDS)
     tuned = 6 * (50 * 0.1 + OWN_SECONDS + 4 * SCAN_SECONDS)
@@ -79,3 +79,26 @@ def test_the_measured_times_are_those_of_the_families_and_the_study_fits_into_it
         measured_seconds()
     with pytest.raises(ValueError, match="has no alone: run"):
         measured_seconds("alone")
+
+
+def test_the_schedule_is_what_the_profile_study_trains():
+    from mednext_v2.report import forecast as planned
+
+    values, schedule = planned.profile_params("study"), Schedule()
+    steps = {f"{stage}": values["recipes"][stage]["steps"] for stage in ("pretrain", "finetune")}
+    assert steps == {"pretrain": schedule.pretrain, "finetune": schedule.finetune}
+    assert (values["rates"]["pretrain_steps"], values["rates"]["finetune_steps"]) == (schedule.pretrain_trial, schedule.trial)
+    assert set(values["axes"]["backbones"]) == set(schedule.backbones) and len(values["seeds"]) == schedule.seeds
+    listed = planned.list_trainings("study").assign(steps=lambda table: [recipe["steps"] for recipe in table.recipe])
+    mine, theirs = (table.groupby(["stage", "backbone", "steps"]).runs.sum() for table in (list_trainings(schedule), listed))
+    assert mine.to_dict() == theirs.to_dict()
+
+
+def test_backbones_of_the_profile_study_are_those_of_the_budget():
+    import yaml
+
+    from mednext_v2.core import root
+    from mednext_v2.study.budget import profile_backbones
+
+    found = yaml.safe_load((root() / "conf/profile/study.yaml").read_text())["backbones"]
+    assert found == yaml.safe_load(profile_backbones())["backbones"]

@@ -175,8 +175,9 @@ def test_every_case_is_fit_to_train_on_and_every_label_is_there(suite, name):
 def test_provenance_describes_each_case_and_its_hash_is_of_the_voxels(suite):
     folder = suite[0] / TASKS["abdomen_mr"].folder
     table = pd.read_csv(folder / "provenance.csv")
-    assert list(table) == ["case", "split", "source_scan", "how", "note", "sha256"]
+    assert list(table) == ["case", "split", "person", "kind", "intensities", "how", "source_scan", "note", "sha256"]
     assert not table.isna().any().any()
+    assert set(table.intensities[table.split == "test"]) == {"real"} and set(table.intensities[table.split != "test"]) == {"synthetic"}
     assert table.how[table.case == "abdomen_mr_test00"].item().endswith("not deformed")
     for row in table[table.case.isin(["abdomen_mr_train00", "abdomen_mr_test01"])].itertuples():
         suffix = "Ts" if row.split == "test" else "Tr"

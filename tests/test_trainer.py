@@ -661,9 +661,11 @@ def test_named_recipes_are_whole_and_survive_json(name):
 
 
 def test_recipes_of_the_paper_are_what_is_known_of_it():
-    pretrain, finetune, v1, nnunet = (get_recipe(name) for name in ("pretrain", "finetune", "v1", "nnunet"))
-    assert (pretrain.steps, pretrain.patch) == (1500 * 250, (128, 128, 128))
-    assert (finetune.steps, finetune.warmup, finetune.lr, finetune.patch) == (75_000, 12_500, 1e-3, (192, 192, 192))
+    pretrain, finetune, context, v1, nnunet = (get_recipe(name) for name in ("pretrain", "finetune", "finetune_192", "v1", "nnunet"))
+    assert (pretrain.steps, pretrain.patch, pretrain.warmup) == (1500 * 250, (128, 128, 128), 0), "warm-up is known of fine-tuning alone"
+    assert (finetune.steps, finetune.warmup, finetune.lr, finetune.patch) == (75_000, 12_500, 1e-3, (128, 128, 128))
+    assert context == dataclasses.replace(finetune, patch=(192, 192, 192)), "context scaling changes the patch of fine-tuning, nothing else"
+    assert nnunet.patch == v1.patch == (128, 128, 128)
     assert (v1.optimizer, v1.eps, v1.weight_decay, v1.warmup) == ("adamw", 1e-4, 3e-5, 0)
     optimizer = make_optimizer(nnunet, toy_model())
     assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"], nnunet.lr) == (0.99, True, 1e-2)

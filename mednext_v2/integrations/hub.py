@@ -89,23 +89,21 @@ def score_lines(card: Card) -> str:
 MARK = "<!-- Written by mednext_v2 from card.json -->"
 
 
-def model_page(
+def page_body(
     card: Card,
-    repo: str,  # owner/name
+    name: str,  # By which a command finds the model
     folds: int = 0,  # Networks that are averaged
-) -> str:  # README.md
-    "The page of a model on the hub"
-    title = repo.rpartition("/")[2]
+    more: str = "",  # Sections before the last one
+) -> str:
+    "What a page says of a model to people"
+    title = name.rpartition("/")[2]
     spacing, patch = (" × ".join(f"{side:g}" for side in sides) for sides in (card.spacing, card.patch))
     start = f"from `{card.init}`" + (f" (sha256 `{card.parent[:12]}`)" if card.parent else "") if card.init != "scratch" else "from random weights"
     steps = f"{card.recipe['steps']} steps, " if "steps" in card.recipe else ""
     axes = " (the axes in training are not known)" if card.doubt else ""
+    section = f"\n{more.strip()}\n" if more else ""
     schemes = ", ".join(map(str, card.normalisation["schemes"]))
-    return f"""---
-{page_head(card, title).strip()}
----
-{MARK}
-# {title}
+    return f"""# {title}
 
 {card.backbone}{f", {folds} folds that are averaged," if folds else ""} for {card.modality}, {card.in_channels} channel{"s" * (card.in_channels > 1)}.
 It was trained on {card.task}, {start}, {steps}seed {card.seed}. Scans are turned to RAS{axes} and resampled to {spacing} mm,
@@ -118,19 +116,19 @@ intensities are normalised ({schemes}), windows have {patch} voxels; the softwar
 ## Use
 
 ```sh
-mednextv2 predict -m {repo} -i scan.nii.gz -o labels.nii.gz
-mednextv2 finetune -d DatasetNNN_Name -m {repo} -o tuned
+mednextv2 predict -m {name} -i scan.nii.gz -o labels.nii.gz
+mednextv2 finetune -d DatasetNNN_Name -m {name} -o tuned
 ```
 
 ```python
 from mednext_v2 import from_pretrained
-model, card = from_pretrained("{repo}")
+model, card = from_pretrained("{name}")
 ```
 
 ## Scores
 
 {score_lines(card)}
-
+{section}
 ## Licence and origin
 
 Licence of the weights: {card.licence}.{f" Origin: {card.provenance}." if card.provenance else ""}
@@ -138,6 +136,16 @@ Licence of the weights: {card.licence}.{f" Origin: {card.provenance}." if card.p
 `card.json` holds all that prediction and training need to know, and the sha256 of the weights, which is checked whenever they are read.
 This is research software and no medical device.
 """
+
+
+def model_page(
+    card: Card,
+    repo: str,  # owner/name
+    folds: int = 0,  # Networks that are averaged
+) -> str:  # README.md
+    "The page of a model on the hub"
+    head = page_head(card, repo.rpartition("/")[2]).strip()
+    return f"---\n{head}\n---\n{MARK}\n{page_body(card, repo, folds)}"
 
 # %% ../../nbs/integrations/40_hub.ipynb #publishable
 def model_folders(folder: Path) -> dict[str, Path]:  # Path in the repository, `` or `fold_0/`, to the model folder

@@ -55,8 +55,13 @@ def list_trainings(profile: str) -> pd.DataFrame:  # stage, backbone, overrides,
         own = values["backbones"].get(backbone, {})
         rows.append(dict(stage=stage, backbone=backbone, overrides={**own, **overrides}, recipe=recipe, runs=runs))
 
+    seeds, rates = len(plan.seeds), values["rates"]
+    trials = {stage: {"steps": rates.get(f"{stage}_steps")} for stage in ("pretrain", "finetune")}
+    for backbone in axes["backbones"] if rates["tried"] else ():
+        add("rates", backbone, {}, values["recipes"]["pretrain"] | trials["pretrain"], len(rates["tried"]) * len(axes["corpora"]))
+        add("rates", backbone, {}, values["recipes"]["finetune"] | trials["finetune"], len(rates["tried"]) * len(axes["inits"]) * len(rates["tasks"]))
     for backbone in axes["backbones"]:
-        add("pretrain", backbone, {}, values["recipes"]["pretrain"], len(axes["corpora"]))
+        add("pretrain", backbone, {}, values["recipes"]["pretrain"], seeds * len(axes["corpora"]))
         add("scratch", backbone, {}, values["recipes"]["finetune"], tuned)
         add("finetune", backbone, {}, values["recipes"]["finetune"], len(axes["corpora"]) * tuned)
     for name in axes["released"]:
@@ -66,14 +71,16 @@ def list_trainings(profile: str) -> pd.DataFrame:  # stage, backbone, overrides,
     for name in axes["ablations"]:
         described = values["ablations"][name]
         inits = described.get("inits", ("scratch", "pretrained"))
-        count = len(described.get("tasks", axes["tasks"])) * len(described.get("seeds", values["seeds"]))
+        own_seeds = len(described.get("seeds", values["seeds"]))
+        count = len(described.get("tasks", axes["tasks"])) * own_seeds
         own = {}
-        for variant in (build(Variant, one or {}) for one in described["variants"].values()):
+        variants = (build(Variant, one or {}) for one in described["variants"].values())
+        for variant in (one for one in variants if not one.trained_by):
             if "pretrained" in inits and (key := pretraining_key(variant, plan)):
                 own[key] = variant
             add(f"ablate {name}", variant.backbone, variant.overrides, values["recipes"]["finetune"] | variant.finetune, count * len(inits))
         for variant in own.values():
-            add(f"ablate {name}", variant.backbone, variant.overrides, values["recipes"]["pretrain"] | variant.pretrain, 1)
+            add(f"ablate {name}", variant.backbone, variant.overrides, values["recipes"]["pretrain"] | variant.pretrain, own_seeds)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/60_forecast.ipynb #reference-rate
@@ -105,6 +112,7 @@ def network_cost(
     from mednext_v2.network.mednext import MedNeXt
     from mednext_v2.network.scaling import estimate
 
+    overrides = {name: value for name, value in overrides.items() if name != "patch"}  # It is the recipe's
     size = cost(backbone, recipe.patch, **overrides)
     with torch.device("meta"):
         network = create(backbone, 1, 3, recipe.deep_supervision, patch=recipe.patch, **overrides)

@@ -8,8 +8,9 @@ __all__ = ['Variant', 'read_ablation', 'run_ablation']
 # %% ../../nbs/scoring/30_ablations.ipynb #imports
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +20,7 @@ from ..core import Resources, atomic_folder, build, run_jobs, params, read_json,
 from .evaluate import SCORE_COLUMNS, evaluate_one
 from ..study.paths import StudyPaths, scratch
 from ..study.plan import StudyPlan, read_plan
+from ..study.rates import use_chosen_rate
 from ..study.runs import STAGE, TrainingRun, describe_making, resources_of, run_folder, train_one
 from ..training.recipe import Recipe
 
@@ -36,6 +38,7 @@ class Variant:
     finetune: dict = field(default_factory=dict)  # Fields of the fine-tuning recipe that differ
     corpus: str = ""  # To pretrain on; the profile's first if not given
     corpus_cases: int = 0  # How many of its training scans are used; all if 0
+    trained_by: str = ""  # `main` runs, or ABLATION/VARIANT, that are the same training: their scores are taken, nothing is trained again
 
     def __post_init__(self):
         from mednext_v2.models.registry import get_backbone
@@ -78,11 +81,36 @@ class Ablation:
     inits: tuple[str, ...]  # `scratch`, `pretrained`, or both
     seeds: tuple[int, ...]
 
+    @property
+    def own(self) -> dict[str, Variant]:
+        "The variants that the ablation itself trains"
+        return {name: variant for name, variant in self.variants.items() if not variant.trained_by}
+
     def __post_init__(self):
         if unknown := sorted(set(self.inits) - {"scratch", "pretrained"}):
             raise ValueError(f"ablation {self.name}: inits must be scratch or pretrained, got {', '.join(unknown)}")
         if not (self.variants and self.tasks and self.inits and self.seeds):
             raise ValueError(f"ablation {self.name}: needs at least one variant, task, init and seed")
+
+# %% ../../nbs/scoring/30_ablations.ipynb #trained-by
+def check_trained_by(
+    ablation: str,
+    variants: dict[str, Variant],
+    described: dict,  # All ablations of `params.yaml`
+) -> None:
+    "ValueError if a variant is not the same training as the one that it names, or that one is trained elsewhere too"
+    for key, variant in variants.items():
+        other, _, name = variant.trained_by.partition("/")
+        if not other:
+            continue
+        alone = Variant(backbone=variant.backbone, trained_by="main")
+        if other == "main":
+            same = variant == alone
+        else:
+            found = described.get(other, {}).get("variants", {}).get(name)
+            same = found is not None and replace(variant, trained_by="") == build(Variant, found, f"params.yaml:ablations.{other}.variants.{name}")
+        if not same:
+            raise ValueError(f"ablation {ablation}, {key}: trained_by {variant.trained_by!r} is not the same training; describe both alike")
 
 # %% ../../nbs/scoring/30_ablations.ipynb #read-ablation
 def read_ablation(
@@ -94,6 +122,7 @@ def read_ablation(
     described = params(f"ablations.{name}")
     variants = {key: build(Variant, values or {}, f"params.yaml:ablations.{name}.variants.{key}") for key, values in described["variants"].items()}
     corpora = (*plan.corpora, *plan.further)
+    check_trained_by(name, variants, params("ablations"))
     for key, variant in variants.items():
         if variant.corpus and variant.corpus not in corpora:
             raise ValueError(f"ablation {name}, {key}: corpus {variant.corpus!r} is none of {', '.join(corpora)}")
@@ -223,9 +252,14 @@ def recipe_of(
     ablation: Ablation,
     name: str,  # Of a variant
     stage: str,  # pretrain or finetune
+    profile: str,
+    init: str,  # The profile's first corpus, or `scratch`
 ) -> Recipe:
-    "The profile's recipe with the changes of a variant"
-    return build(Recipe, params(f"recipes.{stage}") | getattr(ablation.variants[name], stage), f"ablation {ablation.name}, {name}: {stage}")
+    "The profile's recipe with the changes of a variant, and with the rate chosen for its backbone if it has none of its own"
+    variant = ablation.variants[name]
+    changes = getattr(variant, stage)
+    recipe = build(Recipe, params(f"recipes.{stage}") | changes, f"ablation {ablation.name}, {name}: {stage}")
+    return recipe if "lr" in changes else use_chosen_rate(recipe, profile, stage, init, variant.backbone)
 
 
 def overrides_of(variant: Variant) -> dict:
@@ -238,23 +272,25 @@ def pretrainings(
     plan: StudyPlan,
     folders: AblationFolders,
     staging: Path,  # That becomes `folders.models`
-) -> dict[str, TrainingJob | Path]:  # By variant: what is to be trained, or the main run's model folder
+) -> dict[tuple[str, int], TrainingJob | Path]:  # By variant and seed: what is to be trained, or the main run's model folder
     "Each pretraining once: variants that share one get the same"
     jobs: dict[tuple, TrainingJob] = {}
-    found: dict[str, TrainingJob | Path] = {}
-    for name, variant in ablation.variants.items() if "pretrained" in ablation.inits else ():
-        corpus, recipe = variant.corpus or plan.corpora[0], recipe_of(ablation, name, "pretrain")
-        if (key := pretraining_key(variant, plan)) is None:
-            found[name] = StudyPaths(plan.profile).pretrained(corpus, variant.backbone)
+    found: dict[tuple[str, int], TrainingJob | Path] = {}
+    pretrained = ablation.own.items() if "pretrained" in ablation.inits else ()
+    for (name, variant), seed in product(pretrained, ablation.seeds):
+        corpus, key = variant.corpus or plan.corpora[0], pretraining_key(variant, plan)
+        if key is None and seed in plan.seeds:
+            found[name, seed] = StudyPaths(plan.profile).pretrained(corpus, variant.backbone, seed)
             continue
-        if key not in jobs:
+        if (key, seed) not in jobs:
             data = folders.data
             if count := variant.corpus_cases:
                 data = scratch(f"{plan.profile}-{ablation.name}-{count}")
                 limit_cases(folders.data / corpus, count, data / corpus)
-            run = TrainingRun(plan.profile, variant.backbone, "scratch", corpus)
-            jobs[key] = folders.job(staging, Path("pretrain", name, run.name), name, run, recipe, overrides_of(variant), data)
-        found[name] = jobs[key]
+            recipe = recipe_of(ablation, name, "pretrain", plan.profile, plan.corpora[0])
+            run = TrainingRun(plan.profile, variant.backbone, "scratch", corpus, seed)
+            jobs[key, seed] = folders.job(staging, Path("pretrain", name, run.name), name, run, recipe, overrides_of(variant), data)
+        found[name, seed] = jobs[key, seed]
     return found
 
 # %% ../../nbs/scoring/30_ablations.ipynb #finetunings
@@ -263,16 +299,18 @@ def finetunings(
     plan: StudyPlan,
     folders: AblationFolders,
     staging: Path,  # That becomes `folders.models`
-    parents: dict[str, TrainingJob | Path],  # From `pretrainings`
+    parents: dict[tuple[str, int], TrainingJob | Path],  # From `pretrainings`
 ) -> Iterator[TrainingJob]:
     "Every variant, start, task and seed"
-    for name, variant in ablation.variants.items():
-        recipe, overrides = recipe_of(ablation, name, "finetune"), overrides_of(variant)
+    for name, variant in ablation.own.items():
+        overrides = overrides_of(variant)
         for init in ablation.inits:
-            parent = parents[name] if init == "pretrained" else None
-            start = (variant.corpus or plan.corpora[0]) if parent else "scratch"
-            model = parent.out if isinstance(parent, TrainingJob) else parent
-            for run in (TrainingRun(plan.profile, variant.backbone, start, task, seed) for task in ablation.tasks for seed in ablation.seeds):
+            start = (variant.corpus or plan.corpora[0]) if init == "pretrained" else "scratch"
+            recipe = recipe_of(ablation, name, "finetune", plan.profile, plan.corpora[0] if init == "pretrained" else "scratch")
+            for task, seed in product(ablation.tasks, ablation.seeds):
+                parent = parents[name, seed] if init == "pretrained" else None
+                model = parent.out if isinstance(parent, TrainingJob) else parent
+                run = TrainingRun(plan.profile, variant.backbone, start, task, seed)
                 yield folders.job(staging, Path("finetune", name, start, run.name), name, run, recipe, overrides, folders.data, parent=model)
 
 # %% ../../nbs/scoring/30_ablations.ipynb #score-jobs
@@ -344,3 +382,27 @@ def run_ablation(
     for folder in checkpoints:
         shutil.rmtree(folder, ignore_errors=True)
     return scores
+
+# %% ../../nbs/scoring/30_ablations.ipynb #shared-rows
+def shared_rows(
+    ablation: Ablation,
+    plan: StudyPlan,
+    main: pd.DataFrame,  # Rows of the main runs: scores, or models
+    others: pd.DataFrame,  # Those of all ablations
+) -> pd.DataFrame:  # As `others`
+    "The rows of variants that others trained, under this ablation's names; ValueError if there are none"
+    found = [others.iloc[:0]]
+    starts = {"pretrained": plan.corpora[0], "scratch": "scratch"}
+    for name, variant in ablation.variants.items():
+        if not variant.trained_by:
+            continue
+        other, _, key = variant.trained_by.partition("/")
+        table = main[main.backbone == variant.backbone] if other == "main" else others[(others.ablation == other) & (others.variant == key)]
+        inits = [variant.corpus or starts[init] if init == "pretrained" else init for init in ablation.inits]
+        tuned = table.task.isin(ablation.tasks) & table.seed.isin(ablation.seeds) & table.init.isin(inits)
+        if "split" in table:  # Of an ablation the test people alone are scored
+            tuned &= table.split == "test"
+        if not tuned.any():
+            raise ValueError(f"ablation {ablation.name}, {name}: {variant.trained_by} has no rows for it")
+        found.append(table[tuned].assign(ablation=ablation.name, variant=name)[others.columns])
+    return pd.concat(found, ignore_index=True)

@@ -115,11 +115,11 @@ def middle_patches(
 
 # %% ../../nbs/scoring/40_features.ipynb #snapshot-features
 def snapshot_features(
-    models: Path,  # Model folders of pretrainings by variant: <variant>/<corpus>-s0, each with snapshots
+    models: Path,  # Model folders of pretrainings by variant: <variant>/<corpus>-s<seed>, each with snapshots
     data: Path,  # Folder of prepared tasks
     profile: str,
     patches: int = 2,  # Validation patches that every snapshot is shown
-) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:  # profile, variant, step, then as `network_features`; and `channel_maps` by variant
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:  # profile, variant, seed, step, then as `network_features`; and `channel_maps` of the first seed by variant
     "Feature statistics of every snapshot of every variant, and channel maps of the last ones"
     rows, maps = [], {}
     for folder in sorted(path for path in models.glob("*/*") if (path / "snapshots").is_dir()):
@@ -130,10 +130,11 @@ def snapshot_features(
             state = load_file(path)
             model.load_state_dict({name: state[name] for name in own})
             step = int(path.stem.removeprefix("step"))
-            rows.append(network_features(model, images).assign(profile=profile, variant=folder.parent.name, step=step))
-        maps[folder.parent.name] = channel_maps(model, images[:1])
+            rows.append(network_features(model, images).assign(profile=profile, variant=folder.parent.name, seed=card.seed, step=step))
+        if folder.parent.name not in maps:
+            maps[folder.parent.name] = channel_maps(model, images[:1])
     if not rows:
         raise FileNotFoundError(f"{models} holds no model with snapshots: set `snapshots` in the pretraining of ablation grn")
     table = pd.concat(rows, ignore_index=True)
-    first = ["profile", "variant", "step"]
+    first = ["profile", "variant", "seed", "step"]
     return table[[*first, *table.columns.difference(first, sort=False)]], maps

@@ -49,13 +49,17 @@ class StudyPaths:
         "Predictions and `scores.csv`; of a released model, which brings its own network, by its name alone"
         return self.runs("evaluate", f"{init}-{backbone}" if backbone else init)
 
-    def pretrained(self, corpus: str, backbone: str) -> Path:
-        "The model folder that pretraining on a corpus gives"
-        return self.models("pretrain", corpus, backbone) / f"{corpus}-s0"
+    def rates(self, stage: str, init: str, backbone: str) -> Path:
+        "The learning rates that were tried for the stage `pretrain` (`init` is the corpus) or `finetune`, and the one that was chosen"
+        return self.runs("rates", stage, f"{init}-{backbone}")
 
-    def parent(self, init: str, backbone: str) -> Path | None:
+    def pretrained(self, corpus: str, backbone: str, seed: int = 0) -> Path:
+        "The model folder that pretraining on a corpus gives"
+        return self.models("pretrain", corpus, backbone) / f"{corpus}-s{seed}"
+
+    def parent(self, init: str, backbone: str, seed: int = 0) -> Path | None:
         "The model folder that fine-tuning starts from; None from scratch"
-        return None if init == "scratch" else self.pretrained(init, backbone)
+        return None if init == "scratch" else self.pretrained(init, backbone, seed)
 
     def page(self, name: str) -> Path:
         "Tables and figures of a page of the paper, i.e. of a notebook in `nbs/paper`"

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,8 @@ from joblib import Parallel, delayed
 from scipy import ndimage
 
 from ..core import FolderKind, atomic_folder, check_output, read_csv, read_yaml, write_csv
-from ..data.datasets import Case, Dataset, find_patient, get_dataset, load_datasets
+from ..data.datasets import Case, Dataset, find_patient, get_dataset, list_cases, load_datasets
+from ..data.preprocess import Prepared
 from ..data.scans import read_label, read_scan
 from .seeds import SeedEntry, generator, load_seeds, lumpy_distance, sample_points, seeds_folder, smooth_field
 from .seeds import structure_lookup, verify_seeds, write_arrays, write_descriptions
@@ -78,6 +79,46 @@ def read_person(
     if unknown := [value for value in present.tolist() if value and not lookup[value]]:
         raise ValueError(f"{file} has the values {', '.join(map(str, unknown))}, which label set {entries[name].label_set!r} of its manifest does not name")
     return Person(name, lookup[scan.voxels.astype(int)], tuple(sets), scan.spacing)
+
+# %% ../../nbs/study/12_people.ipynb #twins
+CEREBRUM = ("white_matter", "cortex", "thalamus", "caudate", "putamen", "pallidum", "hippocampus", "amygdala", "accumbens", "ventral_dc")
+COMPARED = ("white_matter", "cortex", "lateral_ventricle", "cerebellum_cortex", "thalamus", "caudate", "putamen", "hippocampus", "brainstem")
+SAME_HEAD = 0.8  # Between the most alike of two people, 0.67, and the least alike of a head and the same turned, 0.85
+
+
+def stand_upright(
+    person: Person,
+    step: float = 5.0,  # mm
+    size: int = 36,  # Voxels a side
+) -> np.ndarray:  # uint8 (size, size, size)
+    "The structures on a grid at the middle and along the principal axes of the cerebrum, which are nearest those of the scan"
+    points = np.argwhere(person.where(*CEREBRUM)) * np.array(person.spacing)
+    middle, directions = points.mean(0), np.linalg.eigh(np.cov(points.T))[1]
+    order = max(permutations(range(3)), key=lambda chosen: sum(abs(directions[axis, column]) for axis, column in enumerate(chosen)))
+    axes = np.stack([directions[:, column] * np.sign(directions[axis, column]) for axis, column in enumerate(order)], 1)
+    grid = np.stack(np.meshgrid(*[(np.arange(size) - (size - 1) / 2) * step] * 3, indexing="ij"))
+    places = (np.einsum("ij,jxyz->ixyz", axes, grid) + middle[:, None, None, None]) / np.array(person.spacing)[:, None, None, None]
+    return ndimage.map_coordinates(person.label, places, order=0, mode="constant")
+
+
+def likeness(
+    one: np.ndarray,  # From `stand_upright`
+    other: np.ndarray,
+    values: Sequence[int],  # Of the structures that are compared
+) -> float:  # 0 to 1
+    "Mean Dice of structures, of the two as they are or with one mirrored, whichever is more alike"
+    found = [[2 * ((one == v) & (turned == v)).sum() / max(1, (one == v).sum() + (turned == v).sum()) for v in values] for turned in (other, other[::-1])]
+    return float(max(np.mean(dices) for dices in found))
+
+
+def compare_people(
+    people: Sequence[Person],  # With the same structures
+) -> pd.DataFrame:  # one, other, likeness: the most alike pair first
+    "How alike each pair of heads is; from `SAME_HEAD` on, they are the same"
+    values = [1 + people[0].structures.index(name) for name in COMPARED]
+    upright = {person.name: stand_upright(person) for person in people}
+    pairs = [(one, other, likeness(upright[one], upright[other], values)) for one, other in combinations(upright, 2)]
+    return pd.DataFrame(pairs, columns=["one", "other", "likeness"]).sort_values("likeness", ascending=False, ignore_index=True)
 
 # %% ../../nbs/study/12_people.ipynb #tissues
 @dataclass(frozen=True)
@@ -312,7 +353,6 @@ def check_people(
             )
 
 # %% ../../nbs/study/12_people.ipynb #tasks
-CEREBRUM = ("white_matter", "cortex", "thalamus", "caudate", "putamen", "pallidum", "hippocampus", "amygdala", "accumbens", "ventral_dc")
 CEREBELLUM = ("cerebellum_white", "cerebellum_cortex")
 VENTRICLES = ("lateral_ventricle", "third_ventricle", "fourth_ventricle")
 BONE = ("bone_dense", "bone_spongy")
@@ -344,9 +384,9 @@ TASKS = {
 }  # fmt: skip
 
 
-def people_datasets(folder: str | Path | None = None) -> dict[str, Dataset]:
-    "The data sets that are made of people, by name"
-    return load_datasets(people_folder(folder) / "datasets.yaml")
+def people_datasets() -> dict[str, Dataset]:
+    "The registry's data sets that are made of people, by name"
+    return {name: dataset for name, dataset in load_datasets().items() if dataset.source == "people"}
 
 # %% ../../nbs/study/12_people.ipynb #case
 @dataclass(frozen=True)
@@ -501,7 +541,7 @@ def build_people(
     workers: int = 1,  # Processes; the result does not depend on it
 ) -> pd.DataFrame:  # One row per case, as in provenance.csv
     "A data set of people in nnU-Net's raw layout; same seed, same voxels"
-    entries, dataset, seeds = verify_seeds(people_folder(people)), get_dataset(name, people_folder(people) / "datasets.yaml"), people_folder(people).parent
+    entries, dataset, seeds = verify_seeds(people_folder(people)), get_dataset(name), people_folder(people).parent
     scans = verify_seeds(seeds) if name in REAL else {}
     check_output(Path(out) / dataset.folder, BUILT_PEOPLE)
     plans = plan_people(name, split_people(list(entries), counts, seed), images, dataset.role == "pretrain")
@@ -518,11 +558,10 @@ def build_people(
 # %% ../../nbs/study/12_people.ipynb #suite
 def check_suite(
     raw: str | Path,  # Folder of the data sets' folders
-    people: str | Path | None = None,  # As of `build_people`
 ) -> pd.DataFrame:  # task, role, and the columns of provenance.csv
     "The cases of all data sets of people that are there. ValueError if one's person is not as its name says, or is where it may not be (`check_people`)."
     tables = []
-    for dataset in people_datasets(people).values():
+    for dataset in people_datasets().values():
         if (path := Path(raw) / dataset.folder / "provenance.csv").is_file():
             table = read_csv(path)
             if wrong := [case for case, person in zip(table.case, table.person) if find_patient(dataset, case) != person]:
@@ -546,17 +585,66 @@ def build_people_suite(
     "All data sets of people, with one split, checked"
     for name in TASKS:
         build_people(name, people, out, images, counts, seed, workers)
-    return check_suite(out, people)
+    return check_suite(out)
+
+
+SIMULATED = "simulated (?!contrast)"
 
 
 def describe_cases(
-    cases: pd.DataFrame,  # From `check_suite`
-) -> pd.DataFrame:  # By task and split: people, images as mapped, deformations, without finding, intensities
-    "What is a person, what a deformation, and what is synthetic"
-    grouped = cases.assign(
-        mapped=cases.kind == "person", deformed=cases.kind.str.startswith("deformation"), without=cases.how.str.contains("; no ")
-    ).groupby(["task", "split"], sort=False)  # fmt: skip
+    cases: pd.DataFrame,  # From `check_suite`, or of `read_origins` with a column `task`
+) -> pd.DataFrame:  # By task and split: people, images, as mapped, deformations, without finding, simulated findings, synthetic images, intensities
+    "What is a person, what a deformation, and what is synthetic; without_finding is NaN where nobody says"
+    deformed = cases.kind.str.startswith("deformation")
+    known = {"mapped": ~deformed, "deformed": deformed, "simulated": cases.how.str.contains(SIMULATED), "synthetic": cases.intensities == "synthetic"}
+    without = cases.how.str.contains("; no ").astype(float).mask(cases.how == "")
+    grouped = cases.assign(**known, without=without.astype("Int64")).groupby(["task", "split"], sort=False)
     return grouped.agg(
-        people=("person", "nunique"), as_mapped=("mapped", "sum"), deformations=("deformed", "sum"), without_finding=("without", "sum"),
+        people=("person", "nunique"), images=("case", "count"), as_mapped=("mapped", "sum"), deformations=("deformed", "sum"),
+        without_finding=("without", lambda values: values.sum(min_count=1)), simulated=("simulated", "sum"), synthetic=("synthetic", "sum"),
         intensities=("intensities", lambda values: ", ".join(sorted(set(values)))),
     )  # fmt: skip
+
+# %% ../../nbs/study/12_people.ipynb #origins
+ORIGIN = ["case", "split", "person", "kind", "intensities", "how"]
+
+
+def read_origins(
+    dataset: Dataset,
+    raw: str | Path,  # Folder that holds the data set's folder
+    splits: Mapping[str, str] | None = None,  # By case, if known: then raw data of other sources need not be there
+) -> pd.DataFrame:  # A row per case of its splits: ORIGIN, and `scans` (synthetic, deformed or real)
+    "Whose scan each case is, and what was done to it; ValueError for a provenance.csv of an earlier version"
+    path = Path(raw) / dataset.folder / "provenance.csv"
+    if dataset.source not in ("seeds", "people") or not path.is_file():
+        known = splits or {case.id: case.split for case in list_cases(dataset, raw)}
+        rows = [(case, split, find_patient(dataset, case), "scan", "real", "", "real") for case, split in known.items()]
+        return pd.DataFrame(rows, columns=[*ORIGIN, "scans"])
+    table = read_csv(path)
+    if missing := [name for name in ORIGIN if name not in table]:
+        raise ValueError(f"{path} lacks the column {missing[0]}: build {dataset.name} anew")
+    return table[ORIGIN].assign(scans=np.where(table.intensities == "synthetic", "synthetic", "deformed"))
+
+
+def real_origins(dataset: Dataset, raw: str | Path) -> pd.DataFrame:  # As `read_origins`; empty if there are none
+    "The real scans beside a task of people"
+    cases = list_real_cases(dataset, raw) if dataset.source == "people" else {}
+    if not cases:
+        return pd.DataFrame(columns=[*ORIGIN, "scans"])
+    return read_csv(Path(raw) / dataset.folder / "real.csv").assign(split="real", scans="real")[[*ORIGIN, "scans"]]
+
+
+def people_table(
+    names: Sequence[str],  # Data sets of the registry
+    raw: str | Path,  # Folder of their raw folders
+    prepared: str | Path | None = None,  # Of their prepared ones, if there
+) -> pd.DataFrame:  # task, split (train, val, test or real), scans, and the columns of `describe_cases`
+    "What is a person, what a deformation, and what is synthetic, in each data set"
+    tables = []
+    for dataset in (get_dataset(name) for name in names):
+        found = None if prepared is None else Prepared(Path(prepared) / dataset.name).manifest
+        splits = None if found is None else dict(zip(found.case, found.split))
+        tables += [part.assign(task=dataset.name) for part in (read_origins(dataset, raw, splits), real_origins(dataset, raw)) if len(part)]
+    kinds = pd.concat(tables, ignore_index=True)
+    scans = kinds.groupby(["task", "split"], sort=False).scans.agg(lambda values: ", ".join(sorted(set(values))))
+    return describe_cases(kinds).assign(scans=scans).reset_index()

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from mednext_v2.core import Resources, read_json, rows_of, run_jobs, write_json
-from mednext_v2.study.runs import TrainingRun, is_made, run_data, run_folder, train_one
+from mednext_v2.core import Resources, build, params, read_csv, read_json, rows_of, run_jobs, write_csv, write_json
+from mednext_v2.study.paths import StudyPaths, scratch
+from mednext_v2.study.runs import TrainingRun, is_made, resources_of, run_data, run_folder, train_one
 from mednext_v2.training.recipe import Recipe
 
 # %% ../../nbs/study/35_rates.ipynb #choose
-RATES = (3e-3, 1e-2, 3e-2, 1e-1)  # Peaks that are tried
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # Peaks that are tried
 TIE = 0.005  # Dice: what a short run cannot tell apart
 TRIAL_COLUMNS = ("backbone", "start", "lr", "task", "dice")
+CHOICE_COLUMNS = ("backbone", "start", "lr", "dice", "tied", "diverged", "edge")
 
 
 def check_trials(trials: pd.DataFrame) -> None:
@@ -74,7 +76,7 @@ def choose_rates(
                 edge=len(some) > 1 and chosen.lr in (some.lr.min(), some.lr.max()),
             )
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=list(CHOICE_COLUMNS))
 
 # %% ../../nbs/study/35_rates.ipynb #table
 def rate_table(
@@ -206,3 +208,60 @@ def with_rate(
     if len(found) != 1:
         raise ValueError(f"no learning rate was chosen for {backbone} from {start}: run the stage that chooses")
     return replace(recipe, lr=float(found.lr.iloc[0]))
+
+# %% ../../nbs/study/35_rates.ipynb #stage
+def planned_trials(
+    profile: str,
+    stage: str,  # pretrain or finetune
+    init: str,  # The corpus of `pretrain`; what `finetune` starts from
+    backbone: str,
+) -> Trials | None:  # None if the profile tries none
+    "The trials that `params.yaml` asks for"
+    asked = params("rates")
+    if not asked["tried"]:
+        return None
+    return Trials(
+        profile,
+        backbone,
+        start="pretrain" if stage == "pretrain" else init,
+        tasks=(init,) if stage == "pretrain" else tuple(asked["tasks"]),
+        recipe=build(Recipe, params(f"recipes.{stage}"), f"params.yaml:recipes.{stage}"),
+        overrides=params(f"backbones.{backbone}"),
+        steps=asked[f"{stage}_steps"],
+        rates=tuple(asked["tried"]),
+        parent=None if stage == "pretrain" else StudyPaths(profile).parent(init, backbone),
+    )
+
+
+def choose_rate(
+    profile: str,
+    stage: str,  # As of `planned_trials`
+    init: str,
+    backbone: str,
+) -> pd.DataFrame:  # As from `choose_rates`; empty if the profile tries none
+    "Try the rates of one backbone and start; writes trials.csv and rates.csv"
+    paths, compute = StudyPaths(profile), params("compute")
+    out, place = paths.rates(stage, init, backbone), scratch("rates", profile, f"{stage}-{init}")
+    found, chosen = pd.DataFrame(columns=list(TRIAL_COLUMNS)), pd.DataFrame(columns=list(CHOICE_COLUMNS))
+    if trials := planned_trials(profile, stage, init, backbone):
+        resources = resources_of(compute, "pretrain_" if stage == "pretrain" else "")
+        found = run_trials([trials], paths.prepared, place, compute["workers"], resources)
+        chosen = choose_rates(found)
+    write_csv(out / "trials.csv", found)
+    write_csv(out / "rates.csv", chosen)
+    shutil.rmtree(place / backbone, ignore_errors=True)
+    return chosen
+
+# %% ../../nbs/study/35_rates.ipynb #chosen-recipe
+def use_chosen_rate(
+    recipe: Recipe,  # Of the stage
+    profile: str,
+    stage: str,  # As of `planned_trials`
+    init: str,
+    backbone: str,
+) -> Recipe:
+    "A recipe with the rate that was chosen; unchanged if the profile tries none. FileNotFoundError or ValueError if none was chosen yet"
+    if not params("rates.tried"):
+        return recipe
+    chosen = read_csv(StudyPaths(profile).rates(stage, init, backbone) / "rates.csv")
+    return with_rate(recipe, chosen, backbone, "pretrain" if stage == "pretrain" else init)

@@ -8,6 +8,7 @@ __all__ = ['TrainingRun', 'train_runs']
 # %% ../../nbs/study/30_runs.ipynb #imports
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,11 @@ class TrainingRun:
 def finetuning_runs(plan: StudyPlan, backbone: str, init: str) -> list[TrainingRun]:
     "Every task, fold and seed of a backbone and a start"
     return [TrainingRun(plan.profile, backbone, init, task, seed, fold) for task in plan.tasks for fold in plan.folds_of(task) for seed in plan.seeds]
+
+
+def pretraining_runs(plan: StudyPlan, backbone: str, corpus: str) -> list[TrainingRun]:
+    "One pretraining a seed"
+    return [TrainingRun(plan.profile, backbone, "scratch", corpus, seed) for seed in plan.seeds]
 
 
 def run_data(
@@ -168,7 +174,7 @@ def train_runs(
     data: Path,  # Folder of prepared tasks
     out: Path,  # Gets one model folder a run, named by it; appears, whole, when all have ended
     curves: Path,  # Gets one folder of logged curves a run
-    parent: Path | None = None,  # Model folder to start from; None from scratch
+    parent: Path | Mapping[int, Path] | None = None,  # Model folder to start from, or one for each seed; None from scratch
     workers: int = 1,  # Runs that are trained side by side
     resources: Resources = Resources("cpu", threads=1),  # Of each
 ) -> pd.DataFrame:  # Histories of all runs, with a column `run`
@@ -176,11 +182,15 @@ def train_runs(
     from joblib import delayed
 
     out, curves = Path(out), Path(curves)
+    parents = [parent[run.seed] if isinstance(parent, Mapping) else parent for run in runs]
     with atomic_folder(out, STAGE) as folder:
-        jobs = [delayed(train_one)(run, recipe, overrides, data, parent, folder / run.name, curves / run.name, out / run.name, resources) for run in runs]
+        jobs = [
+            delayed(train_one)(run, recipe, overrides, data, start, folder / run.name, curves / run.name, out / run.name, resources)
+            for run, start in zip(runs, parents)
+        ]
         histories = run_jobs(jobs, workers)
-    for run in runs:
-        shutil.rmtree(run_folder(run, recipe, overrides, data, parent, curves / run.name), ignore_errors=True)
+    for run, start in zip(runs, parents):
+        shutil.rmtree(run_folder(run, recipe, overrides, data, start, curves / run.name), ignore_errors=True)
     return pd.concat([history.assign(run=run.name) for run, history in zip(runs, histories, strict=True)], ignore_index=True)
 
 # %% ../../nbs/study/30_runs.ipynb #learning-curves

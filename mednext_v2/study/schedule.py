@@ -42,7 +42,7 @@ def relative_cost(
 # %% ../../nbs/study/40_schedule.ipynb #arm
 @dataclass(frozen=True)
 class Arm:
-    "A variant of an ablation, which is fine-tuned with every seed"
+    "A variant of an ablation that is trained for it"
 
     ablation: str
     name: str
@@ -51,19 +51,23 @@ class Arm:
     patch: tuple[int, int, int] = PATCH  # Of fine-tuning, voxels
     pretrains: float = 0  # Its own pretraining's steps, as a share of the main one's; 0 if the main one serves
     tasks: int = 4
+    seeds: int = 3
 
 
 WIDER = (("width", 9), ("depths", (2, 2, 2, 2, 2, 2, 2, 2, 2)))
 ARMS = (
+    Arm("grn", "without", "mednext_v1_large", pretrains=1, tasks=1, seeds=1),  # Pretrained again, with snapshots
+    Arm("grn", "mean", pretrains=1, tasks=1, seeds=1),
+    Arm("grn", "sum", pretrains=1, tasks=1, seeds=1),
     Arm("grn_scaling", "compound_without", "mednext_v1_large", WIDER, (48, 48, 48), pretrains=1, tasks=2),
     Arm("grn_scaling", "compound_mean", "mednext_v2_base", WIDER, (48, 48, 48), pretrains=1, tasks=2),
-    Arm("modality", "mr_full", pretrains=1),
-    Arm("modality", "ct_frozen", tasks=2),
-    Arm("modality", "mr_frozen", tasks=2),  # From the pretrainings of mr_full
     Arm("schedules", "no_warmup", tasks=2),
     Arm("schedules", "frozen_encoder", tasks=2),
-    Arm("pretraining_data", "a quarter of the people", pretrains=1, tasks=2),
-    Arm("pretraining_data", "half of the people", pretrains=1, tasks=2),
+    Arm("pretraining_data", "people_2", pretrains=1, tasks=2),
+    Arm("pretraining_data", "people_4", pretrains=1, tasks=2),
+    Arm("modality", "mr_full", pretrains=1),
+    Arm("modality", "ct_frozen"),
+    Arm("modality", "mr_frozen"),  # From the pretrainings of mr_full
 )
 
 # %% ../../nbs/study/40_schedule.ipynb #schedule
@@ -81,7 +85,8 @@ class Schedule:
     seeds: int = 3  # Pretrainings of a backbone, each fine-tuned once on each task
     tasks: int = 4
     arms: tuple[Arm, ...] = ARMS
-    cases: int = 8  # Test scans of a task
+    cases: int = 10  # Scans of a task that every model labels: those of eight test people, and real ones
+    checked: int = 6  # Scans of validation people, which the main runs label too
 
     def scaled(self, factor: float) -> "Schedule":
         "The same with more or fewer steps, in tens, at least ten"
@@ -100,16 +105,16 @@ def list_trainings(schedule: Schedule) -> pd.DataFrame:  # stage, backbone, runs
             ("rates", name, schedule.rates, schedule.pretrain_trial, 1.0, TRIAL_SCANS),
             ("rates", name, 2 * schedule.rates * schedule.trial_tasks, schedule.trial, 1.0, TRIAL_SCANS),  # From scratch and pretrained
             ("pretrain", name, schedule.seeds, schedule.pretrain, 1.0, 0),
-            ("scratch", name, tuned, schedule.finetune, 1.0, schedule.cases),
-            ("finetune", name, tuned, schedule.finetune, 1.0, schedule.cases),
+            ("scratch", name, tuned, schedule.finetune, 1.0, schedule.cases + schedule.checked),
+            ("finetune", name, tuned, schedule.finetune, 1.0, schedule.cases + schedule.checked),
         ]
     for arm in schedule.arms:
         stage = f"ablate {arm.ablation}"
         if arm.pretrains:
             factor = relative_cost(arm.backbone, arm.overrides)
-            rows.append((stage, arm.backbone, schedule.seeds, round(arm.pretrains * schedule.pretrain), factor, 0))
+            rows.append((stage, arm.backbone, min(arm.seeds, schedule.seeds), round(arm.pretrains * schedule.pretrain), factor, 0))
         factor = relative_cost(arm.backbone, arm.overrides, arm.patch)
-        rows.append((stage, arm.backbone, schedule.seeds * min(arm.tasks, schedule.tasks), schedule.finetune, factor, schedule.cases))
+        rows.append((stage, arm.backbone, min(arm.seeds, schedule.seeds) * min(arm.tasks, schedule.tasks), schedule.finetune, factor, schedule.cases))
     return pd.DataFrame(rows, columns=["stage", "backbone", "runs", "steps", "factor", "scored"])
 
 # %% ../../nbs/study/40_schedule.ipynb #forecast

@@ -424,6 +424,10 @@ class CasePlan:
         "The first test case keeps the shape of the scan"
         return self.split == "test" and self.index == 0
 
+    @property
+    def kind(self) -> str:
+        return "scan in its own shape" if self.pristine else f"deformation of {self.scan}"
+
 # %% ../../nbs/study/10_seeds.ipynb #make-corpora
 def make_corpus(scan: LabelledScan, plan: CasePlan, dataset: Dataset, spacing: Spacing, rng: np.random.Generator) -> Arrays:
     "Torso or head CT with all structures"
@@ -514,6 +518,7 @@ class CaseSource:
     how_train: str
     how_test: str = ""
     leakage: str = ""
+    synthetic: tuple[str, ...] = ()  # Seeds of which labels alone are used: the images are made from them
 
 
 DEFORMED = "affine and elastic deformation"
@@ -532,6 +537,7 @@ CORPORA = {
         f"MR synthesised from the labels of a CT, and a real brain; {DEFORMED}; gamma, bias field, noise",
         leakage="validation is an unseen deformation of the training scans; no test scan of any task is used, but the "
         "synthesis imitates the kind of sequence of abdomen_mr's test scan",
+        synthetic=("ctA",),
     ),
 }  # fmt: skip
 
@@ -585,6 +591,7 @@ MR_TASKS = {
         "real MR of another patient; gamma, bias field, noise",
         "trains on the anatomy of ctA, which the corpus also uses; the synthesis imitates the test scan's kind of "
         "sequence (fat-bright T1), and the range of its contrast was chosen with the test scan's means in view",
+        ("ctA",),
     ),
     "brain_lesion_mr": CaseSource(
         ("mrP",),
@@ -651,7 +658,9 @@ def build_case(
     how = source.how_test if plan.split == "test" else source.how_train
     if plan.split == "test":
         how += "; not deformed" if plan.pristine else f"; {DEFORMED}"
-    return {"case": plan.case, "split": plan.split, "source_scan": plan.scan, "how": how, "note": source.leakage, "sha256": digest}
+    row = {"case": plan.case, "split": plan.split, "person": plan.scan, "kind": plan.kind}
+    row |= {"intensities": "synthetic" if plan.scan in source.synthetic else "real", "how": how}
+    return row | {"source_scan": plan.scan, "note": source.leakage, "sha256": digest}
 
 
 def write_descriptions(

@@ -19,8 +19,8 @@ import tempfile
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 
-from ..core import peak_bytes, read_json, write_json
+from ..core import output_lock, peak_bytes, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -373,6 +373,63 @@ def explain_end(
         return RunEnded(f"{at[rank]} was told to stop and has saved: start the run again, it goes on", SAVED)
     return RunEnded(f"{at[rank]} ended with exit code {code}", code)
 
+# %% ../../nbs/training/60_launch.ipynb #gpus
+SHARE_VARIABLE = "MEDNEXT_SHARE_GPUS"  # 1: trainings take GPUs that others use
+
+
+def visible_gpus() -> dict[str, str]:  # Its own id by the name that CUDA_VISIBLE_DEVICES gives it
+    "The GPUs that this process may use; the id is the name where nvidia-smi cannot be asked"
+    import torch
+
+    count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in given.split(",")] if given else [str(i) for i in range(count)]
+    ids = {}
+    with suppress(OSError, subprocess.SubprocessError, ValueError):
+        query = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")
+        ids = dict(line.split(", ", 1) for line in lines if line)
+    return {name: ids.get(name, name).strip() for name in names[:count]}
+
+
+def lock_folder() -> Path:
+    "Where claims lie: on this machine, of this user"
+    folder = Path(tempfile.gettempdir(), f"mednext-gpus-{getattr(os, 'getuid', lambda: 0)()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+# %% ../../nbs/training/60_launch.ipynb #claim-gpus
+@contextmanager
+def claim_gpus(
+    device: str,  # As `find_device` gives it
+    processes: int = 1,  # Of one training, one GPU each
+) -> Iterator[dict[str, str]]:  # Environment of the processes; empty if they may see all that this one sees
+    "GPUs for one training as long as it runs. ValueError if there are too few, or too few that no other training has"
+    if device != "cuda":
+        yield {}
+        return
+    found, folder = visible_gpus(), lock_folder()
+    if processes > len(found):
+        seen = "CUDA_VISIBLE_DEVICES" if os.environ.get("CUDA_VISIBLE_DEVICES") else "this machine"
+        raise ValueError(f"{processes} processes need a GPU each, and {seen} has {len(found)}: ask for fewer processes, or for more GPUs")
+    mine, others = [], []
+    with ExitStack() as claims:
+        for name, id in found.items():
+            try:
+                if os.environ.get(SHARE_VARIABLE, "0") in ("", "0"):
+                    claims.enter_context(output_lock(folder / id, beside=True))
+                mine.append(name)
+            except ValueError:
+                with suppress(OSError):
+                    others.append(f"GPU {name}: {(folder / f'.lock-{id}').read_text().strip()}")
+            if len(mine) == processes:
+                break
+        else:
+            raise ValueError(
+                f"a training of {processes} processes needs as many GPUs, and of {len(found)} only {len(mine)} are free ({'; '.join(others)}): "
+                f"run fewer trainings side by side (compute.workers of the profile, JOBS of make repro), or set {SHARE_VARIABLE}=1 to share"
+            )
+        yield {} if len(mine) == len(found) else {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
+
 # %% ../../nbs/training/60_launch.ipynb #launch
 def copy_output(child: subprocess.Popen) -> None:
     "Line by line into the notebook, whose output is not the kernel's standard output"
@@ -388,6 +445,7 @@ def launch(
     rendezvous: str = "",  # `host:port` of one of them, where they meet
     patience: float = 900,  # Seconds without a heartbeat after which the run counts as hung
     grace: float = 120,  # Seconds to save after a signal to stop
+    variables: Mapping[str, str] | None = None,  # Added to the environment
 ) -> None:
     "Run in processes of its own and wait; RunEnded, with a code, unless it came to its end"
     for name, value in dict(processes=processes, nodes=nodes, patience=patience, grace=grace).items():
@@ -397,7 +455,7 @@ def launch(
         raise ValueError(f"launch: {nodes} nodes need a rendezvous like 'host:29500', got {rendezvous!r}")
     folder = Path(tempfile.mkdtemp(prefix="mednext-"))
     write_json(folder / "spec.json", read_spec(spec), sort_keys=False)
-    environment = {**os.environ, WATCH_VARIABLE: str(folder), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, **(variables or {}), WATCH_VARIABLE: str(folder), "PYTHONUNBUFFERED": "1"}
     if processes > 1:
         environment.setdefault("OMP_NUM_THREADS", "1")
     line = launch_command(folder / "spec.json", processes, nodes, rendezvous, folder / "logs")

@@ -99,10 +99,12 @@ class Recipe:
 # %% ../../nbs/training/20_recipe.ipynb #named
 EPOCH = 250  # Steps, as nnU-Net counts
 AT_SCALE = dict(batch_size=2, patch=(128, 128, 128), weight_decay=3e-5, max_grad_norm=12.0, augment="nnunet", validate_every=10 * EPOCH)
+FINETUNE = dict(AT_SCALE, steps=300 * EPOCH, lr=1e-3, warmup=50 * EPOCH, precision="bf16")
 
 RECIPES = {
-    "pretrain": dict(AT_SCALE, steps=1500 * EPOCH, lr=1e-3, warmup=50 * EPOCH, precision="bf16"),
-    "finetune": dict(AT_SCALE, steps=300 * EPOCH, lr=1e-3, warmup=50 * EPOCH, precision="bf16", patch=(192, 192, 192)),
+    "pretrain": dict(AT_SCALE, steps=1500 * EPOCH, lr=1e-3, precision="bf16"),
+    "finetune": FINETUNE,
+    "finetune_192": dict(FINETUNE, patch=(192, 192, 192)),
     "v1": dict(AT_SCALE, steps=1000 * EPOCH, lr=1e-3, precision="fp16"),
     "nnunet": dict(AT_SCALE, steps=1000 * EPOCH, lr=1e-2, optimizer="sgd", precision="fp16", weighting="nnunet"),
     "quick": dict(

@@ -93,11 +93,14 @@ def read_data(
     data: str | Path | list | tuple,  # A prepared data set, or several
     heads: str = "shared",  # Or own
 ) -> TrainingData:
-    "Prepared data for a training; ValueError for overlapping regions where classes have to exclude each other"
+    "Prepared data for a training; parts of labels get a head each. ValueError for overlapping regions where classes have to exclude each other"
     from mednext_v2.data.mixture import union_labels
     from mednext_v2.data.preprocess import Prepared
 
-    found = [Prepared(path) for path in (data if isinstance(data, (list, tuple)) else [data])]
+    wholes = [Prepared(path) for path in (data if isinstance(data, (list, tuple)) else [data])]
+    found = [one for whole in wholes for one in (whole.parts.values() or [whole])]
+    if len(found) > len(wholes):  # Parts overlap
+        heads = "own"
     datasets = [one.dataset for one in found]
     if len(found) == 1 and not found[0].partial:
         return TrainingData({datasets[0].name: found[0]})
@@ -458,21 +461,22 @@ def train_from_json(
 # %% ../../nbs/training/70_run.ipynb #train-in-processes
 def train_in_processes(
     settings: TrainSettings,
-    resources: Resources = Resources(),  # One process trains here; several are started, watched and ended by `launch`
+    resources: Resources = Resources(),  # Several processes, and one that gets one of several GPUs, are started by `launch`; else it trains here
     display: "Display | None" = None,
     resume: str = "auto",  # Or never (start anew), or force (go on though something differs)
 ) -> pd.DataFrame:  # The training history: step, loss, lr, val_dice
-    "Train in one process or several; RunEnded says which of several failed, and how. Otherwise as `train_model`"
+    "Train in one process or several, each with a GPU of its own; RunEnded says which of several failed, and how. Otherwise as `train_model`"
     from mednext_v2.models.card import MODEL_FOLDER
-    from mednext_v2.training.launch import launch
+    from mednext_v2.training.launch import claim_gpus, launch
 
     arguments: dict[str, Any] = dict(settings=settings.to_json(), resources=asdict(resources), display=asdict(display) if display else None, resume=resume)
     check_output(settings.out, MODEL_FOLDER)
     check_output(settings.folder)
-    if resources.processes == 1:
-        train_from_json(**arguments)
-    else:
-        launch({"function": "mednext_v2.training.run:train_from_json", "arguments": arguments}, resources.processes)
+    with claim_gpus(find_device(resources.device), resources.processes) as variables:
+        if resources.processes == 1 and not variables:
+            train_from_json(**arguments)
+        else:
+            launch({"function": "mednext_v2.training.run:train_from_json", "arguments": arguments}, resources.processes, variables=variables)
     return read_csv(Path(settings.folder) / "history.csv")
 
 # %% ../../nbs/training/70_run.ipynb #pictures-by-default

@@ -34,6 +34,7 @@ import pandas as pd
 from .. import __version__
 from ..models.hub import find_model, named_models
 from ..models.licence import UNKNOWN
+from .shipped import check_shipped, find_shipped
 from mednext_v2.core import (
     FolderKind,
     atomic_folder,
@@ -604,14 +605,18 @@ def is_cached(entry: ZooEntry, home: Path) -> bool:
 
 # %% ../../nbs/zoo/20_catalogue.ipynb #find-fetched
 def find_fetched(
-    model: str | Path,  # A file or a folder, the name of a model of the zoo, or as `find_model` takes it
+    model: str | Path,  # A file or a folder, the name of a model of the zoo or of one that is kept in git, or as `find_model` takes it
     imported: bool = False,  # Whether a model folder is needed, which a fetched model is not
 ) -> Path:  # As given, the fetched model in the cache, or what `find_model` finds
     "Where a model is that is given by name; FileNotFoundError says how to fetch or import it, or where it was looked for"
     model = Path(model)
+    if not model.exists() and (shipped := find_shipped(model.as_posix())):
+        return shipped
     zoo = {} if model.exists() or len(model.parts) != 1 else load_zoo()
     if model.name not in zoo:
-        return find_model(model)
+        found = find_model(model)
+        check_shipped(found)
+        return found
     if imported and len(made := named_models(model.name)) == 1:  # As the last line below says
         return made[0]
     home = cache_folder() / model.name
