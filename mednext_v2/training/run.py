@@ -93,11 +93,14 @@ def read_data(
     data: str | Path | list | tuple,  # A prepared data set, or several
     heads: str = "shared",  # Or own
 ) -> TrainingData:
-    "Prepared data for a training; ValueError for overlapping regions where classes have to exclude each other"
+    "Prepared data for a training; parts of labels get a head each. ValueError for overlapping regions where classes have to exclude each other"
     from mednext_v2.data.mixture import union_labels
     from mednext_v2.data.preprocess import Prepared
 
-    found = [Prepared(path) for path in (data if isinstance(data, (list, tuple)) else [data])]
+    wholes = [Prepared(path) for path in (data if isinstance(data, (list, tuple)) else [data])]
+    found = [one for whole in wholes for one in (whole.parts.values() or [whole])]
+    if len(found) > len(wholes):  # Parts overlap
+        heads = "own"
     datasets = [one.dataset for one in found]
     if len(found) == 1 and not found[0].partial:
         return TrainingData({datasets[0].name: found[0]})
