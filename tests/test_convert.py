@@ -513,6 +513,8 @@ def test_the_nine_maps_are_written_beside_the_merged_one(tmp_path, converted):
     for copy in (lambda: convert("raw", folder, tmp_path / "copy", progress=False), lambda: fix_raw_dataset(folder, tmp_path / "mended", dataset=cads)):
         with pytest.raises(ValueError, match="has labels in parts"):
             copy()
+    with pytest.raises(ValueError, match="True or False, got 'false'"):
+        run("cads", source, tmp_path, parts="false")
     run("cads", source, tmp_path, partial=True, parts=False)
     assert not (folder / "parts.json").exists() and not list(folder.glob("partsTr/*/*"))
 

@@ -344,6 +344,8 @@ def plan_cads(
     parts: bool = True,  # Write the nine maps beside the merged one, so that a network learns nine heads; else one head of 167 labels
 ) -> dict[str, CaseSource]:
     "The cases of CADS; ValueError without its list of test images"
+    if strange := [value for value in (partial, parts) if not isinstance(value, bool)]:
+        raise ValueError(f"partial and parts are True or False, got {strange[0]!r}")
     folders = [p for p in sorted(source.iterdir()) if re.fullmatch(r"\d{4}_\w+", p.name) and p.is_dir()]
     if not folders:
         return {}
