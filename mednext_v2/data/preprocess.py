@@ -712,7 +712,7 @@ class PreparedPart(Prepared):
 
     def __init__(self, whole: Prepared, part: str, labels: tuple[str, ...]):
         self.__dict__ |= whole.__dict__
-        has = whole.manifest.parts.str.split().map(lambda names: part in names)
+        has = [part in str(names).split() for names in whole.manifest.parts]
         self.manifest = whole.manifest[has].drop(columns=["annotated", "parts"], errors="ignore").reset_index(drop=True)
         self.dataset, self.digest = part_dataset(whole.dataset, part, labels), short_hash(whole.digest, part)
         self.label_file, self.places_file = f"label_{part}.b2nd", f"places_{part}.npy"

@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/report/75_weights.ipynb #imports
 import shutil
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from mednext_v2.data.preprocess import Prepared
 from mednext_v2.integrations.hub import as_table, page_body
 from mednext_v2.models.card import add_scores, read_card
 from mednext_v2.models.hub import check_weights
+from mednext_v2.models.registry import load_model
 from mednext_v2.study.paths import StudyPaths
 from mednext_v2.study.people import read_origins
 from mednext_v2.study.runs import STAGE, TrainingRun
@@ -58,7 +58,7 @@ def shipped_name(run: TrainingRun) -> str:
 # %% ../../nbs/report/75_weights.ipynb #about
 SCANS = {
     "synthetic": "synthetic images, made from label maps: the anatomy is real, the intensities are not",
-    "deformed": "real scans, deformed",
+    "deformed": "real scans, deformed, so that one person gives several images",
     "real": "real scans",
 }
 
@@ -104,7 +104,10 @@ def start_table(scores: pd.DataFrame, run: TrainingRun, plan: "StudyPlan") -> st
         both = [mean_scores(scores, real, TrainingRun(run.profile, run.backbone, init, task, run.seed)) for init in ("scratch", run.task)]
         if all(both):
             rows.append((task, both[0]["cases"], *(f"{one['dsc']:.3f}" for one in both)))
-    return as_table(("task", "test cases", "DSC from scratch", "DSC from this model"), rows) if rows else "It was not fine-tuned in this study."
+    table = as_table(("task", "test cases", "DSC from scratch", "DSC from this model"), rows)
+    return (
+        f"Fine-tuning that starts from it, beside the same network and seed from random weights:\n\n{table}" if rows else "This study does not start from it."
+    )
 
 
 def explain_scans(kinds: str) -> str:
@@ -120,8 +123,8 @@ def about_model(entry: dict, worth: str) -> str:
 This model shows the method, at a small scale: {entry["parameters"]:,} parameters, trained on {entry["cases"]} images.
 They show {entry["people"]} {"person" if entry["people"] == 1 else "people"}: {explain_scans(entry["scans"])}.{real}
 Use it to try the commands, to start a small fine-tuning from, or to repeat the study's comparisons. It is not for clinical use, and no benchmark of the
-architecture: the paper's networks are far larger and were trained on 18,000 scans. Expect it to fail on scans unlike those it saw.
-{worth}
+architecture: the paper's networks are far larger and were trained on 18,000 scans. Expect it to fail on scans unlike those it saw.{worth}
+
 ## Data
 
 {as_table(("data set", "licence and reference"), entry["data"].items())}"""
@@ -145,9 +148,13 @@ def ship_model(run: TrainingRun, plan: "StudyPlan", scores: pd.DataFrame, out: P
     card = read_card(folder)
     entry = {"name": folder.name, "backbone": run.backbone, "dataset": run.task, "init": run.init, "seed": run.seed, **about}
     entry |= {"licence": card.licence, "data": data_sources(run)}
-    entry |= {"parameters": count_parameters(folder), "commit": str(read_json(curves / "made.json").get("commit", "")), "scores": scores_of(own)}
+    entry |= {
+        "parameters": sum(value.numel() for value in load_model(folder)[0].parameters()),
+        "commit": str(read_json(curves / "made.json").get("commit", "")),
+        "scores": scores_of(own),
+    }
     real = mean_scores(scores, True, run) if "scans" in scores and about["scans"] != "real" else {}
-    worth = "" if run.task in plan.tasks else f"\n{start_table(scores, run, plan)}"
+    worth = "" if run.task in plan.tasks else f"\n\n{start_table(scores, run, plan)}"
     page = page_body(card, f"{run.profile}/{folder.name}", more=about_model(entry | ({"real_dsc": real["dsc"]} if real else {}), worth))
     (folder / "README.md").write_text(page, encoding="utf-8", newline="\n")
     entry["files"] = {name: sha256(folder / name) for name in SHIPPED_FILES}
@@ -157,14 +164,6 @@ def ship_model(run: TrainingRun, plan: "StudyPlan", scores: pd.DataFrame, out: P
 def scores_of(own: dict) -> dict | None:
     "The numbers of a model's scores; None if it has none"
     return {key: own[key] for key in ("dsc", "nsd", "cases")} if own else None
-
-
-def count_parameters(folder: Path) -> int:
-    "Numbers that a model's weights hold"
-    from safetensors import safe_open
-
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())
 
 # %% ../../nbs/report/75_weights.ipynb #ship-models
 def ship_models(

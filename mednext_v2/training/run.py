@@ -351,7 +351,7 @@ class TrainSettings:
     seed: int = 0
     provenance: str = ""  # What the card says of the data, besides their name
     sampling: dict[str, float] | str = "sqrt"  # Weights of several data sets, by name; or a rule of `MixtureSampler`
-    heads: str = "shared"  # Or own: of several data sets, each keeps its labels and has outputs of its own
+    heads: str = "shared"  # Or own: of several data sets, each keeps its labels and has outputs of its own, as parts of labels always have
     allow: tuple[str, ...] = ()  # Differences of several data sets that are meant, of `mixture.DIFFERENCES`
 
     def __post_init__(self) -> None:
