@@ -60,11 +60,14 @@ OLDER = {"grid": "prepared", "split": "test", "scans": "deformed"}  # What rows 
 def read_table(
     profile: str,  # Which profile's results
     name: str,  # One of `TABLES`
+    optional: bool = False,  # Whether a table that was never made is an empty one
 ) -> pd.DataFrame:  # Rows of `results/<profile>/<name>.csv`
     "A table of a profile; ValueError for an unknown one, FileNotFoundError says how to make it"
     if name not in TABLES:
         raise ValueError(f"no table is called {name!r}; there are: {', '.join(TABLES)}")
     path = StudyPaths(profile).results / f"{name}.csv"
+    if optional and not path.is_file():
+        return pd.DataFrame()
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `make repro PROFILE={profile}`")
     table = read_csv(path)  # A case named 001 keeps its name
@@ -263,7 +266,7 @@ BACKBONE_COLOURS = {  # By name in the registry, whose titles are there too; a b
     "mednext_v1_small_k5": "#88CCBB",
     "mednext_v1_base_k5": "#66C2A5",
     "mednext_v1_medium_k5": "#7A9E7E",
-    "mednext_v1_large_k5": "#A6D854",
+    "mednext_v1_large_k5": "#7FB800",
     "nnunet_plain": "#004C80",
     "resenc_m": "#A5E3F3",
     "resenc_l": "#35C4DC",
@@ -281,7 +284,7 @@ BACKBONE_COLOURS = {  # By name in the registry, whose titles are there too; a b
     "primus_m": "#C94040",
     "primus_l": "#8E1B1B",
 }
-FAMILY_MARKERS = {"mednext_v1": "s", "unet": "^", "nnunet": "^", "resenc": "D", "stunet": "v", "segresnet": "P", "swin": "X", "unetr": "X", "primus": "h"}
+FAMILY_MARKERS = {"mednext_v1": "s", "unetr": "X", "unet": "^", "nnunet": "^", "resenc": "D", "stunet": "v", "segresnet": "P", "swin": "X", "primus": "h"}
 SPARE_MARKERS = "*dp<>8"
 
 # %% ../../nbs/report/10_tables.ipynb #backbone-colour
