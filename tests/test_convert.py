@@ -373,7 +373,7 @@ def test_options_names_and_skips_that_do_not_exist(tmp_path):
         run("kits", source, tmp_path, unlabelled="maybe")
     with pytest.raises(FileNotFoundError, match="is no folder: unpack"):
         run("kits", tmp_path / "kits.zip", tmp_path)
-    assert set(options_of("cads")) == {"partial", "test_list", "val_share"}
+    assert set(options_of("cads")) == {"partial", "parts", "test_list", "val_share"}
 
 
 def test_cases_without_label_can_be_taken_for_a_test_set(tmp_path):
@@ -483,6 +483,40 @@ def test_missing_and_moved_parts_are_named(tmp_path):
     assert "part_553.nii.gz" in reasons["0001_10000001"] and "part_559.nii.gz" in reasons["0001_10000001"]
     assert str(path) in reasons["0002_10000018"] and "1 mm apart" in reasons["0002_10000018"]
     assert moved.image_path.name in reasons["0002_10000018"]
+
+
+def test_the_nine_maps_are_written_beside_the_merged_one(tmp_path, converted):
+    from mednext_v2.data.preprocess import Prepared, prepare
+    from mednext_v2.intake.check import fix_raw_dataset
+
+    source, made = start("cads", tmp_path)
+    whole, parts = made["0041_train_1_a_1"], cads_parts(3)
+    parts[559][parts[551] > 0] = 3  # Every organ of 551 lies in a cavity: neither is lost
+    put_parts(source / "0041_ctrate", "train_1_a_1", parts, whole.affine)
+    (source / "0041_ctrate/segmentations/train_2_a_1/train_2_a_1_part_552.nii.gz").unlink()
+    cads, table = get_dataset("cads"), run("cads", source, tmp_path, partial=True)
+    folder = folder_of("cads", source, tmp_path)
+    written = json.loads((folder / "parts.json").read_text())
+    assert {part: len(labels) for part, labels in written.items()} == {str(group): size for group, size in CADS_SIZES.items()}
+    assert [label for labels in written.values() for label in labels] == sorted(cads.labels, key=cads.labels.get)
+    for group in CADS_SIZES:
+        check_volume(folder / f"partsTr/{group}/0041_train_1_a_1.nii.gz", parts[group], whole.affine)
+    assert not (folder / "partsTr/552/0041_train_2_a_1.nii.gz").exists() and (folder / "partsTr/553/0041_train_2_a_1.nii.gz").exists()
+    assert table.label_sha256.str.len().max() == 64
+    before = times(folder) | {path: path.stat().st_mtime_ns for path in folder.glob("partsTr/*/*")}
+    run("cads", source, tmp_path, partial=True)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "nothing is converted twice"
+    prepare(cads, tmp_path / "raw", tmp_path / "prepared")
+    found = Prepared(tmp_path / "prepared").parts
+    assert [one.dataset.name for one in found.values()] == [f"cads_{group}" for group in CADS_SIZES]
+    assert {case for case in found["553"].manifest.case} - {case for case in found["552"].manifest.case} == {"0041_train_2_a_1"}
+    for copy in (lambda: convert("raw", folder, tmp_path / "copy", progress=False), lambda: fix_raw_dataset(folder, tmp_path / "mended", dataset=cads)):
+        with pytest.raises(ValueError, match="has labels in parts"):
+            copy()
+    with pytest.raises(ValueError, match="True or False, got 'false'"):
+        run("cads", source, tmp_path, parts="false")
+    run("cads", source, tmp_path, partial=True, parts=False)
+    assert not (folder / "parts.json").exists() and not list(folder.glob("partsTr/*/*"))
 
 
 def test_cads_needs_its_test_list(tmp_path):

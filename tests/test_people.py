@@ -1,5 +1,6 @@
 "People: same seed same voxels, tissues as physics has them, lesions where they belong, and nobody who is tested on is trained on"
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -9,8 +10,9 @@ import pandas as pd
 import pytest
 from scipy import ndimage
 
-from mednext_v2.core import root, sha256
+from mednext_v2.core import read_yaml, root, sha256
 from mednext_v2.data.datasets import find_patient, get_dataset, list_cases, load_datasets, read_case
+from mednext_v2.stages import compose_params
 from mednext_v2.study.people import (
     BLEED,
     BUILT_PEOPLE,
@@ -48,7 +50,8 @@ from mednext_v2.study.people import (
 )
 from mednext_v2.study.seeds import BUILT, build_dataset, generator, load_seeds, verify_seeds, voxel_digest
 
-SEEDS = root() / "data" / "seeds"
+CLONE = root()
+SEEDS = CLONE / "data" / "seeds"
 NAMES = tuple(load_seeds(people_folder()))
 DATASETS = people_datasets()
 FEW = {"images": (1, 1, 1, 2), "counts": (1, 1, 1, 1)}
@@ -482,3 +485,55 @@ def test_failed_build_leaves_what_was_there_and_another_folder_is_not_replaced(s
     with pytest.raises(FileExistsError, match="thesis.txt"):
         build_people("people_head_ct", None, tmp_path, **FEW)
     assert BUILT_PEOPLE.name != BUILT.name
+
+
+def run_suite(profile: str) -> dict:
+    "The variables of the stage `suite` after its cells were run here"
+    cells = json.loads((CLONE / "nbs/pipeline/10_suite.ipynb").read_text())["cells"]
+    found = {"profile": profile}
+    for cell in cells:
+        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", []):
+            exec("".join(cell["source"]), found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "numbers, tasks",
+    [
+        ({"suite": None, "people": {"images": [1, 1, 1, 1], "counts": [2, 1, 1, 1], "seed": 0}}, {"people_head_ct"}),
+        ({"suite": {"cases": [1, 1, 1], "corpus": [1, 1], "seed": 0}, "people": None}, {"brain_mr"}),
+        ({"suite": {"cases": [1, 1, 1], "corpus": [1, 1], "seed": 0}}, {"brain_mr"}),
+        (
+            {"suite": {"cases": [1, 1, 1], "corpus": [1, 1], "seed": 0}, "people": {"images": [1, 1, 1, 1], "counts": [2, 1, 1, 1], "seed": 0}},
+            {"people_head_ct", "brain_mr"},
+        ),
+    ],
+    ids=["people", "seeds", "seeds without a word of people", "both"],
+)
+def test_the_suite_stage_builds_what_a_profile_describes(tmp_path, monkeypatch, numbers, tasks):
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    (tmp_path / "data").mkdir()
+    shutil.copy(CLONE / "data/datasets.yaml", tmp_path / "data")
+    (tmp_path / "data/seeds").symlink_to(CLONE / "data/seeds")
+    composed = read_yaml(compose_params("smoke", tmp_path / "params.yaml"))
+    plain = json.loads(json.dumps({name: value for name, value in composed.items() if name not in ("suite", "people")} | numbers))
+    (tmp_path / "params.yaml").write_text(json.dumps(plain))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mednext_v2.study.people.TASKS", {"people_head_ct": TASKS["people_head_ct"]})
+    monkeypatch.setattr("mednext_v2.study.seeds.load_datasets", lambda: {"brain_mr": get_dataset("brain_mr")})
+    first = run_suite("smoke")["provenance"]
+    assert set(first.task) == tasks and {path.name for path in (tmp_path / "data/raw/smoke").iterdir()} == {get_dataset(name).folder for name in tasks}
+    if "people_head_ct" in tasks:
+        assert first[first.task == "people_head_ct"].person.nunique() == 3
+    if tasks == {"people_head_ct"}:
+        before = contents(tmp_path / "data/raw/smoke")
+        assert run_suite("smoke")["provenance"].equals(first) and contents(tmp_path / "data/raw/smoke") == before  # A second start
+
+
+def test_a_profile_that_describes_no_raw_data_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    composed = read_yaml(compose_params("smoke", tmp_path / "params.yaml"))
+    (tmp_path / "params.yaml").write_text(json.dumps(composed | {"suite": None, "people": None}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="profile smoke is in axes.suites and describes neither `suite` nor `people`"):
+        run_suite("smoke")

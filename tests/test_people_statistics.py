@@ -17,13 +17,16 @@ from mednext_v2.core import read_json, root
 from mednext_v2.evaluation.people_statistics import (
     Spread,
     backbone_means,
+    backbone_tables,
     bootstrap_ends,
-    bootstrap_over_backbones,
     coverage,
     effects_table,
     equivalence,
+    fit_spread,
     group_difference,
     half_width,
+    leave_one_out,
+    line_over_backbones,
     logit,
     people_effect,
     people_needed,
@@ -31,9 +34,10 @@ from mednext_v2.evaluation.people_statistics import (
     person_means,
     power,
     rank_correlation,
-    rank_over_backbones,
+    reliability,
     simulate,
-    slope_over_backbones,
+    slope,
+    slope_interval,
     summarise_coverage,
     variance_parts,
 )
@@ -78,7 +82,7 @@ def mean_squares(y: np.ndarray) -> tuple[float, float, float]:
 def test_parts_are_the_mean_squares_of_a_regression_on_dummies(n, s):
     y = np.random.default_rng(n).normal(size=(n, s)) + np.arange(n)[:, None]
     parts, squares = variance_parts([y], [np.arange(n)], [1]), mean_squares(y)
-    np.testing.assert_allclose([parts.people, parts.seeds, parts.both], np.array(squares) / (n * s))
+    np.testing.assert_allclose([parts.people, parts.seeds, parts.interaction], np.array(squares) / (n * s))
     np.testing.assert_allclose([parts.people_df, parts.seeds_df], [n - 1, s - 1])
 
 
@@ -86,7 +90,7 @@ def test_the_unbiased_sum_is_the_variance_of_the_mean_of_nested_and_of_shared_pe
     for shared in (False, True):
         tables, who = simulate(Spread(0.5, 0.4, 1), 5, 3, 3, 40_000, np.random.default_rng(0), shared)
         parts = variance_parts(tables, who, [1 / 3] * 3)
-        assert (parts.people + parts.seeds - parts.both).mean() == pytest.approx(parts.value.var(), rel=0.03)
+        assert (parts.people + parts.seeds - parts.interaction).mean() == pytest.approx(parts.value.var(), rel=0.03)
 
 
 def test_one_seed_is_the_t_interval_over_people_and_identical_people_leave_that_over_seeds():
@@ -277,38 +281,93 @@ def test_over_backbones_as_scipy_has_it():
     rng = np.random.default_rng(8)
     x = rng.normal(size=9)
     y = x + 0.5 * rng.normal(size=9)
-    line, known = slope_over_backbones(x, y), scipy.stats.linregress(x, y)
+    known = scipy.stats.linregress(x, y)
     half = scipy.stats.t.ppf(0.975, 7) * known.stderr
-    np.testing.assert_allclose(line[:3], [known.slope, known.slope - half, known.slope + half])
-    rank = rank_over_backbones(x, y)
-    assert rank.value == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+    np.testing.assert_allclose([slope(x, y), *slope_interval(x, y)], [known.slope, known.slope - half, known.slope + half])
+    assert float(rank_correlation(x, y)) == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
     left = [scipy.stats.spearmanr(np.delete(x, k), np.delete(y, k)).statistic for k in range(9)]
-    assert (rank.least, rank.most) == pytest.approx((min(left), max(left)))
-    assert np.isnan(rank_correlation(np.ones(5), np.arange(5.0)))
-    with pytest.raises(ValueError, match="needs four backbones"):
-        slope_over_backbones([1, 1, 1, 1], [1, 2, 3, 4])
+    np.testing.assert_allclose(leave_one_out(x, y, rank_correlation), left)
+    assert np.isnan(rank_correlation(np.ones(5), np.arange(5.0))) and np.isnan(slope(np.ones(5), np.arange(5.0)))
+    with pytest.raises(ValueError, match="needs five backbones or more that differ in x"):
+        line_over_backbones(axis(np.ones(6)), axis(np.arange(6.0)))
+    with pytest.raises(ValueError, match="got 4 and 4"):
+        line_over_backbones(axis(np.arange(4.0)), axis(np.arange(4.0)))
 
 
-def test_interval_of_a_slope_covers_over_backbones_with_noisy_points():
-    rng, inside = np.random.default_rng(9), 0
-    for _ in range(600):
-        x = rng.normal(size=8)
-        line = slope_over_backbones(x, 0.7 * x + 0.4 * rng.normal(size=8))
-        inside += line.low <= 0.7 <= line.high
-    assert 0.93 <= inside / 600 <= 0.97
+def axis(levels: np.ndarray, noise: float = 0.0, people: int = 10, seed: int = 0) -> tuple:
+    "Levels as tables of two tasks of the same people, three seeds"
+    rng = np.random.default_rng(seed)
+    return [levels[:, None, None] + noise * rng.normal(size=(len(levels), people, 3)) for _ in range(2)], [np.arange(people)] * 2
 
 
-def test_bootstrap_over_backbones_draws_people_for_both_sides_alike():
-    rng = np.random.default_rng(10)
+def test_without_noise_the_bootstrap_is_that_over_backbones_and_a_slope_takes_the_wider():
+    rng = np.random.default_rng(11)
+    x = rng.normal(size=8)
+    y = x + rng.normal(size=8)
+    found = line_over_backbones(axis(x), axis(y), n=4000)
+    which = rng.integers(0, 8, (4000, 8))
+    known = np.nanquantile([scipy.stats.spearmanr(x[row], y[row]).statistic if len(set(row)) > 1 else np.nan for row in which], [0.025, 0.975])
+    np.testing.assert_allclose([found.low, found.high], known, atol=0.12)
+    assert found.value == pytest.approx(scipy.stats.spearmanr(x, y).statistic) and found.reliable == pytest.approx((1, 1)) and found.backbones == 8
+    line, (low, high) = line_over_backbones(axis(x), axis(y), slope), slope_interval(x, y)
+    assert line.low <= low and line.high >= high
+    again = [line_over_backbones(axis(x, 0.3), axis(y, 0.3), seed=1)[:3] for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_people_are_drawn_for_all_backbones_and_tasks_alike():
     level = np.linspace(0, 1, 8)[:, None, None]
-    hard = 5 * rng.normal(size=(1, 10, 1))  # People differ far more than backbones do
-    tables = [level + hard + np.zeros((8, 10, 3))]
-    low, high = bootstrap_over_backbones(tables, tables)
-    assert low == pytest.approx(1) and high == pytest.approx(1)
-    noise = [rng.normal(size=(8, 10, 3))]
-    low, high = bootstrap_over_backbones(noise, [rng.normal(size=(8, 10, 3))])
-    assert low < 0 < high
-    assert bootstrap_over_backbones(noise, noise, seed=1) == bootstrap_over_backbones(noise, noise, seed=1)
+    hard = 5 * np.random.default_rng(10).normal(size=(1, 10, 1))  # People differ far more than backbones do
+    side = [level + hard + np.zeros((8, 10, 3)), level - hard + np.zeros((8, 10, 3))], [np.arange(10)] * 2
+    found = line_over_backbones(side, side)
+    assert (found.low, found.high) == pytest.approx((1, 1))
+    noise = line_over_backbones(axis(np.arange(8) * 1e-9, 1.0, seed=1), axis(np.arange(8) * 1e-9, 1.0, seed=2))
+    assert noise.low < 0 < noise.high and max(noise.reliable) < 0.7
+
+
+def test_reliability_is_an_intraclass_correlation_of_means():
+    "Against scipy-free algebra for one seed (the F test of a two-way layout: 1 - 1 / F), and on average the share of variance that was put in"
+    y = np.random.default_rng(12).normal(size=(8, 6, 1)) + np.linspace(0, 2, 8)[:, None, None]
+    rows, columns = y[..., 0].mean(1), y[..., 0].mean(0)
+    left = y[..., 0] - rows[:, None] - columns + y.mean()
+    f = 6 * rows.var(ddof=1) / ((left**2).sum() / (7 * 5))
+    assert reliability([y], [np.arange(6)]) == pytest.approx(1 - 1 / f)
+    rng, found = np.random.default_rng(13), []
+    for _ in range(300):
+        table = (
+            rng.normal(size=(8, 1, 1))
+            + rng.normal(size=(8, 3, 1))
+            + rng.normal(size=(8, 1, 3))
+            + 3 * rng.normal(size=(8, 3, 3))
+            + 9 * rng.normal(size=(1, 3, 1))
+        )
+        found.append(reliability([table], [np.arange(3)]))
+    assert np.median(found) == pytest.approx(1 / (1 + 1 / 3 + 1 / 3 + 9 / 9), abs=0.12)
+    assert np.isnan(reliability([y[:, :1]], [np.arange(1)])) and np.isnan(reliability([np.ones((8, 3, 3))], [np.arange(3)]))
+
+
+def test_tables_of_backbones_hold_what_all_of_them_have_with_every_seed():
+    table = ledger(noise=0.1).rename(columns={"arm": "backbone"})
+    gone = (table.backbone == "new") & (table.person == "3") & (table.seed == 1) & (table.task == "t0")
+    names, tables, people = backbone_tables(table[~gone])
+    assert names == ["new", "old"] and [one.shape for one in tables] == [(2, 7, 3), (2, 8, 3)] and [len(who) for who in people] == [7, 8]
+    known = table[(table.backbone == "old") & (table.task == "t1") & (table.person == "2") & (table.seed == 1)].groupby("label").dsc.mean().mean()
+    assert tables[1][1, 2, 1] == pytest.approx(known)
+    assert backbone_tables(table.assign(dsc=table.dsc.mask(table.backbone == "old")))[0] == []
+    apart = table.assign(seed=table.seed + 10 * (table.task == "t1"))  # No seed in both tasks
+    assert backbone_tables(apart) == ([], [], [])
+    assert backbone_means(apart).empty
+
+
+def test_the_spread_that_was_put_in_is_found():
+    rng, found = np.random.default_rng(14), []
+    for _ in range(60):
+        tables, _ = simulate(Spread(0.03, 0.02, 0.05), 12, 5, 2, 1, rng)
+        pairs = [differences(one[0]).assign(stratum=lambda t, task=task: [(task,)] * len(t)) for task, one in enumerate(tables)]
+        found.append(np.square(fit_spread(pd.concat(pairs))))
+    np.testing.assert_allclose(np.sqrt(np.mean(found, axis=0)), (0.03, 0.02, 0.05), rtol=0.25)
+    with pytest.raises(ValueError, match="two people or more in each stratum"):
+        fit_spread(differences(np.ones((1, 3))))
 
 
 def test_means_of_backbones_are_over_what_all_of_them_have():
@@ -345,7 +404,7 @@ def partly_shared(seeds: int) -> pd.DataFrame:
 def test_pandas_and_scipy_alone_find_the_same_three_effects(seeds, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     table = partly_shared(seeds)
-    found = importlib.import_module("recompute").recompute(table, "arm", "new", "old").set_index("effect")
+    found = importlib.import_module("recompute").recompute(table, "arm", ["new"], ["old"]).set_index("effect")
     pairs = person_contrast(table, ARMS)
     known = [people_effect(pairs)[:3], equivalence(pairs, 0.01)[0][:3], group_difference(table, ARMS, epsilon=0.01)[:3]]
     np.testing.assert_allclose(found.to_numpy(float), known, atol=1e-9)
@@ -355,7 +414,7 @@ def test_the_independent_script_imports_no_library_code_and_runs(tmp_path):
     script = BENCHMARKS / "recompute.py"
     nodes = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {name for node in nodes for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])}
-    assert names == {"argparse", "math", "pandas", "scipy"}
+    assert names == {"argparse", "math", "pandas", "pathlib", "scipy", "sys", "yaml"}
     partly_shared(3).to_csv(tmp_path / "scores.csv", index=False)
     command = [sys.executable, script, tmp_path / "scores.csv", "--column", "arm", "--plus", "new", "--minus", "old"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

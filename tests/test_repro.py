@@ -387,5 +387,5 @@ def test_nothing_that_only_remarks_is_in_the_log_of_a_notebook(tmp_path, monkeyp
 def test_stages_that_run_side_by_side_keep_one_core_busy():
     stages = read_yaml(ROOT / "dvc.yaml")["stages"]
     marked = {name for name, stage in stages.items() if stage.get("meta", {}).get("side_by_side")}
-    trained = {"pretrain", "scratch", "finetune", "evaluate", "ablate", "features"}
+    trained = {"rates_pretrain", "rates_scratch", "rates_finetune", "pretrain", "scratch", "finetune", "evaluate", "ablate", "features"}
     assert marked == trained | {"paper", "qualitative", "architecture"}, "the others start a pool of processes, or are alone at their time"

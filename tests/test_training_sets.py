@@ -438,3 +438,97 @@ def test_training_with_recomputing_gives_the_same_weights_and_a_plain_card(sets,
         assert read_card(tmp_path / kind).overrides == {"width": 4}
     plain, *others = (read_state(tmp_path / kind) for kind in kinds)
     assert all(torch.equal(value, other[name]) for other in others for name, value in plain.items())
+
+
+# ---- labels in parts, which overlap
+
+
+BODY = dataset("body", 904, ("box", "spleen", "liver"))
+BODY_PARTS = {"whole": ["box"], "organs": ["spleen", "liver"]}
+
+
+def write_body(raw) -> dict[str, dict]:
+    "A raw data set whose box contains both organs; what each part shows, by case"
+    write_raw(dataset("body", 904, ("spleen", "liver")), raw, 4)
+    write_description(BODY, raw / BODY.folder, 4)
+    folder, shown = raw / BODY.folder, {}
+    for number in range(4):
+        case, (image, places) = f"body_{number}", scan(number + 10 * BODY.dataset)
+        box, organs = np.zeros(image.shape, np.uint8), np.zeros(image.shape, np.uint8)
+        box[1:19, 1:19, 1:19] = 1
+        organs[places["spleen"]], organs[places["liver"]] = 1, 2
+        shown[case] = {"whole": box, "organs": organs}
+        write_volume(folder / f"labelsTr/{case}.nii.gz", np.where(organs, organs + 1, box).astype(np.uint8), np.eye(4))
+        for part, label in shown[case].items():
+            write_volume(folder / f"partsTr/{part}/{case}.nii.gz", label, np.eye(4))
+    (folder / "parts.json").write_text(json.dumps(BODY_PARTS))
+    return shown
+
+
+def test_parts_are_prepared_beside_the_map_of_all_labels(tmp_path):
+    shown, folder = write_body(tmp_path / "raw"), tmp_path / "raw" / BODY.folder
+    (folder / "partsTr/organs/body_3.nii.gz").unlink()
+    table = prepare(BODY, tmp_path / "raw", tmp_path / "body").set_index("case")
+    assert table.parts.to_dict() == {"body_0": "whole organs", "body_1": "whole organs", "body_2": "whole organs", "body_3": "whole"}
+    whole = Prepared(tmp_path / "body")
+    assert list(whole.parts) == ["whole", "organs"]
+    for name, part in whole.parts.items():
+        assert part.dataset.labels == {label: value for value, label in enumerate(BODY_PARTS[name], 1)} and part.fingerprint == whole.fingerprint
+        for case in part.ids("train"):
+            assert np.array_equal(part.label(case)[:], shown[case][name]) and np.array_equal(part.image(case)[:], whole.image(case)[:])
+            assert set(part.foreground(case)) == set(part.dataset.labels.values())
+    assert whole.label("body_0")[:].max() == 3 and [one.ids("val") for one in whole.parts.values()] == [["body_3"], []]
+    # Without parts the same cases are what they would be without this
+    (folder / "parts.json").unlink()
+    plain = prepare(BODY, tmp_path / "raw", tmp_path / "plain").set_index("case")
+    assert "parts" not in plain and not Prepared(tmp_path / "plain").parts and (plain.key != table.key).all()
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == {"cases", "fingerprint.json", "manifest.csv", "task.json"}
+    # And a folder that had parts loses them
+    prepare(BODY, tmp_path / "raw", tmp_path / "body")
+    assert not (tmp_path / "body/parts.json").exists() and not list((tmp_path / "body").rglob("label_*"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda folder: (folder / "parts.json").write_text(json.dumps({"whole": ["box"], "organs": ["liver"]})), "each label of body must be in one part"),
+        (lambda folder: (folder / "parts.json").write_text(json.dumps({"../up": ["box", "spleen", "liver"]})), "named by letters and digits"),
+        (lambda folder: write_volume(folder / "partsTr/organs/body_1.nii.gz", np.full((20, 20, 20), 2, np.uint8), np.eye(4)), "has labels where body_1.nii.gz"),
+        (lambda folder: write_volume(folder / "partsTr/organs/body_1.nii.gz", np.zeros((20, 20, 19), np.uint8), np.eye(4)), "has the shape"),
+        (lambda folder: write_volume(folder / "partsTr/organs/body_1.nii.gz", np.full((20, 20, 20), 3, np.uint8), np.eye(4)), "body_organs declares 0 to 2"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(tmp_path, change, message):
+    write_body(tmp_path / "raw")
+    change(tmp_path / "raw" / BODY.folder)
+    with pytest.raises((ValueError, ItemsFailed), match=message):
+        prepare(BODY, tmp_path / "raw", tmp_path / "body")
+
+
+def test_each_part_trains_a_head_of_its_own_and_fine_tuning_starts_from_all(sets, tmp_path):
+    shown = write_body(tmp_path / "raw")
+    prepare(BODY, tmp_path / "raw", tmp_path / "body")
+    data = read_data(tmp_path / "body")
+    assert data.outputs == 5 and data.space.outputs == (
+        "body_whole/background",
+        "body_organs/background",
+        "body_whole/box",
+        "body_organs/spleen",
+        "body_organs/liver",
+    )
+    train(tmp_path / "body", tmp_path / "model", replace(LONG, steps=60, validate_every=60))
+    card = read_card(tmp_path / "model")
+    assert set(card.heads) == {"body_whole", "body_organs"} and card.num_classes == 5 and card.task == "body_whole+body_organs"
+    assert len({one["normalisation"]["mean"] for one in card.heads.values()}) == 1
+    dice = {}
+    for part, labels in BODY_PARTS.items():
+        image = nibabel.Nifti1Image(scan(10 * BODY.dataset)[0], np.eye(4))
+        found = np.asarray(predict(tmp_path / "model", image, head=f"body_{part}").dataobj)
+        for value, label in enumerate(labels, 1):
+            a, b = found == value, shown["body_0"][part] == value
+            dice[label] = 2 * (a & b).sum() / max(1, a.sum() + b.sum())
+    assert min(dice.values()) > 0.6, dice  # The box and the organs in it, each in its own head
+    train(sets / "chest", tmp_path / "tuned", start=Start(str(tmp_path / "model"), "body"))
+    report = pd.read_csv(tmp_path / "tuned.run/transfer.csv")
+    heads = report[report.iloc[:, 0].str.startswith("heads.")]
+    assert heads.shape[0] == 4 and heads.iloc[:, -1].eq("rows of 3 of 3 classes").all()  # Background, spleen and liver

@@ -268,3 +268,18 @@ def test_a_rehearsal_fails_where_the_numbers_were_made_before(code, processor, e
     rows.append("mini | abc | EPYC | AVX2 | 99 | 2.13 | 3 of 53 | outside")
     machines = verify.HEADING + "".join(f"| 2026-11-30 | {row} |\n" for row in rows)
     assert rehearsal.judge(code, machines, dict(zip(("processor", "instructions"), processor))) == expected
+
+
+def test_means_are_of_test_people_and_what_was_scored_includes_the_person():
+    row = dict(task="t", case="c", label="a", group="organ", backbone="unet", init="scratch", seed=0, person="p", scans="synthetic", split="test")
+    table = pd.DataFrame(
+        [row | dict(dsc=0.5, nsd=0.5), row | dict(case="v", split="validation", dsc=0.1, nsd=0.1), row | dict(case="r", scans="real", dsc=0.0, nsd=0.0)]
+    )
+    assert verify.of_tests(table).case.tolist() == ["c"]
+    before = table.drop(columns=["split", "scans", "person"])
+    assert len(verify.of_tests(before)) == 3  # A table of an earlier version holds tests alone
+    header = list(table)
+    rows = [header, *table.astype(str).values.tolist()]
+    other = [list(cells) for cells in rows]
+    other[1][header.index("person")] = "q"
+    assert verify.differs_in_kind(other, rows) == ("row 1, person: q", "p") and verify.differs_in_kind(rows, rows) == ("", "")

@@ -13,12 +13,12 @@ import torch
 from mednext_v2 import create_model, from_pretrained
 from mednext_v2.cli import main
 from mednext_v2.core import Resources, read_json, registry_file, root, sha256, write_csv, write_json
-from mednext_v2.data.preprocess import Prepared, prepare
+from mednext_v2.data.preprocess import prepare
 from mednext_v2.finetuning import FinetuneOptions, finetune
 from mednext_v2.models.card import Card, read_card, save_model
 from mednext_v2.models.registry import create
 from mednext_v2.report import weights
-from mednext_v2.report.weights import LIMIT, describe_data, ship_models, shipped_name, shipped_runs, trained_folders
+from mednext_v2.report.weights import LIMIT, describe_data, explain_scans, ship_models, shipped_name, shipped_runs, trained_folders
 from mednext_v2.stages import profiles
 from mednext_v2.study.paths import StudyPaths
 from mednext_v2.study.plan import StudyPlan
@@ -61,6 +61,12 @@ def score_rows() -> pd.DataFrame:
     return pd.DataFrame(rows).assign(task="people_bleed_ct", label="spleen", nsd=0.5)
 
 
+def origins(name: str, intensities: tuple[str, ...] = ("synthetic",) * 3) -> pd.DataFrame:
+    "Whose images the cases of a data set are: both training cases show one person"
+    cases = [(f"{name}_{number}", split, person) for number, (split, person) in enumerate([("train", "hd01"), ("train", "hd01"), ("val", "hd02")])]
+    return pd.DataFrame(cases, columns=["case", "split", "person"]).assign(kind="as mapped", intensities=intensities, how="")
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     "A project with the models, the prepared data and the scores of a small study, and its weights as they are kept"
@@ -71,8 +77,9 @@ def study(tmp_path_factory):
         paths = StudyPaths("study")
         for number, name in enumerate(("people_ct", "people_bleed_ct")):
             one = replace(PEOPLE, name=name, dataset=910 + number)
-            write_raw(one, place / "raw")
-            prepare(one, place / "raw", paths.prepared / name)
+            write_raw(one, paths.raw)
+            prepare(one, paths.raw, paths.prepared / name)
+            write_csv(paths.raw / one.folder / "provenance.csv", origins(name))
         for run in shipped_runs(PLAN):
             save(run)
         write_csv(paths.results / "scores.csv", score_rows())
@@ -106,10 +113,11 @@ def test_what_is_kept_and_what_the_manifest_says(study):
         assert one["files"] == {name: sha256(folder / name) for name in ("card.json", "model.safetensors")}
         assert one["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
         model, card = from_pretrained(folder)
-        assert one["parameters"] == sum(value.numel() for value in model.state_dict().values())
-        assert (one["cases"], one["people"], one["scans"], one["licence"]) == (2, 2, "synthetic", "Apache-2.0")
+        assert one["parameters"] == sum(value.numel() for value in model.parameters())
+        assert (one["cases"], one["people"], one["scans"], one["licence"]) == (2, 1, "synthetic", "Apache-2.0")
         assert one["commit"] == str(one["seed"]) * 40 and card.seed == one["seed"]
     tuned = manifest["models"][2]
+    assert set(tuned["data"]) == {"people_ct", "people_bleed_ct"} and tuned["data"]["people_ct"].startswith("Apache-2.0; ")
     assert tuned["scores"] == {"dsc": 0.6, "nsd": 0.5, "cases": 3}  # (0.2 + 0.4) / 2 of one person, 0.9 of the other
     assert [one["scores"] for one in manifest["models"] if one is not tuned] == [None] * 3
 
@@ -128,7 +136,7 @@ def test_pages_say_what_a_model_is_and_what_it_is_not_for(study):
     for name in KEPT:
         page = (place / name / "README.md").read_text()
         assert f"mednextv2 predict -m study/{name} " in page and f'from_pretrained("study/{name}")' in page
-        assert "not for clinical use" in page and "2 images of 2 people (synthetic images" in page and "no medical device" in page
+        assert "not for clinical use" in page and "2 images.\nThey show 1 person: synthetic images" in page and "no medical device" in page
     assert "| people_bleed_ct | 3 | 0.600 | 0.600 |" in (place / "unet-people_ct-s0/README.md").read_text()
     tuned = (place / "mednext_v2_base-people_bleed_ct-s0/README.md").read_text()
     assert "On real scans, its mean DSC is 0.125" in tuned and "Means over 3 test cases" in tuned
@@ -180,16 +188,18 @@ def test_altered_trained_weights_are_not_kept(study, tmp_path, monkeypatch):
     assert read_json(Path("results/study/weights") / MANIFEST) == before
 
 
-def test_people_are_counted_once_and_not_guessed(study, tmp_path):
-    prepared = Prepared(study / "data/prepared/study/people_ct")
-    cases = {"patient": r"_(hd\d\d)_", "source": "people"}
-    prepared.manifest = pd.DataFrame({"case": ["x_hd01_a", "x_hd01_b", "x_hd02_a", "x_hd03_a"], "split": ["train"] * 3 + ["val"]})
-    prepared.dataset = replace(prepared.dataset, **cases)
-    assert describe_data(prepared) == {"cases": 3, "people": 2, "scans": "synthetic"}
-    prepared.dataset = replace(prepared.dataset, patient="", source="seeds")
-    assert describe_data(prepared) == {"cases": 3, "people": None, "scans": "deformed"}
-    prepared.dataset = replace(prepared.dataset, source="raw")
-    assert describe_data(prepared) == {"cases": 3, "people": 3, "scans": "real"}
+def test_people_are_counted_once_and_kinds_are_named(study, tmp_path, monkeypatch):
+    shutil.copytree(study / "data", tmp_path / "data")
+    (tmp_path / "dvc.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert describe_data("study", "people_ct") == {"cases": 2, "people": 1, "scans": "synthetic"}
+    (file,) = Path("data/raw/study").glob("*910*/provenance.csv")
+    write_csv(file, origins("people_ct", ("synthetic", "real", "real")))
+    assert describe_data("study", "people_ct") == {"cases": 2, "people": 1, "scans": "deformed and synthetic"}
+    assert explain_scans("deformed and synthetic").startswith("real scans, deformed, ") and "; synthetic images" in explain_scans("deformed and synthetic")
+    write_csv(file, origins("people_ct")[1:])
+    with pytest.raises(ValueError, match=r"knows 1 of the 2 training cases of .*people_ct: run `make repro PROFILE=study`"):
+        describe_data("study", "people_ct")
 
 
 def test_names_lead_to_the_models_in_a_clone(clone):
@@ -300,6 +310,8 @@ def test_weights_in_git_are_whole_and_stay_small():
     for file in folders:
         models = shipped.read_manifest(file.parent)
         assert {path.name for path in file.parent.iterdir() if path.is_dir()} == set(models)
-        for name in models:
+        trained = read_json(file.parents[1] / "digests.json")["models"].values()
+        for name, model in models.items():
             shipped.check_shipped(file.parent / name)
+            assert model.files["model.safetensors"] in trained, f"{name} is not of the run whose scores are committed"
             from_pretrained(file.parent / name)

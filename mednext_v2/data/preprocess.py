@@ -8,6 +8,7 @@ __all__ = ['Fingerprint', 'normalise', 'resample_image', 'prepare', 'Prepared', 
 # %% ../../nbs/data/40_preprocess.ipynb #imports
 import hashlib
 import io
+import re
 import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -41,8 +42,22 @@ from mednext_v2.core import (
     write_json,
     write_texts,
 )
-from .datasets import SPLITS, Case, Dataset, Scan, count_folds, get_dataset, join_labels, list_cases, partial_cases, read_case, read_splits
-from .scans import BadFile, stored_files
+from mednext_v2.data.datasets import (
+    SPLITS,
+    Case,
+    Dataset,
+    Scan,
+    check_labels,
+    count_folds,
+    get_dataset,
+    join_labels,
+    list_cases,
+    partial_cases,
+    read_case,
+    read_splits,
+    smallest_unsigned_type,
+)
+from .scans import BadFile, Volume, read_label, same_grid, stored_files
 from .storage import StoredArray, join_path, open_array, read_bytes, write_array
 
 # %% ../../nbs/data/40_preprocess.ipynb #crop
@@ -406,10 +421,67 @@ def case_hash(
     what = (dataset.channels, dataset.labels, dataset.values, dataset.spacing, fingerprint.normalisation(), np.dtype(IMAGE_TYPE).name)
     return short_hash(PREPARATION, files, what)
 
+# %% ../../nbs/data/40_preprocess.ipynb #parts
+PARTS = "parts.json"  # Of a raw and of a prepared folder
+
+
+def read_parts(
+    dataset: Dataset,
+    folder: str | Path,  # The data set's, raw or prepared
+) -> dict[str, tuple[str, ...]]:  # By part, its labels in the order of their values; empty if all labels are in one map alone
+    "The parts of a data set's labels. ValueError unless each label belongs to one part"
+    try:
+        found = parse_json(read_bytes(join_path(folder, PARTS)), join_path(folder, PARTS))
+    except FileNotFoundError:
+        return {}
+    parts = {name: tuple(labels) for name, labels in found.items()}
+    if sorted(label for labels in parts.values() for label in labels) != sorted(dataset.labels) or dataset.regions or dataset.ignore:
+        raise ValueError(
+            f"{join_path(folder, PARTS)}: each label of {dataset.name} must be in one part, without regions and an ignore label: correct the parts"
+        )
+    if strange := [name for name in parts if not re.fullmatch(r"\w+", name)]:
+        raise ValueError(f"{join_path(folder, PARTS)}: a part is named by letters and digits, got {strange[0]!r}")
+    return parts
+
+
+def part_dataset(dataset: Dataset, part: str, labels: tuple[str, ...]) -> Dataset:
+    "A part as a data set of its own"
+    numbers, groups = {label: value for value, label in enumerate(labels, start=1)}, cast("dict[str, str]", dataset.groups)
+    return replace(dataset, name=f"{dataset.name}_{part}", title=f"{dataset.title} {part}", labels=numbers, groups={label: groups[label] for label in labels})
+
+
+def part_maps(case: Case, parts: dict[str, tuple[str, ...]]) -> dict[str, Path]:
+    "The maps of a raw case by part; those that it lacks are left out"
+    folder = case.label.parent.with_name(case.label.parent.name.replace("labels", "parts"))
+    return {part: path for part in parts if (path := folder / part / case.label.name).is_file()}
+
+# %% ../../nbs/data/40_preprocess.ipynb #write-parts
+def write_parts(
+    dataset: Dataset,
+    whole: Scan,  # The case as scanned, with its map of all labels
+    case: Case,
+    parts: dict[str, tuple[str, ...]],  # From `read_parts`
+    folder: Path,
+) -> dict[str, Any]:  # `parts`, those that the case has, and their digests
+    "Writes the maps of the parts on the case's prepared grid. BadFile for a map on another grid, or with voxels where the map of all labels has none"
+    box, digests = nonzero_box(whole.image, whole.label), {}
+    for part, path in part_maps(case, parts).items():
+        volume, one = read_label(path), part_dataset(dataset, part, parts[part])
+        check_labels(volume.voxels, one, path)
+        same_grid(volume, Volume(whole.label, whole.affine), names=(path, case.label.name))
+        if ((volume.voxels > 0) & (whole.label == 0)).any():
+            raise BadFile(path, f"has labels where {case.label.name} has none", "convert the case again")
+        label = volume.voxels[box].astype(smallest_unsigned_type(one.values[-1]))
+        shape = target_shape(label.shape, whole.spacing, dataset.spacing)
+        label = resample_label(label, shape, coarse_axis(whole.spacing, dataset.spacing))
+        digests[part] = write_array(folder / f"label_{part}.b2nd", label)
+        np.save(folder / f"places_{part}.npy", foreground_voxels(label))
+    return {"parts": " ".join(digests), "part_digests": list(digests.values())}
+
 # %% ../../nbs/data/40_preprocess.ipynb #write-case
 FOLDS = "folds.json"  # For each fold of a data set with several, the split of every case
-PREPARED = FolderKind("prepared data set", (), ("cases", "fingerprint.json", FOLDS, "manifest.csv", "task.json"))
-PREPARED_CASE = FolderKind("prepared case", (), ("case.json", "image.b2nd", "label.b2nd", "places.npy"))
+PREPARED = FolderKind("prepared data set", (), ("cases", "fingerprint.json", FOLDS, "manifest.csv", PARTS, "task.json"))
+PREPARED_CASE = FolderKind("prepared case", (), ("case.json", "image.b2nd", "label.b2nd", "places.npy", "label_*.b2nd", "places_*.npy"))
 
 
 def write_case(
@@ -436,17 +508,23 @@ def prepare_case(
     case: Case,
     fingerprint: Fingerprint,
     folder: Path,  # Of all cases
+    parts: dict[str, tuple[str, ...]] | None = None,  # From `read_parts`
 ) -> dict[str, Any]:  # Its row of the manifest
     "Reads, checks, crops, normalises, resamples and writes one case, unless its folder exists already"
-    files = file_hashes(case)
+    files, maps = file_hashes(case), part_maps(case, parts or {})
+    files += [short_hash(parts, {part: sha256(path) for part, path in maps.items()})] if parts else []
     key = case_hash(dataset, files, fingerprint)
     target = folder / f"{case.id}.{key}"
     if not (target / "case.json").is_file():
-        raw = crop_scan(read_case(dataset, case))
+        whole = read_case(dataset, case)
+        raw = crop_scan(whole)
         scan = resample(replace(raw, image=normalise(raw.image, fingerprint)), dataset.spacing)
         scan = replace(scan, image=scan.image.astype(image_type(scan.image, fingerprint.schemes)))
         with atomic_folder(target, PREPARED_CASE) as temporary:
             row = write_case(dataset, scan, temporary)
+            if parts:
+                row |= write_parts(dataset, whole, case, parts, temporary)
+                row["sha256"] = short_hash(row["sha256"], row.pop("part_digests"))
             grid = {"raw_spacing": "x".join(f"{size:.6g}" for size in raw.spacing)}
             write_json(temporary / "case.json", row | grid, sort_keys=False)
     row = read_json(target / "case.json")
@@ -481,7 +559,7 @@ def remove_stale_cases(
 def _prepare(dataset: Dataset, raw: str | Path, out: Path, workers: int, progress: bool) -> pd.DataFrame:
     "`prepare`, once the folder is locked"
     cases, partial = {case.id: case for case in list_cases(dataset, raw)}, partial_cases(dataset, raw)
-    failures = {}
+    failures, parts = {}, read_parts(dataset, Path(raw) / dataset.folder)
     try:
         measured = measure_fingerprint(dataset, raw, workers, f"measuring {dataset.name}" if progress else "")
     except ItemsFailed as error:  # The other cases are prepared all the same, and not again in the next run
@@ -489,7 +567,7 @@ def _prepare(dataset: Dataset, raw: str | Path, out: Path, workers: int, progres
             raise
         failures = error.failures
         measured = summarise_cases(dataset, list(error.results.values()))
-    jobs = {id: (dataset, case, measured, out / "cases") for id, case in cases.items() if id not in failures}
+    jobs = {id: (dataset, case, measured, out / "cases", parts) for id, case in cases.items() if id not in failures}
     try:
         rows = map_items(prepare_case, jobs, workers, f"preparing {dataset.name}" if progress else "")
     except ItemsFailed as error:
@@ -505,8 +583,10 @@ def _prepare(dataset: Dataset, raw: str | Path, out: Path, workers: int, progres
     if (folds := count_folds(dataset, raw)) > 1:
         splits = [read_splits(dataset, raw, fold) for fold in range(folds)]
         texts[FOLDS] = as_json([{id: split for split, ids in one.items() for id in ids} for one in splits])
+    if parts:
+        texts[PARTS] = as_json(parts, sort_keys=False)
     texts["manifest.csv"] = as_csv(manifest)  # Last: it says that the data set is complete
-    write_texts({out / name: text for name, text in texts.items()}, instead=[out / "manifest.csv", out / FOLDS])
+    write_texts({out / name: text for name, text in texts.items()}, instead=[out / "manifest.csv", out / FOLDS, out / PARTS])
     remove_stale_cases(out / "cases", {f"{row.case}.{row.key}" for row in rows_of(manifest)})
     return manifest
 
@@ -562,13 +642,15 @@ def is_finite_number(text: str) -> bool:
 class Prepared:
     "A prepared folder: its `dataset`, `fingerprint`, `manifest` and cases. FileNotFoundError if it is not one, ValueError if it is damaged."
 
+    label_file, places_file = "label.b2nd", "places.npy"
+
     def __init__(self, folder: str | Path):  # Written by `prepare`; may be a URL such as s3://bucket/prepared/abdomen_ct
         self.folder, files = folder, read_descriptions(folder)
         table, fingerprint, task = (join_path(folder, name) for name in DESCRIPTIONS)
         self.digest = short_hash(*(hashlib.sha256(content).hexdigest() for content in files.values()))
         self.dataset = build(Dataset, parse_json(files["task.json"], task), task)
         self.fingerprint = build(Fingerprint, parse_json(files["fingerprint.json"], fingerprint), fingerprint)
-        text = {"key": str, "sha256": str, "lowest": str, "annotated": str}  # Even if they look like numbers
+        text = {"key": str, "sha256": str, "lowest": str, "annotated": str, "parts": str}  # Even if they look like numbers
         self.manifest = read_csv(io.BytesIO(files["manifest.csv"]), table, **text).fillna(dict.fromkeys(text, ""))
         check_manifest(self.manifest, self.dataset, table)
         self._rows: dict[str, tuple[str, str]] = {row.case: (row.key, row.lowest) for row in rows_of(self.manifest)}
@@ -582,6 +664,12 @@ class Prepared:
     def partial(self) -> bool:
         "Whether labels are missing in some case; the manifest's column `annotated` lists those that it has"
         return "annotated" in self.manifest and bool(self.manifest.annotated.any())
+
+    @property
+    def parts(self) -> "dict[str, PreparedPart]":
+        "Parts of the labels, each a data set over the same images; empty if all labels are in one map alone"
+        found = read_parts(self.dataset, self.folder) if "parts" in self.manifest else {}
+        return {part: PreparedPart(self, part, labels) for part, labels in found.items()}
 
     def ids(self, split: str) -> list[str]:
         "Cases of a split: train, val or test; ValueError for another name"
@@ -606,7 +694,7 @@ class Prepared:
 
     def label(self, case: str) -> StoredArray:
         "Unsigned integers (X, Y, Z); read when it is sliced"
-        return open_array(self.path(case, "label.b2nd"))
+        return open_array(self.path(case, self.label_file))
 
     def lowest(self, case: str) -> tuple[float, ...]:
         "The smallest value of each channel, with which a patch beyond the scan is filled"
@@ -614,9 +702,20 @@ class Prepared:
 
     def foreground(self, case: str) -> dict[int, np.ndarray]:
         "Voxels (n, 3) of each class that is present, at most 1,000 per class, without the ignore label"
-        rows = np.load(io.BytesIO(read_bytes(self.path(case, "places.npy"))), allow_pickle=False)
+        rows = np.load(io.BytesIO(read_bytes(self.path(case, self.places_file))), allow_pickle=False)
         rows = rows.astype(np.int32)  # A patch around a voxel may begin below 0
         return {int(value): rows[rows[:, 0] == value, 1:] for value in np.unique(rows[:, 0])}
+
+# %% ../../nbs/data/40_preprocess.ipynb #prepared-one-part
+class PreparedPart(Prepared):
+    "One part of a prepared data set's labels: the same images and normalisation, the cases that have the part, and its labels alone"
+
+    def __init__(self, whole: Prepared, part: str, labels: tuple[str, ...]):
+        self.__dict__ |= whole.__dict__
+        has = [part in str(names).split() for names in whole.manifest.parts]
+        self.manifest = whole.manifest[has].drop(columns=["annotated", "parts"], errors="ignore").reset_index(drop=True)
+        self.dataset, self.digest = part_dataset(whole.dataset, part, labels), short_hash(whole.digest, part)
+        self.label_file, self.places_file = f"label_{part}.b2nd", f"places_{part}.npy"
 
 # %% ../../nbs/data/40_preprocess.ipynb #folds
 def link_view(

@@ -45,14 +45,6 @@ def person_means(
     return table if epsilon is None else table.assign(value=logit(table.value, epsilon))
 
 
-def _scored_alike(parts: Sequence[pd.DataFrame], metric: str) -> list[pd.DataFrame]:
-    "Rows of cases and classes that every arm was scored on"
-    keys = [*KEYS, "label", "case"]
-    cases = [pd.MultiIndex.from_frame(part[keys]) for part in parts]
-    scored = [index[part[metric].notna()] for index, part in zip(cases, parts)]
-    return [pd.DataFrame(part[np.logical_and.reduce([index.isin(other) for other in scored])]) for index, part in zip(cases, parts)]
-
-
 def person_contrast(
     scores: pd.DataFrame,  # As for `person_means`
     arms: Sequence[tuple[float, Mapping[str, object]]],  # Weight and method, e.g. [(1, {"variant": "a"}), (-1, {"variant": "b"})]
@@ -62,17 +54,18 @@ def person_contrast(
 ) -> pd.DataFrame:  # stratum (a tuple), person, seed, value
     "A weighted sum of arms for each person and seed, over the cases and classes that all arms have; ValueError for an arm without rows"
     keys = list(dict.fromkeys([*KEYS, "label", *strata]))
-    kept = [name for name in strata if name not in (*KEYS, "label")]
     require_columns(scores, [*keys, metric])
-    parts = [select_method(scores, arm) for _, arm in arms]
-    parts = _scored_alike(parts, metric) if "case" in scores else parts
-    sides = [person_means(part, metric, epsilon, kept).set_index(keys).value * weight for (weight, _), part in zip(arms, parts)]
-    both = pd.concat(sides, axis=1, join="inner").dropna().sum(axis=1).rename("value").reset_index()
-    both = both.assign(stratum=list(zip(*(both[name] for name in strata))))
+    case = ["case"] if "case" in scores else []
+    parts = [select_method(scores, arm)[[*keys, *case, metric]].assign(arm=place) for place, (_, arm) in enumerate(arms)]
+    wide = pd.concat(parts).groupby([*keys, *case, "arm"], observed=True)[metric].mean().unstack("arm").dropna()  # What all arms were scored on
+    means = wide.groupby(keys, observed=True).mean()
+    values = means.to_numpy() if epsilon is None else logit(means.to_numpy(), epsilon)
+    both = means.index.to_frame(index=False).assign(value=values @ np.array([weight for weight, _ in arms], float))
+    both = both.assign(stratum=pd.Series(list(zip(*(both[name] for name in strata))), dtype=object))
     return pd.DataFrame(both.groupby(["stratum", "person", "seed"], sort=True)["value"].mean()).reset_index()
 
 # %% ../../nbs/evaluation/22_people_statistics.ipynb #estimate
-SUBTRACT, OVERLAP = 0.6, 0.6  # λ and κ
+INTERACTION_SHARE, OVERLAP_SHARE = 0.6, 0.8  # λ and κ
 
 
 class Effect(NamedTuple):
@@ -82,7 +75,7 @@ class Effect(NamedTuple):
     low: float
     high: float
     p: float  # Two-sided, that of the interval which just touches zero
-    people: int
+    people: int  # Of the stratum that has the fewest
     seeds: int
     strata: int
 
@@ -93,7 +86,7 @@ class Parts(NamedTuple):
     value: np.ndarray
     people: np.ndarray  # A, a variance of the mean
     seeds: np.ndarray  # B
-    both: np.ndarray  # C
+    interaction: np.ndarray  # C
     people_df: np.ndarray
     seeds_df: int
 
@@ -133,19 +126,22 @@ def half_width(parts: Parts, level: float = 0.95) -> np.ndarray:
     quantile = scipy.special.stdtrit(parts.people_df, (1 + level) / 2)
     if not parts.seeds_df:
         return quantile * np.sqrt(parts.people)
-    other, b = scipy.special.stdtrit(parts.seeds_df, (1 + level) / 2), np.maximum(parts.seeds - SUBTRACT * parts.both, 0)
+    other, b = scipy.special.stdtrit(parts.seeds_df, (1 + level) / 2), np.maximum(parts.seeds - INTERACTION_SHARE * parts.interaction, 0)
     overlap = np.divide(parts.people * b, parts.people + b, out=np.zeros_like(b), where=parts.people + b > 0)
-    return np.sqrt(quantile**2 * parts.people + other**2 * b - OVERLAP * quantile * other * overlap)
+    return np.sqrt(quantile**2 * parts.people + other**2 * b - OVERLAP_SHARE * quantile * other * overlap)
 
 # %% ../../nbs/evaluation/22_people_statistics.ipynb #effect
 def _tables(differences: pd.DataFrame) -> tuple[list, list[np.ndarray], list[np.ndarray]]:
     "Strata, their (people, seeds) arrays and their people, without people who lack a seed"
     require_columns(differences, ["stratum", "person", "seed", "value"])
-    wide = {name: part.pivot(index="person", columns="seed", values="value") for name, part in differences.groupby("stratum", sort=True)}
-    seeds = sorted(set.intersection(*(set(part) for part in wide.values()))) if wide else []
-    wide = {name: part[seeds].dropna() for name, part in wide.items()}
-    names = {person: index for index, person in enumerate(sorted({person for part in wide.values() for person in part.index}))}
-    return list(wide), [part.to_numpy() for part in wide.values()], [np.array([names[p] for p in part.index], int) for part in wide.values()]
+    if differences.empty:
+        return [], [], []
+    codes, names = pd.factorize(differences.stratum, sort=True)
+    wide = differences.assign(stratum=codes).pivot(index=["stratum", "person"], columns="seed", values="value")
+    wide = wide.loc[:, wide.notna().groupby("stratum").any().all()].dropna()  # Seeds of all strata, and people who have them all
+    of, people = (wide.index.get_level_values(name) for name in ("stratum", "person"))
+    rows, who = [of == code for code in range(len(names))], pd.factorize(people, sort=True)[0]
+    return list(names), [wide.to_numpy()[row] for row in rows], [who[row] for row in rows]
 
 
 def _p_value(parts: Parts, value: float) -> float:
@@ -173,7 +169,7 @@ def people_effect(
     if not names or not min(table.size for table in tables):
         return Effect(float("nan"), float("nan"), float("nan"), float("nan"), 0, 0, len(names))
     weight = [1 / len(names) if weights is None else float(weights[name]) for name in names]
-    counts = len({who for part in people for who in part}), tables[0].shape[1], len(names)
+    counts = min(map(len, tables)), tables[0].shape[1], len(names)
     value = float(sum(w * table.mean() for w, table in zip(weight, tables)))
     if min(map(len, tables)) < 2:
         return Effect(value, float("nan"), float("nan"), float("nan"), *counts)
@@ -187,7 +183,7 @@ class Spread(NamedTuple):
 
     person: float
     seed: float
-    rest: float  # Person and seed together, and what is left
+    residual: float  # Person and seed together, and what is left
 
 
 def simulate(
@@ -212,7 +208,7 @@ def simulate(
         own = chance(draws, people, 1)
         person = half * (common + own) if shared and tasks > 1 else own
         trained = half * (seed + generator.standard_normal(seed.shape)) if tasks > 1 else seed
-        tables.append(spread.person * person + spread.seed * trained + spread.rest * chance(draws, people, seeds))
+        tables.append(spread.person * person + spread.seed * trained + spread.residual * chance(draws, people, seeds))
     who = [np.arange(people) + (0 if shared else task * people) for task in range(tasks)]
     return tables, who
 
@@ -235,7 +231,7 @@ def bootstrap_ends(
 def rival_widths(parts: Parts, level: float = 0.95) -> dict[str, np.ndarray]:
     "Half-widths of the chosen interval, of Satterthwaite's, and of a t interval over people alone"
     quantile = (1 + level) / 2
-    b = np.maximum(parts.seeds - parts.both, 0)
+    b = np.maximum(parts.seeds - parts.interaction, 0)
     variance = parts.people + b
     df = variance**2 / (parts.people**2 / parts.people_df + b**2 / max(parts.seeds_df, 1))
     return {
@@ -309,6 +305,21 @@ def power(
     return float((effect + parts.value - half_width(parts) > 0).mean())
 
 
+def fit_spread(
+    differences: pd.DataFrame,  # As for `people_effect`
+) -> Spread:  # Standard deviations within a stratum, averaged over strata; 0 where the moments are negative
+    "The spread of paired differences that were found, by the method of moments; ValueError for fewer than two people"
+    _, tables, people = _tables(differences)
+    if not tables or min(map(len, tables)) < 2:
+        raise ValueError("needs two people or more in each stratum")
+    squares = []
+    for table, who in zip(tables, people):
+        (n, seeds), parts = table.shape, variance_parts([table], [np.arange(len(who))], [1])
+        person, seed = parts.people - parts.interaction, parts.seeds - parts.interaction
+        squares.append([n * max(float(person), 0), seeds * max(float(seed), 0), n * seeds * float(parts.interaction)])
+    return Spread(*np.sqrt(np.mean(squares, axis=0)).tolist())
+
+
 def people_needed(
     spread: Spread, effect: float, wanted: float = 0.8, most: int = 200, **design
 ) -> int | None:  # None if not even `most` people are enough: more seeds are needed
@@ -342,15 +353,42 @@ def group_difference(
     return people_effect(pd.DataFrame(pairs), {name: (1 if name[1] == first else -1) / counts[name[1]] for name in names}, level)
 
 # %% ../../nbs/evaluation/22_people_statistics.ipynb #backbones
-def backbone_means(
+def backbone_tables(
     scores: pd.DataFrame,  # As for `person_means`
     metric: str = "dsc",
     by: str = "backbone",
-) -> pd.Series:  # By backbone
-    "Means over classes, people and seeds, then tasks, over what all backbones have"
+) -> tuple[list[str], list[np.ndarray], list[np.ndarray]]:  # Backbones; (backbones, people, seeds) of each task, and which person each row is of
+    "Means over cases and classes, of people and classes that all backbones have with every seed"
     table = person_means(scores, metric, by=[by])
-    wide = table.pivot_table(index=["task", "person", "seed", "label"], columns=by, values="value").dropna()
-    return pd.Series(wide.groupby(["task", "person", "seed"]).mean().groupby(["task", "person"]).mean().groupby("task").mean().mean())
+    wide = table.set_index(["task", "person", "seed", "label", by]).value.unstack(by).dropna().groupby(["task", "person", "seed"]).mean()
+    if wide.empty:
+        return [], [], []
+    seeds = sorted(set.intersection(*(set(part.index.get_level_values("seed")) for _, part in wide.groupby("task"))))
+    unstacked = [part.droplevel("task").unstack("seed") for _, part in wide.groupby("task", sort=True)]
+    whole = [part.loc[:, part.columns.get_level_values("seed").isin(seeds)].dropna() for part in unstacked]
+    if not seeds or not all(map(len, whole)):
+        return [], [], []
+    names = {person: index for index, person in enumerate(sorted({person for part in whole for person in part.index}))}
+    tables = [np.moveaxis(part.to_numpy().reshape(len(part), wide.shape[1], len(seeds)), 0, 1) for part in whole]
+    return list(wide.columns), tables, [np.array([names[person] for person in part.index], int) for part in whole]
+
+
+def backbone_means(scores: pd.DataFrame, metric: str = "dsc", by: str = "backbone") -> pd.Series:  # By backbone; empty if they share nothing
+    "Means over classes, seeds and people, then tasks, over what all backbones have"
+    names, tables, _ = backbone_tables(scores, metric, by)
+    return pd.Series(np.mean([table.mean((1, 2)) for table in tables], axis=0), names) if names else pd.Series(dtype=float)
+
+
+def reliability(
+    tables: Sequence[np.ndarray],  # From `backbone_tables`
+    people: Sequence[np.ndarray],
+) -> float:  # At most 1; negative where means differ by less than their noise would let them; NaN for one person or no difference
+    "The share of the variance of means over backbones that is not due to people and seeds: an intraclass correlation"
+    if min(table.shape[1] for table in tables) < 2:
+        return float("nan")
+    parts = variance_parts([table - table.mean(0) for table in tables], people, [1 / len(tables)] * len(tables))
+    whole = float((parts.value**2).sum())
+    return 1 - float((parts.people + parts.seeds - parts.interaction).sum()) / whole if whole > 0 else float("nan")
 
 # %% ../../nbs/evaluation/22_people_statistics.ipynb #lines
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:  # (...,) from (..., backbones)
@@ -360,6 +398,26 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:  # (...,) from
     return np.divide((x * y).sum(-1), scale, out=np.full(scale.shape, np.nan), where=scale > 0)
 
 
+def slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:  # (...,) from (..., backbones)
+    "The slope of least squares; NaN where all x are equal"
+    away = x - x.mean(-1, keepdims=True)
+    scale = (away**2).sum(-1)
+    return np.divide((away * y).sum(-1), scale, out=np.full(scale.shape, np.nan), where=scale > 0)
+
+
+def slope_interval(x: np.ndarray, y: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    "The t interval of least squares"
+    away, value = x - x.mean(), float(slope(x, y))
+    left = y - y.mean() - value * away
+    half = scipy.stats.t.ppf((1 + level) / 2, len(x) - 2) * np.sqrt((left**2).sum() / (len(x) - 2) / (away**2).sum())
+    return value - float(half), value + float(half)
+
+
+def leave_one_out(x: np.ndarray, y: np.ndarray, coefficient: Callable) -> np.ndarray:  # (backbones,)
+    "A coefficient without each backbone in turn"
+    return np.array([coefficient(x[row], y[row]) for row in ~np.eye(len(x), dtype=bool)], float)
+
+# %% ../../nbs/evaluation/22_people_statistics.ipynb #bootstrap-backbones
 class Line(NamedTuple):
     "A coefficient over backbones"
 
@@ -367,66 +425,45 @@ class Line(NamedTuple):
     low: float
     high: float
     backbones: int
-    least: float  # With one backbone left out
-    most: float
+    without_one: np.ndarray  # Without each of them in turn
+    reliable: tuple[float, float]  # Reliability of the means on the x and y axes
 
 
-def _left_out(x: np.ndarray, y: np.ndarray, coefficient: Callable) -> tuple[float, float]:
-    keep = ~np.eye(len(x), dtype=bool)
-    values = np.array([coefficient(x[row], y[row]) for row in keep])
-    return float(values.min()), float(values.max())
+Side = tuple[Sequence[np.ndarray], Sequence[np.ndarray]]  # Tables and people of one axis, as `backbone_tables` gives them
 
 
-def rank_over_backbones(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> Line:
-    "Spearman's rank correlation with Bonett and Wright's interval; ValueError for fewer than five backbones"
-    first, second = np.asarray(x, float), np.asarray(y, float)
-    if (count := len(first)) < 5 or len(second) != count:
-        raise ValueError(f"needs five backbones or more on both axes, got {count} and {len(second)}")
-    value = float(rank_correlation(first, second))
-    most = 1 - 6 / (count * (count**2 - 1))
-    inside = np.clip(value, -most, most)
-    half = scipy.stats.norm.ppf((1 + level) / 2) * np.sqrt((1 + inside**2 / 2) / (count - 3))
-    low, high = np.tanh(np.arctanh(inside) + np.array([-half, half]))
-    return Line(value, float(low), float(high), count, *_left_out(first, second, rank_correlation))
+def _drawn_means(side: Side, n: int, generator: np.random.Generator) -> np.ndarray:  # (n, backbones)
+    "Means over drawn people, the same for all backbones and tasks, and over each backbone's drawn seeds"
+    tables, who = side
+    (count, _, seeds), people = tables[0].shape, 1 + max(int(rows.max()) for rows in who)
+    drawn = generator.multinomial(people, np.full(people, 1 / people), n)
+    columns = generator.multinomial(seeds, np.full(seeds, 1 / seeds), (n, count)) / seeds
+    means = np.zeros((n, count))
+    for table, rows in zip(tables, who):
+        weight = drawn[:, rows].astype(float)
+        weight[weight.sum(1) == 0] = 1  # None of a task's people was drawn
+        means += (np.einsum("np,kps->nks", weight / weight.sum(1, keepdims=True), table, optimize=True) * columns).sum(-1) / len(tables)
+    return means
 
 
-def slope_over_backbones(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> Line:
-    "The slope of least squares with its t interval; ValueError for fewer than four backbones, or without spread in x"
-    first, second = np.asarray(x, float), np.asarray(y, float)
-    if (count := len(first)) < 4 or len(second) != count or np.ptp(first) == 0:
-        raise ValueError(f"needs four backbones or more that differ in x, got {count} and {len(second)}")
-
-    def slope(a: np.ndarray, b: np.ndarray) -> float:
-        away = a - a.mean()
-        return float((away * b).sum() / max((away**2).sum(), 1e-300))
-
-    value, away = slope(first, second), first - first.mean()
-    left = second - second.mean() - value * away
-    half = scipy.stats.t.ppf((1 + level) / 2, count - 2) * np.sqrt((left**2).sum() / (count - 2) / (away**2).sum())
-    return Line(value, value - float(half), value + float(half), count, *_left_out(first, second, slope))
-
-# %% ../../nbs/evaluation/22_people_statistics.ipynb #bootstrap-backbones
-def bootstrap_over_backbones(
-    x: Sequence[np.ndarray],  # (backbones, people, seeds) of each task
-    y: Sequence[np.ndarray],  # The same people, in the same order
-    coefficient: Callable[[np.ndarray, np.ndarray], np.ndarray] = rank_correlation,  # Of (draws, backbones) twice
-    n: int = 2000,  # Draws
+def line_over_backbones(
+    x: Side,
+    y: Side,  # Of the same backbones, in the same order; people and seeds may be others
+    coefficient: Callable[[np.ndarray, np.ndarray], np.ndarray] = rank_correlation,  # Or `slope`
     level: float = 0.95,
+    n: int = 2000,  # Draws; those in which all backbones are the same are left out
     seed: int = 0,
-) -> tuple[float, float]:  # NaN draws, in which all backbones are the same, are left out
-    "Percentiles over draws of backbones, of people (the same for all of them) and of each backbone's seeds"
-    generator = np.random.default_rng(seed)
-    count = x[0].shape[0]
-    means = [np.zeros((n, count)), np.zeros((n, count))]
-    for tables in zip(x, y):
-        people = tables[0].shape[1]
-        drawn = generator.multinomial(people, np.full(people, 1 / people), n) / people
-        for side, table in enumerate(tables):
-            seeds = table.shape[2]
-            of = max(seeds - 1, 1)
-            columns = generator.multinomial(of, np.full(seeds, 1 / seeds), (n, count)) / of
-            means[side] += (np.einsum("np,kps->nks", drawn, table, optimize=True) * columns).sum(-1) / len(x)
-    which = generator.integers(0, count, (n, count))
-    values = coefficient(*(np.take_along_axis(side, which, 1) for side in means))
-    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+) -> Line:
+    "A coefficient over backbones with its bootstrap over backbones, people and seeds; ValueError for fewer than five, or without spread in x"
+    generator, count = np.random.default_rng(seed), x[0][0].shape[0]
+    first, second = (np.mean([table.mean((1, 2)) for table in side[0]], axis=0) for side in (x, y))
+    if count < 5 or len(second) != count or np.ptp(first) == 0:
+        raise ValueError(f"needs five backbones or more that differ in x, and the same in y, got {count} and {len(second)}")
+    drawn, which = [_drawn_means(side, n, generator) for side in (x, y)], generator.integers(0, count, (n, count))
+    of_x, of_y = (np.take_along_axis(side, which, 1) for side in drawn)
+    low, high = np.nanquantile(coefficient(of_x, of_y), [(1 - level) / 2, (1 + level) / 2]).tolist()
+    if coefficient is slope:
+        wider = slope_interval(first, second, level)
+        low, high = min(low, wider[0]), max(high, wider[1])
+    reliable = reliability(*x), reliability(*y)
+    return Line(float(coefficient(first, second)), low, high, count, leave_one_out(first, second, coefficient), reliable)

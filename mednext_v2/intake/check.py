@@ -30,6 +30,7 @@ from ..core import NEW_FOLDER, ItemsFailed, atomic_folder, check_output, is_whol
 from ..data.scans import ENDINGS, FILE_FAULTS, UnreadableFile, Header, choose_affine, summarise_error, channel_of, split_ending
 from ..data.scans import corner_distance, read_header_bytes, float32_step, stored_affines, grid_distance, grid_tolerance, header_from_nifti
 from ..data.scans import inspect_header, is_nifti, open_bytes, parse_nifti_header, iterate_voxels, format_numbers, mm_per_unit, valid_affine
+from ..data.preprocess import PARTS
 from ..data.datasets import ANNOTATED, FOLDER_NAME, Dataset, description_difference, parse_annotated, parse_channels, find_registered
 
 # %% ../../nbs/intake/30_check.ipynb #faults-set
@@ -1232,6 +1233,8 @@ def fix_raw_dataset(
     folders = [survey_folder(folder, dataset) for folder in find_sets(data, dataset)]
     if {raw.name for raw in folders} != set(before.sets):
         raise ValueError(f"the report is of {', '.join(before.sets)}, not of {data}: call check_raw_dataset for this folder")
+    if mapped := [raw.path for raw in folders if (raw.path / PARTS).is_file()]:
+        raise ValueError(f"{mapped[0]} has labels in parts ({PARTS}), which are not mended: mend the published files, and convert again")
     alone = [raw.path for raw in folders] == [data]
     with atomic_folder(out) as copy:
         targets = {raw.name: copy if alone else copy / raw.name for raw in folders}

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,6 +28,8 @@ from ..data.scans import BadFile, Volume, as_float32, check_finite, distinct_val
 from ..data.scans import smallest_unsigned_type, stored_files, write_volume, visible_files
 from ..data.datasets import ANNOTATED, Dataset, file_ending, join_labels, load_datasets, partial_cases, find_patient, raw_dataset, read_fold
 from ..data.datasets import write_description
+from ..data.mixture import consecutive_parts
+from ..data.preprocess import PARTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,6 +61,7 @@ class CaseArrays:
     notes: list[str] = field(default_factory=list)  # What a user should know of this case
     links: dict[str, Path] = field(default_factory=dict)  # Instead of arrays: written name to file
     annotated: tuple[str, ...] = ()  # Labels that were looked for, if not all were
+    parts: Callable[[], Iterator[tuple[str, np.ndarray]]] | None = None  # Maps of parts of the labels that overlap, read one by one
 
 
 @dataclass(frozen=True)
@@ -293,7 +296,13 @@ def read_cads(case: CaseSource, job: Conversion) -> CaseArrays:
     notes += [f"hidden under others: {', '.join(names[v] for v in hidden)}"] if hidden else []
     if absent := [str(group) for group in CADS_GROUPS if group not in groups]:
         notes.append(f"without part {', '.join(absent)}")
-    return CaseArrays([image.voxels], image.affine, label, notes, annotated=cads_annotated(job.dataset, groups))
+
+    def parts() -> Iterator[tuple[str, np.ndarray]]:
+        for group, path in zip(groups, case.label, strict=True):
+            yield str(group), read_on_grid(path, image, case.images[0], job.tolerance)[0].voxels.astype(np.uint8)
+
+    written = parts if case.facts.get("parts") else None
+    return CaseArrays([image.voxels], image.affine, label, notes, annotated=cads_annotated(job.dataset, groups), parts=written)
 
 # %% ../../nbs/intake/20_convert.ipynb #cads-plan
 def find_list(given: str | Path | None, *usual: Path) -> Path:
@@ -332,8 +341,11 @@ def plan_cads(
     test_list: str | Path | None = None,  # The list of test images, if it is not in `source`
     val_share: float = 0.01,  # Of the patients, to validate
     partial: bool = False,  # Take cases that lack some of the nine parts, and say in annotated.csv what they have
+    parts: bool = True,  # Write the nine maps beside the merged one, so that a network learns nine heads; else one head of 167 labels
 ) -> dict[str, CaseSource]:
     "The cases of CADS; ValueError without its list of test images"
+    if strange := [value for value in (partial, parts) if not isinstance(value, bool)]:
+        raise ValueError(f"partial and parts are True or False, got {strange[0]!r}")
     folders = [p for p in sorted(source.iterdir()) if re.fullmatch(r"\d{4}_\w+", p.name) and p.is_dir()]
     if not folders:
         return {}
@@ -349,12 +361,13 @@ def plan_cads(
     for folder in folders:
         images = {stem.removesuffix("_0000"): f"{stem}.nii.gz" for stem in names_like(folder, "images/*.nii.gz")}
         for id in sorted({*images, *names_like(folder, "segmentations/*")}, key=natural_key):
-            parts = {group: folder / "segmentations" / id / f"{id}_part_{group}.nii.gz" for group in CADS_GROUPS}
-            there = {group: part for group, part in parts.items() if part.exists()} if partial else {}
-            facts = {"groups": list(there)} if 0 < len(there) < len(parts) else {}
+            maps = {group: folder / "segmentations" / id / f"{id}_part_{group}.nii.gz" for group in CADS_GROUPS}
+            there = {group: part for group, part in maps.items() if part.exists()} if partial else {}
+            incomplete = 0 < len(there) < len(maps)
+            facts = ({"groups": list(there)} if incomplete else {}) | ({"parts": True} if parts else {})
             split = "excluded" if {(folder.name, id), ("", id)} & tested else "train"
             image = folder / "images" / images.get(id, f"{id}_0000.nii.gz")
-            plans.append({safe_id(f"{folder.name[:4]}_{id}"): CaseSource((image,), tuple((there if facts else parts).values()), split, facts=facts)})
+            plans.append({safe_id(f"{folder.name[:4]}_{id}"): CaseSource((image,), tuple((there if incomplete else maps).values()), split, facts=facts)})
     return hold_out_validation(merge_plans(plans), dataset, val_share)
 
 # %% ../../nbs/intake/20_convert.ipynb #tables
@@ -771,6 +784,8 @@ def plan_raw(
     if not is_raw(root):
         return {}
     check_names(root, dataset)
+    if (root / PARTS).is_file():
+        raise ValueError(f"{root} has labels in parts ({PARTS}), which would be lost: convert the published files instead, or copy the folder as it is")
     ending, splits, plan = file_ending(root), root / "splits_final.json", {}
     validating = set(read_fold(splits)["val"]) if splits.is_file() else set()
     for part in ("Tr", "Ts"):
@@ -897,6 +912,9 @@ def write_case(arrays: CaseArrays, case: CaseSource, id: str, folder: Path) -> l
     if arrays.label is not None:
         names.append(f"labels{case.part}/{id}.nii.gz")
         write_volume(folder / names[-1], arrays.label, arrays.affine)
+    for part, voxels in arrays.parts() if arrays.parts else ():
+        names.append(f"parts{case.part}/{part}/{id}.nii.gz")
+        write_volume(folder / names[-1], voxels, arrays.affine)
     return names
 
 # %% ../../nbs/intake/20_convert.ipynb #records
@@ -955,7 +973,7 @@ def convert_case(id: str, case: CaseSource, job: Conversion) -> dict:  # Its row
     remove_written(path, job.folder)
     arrays = CONVERTERS[job.converter].read(case, job)
     files = write_case(arrays, case, id, job.folder)
-    digests = [sha256(job.folder / file) for file in files]
+    digests = [sha256(job.folder / file) for file in files if not file.startswith("parts")]
     images = len(case.images) if arrays.links else len(arrays.channels)
     row |= {
         "files": source_names((*case.images, *case.label), job.source),
@@ -1019,6 +1037,19 @@ def make_plan(
             plan[id] = replace(case, label=(), split="test")
     return plan
 
+# %% ../../nbs/intake/20_convert.ipynb #write-parts
+def write_parts(
+    folder: Path,  # The data set's
+    dataset: Dataset,
+    written: set[str],  # Parts that some case has
+) -> None:
+    "parts.json, where labels come in parts"
+    if written:
+        parts = consecutive_parts(dataset, CADS_GROUPS)
+        write_json(folder / PARTS, {part: labels for part, labels in parts.items() if part in written}, sort_keys=False)
+    else:
+        (folder / PARTS).unlink(missing_ok=True)
+
 # %% ../../nbs/intake/20_convert.ipynb #describe
 def remove_leftovers(folder: Path, plan: dict[str, CaseSource]) -> None:
     "Takes away what a killed run left half written, and cases that are not planned any more"
@@ -1052,9 +1083,10 @@ def write_descriptions(
     "dataset.json and, where a split is published, splits_final.json; ValueError for files of unknown origin"
     folder, dataset = job.folder, job.dataset
     made = {f for path in folder.glob(f"{RECORDS}/*.json") for f in read_record(path).get("files", ())}
-    there = {path.relative_to(folder).as_posix() for top in ("images", "labels") for path in folder.glob(f"{top}T[rs]/*")}
+    there = {path.relative_to(folder).as_posix() for top in ("imagesT[rs]", "labelsT[rs]", "partsT[rs]/*") for path in folder.glob(f"{top}/*")}
     if strange := sorted(there - made):
         raise ValueError(f"{folder} holds {len(strange)} files that this conversion did not make, as {strange[0]}: move them away")
+    write_parts(folder, dataset, {Path(file).parts[1] for file in made if file.startswith("parts")})
     root = job.source if is_raw(job.source) else job.source / dataset.folder
     ids = {split: [row["case"] for row in rows if row["split"] == split] for split in ("train", "val")}
     splits = folder / "splits_final.json"

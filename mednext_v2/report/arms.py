@@ -136,18 +136,23 @@ def gaps_3(planned: Planned) -> list[str]:
 
 
 def gaps_6(planned: Planned) -> list[str]:
-    "6. Base and compound after pretraining, on tasks with organs and with pathology"
-    found, variants = gaps_of_numbers(planned, "scaling"), planned.variants.get("scaling", {})
-    found += [f"the variant {name} of scaling" for name in ("base", "compound") if variants and name not in variants]
-    groups = {get_dataset(task).groups[label] for task in planned.tasks.get("scaling", ()) for label in get_dataset(task).groups}
-    return found + [f"a task with {group}" for group in ("organ", "pathology") if group not in groups]
+    "6. Base and compound after pretraining, on enough tasks with organs and with pathology"
+    rule = read_rules()["claims"][6]
+    name, tasks = rule["ablation"], set(planned.tasks.get(rule["ablation"], ()))
+    found, variants = gaps_of_numbers(planned, name), planned.variants.get(name, {})
+    found += [f"the variant {one} of {name}" for one in (rule["without"], rule["with"]) if variants and one not in variants]
+    for group in ("organ", "pathology"):
+        count = sum(group in get_dataset(task).groups.values() for task in tasks)
+        found += [f"{rule['tasks']} tasks with {group}, there are {count}"] if count < rule["tasks"] else []
+    organs = {label for task in tasks for label, group in get_dataset(task).groups.items() if group == "organ"}
+    return found + ([f"{rule['organs']} organs, there are {len(organs)}"] if len(organs) < rule["organs"] else [])
 
 
 SAME_PEOPLE = (("people_ct", "people_mr"),)  # Corpora of CT and MR of the same people
 
 
 def gaps_7(planned: Planned) -> list[str]:
-    "7. All weights fine-tuned after pretraining on CT, and on MR of the same people"
+    "7. All weights fine-tuned after pretraining on CT, and on MR of the same people, on tasks of both modalities"
     found, variants = gaps_of_numbers(planned, "modality"), planned.variants.get("modality", {})
     for name, modality in (("ct_full", "CT"), ("mr_full", "MR")):
         if name not in variants:
@@ -156,6 +161,8 @@ def gaps_7(planned: Planned) -> list[str]:
             found.append(f"a corpus of {modality} in {name}, there is {planned.corpus(variants[name])} ({got})")
         elif variants[name].finetune.get("freeze"):
             found.append(f"all weights fine-tuned in {name}")
+    there = {get_dataset(task).modality for task in planned.tasks.get("modality", ())}
+    found += [f"a task of {modality} in modality" for modality in ("CT", "MR") if there and modality not in there]
     if planned.plan.profile in read_rules()["claims"][7].get("other_people", ()):
         return found  # As many people are enough
     if not found and (pair := tuple(planned.corpus(variants[name]) for name in ("ct_full", "mr_full"))) not in SAME_PEOPLE:

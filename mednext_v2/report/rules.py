@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/report/35_rules.ipynb #imports
 import ast
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 
 from ..core import read_yaml, root, short_hash, write_json
-from ..evaluation import people_statistics
-from ..evaluation.people_statistics import Effect, backbone_means, effects_table, equivalence, group_difference
-from ..evaluation.people_statistics import people_effect, person_contrast, rank_over_backbones, slope_over_backbones
-from ..evaluation.statistics import holm, require_columns, select_method
+from ..data.datasets import get_dataset
+from ..evaluation import people_statistics, statistics
+from ..evaluation.people_statistics import Effect, Line, Side, backbone_means, backbone_tables, effects_table, equivalence, group_difference
+from ..evaluation.people_statistics import line_over_backbones, people_effect, person_contrast, rank_correlation, slope
+from ..evaluation.statistics import holm, require_columns
 from .provenance import run_git
 
 # %% ../../nbs/report/35_rules.ipynb #finding
@@ -40,12 +41,13 @@ class Finding:
     low: float  # Ends of its interval
     high: float
     of: str  # What the effect is of, in words
-    people: int
+    people: int  # Of the test, in the task that has the fewest
     seeds: int
     tasks: int
     backbones: int
     supported: bool
     contradicted: bool
+    validation_people: int | None = None  # Of validation, likewise; None if the rule does not look at them
     detail: str = ""  # What else the rule looked at
 
 
@@ -54,8 +56,8 @@ def verdict(found: Finding, profile: str, rules: Mapping) -> tuple[str, str]:  #
     if profile in rules["never_judged"]:
         return VERDICTS[4], f"the profile {profile} shows that the code runs"
     for name, least in rules["enough"].items():
-        if (there := getattr(found, name)) < least:
-            return VERDICTS[4], f"{there} {name}, where the rules want {least}"
+        if (there := getattr(found, name)) is not None and there < least:
+            return VERDICTS[4], f"{there} {name.replace('_', ' ')}, where the rules want {least}"
     if not np.isfinite([found.low, found.high]).all():
         return VERDICTS[4], "there is no interval"
     if found.supported and found.contradicted:
@@ -90,7 +92,8 @@ def study_rows(
     if not len(table):
         raise NotTestedError(f"no {name}")
     require_columns(table, ["task", "person", "label", "seed", "init", "split", "scans", "dsc", "nsd"])
-    kind = "real" if profile in rules["real_scans"] else rules["scans"]
+    if (kind := rules["scans"].get(profile)) is None:
+        raise NotTestedError(f"conf/rules.yaml does not say which scans the verdicts of {profile} are about")
     table = table[(table.split == split) & (table.scans == kind)]
     if table.empty:
         raise NotTestedError(f"no {kind} scans of {split} people in {name}")
@@ -163,52 +166,74 @@ def best_beats_routine(tables: Tables, profile: str, rules: Mapping) -> Finding:
         raise NotTestedError("backbones share no validation person, seed and class, or none of them is in the test")
     best = str(means.idxmax())
     others = [name for name in routine if name != best]
-    found = effects_table({name: contrast(test, "backbone", [best], [name], metric) for name in others}, rules["level"])
+    pairs = {name: contrast(test, "backbone", [best], [name], metric) for name in others}
+    found = effects_table(pairs, rules["level"])
+    by_less = effects_table({name: part.assign(value=part.value - rule["least"]) for name, part in pairs.items()}, rules["level"])
     beaten = int(((found.low > 0) & (found.p_holm < 1 - rules["level"])).sum())
-    spared = int((found.high < rule["least"]).sum() + (best in routine))
+    spared = int(((by_less.high < 0) & (by_less.p_holm < 1 - rules["level"])).sum() + (best in routine))
     limit, most = rule["share"] * len(routine), len(routine) - spared
     detail = f"{best} was best on validation people; " + ", ".join(f"{name} {text}" for name, text in zip(others, points_of(found)))
-    counts = dict(people=int(found.people.min()), seeds=int(found.seeds.min()), tasks=int(found.strata.min()), backbones=test.backbone.nunique())
+    validation = int(chosen_on.groupby("task").person.nunique().min())
+    counts = dict(
+        people=int(found.people.min()),
+        validation_people=validation,
+        seeds=int(found.seeds.min()),
+        tasks=int(found.strata.min()),
+        backbones=test.backbone.nunique(),
+    )
     outcome = dict(supported=beaten > limit, contradicted=most <= limit and beaten <= limit)
     # What was shown to be beaten cannot also be spared, unless it loses by less than matters
     return Finding(beaten, min(beaten, most), max(beaten, most), f"routine backbones beaten, of {len(routine)}", **counts, **outcome, detail=detail)
 
 # %% ../../nbs/report/35_rules.ipynb #rule-backbones
-def _over_backbones(tables: Tables, profile: str, rules: Mapping, least: int) -> tuple[pd.Series, pd.Series, dict]:
-    "Means from scratch on validation people, after pretraining on test people, and counts"
+def _over_backbones(tables: Tables, profile: str, rules: Mapping, least: int, coefficient: Callable) -> tuple[Line, list[str], dict]:
+    "Means from scratch on validation people on the x axis, after pretraining on test people on the y axis; backbones and counts"
     before = of_start(study_rows(tables, profile, rules, split="validation"), "scratch", rules)
     after = of_start(study_rows(tables, profile, rules), "pretrained", rules)
-    both = sorted(set(before.backbone) & set(after.backbone))
+    both, tasks = sorted(set(before.backbone) & set(after.backbone)), set(before.task) & set(after.task)
     if len(both) < least:
         raise NotTestedError(f"{len(both)} backbones both from scratch and pretrained, where the rule wants {least}")
-    sides = [pd.DataFrame(side[side.backbone.isin(both)]) for side in (before, after)]
-    x, y = (backbone_means(side, rules["metric"]).reindex(both) for side in sides)
-    if x.isna().any() or y.isna().any():
-        raise NotTestedError("backbones share no person, seed and class")
-    counts = {name: min(int(side[column].nunique()) for side in sides) for name, column in (("people", "person"), ("seeds", "seed"), ("tasks", "task"))}
-    return x, y, counts | {"backbones": len(both)}
+    sides: list[Side] = []
+    counts: list[tuple[int, int, int]] = []
+    for side in (before, after):
+        names, found, people = backbone_tables(pd.DataFrame(side[side.backbone.isin(both) & side.task.isin(tasks)]), rules["metric"])
+        if names != both:
+            raise NotTestedError("backbones share no person, seed and class")
+        sides.append((found, people))
+        counts.append((min(map(len, people)), found[0].shape[2], len(found)))
+    if np.ptp(np.mean([table.mean((1, 2)) for table in sides[0][0]], axis=0)) == 0:
+        raise NotTestedError("all backbones are equally strong from scratch")
+    validation, test = counts
+    seeds, number = (min(validation[place], test[place]) for place in (1, 2))
+    line = line_over_backbones(sides[0], sides[1], coefficient, rules["level"])
+    return line, both, dict(people=test[0], validation_people=validation[0], seeds=seeds, tasks=number, backbones=len(both))
+
+
+def _line_words(line: Line, names: Sequence[str], enough: bool) -> str:
+    least, most = int(line.without_one.argmin()), int(line.without_one.argmax())
+    left = f"{line.without_one[least]:.2f} without {names[least]} to {line.without_one[most]:.2f} without {names[most]}"
+    noisy = "" if enough else ": backbones differ too little to contradict"
+    return f"{left}; reliability of the means {line.reliable[0]:.2f} from scratch and {line.reliable[1]:.2f} pretrained{noisy}"
 
 
 def scratch_predicts(tables: Tables, profile: str, rules: Mapping) -> Finding:
     "2. Rank correlation over backbones between scores from scratch and after pretraining"
     rule = rules["claims"][2]
-    x, y, counts = _over_backbones(tables, profile, rules, rule["backbones"])
-    found = rank_over_backbones(x.to_numpy(), y.to_numpy(), rules["level"])
-    holds = found.low > 0 and found.value >= rule["reliable"] and found.least > 0
-    detail = f"with one backbone left out {found.least:.2f} to {found.most:.2f}; reliable is {rule['reliable']}"
-    outcome = dict(supported=bool(holds), contradicted=found.high < rule["reliable"])
-    return Finding(found.value, found.low, found.high, "Spearman's correlation over backbones", **counts, **outcome, detail=detail)
+    found, names, counts = _over_backbones(tables, profile, rules, rule["backbones"], rank_correlation)
+    holds = found.low > 0 and found.value >= rule["predictive"] and found.without_one.min() > 0
+    enough = bool(min(found.reliable) >= rule["reliability"])
+    outcome = dict(supported=bool(holds), contradicted=bool(enough and found.high < rule["predictive"]))
+    return Finding(found.value, found.low, found.high, "Spearman's correlation over backbones", **counts, **outcome, detail=_line_words(found, names, enough))
 
 
 def stronger_is_better(tables: Tables, profile: str, rules: Mapping) -> Finding:
     "5. Slope over all backbones of scores after the same pretraining against strength from scratch"
-    x, y, counts = _over_backbones(tables, profile, rules, rules["claims"][5]["backbones"])
-    if np.ptp(x) == 0:
-        raise NotTestedError("all backbones are equally strong from scratch")
-    found = slope_over_backbones(x.to_numpy(), y.to_numpy(), rules["level"])
-    detail = f"with one backbone left out {found.least:.2f} to {found.most:.2f}"
-    outcome = dict(supported=found.low > 0 and found.least > 0, contradicted=found.high < 0)
-    return Finding(found.value, found.low, found.high, "points after pretraining for a point from scratch", **counts, **outcome, detail=detail)
+    rule = rules["claims"][5]
+    found, names, counts = _over_backbones(tables, profile, rules, rule["backbones"], slope)
+    enough = bool(min(found.reliable) >= rule["reliability"])
+    outcome = dict(supported=bool(found.low > 0 and found.without_one.min() > 0), contradicted=bool(enough and found.high < 0))
+    words = _line_words(found, names, enough) + (f"; without the noise from scratch the slope would be {found.value / found.reliable[0]:.2f}" if enough else "")
+    return Finding(found.value, found.low, found.high, "points after pretraining for a point from scratch", **counts, **outcome, detail=words)
 
 # %% ../../nbs/report/35_rules.ipynb #rule-arms
 def grn_and_scaling_help(tables: Tables, profile: str, rules: Mapping) -> Finding:
@@ -265,44 +290,71 @@ def pathology_gains_more(tables: Tables, profile: str, rules: Mapping) -> Findin
     "6. The gain of pathology from scaling less that of organs, on each scale"
     rule = rules["claims"][6]
     table = ablation_arms(tables, profile, rules, rule["ablation"], [rule["with"], rule["without"]])
-    if (organs := table[table.group == "organ"].label.nunique()) < rule["organs"]:
-        raise NotTestedError(f"{organs} organs, where the rule wants {rule['organs']}")
     arms = [(1, {"variant": rule["with"]}), (-1, {"variant": rule["without"]})]
-    found = {}
-    for scale in rule["scales"]:
-        metric, epsilon = ("dsc", rules["epsilon"]) if scale == "logit" else (scale, None)
-        if (one := group_difference(table, arms, metric, epsilon, level=rules["level"])) is None:
-            raise NotTestedError("pathology or organs are missing")
-        found[scale] = one
-    words = [
-        f"{scale.upper()} {points(*one[:3])}" if scale != "logit" else f"logit of DSC {one.value:+.2f} ({one.low:+.2f} to {one.high:+.2f})"
-        for scale, one in found.items()
-    ]
-    first = found[rule["scales"][0]]
-    outcome = dict(supported=all(one.low > 0 for one in found.values()), contradicted=all(one.high < 0 for one in found.values()))
-    of = f"gain of pathology less gain of organs, {rule['scales'][0].upper()}"
-    return Finding(first.value, first.low, first.high, of, first.people, first.seeds, table.task.nunique(), 1, **outcome, detail="; ".join(words))
+    there = set(person_contrast(table, arms, rules["metric"], strata=("group", "task", "label")).stratum)
+    tasks = {group: len({task for of, task, _ in there if of == group}) for group in ("organ", "pathology")}
+    if (organs := len({label for of, _, label in there if of == "organ"})) < rule["organs"] or min(tasks.values()) < rule["tasks"]:
+        found = f"{organs} organs, organs in {tasks['organ']} tasks and pathology in {tasks['pathology']}"
+        raise NotTestedError(f"{found}, where the rule wants {rule['organs']} organs, and both in {rule['tasks']} tasks")
+    scales: list[tuple[str, str, float | None]] = [(name.upper(), name, None) for name in rule["scales"]]
+    scales += [(f"logit of DSC (ε {epsilon:g})", "dsc", epsilon) for epsilon in rule["logit"]]
+    found = {name: group_difference(table, arms, metric, epsilon, level=rules["level"]) for name, metric, epsilon in scales}
+    known = {name: one for name, one in found.items() if one is not None}
+    if len(known) < len(scales):
+        raise NotTestedError("pathology or organs are not scored on each scale")
+    words = [f"{name} {one.value:+.2f} ({one.low:+.2f} to {one.high:+.2f})" if "logit" in name else f"{name} {points(*one[:3])}" for name, one in known.items()]
+    first = known[scales[0][0]]
+    outcome = dict(supported=all(one.low > 0 for one in known.values()), contradicted=all(one.high < 0 for one in known.values()))
+    counts = dict(people=min(one.people for one in known.values()), seeds=first.seeds, tasks=min(tasks.values()), backbones=1)
+    of = f"gain of pathology less gain of organs, {scales[0][0]}"
+    return Finding(first.value, first.low, first.high, of, **counts, **outcome, detail="; ".join(words))
 
 
-def modalities_agree(tables: Tables, profile: str, rules: Mapping) -> Finding:
-    "7. CT- and MR-pretrained on the same people are equivalent within the margin"
-    rule = rules["claims"][7]
-    first, second = rule["arms"]
-    table = ablation_arms(tables, profile, rules, rule["ablation"], rule["arms"])
-    corpora = tables.get("corpora", pd.DataFrame(columns=["variant", "person"]))
+def check_corpora(tables: Tables, profile: str, rules: Mapping) -> str:  # Whose people they are, in words
+    "NotTestedError unless the two corpora of claim 7 are of the same people, or where that is declared to be enough, of as many"
+    rule, corpora = rules["claims"][7], tables.get("corpora", pd.DataFrame(columns=["variant", "person"]))
     people = [set(corpora[corpora.variant == arm].person) for arm in rule["arms"]]
     if not all(people):
         raise NotTestedError("which people the corpora are of is not known")
-    same = people[0] == people[1]
-    if not same and (profile not in rule["other_people"] or len(people[0]) != len(people[1])):
+    if people[0] == people[1]:
+        return "the same people"
+    if profile not in rule["other_people"] or len(people[0]) != len(people[1]):
         raise NotTestedError(f"the two corpora, of {len(people[0])} and {len(people[1])} people, are not of the same people")
-    pairs = contrast(table, "variant", [first], [second], rules["metric"])
-    found, within, beyond = equivalence(pairs, rule["margin"], 1 - rules["level"])
-    also = equivalence(contrast(table, "variant", [first], [second], "nsd"), rule["margin"])[0]
-    whose = "the same" if same else "other"
-    detail = f"90 % interval, of two one-sided tests at 5 %; the margin is {100 * rule['margin']:g} points; NSD {points(*also[:3])}; {whose} people"
-    outcome = dict(supported=within, contradicted=beyond)
-    return Finding(found.value, found.low, found.high, "CT- less MR-pretrained", found.people, found.seeds, found.strata, 1, **outcome, detail=detail)
+    return "other people, as many"
+
+
+def modality_pairs(tables: Tables, profile: str, rules: Mapping, metric: str = "dsc") -> dict[str, pd.DataFrame]:  # CT, MR
+    "CT- less MR-pretrained for each person and seed, in the tasks of each modality"
+    rule = rules["claims"][7]
+    table = ablation_arms(tables, profile, rules, rule["ablation"], rule["arms"])
+    first, second = rule["arms"]
+    pairs = contrast(table, "variant", [first], [second], metric)
+    of = pairs.stratum.map({stratum: get_dataset(stratum[0]).modality for stratum in pairs.stratum.unique()})
+    found = {modality: pd.DataFrame(pairs[of == modality]) for modality in ("CT", "MR")}
+    if missing := [modality for modality, part in found.items() if part.empty]:
+        raise NotTestedError(f"no task of {missing[0]}")
+    return found
+
+
+def modalities_agree(tables: Tables, profile: str, rules: Mapping) -> Finding:
+    "7. CT- and MR-pretrained on the same people are equivalent within the margin, in CT tasks and in MR tasks"
+    rule, alpha = rules["claims"][7], 1 - rules["level"]
+    pairs, whose = modality_pairs(tables, profile, rules), check_corpora(tables, profile, rules)
+    found = {modality: equivalence(part, rule["margin"], alpha)[:2] for modality, part in pairs.items()}
+    beyond = [people_effect(part, level=1 - alpha / len(pairs)) for part in pairs.values()]  # Bonferroni: one modality is enough
+    also = {modality: equivalence(part, rule["margin"], alpha)[0] for modality, part in modality_pairs(tables, profile, rules, "nsd").items()}
+    both, sign = pd.concat(pairs.values()), {"CT": 1, "MR": -1}
+    weights = {stratum: sign[modality] / 2 / part.stratum.nunique() for modality, part in pairs.items() for stratum in part.stratum.unique()}
+    own = people_effect(both, weights, 1 - 2 * alpha)
+    hardest = max(found, key=lambda modality: max(abs(found[modality][0].low), abs(found[modality][0].high)))
+    words = [f"{modality} tasks {points(*one[:3])}, NSD {points(*also[modality][:3])}" for modality, (one, _) in found.items()]
+    words += [f"the task's modality less the other {points(*own[:3])}", f"90 % intervals; the margin is {100 * rule['margin']:g} points", whose]
+    outcome = dict(
+        supported=all(within for _, within in found.values()), contradicted=any(one.low > rule["margin"] or one.high < -rule["margin"] for one in beyond)
+    )
+    counts = {name: min(getattr(one, name) for one, _ in found.values()) for name in ("people", "seeds")} | dict(tasks=both.stratum.nunique(), backbones=1)
+    shown = found[hardest][0]
+    return Finding(shown.value, shown.low, shown.high, f"CT- less MR-pretrained, {hardest} tasks", **counts, **outcome, detail="; ".join(words))
 
 # %% ../../nbs/report/35_rules.ipynb #ledger
 RULES: dict[int, Callable[[Tables, str, Mapping], Finding]] = {
@@ -314,7 +366,7 @@ RULES: dict[int, Callable[[Tables, str, Mapping], Finding]] = {
     6: pathology_gains_more,
     7: modalities_agree,
 }
-LEDGER_COLUMNS = "claim says rule verdict effect low high of people seeds tasks backbones detail reason".split()
+LEDGER_COLUMNS = "claim says rule verdict effect low high of people validation_people seeds tasks backbones detail reason".split()
 
 
 def judge(
@@ -329,7 +381,9 @@ def judge(
         try:
             found = rule(tables, profile, rules)
         except NotTestedError as error:
-            rows.append(declared | dict(verdict=VERDICTS[4], of="", people=0, seeds=0, tasks=0, backbones=0, detail="", reason=str(error)))
+            rows.append(
+                declared | dict(verdict=VERDICTS[4], of="", people=0, validation_people=None, seeds=0, tasks=0, backbones=0, detail="", reason=str(error))
+            )
             continue
         word, reason = verdict(found, profile, rules)
         numbers = {name: value for name, value in vars(found).items() if name not in ("supported", "contradicted")}
@@ -338,6 +392,8 @@ def judge(
 
 # %% ../../nbs/report/35_rules.ipynb #make-study
 BACKBONES = ("mednext_v2_base", "mednext_v1_large", "unet", "resenc_l", "stunet_base", "segresnet", "mednext_v1_large_k5", "unetr")
+MADE_TASKS = {"abdomen_ct": "CT", "head_bleed_ct": "CT", "brain_mr": "MR", "brain_lesion_mr": "MR"}  # Names that are known, and their modality
+MADE_LABELS = {"cortex": "organ", "thalamus": "organ", "lesion": "pathology"}
 
 
 def _made_rows(
@@ -347,52 +403,57 @@ def _made_rows(
     noise: Sequence[float],
     generator: np.random.Generator,
     trained: int | None = None,
+    cases: int = 2,
 ) -> pd.DataFrame:
-    "Rows of arms, whose level is by group of classes: two cases a person, two organs and a lesion, three tasks; `trained` names their trainings"
-    tasks, labels = ("bleed_ct", "brain_mr", "lesion_mr"), (("cortex", "organ"), ("thalamus", "organ"), ("lesion", "pathology"))
-    shape = (len(arms), len(tasks), len(people), seeds, len(labels), 2)
-    level = np.array([[of[group] for _, group in labels] for of in arms.values()])[:, None, None, None, :, None]
+    "Rows of arms, whose level is by group and modality: four tasks, lesions in two; `trained` names their trainings"
+    tasks, labels = list(MADE_TASKS), list(MADE_LABELS)
+    shape = (len(arms), len(tasks), len(people), seeds, len(labels), cases)
+    level = np.array([[[of[MADE_LABELS[label]] + of.get(MADE_TASKS[task], 0) for label in labels] for task in tasks] for of in arms.values()])
     common = 0.05 * generator.standard_normal((1, len(tasks), len(people), 1, len(labels), 1))
     person = noise[0] * generator.standard_normal((len(arms), 1, len(people), 1, 1, 1))
     luck = generator if trained is None else np.random.default_rng(trained)
     seed = noise[1] * luck.standard_normal((len(arms), 1, 1, seeds, 1, 1))
-    values = level + common + person + seed + noise[2] * generator.standard_normal((*shape[:5], 1)) + 0.01 * generator.standard_normal(shape)
-    at = np.indices(shape).reshape(6, -1)
-    columns = dict(task=np.array(tasks)[at[1]], person=np.array(people)[at[2]], seed=at[3], label=np.array([n for n, _ in labels])[at[4]])
-    keys = list(arms)
-    columns |= {name: np.array([key[place] for key in keys], object)[at[0]] for place, name in enumerate(("method", "init"))}
-    columns |= dict(group=np.array([g for _, g in labels])[at[4]], case=at[5], dsc=np.clip(values, 0, 1).ravel(), nsd=np.clip(values + 0.05, 0, 1).ravel())
-    return pd.DataFrame(columns).assign(scans="synthetic")
+    values = level[:, :, None, None, :, None] + common + person + seed + noise[2] * generator.standard_normal((*shape[:5], 1))
+    values = values + 0.01 * generator.standard_normal(shape)
+    at, keys = np.indices(shape).reshape(6, -1), list(arms)
+    columns = {name: np.array([key[place] for key in keys], object)[at[0]] for place, name in enumerate(("method", "init"))}
+    columns |= dict(task=np.array(tasks)[at[1]], person=np.array(people)[at[2]], seed=at[3], label=np.array(labels)[at[4]], case=at[5])
+    columns |= dict(group=np.array(list(MADE_LABELS.values()))[at[4]], dsc=np.clip(values, 0, 1).ravel(), nsd=np.clip(values + 0.05, 0, 1).ravel())
+    table = pd.DataFrame(columns).assign(scans="synthetic")
+    return pd.DataFrame(table[(table.group == "organ") | table.task.isin(["head_bleed_ct", "brain_lesion_mr"])])
 
 
 def make_study(
     generator: np.random.Generator,
-    gains: Mapping[str, float] | None = None,  # True effects: backbones, released, grn, scaling, pathology, modality; 0 if not given
-    people: int = 8,  # Of the test; as many are of validation
+    gains: Mapping[str, float] | None = None,  # True effects: backbones, released, grn, scaling, pathology, modality, crossed; 0 if not given
+    people: int = 8,  # Of the test
     seeds: int = 3,
     noise: Sequence[float] = (0.01, 0.005, 0.01),  # Standard deviations of people, seeds and the rest, for each arm
     carries: float = 1.0,  # How much of a backbone's strength is left after pretraining
+    validation: int = 3,  # People
+    cases: int = 2,  # Of a person
+    strengths: Sequence[Sequence[float]] = (),  # Of the eight backbones, from scratch and pretrained, instead of `backbones` and `carries`
 ) -> dict[str, pd.DataFrame]:  # scores, ablations, corpora
-    "Tables of a study whose true effects are known"
-    gain = dict.fromkeys(("backbones", "released", "grn", "scaling", "pathology", "modality"), 0.0) | dict(gains or {})
+    "Tables of a study whose true effects are known; `crossed` helps CT-pretrained in CT tasks and harms it in MR tasks"
+    gain = dict.fromkeys(("backbones", "released", "grn", "scaling", "pathology", "modality", "crossed"), 0.0) | dict(gains or {})
 
-    def level(organ: float, lesion: float = 0.0) -> dict[str, float]:
-        return {"organ": 0.6 + organ, "pathology": 0.6 + organ + lesion}
+    def level(organ: float, lesion: float = 0.0, crossed: float = 0.0) -> dict[str, float]:
+        return {"organ": 0.6 + organ, "pathology": 0.6 + organ + lesion, "CT": crossed, "MR": -crossed}
 
-    strength = {name: gain["backbones"] * (1 - place / (len(BACKBONES) - 1)) for place, name in enumerate(BACKBONES)}
-    main = {(name, "scratch"): level(more) for name, more in strength.items()}
-    main |= {(name, "corpus_ct"): level(carries * more) for name, more in strength.items()}
-    ours = carries * strength[BACKBONES[0]]
-    main |= {("unet", init): level(ours - gain["released"]) for init in ("totalsegmentator_ct_291", "stunet_base", "suprem_swinunetr")}
+    spread = [gain["backbones"] * (1 - place / (len(BACKBONES) - 1)) for place in range(len(BACKBONES))]
+    before, after = strengths or (spread, [carries * one for one in spread])
+    main = {(name, "scratch"): level(more) for name, more in zip(BACKBONES, before)}
+    main |= {(name, "corpus_ct"): level(more) for name, more in zip(BACKBONES, after)}
+    main |= {("unet", init): level(after[0] - gain["released"]) for init in ("totalsegmentator_ct_291", "stunet_base", "suprem_swinunetr")}
     added = {"neither": 0.0, "grn": gain["grn"], "scaling": gain["scaling"], "both": gain["grn"] + gain["scaling"]}
     four = {variant: added[cell] for cell, variant in read_rules()["claims"][3]["cells"].items()}
     more = {(name, "corpus_ct"): level(value) for name, value in four.items()}
     more |= {("base", "corpus_ct"): level(0), ("compound", "corpus_ct"): level(gain["scaling"], gain["pathology"])}
-    more |= {("ct_full", "corpus_ct"): level(gain["modality"]), ("mr_full", "corpus_mr"): level(0)}
-    splits = {split: [f"{split[0]}{index}" for index in range(people)] for split in ("validation", "test")}
+    more |= {("ct_full", "corpus_ct"): level(gain["modality"], crossed=gain["crossed"]), ("mr_full", "corpus_mr"): level(0)}
+    splits = {"validation": [f"v{index}" for index in range(validation)], "test": [f"t{index}" for index in range(people)]}
     trained = int(generator.integers(2**32))  # The same networks label both splits
-    scores = pd.concat([_made_rows(main, who, seeds, noise, generator, trained).assign(split=split) for split, who in splits.items()])
-    ablations = _made_rows(more, splits["test"], seeds, noise, generator).assign(split="test").rename(columns={"method": "variant"})
+    scores = pd.concat([_made_rows(main, who, seeds, noise, generator, trained, cases).assign(split=split) for split, who in splits.items()])
+    ablations = _made_rows(more, splits["test"], seeds, noise, generator, cases=cases).assign(split="test").rename(columns={"method": "variant"})
     ablation = {name: "grn_scaling" for name in four} | dict(base="scaling", compound="scaling", ct_full="modality", mr_full="modality")
     corpora = pd.DataFrame([dict(variant=arm, person=f"c{index}") for arm in ("ct_full", "mr_full") for index in range(6)])
     return dict(scores=scores.rename(columns={"method": "backbone"}), ablations=ablations.assign(ablation=ablations.variant.map(ablation)), corpora=corpora)
@@ -418,12 +479,52 @@ def code_shape(source: str) -> str:
     return short_hash(_shape(ast.parse(source)))
 
 
-def rules_hash(rules: Mapping | None = None) -> str:  # Sixteen hexadecimal digits
-    "A hash of what is declared and of the code that decides"
+def _names_of(node: ast.AST) -> Iterator[str]:
+    "Names that code uses, but for those of annotations"
+    if isinstance(node, ast.Name):
+        yield node.id
+    for field, value in ast.iter_fields(node):
+        for one in value if isinstance(value, list) else [value]:
+            if field not in IGNORED and isinstance(one, ast.AST):
+                yield from _names_of(one)
+
+
+def _definitions(source: str) -> dict[str, ast.AST]:
+    "Functions, classes and constants of a module; where a name is imported from, for those that are"
+    found: dict[str, ast.AST] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = node
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name: node for alias in node.names}
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {name: node for target in targets for name in _names_of(target)}
+    return found
+
+
+def deciding_code() -> dict[tuple[str, str], str]:  # By module and name, its `code_shape`
+    "All that `judge` and `verdict` reach in this module and those of the statistics"
     import mednext_v2.report.rules as here
 
-    sources = [inspect.getsource(part) for part in (here, people_statistics, holm, select_method)]
-    return short_hash(rules or read_rules(), [code_shape(source) for source in sources])
+    known = {part.__name__.rsplit(".", 1)[1]: _definitions(inspect.getsource(part)) for part in (here, people_statistics, statistics)}
+    found: dict[tuple[str, str], str] = {}
+    waiting = [("rules", "judge"), ("rules", "verdict")]
+    while waiting:
+        module, name = waiting.pop()
+        node = known[module].get(name)
+        if isinstance(node, ast.ImportFrom):
+            if (other := (node.module or "").rsplit(".", 1)[-1]) in known:
+                waiting.append((other, name))
+        elif node is not None and (module, name) not in found:
+            found[module, name] = short_hash(_shape(node))
+            waiting += [(module, used) for used in _names_of(node)]
+    return found
+
+
+def rules_hash(rules: Mapping | None = None) -> str:  # Sixteen hexadecimal digits
+    "A hash of what is declared and of the code that decides"
+    return short_hash(rules or read_rules(), [[*key, shape] for key, shape in sorted(deciding_code().items())])
 
 # %% ../../nbs/report/35_rules.ipynb #seal
 def seal(

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import parse_json, read_csv, root, rows_of, sha256, versions, write_csv, write_json
+from .collect import headline_rows
 from .power import mean_sd, noise_settings, read_noise
 from .provenance import check_known, check_provenance, read_committed, run_git
 from .tables import summary
@@ -107,6 +108,11 @@ def within(value: float, low: float, high: float) -> str:
     return "within the noise" if low <= value <= high else "outside"
 
 
+def of_tests(scores: pd.DataFrame) -> pd.DataFrame:
+    "The rows whose means are shown; tables of earlier versions hold no others"
+    return headline_rows(scores) if {"split", "scans"} <= set(scores) else scores
+
+
 def compare_means(
     ours: pd.DataFrame,
     committed: pd.DataFrame,
@@ -119,7 +125,7 @@ def compare_means(
     by, rows = ["backbone", "init"], []
     between = noise_settings(noise)["instructions"]
     more = {metric: 0.0 if between.empty else 1.96 * math.sqrt(2) * float(np.nan_to_num(mean_sd(between, metric))) for metric in ("dsc", "nsd")}
-    both = summary(committed, by).merge(summary(ours, by), on=by, how="outer", suffixes=("_old", ""))
+    both = summary(of_tests(committed), by).merge(summary(of_tests(ours), by), on=by, how="outer", suffixes=("_old", ""))
     for row in rows_of(both):
         for metric in more:
             value, old, low, high = (getattr(row, name) for name in (metric, f"{metric}_old", f"{metric}_low_old", f"{metric}_high_old"))
@@ -197,7 +203,9 @@ def hide_measured(
     return rows
 
 # %% ../../nbs/report/70_verify.ipynb #differences
-KEYS = "profile task case label group backbone init patch seed n_voxels n_lesions grid".split()  # What no weights can change in a row of scores
+KEYS = (
+    "profile task case person scans split label group backbone init patch seed n_voxels n_lesions grid".split()
+)  # What no weights can change in a row of scores
 
 
 def first_difference(ours: list[list[str]], committed: list[list[str]]) -> tuple[str, str]:  # Of ours, of the committed: empty if there is none

@@ -7,19 +7,19 @@ __all__ = []
 
 # %% ../../nbs/report/75_weights.ipynb #imports
 import shutil
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from mednext_v2.core import atomic_folder, read_csv, read_json, sha256, write_json
-from mednext_v2.data.datasets import find_patient
 from mednext_v2.data.preprocess import Prepared
 from mednext_v2.integrations.hub import as_table, page_body
 from mednext_v2.models.card import add_scores, read_card
 from mednext_v2.models.hub import check_weights
+from mednext_v2.models.registry import load_model
 from mednext_v2.study.paths import StudyPaths
+from mednext_v2.study.people import read_origins
 from mednext_v2.study.runs import STAGE, TrainingRun
 from mednext_v2.zoo.shipped import MANIFEST, SHIPPED_FILES
 
@@ -58,29 +58,38 @@ def shipped_name(run: TrainingRun) -> str:
 # %% ../../nbs/report/75_weights.ipynb #about
 SCANS = {
     "synthetic": "synthetic images, made from label maps: the anatomy is real, the intensities are not",
-    "deformed": "real scans, deformed: there are fewer people than images",
+    "deformed": "real scans, deformed, so that one person gives several images",
     "real": "real scans",
 }
-KINDS = {"people": "synthetic", "seeds": "deformed"}  # By the source of a data set
 
 
-def describe_data(data: Prepared) -> dict:  # cases, people, scans
-    "How many images a model was trained on, of how many people, and of which kind"
-    dataset, cases = data.dataset, data.ids("train")
-    known = dataset.patient or dataset.source != "seeds"
-    people = len({find_patient(dataset, case) for case in cases}) if known else None
-    return {"cases": len(cases), "people": people, "scans": KINDS.get(dataset.source, "real")}
+def describe_data(profile: str, name: str) -> dict:  # cases, people, scans
+    "How many images a data set trains on, of how many people, and of which kind; ValueError if raw and prepared data disagree"
+    paths = StudyPaths(profile)
+    data = Prepared(paths.prepared / name)
+    origins, cases = read_origins(data.dataset, paths.raw), data.ids("train")
+    rows = origins[origins.case.isin(cases)]
+    if len(rows) != len(cases):
+        raise ValueError(f"{paths.raw} knows {len(rows)} of the {len(cases)} training cases of {paths.prepared / name}: run `make repro PROFILE={profile}`")
+    return {"cases": len(rows), "people": rows.person.nunique(), "scans": " and ".join(sorted(set(rows.scans)))}
+
+
+def data_sources(run: TrainingRun) -> dict[str, str]:  # Licence and reference by data set, what it was pretrained on first
+    "What the data of a model are under, and whose work they are"
+    names = [name for name in (run.init, run.task) if name != "scratch"]
+    datasets = [Prepared(StudyPaths(run.profile).prepared / name).dataset for name in names]
+    return {dataset.name: f"{dataset.licence}; {dataset.citation}" for dataset in datasets}
 
 
 def mean_scores(
     scores: pd.DataFrame,  # Rows of scores.csv
-    scans: str,  # Of which kind
+    real: bool,  # Of real scans, or of all others
     run: TrainingRun,
 ) -> dict:  # dsc, nsd, cases, split; empty if there are none
     "Means of a run over people, on its test cases; over cases where the table does not name people"
     rows = scores[(scores.task == run.task) & (scores.backbone == run.backbone) & (scores.init == run.init) & (scores.seed == run.seed)]
-    for column, value in {"split": "test", "scans": scans}.items():
-        rows = rows[rows[column] == value] if column in rows else rows
+    rows = rows[rows.split == "test"] if "split" in rows else rows
+    rows = rows[(rows.scans == "real") == real] if "scans" in rows else rows
     if rows.empty:
         return {}
     means = rows.groupby("person" if "person" in rows else "case")[["dsc", "nsd"]].mean().mean()
@@ -91,23 +100,34 @@ def start_table(scores: pd.DataFrame, run: TrainingRun, plan: "StudyPlan") -> st
     "What a pretrained model is worth as a start: mean DSC of each task from scratch and from it, same network and seed"
     rows = []
     for task in plan.tasks:
-        scans = KINDS.get(Prepared(StudyPaths(plan.profile).prepared / task).dataset.source, "real")
-        both = [mean_scores(scores, scans, TrainingRun(run.profile, run.backbone, init, task, run.seed)) for init in ("scratch", run.task)]
+        real = describe_data(plan.profile, task)["scans"] == "real"
+        both = [mean_scores(scores, real, TrainingRun(run.profile, run.backbone, init, task, run.seed)) for init in ("scratch", run.task)]
         if all(both):
             rows.append((task, both[0]["cases"], *(f"{one['dsc']:.3f}" for one in both)))
-    return as_table(("task", "test cases", "DSC from scratch", "DSC from this model"), rows) if rows else "It was not fine-tuned in this study."
+    table = as_table(("task", "test cases", "DSC from scratch", "DSC from this model"), rows)
+    return (
+        f"Fine-tuning that starts from it, beside the same network and seed from random weights:\n\n{table}" if rows else "This study does not start from it."
+    )
+
+
+def explain_scans(kinds: str) -> str:
+    "What the kinds of scans are, in words"
+    return "; ".join(SCANS[kind] for kind in kinds.split(" and "))
 
 
 def about_model(entry: dict, worth: str) -> str:
     "What a kept model is and what it is not for, in words"
-    people = f" of {entry['people']} people" if entry["people"] is not None else ""
     real = f" On real scans, its mean DSC is {entry['real_dsc']:.3f}." if "real_dsc" in entry else ""
     return f"""## What it is for
 
-This model shows the method, at a small scale: {entry["parameters"]:,} parameters, trained on {entry["cases"]} images{people} ({SCANS[entry["scans"]]}).{real}
+This model shows the method, at a small scale: {entry["parameters"]:,} parameters, trained on {entry["cases"]} images.
+They show {entry["people"]} {"person" if entry["people"] == 1 else "people"}: {explain_scans(entry["scans"])}.{real}
 Use it to try the commands, to start a small fine-tuning from, or to repeat the study's comparisons. It is not for clinical use, and no benchmark of the
-architecture: the paper's networks are hundreds of times larger and were trained on 18,000 scans. Expect it to fail on scans unlike those it saw.
-{worth}"""
+architecture: the paper's networks are far larger and were trained on 18,000 scans. Expect it to fail on scans unlike those it saw.{worth}
+
+## Data
+
+{as_table(("data set", "licence and reference"), entry["data"].items())}"""
 
 # %% ../../nbs/report/75_weights.ipynb #ship
 LIMIT = 15_000_000  # Bytes of a folder of weights
@@ -117,20 +137,24 @@ WORDS = 20_000  # Bytes at most of a card and its page, and of what the manifest
 def ship_model(run: TrainingRun, plan: "StudyPlan", scores: pd.DataFrame, out: Path) -> dict:  # An entry of the manifest
     "Copy a model with its page; errors as `check_weights`, or FileNotFoundError for a record or data that are missing"
     source, curves = trained_folders(run, plan)
-    data, command = Prepared(StudyPaths(run.profile).prepared / run.task), f"make repro PROFILE={run.profile}"
     check_weights(source)
     folder = out / shipped_name(run)
     folder.mkdir()
     for name in SHIPPED_FILES:
         shutil.copyfile(source / name, folder / name)
-    about = describe_data(data)
-    if own := mean_scores(scores, about["scans"], run) if run.task in plan.tasks else {}:
-        add_scores(folder, own, command)
+    about = describe_data(run.profile, run.task)
+    if own := mean_scores(scores, about["scans"] == "real", run) if run.task in plan.tasks else {}:
+        add_scores(folder, own, f"make repro PROFILE={run.profile}")
     card = read_card(folder)
-    entry = {"name": folder.name, "backbone": run.backbone, "dataset": run.task, "init": run.init, "seed": run.seed, **about, "licence": card.licence}
-    entry |= {"parameters": count_parameters(folder), "commit": str(read_json(curves / "made.json").get("commit", "")), "scores": scores_of(own)}
-    real = mean_scores(scores, "real", run) if "scans" in scores and about["scans"] != "real" else {}
-    worth = "" if run.task in plan.tasks else f"\n{start_table(scores, run, plan)}"
+    entry = {"name": folder.name, "backbone": run.backbone, "dataset": run.task, "init": run.init, "seed": run.seed, **about}
+    entry |= {"licence": card.licence, "data": data_sources(run)}
+    entry |= {
+        "parameters": sum(value.numel() for value in load_model(folder)[0].parameters()),
+        "commit": str(read_json(curves / "made.json").get("commit", "")),
+        "scores": scores_of(own),
+    }
+    real = mean_scores(scores, True, run) if "scans" in scores and about["scans"] != "real" else {}
+    worth = "" if run.task in plan.tasks else f"\n\n{start_table(scores, run, plan)}"
     page = page_body(card, f"{run.profile}/{folder.name}", more=about_model(entry | ({"real_dsc": real["dsc"]} if real else {}), worth))
     (folder / "README.md").write_text(page, encoding="utf-8", newline="\n")
     entry["files"] = {name: sha256(folder / name) for name in SHIPPED_FILES}
@@ -140,14 +164,6 @@ def ship_model(run: TrainingRun, plan: "StudyPlan", scores: pd.DataFrame, out: P
 def scores_of(own: dict) -> dict | None:
     "The numbers of a model's scores; None if it has none"
     return {key: own[key] for key in ("dsc", "nsd", "cases")} if own else None
-
-
-def count_parameters(folder: Path) -> int:
-    "Numbers that a model's weights hold"
-    from safetensors import safe_open
-
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())
 
 # %% ../../nbs/report/75_weights.ipynb #ship-models
 def ship_models(
@@ -186,14 +202,14 @@ def index_page(
     rows = [
         (
             f"[{profile}/{one['name']}]({one['name']}/README.md)", one["dataset"], one["init"], one["cases"],
-            "not available" if one["people"] is None else one["people"], one["scans"], f"{one['bytes'] / 1e6:.1f}",
+            one["people"], one["scans"], f"{one['bytes'] / 1e6:.1f}",
             f"{one['scores']['dsc']:.3f}" if one["scores"] else "",
         )
         for one in kept
     ]  # fmt: skip
     licences = ", ".join(dict.fromkeys(one["licence"] for one in kept))
     absent = f"\nLeft out, since they would exceed the size of this folder: {', '.join(one['name'] for one in left)}.\n" if left else ""
-    kinds = "; ".join(f"{kind}: {SCANS[kind]}" for kind in dict.fromkeys(one["scans"] for one in kept))
+    kinds = "; ".join(f"{kinds}: {explain_scans(kinds)}" for kinds in dict.fromkeys(one["scans"] for one in kept))
     body = (
         f"""{as_table(head, rows)}
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -89,7 +90,7 @@ def evaluate_one(
     scores = scores[[label in labelled.get(case, (label,)) for case, label in zip(scores.case, scores.label)]].reset_index(drop=True)
     patch = "x".join(map(str, read_card(model_folder).patch))
     same = dict(profile=run.profile, task=run.task, backbone=run.backbone, init=run.init, patch=patch, seed=run.seed, grid="scan")
-    return scores.assign(**{name: scores.case.map(about[name]) for name in about}, **same)
+    return scores.assign(**{str(name): scores.case.map(about[name]) for name in about}, **same)
 
 # %% ../../nbs/scoring/10_evaluate.ipynb #evaluate-once
 EVALUATION_PARTS = (*TRAINING_ROOMS, "inference", "evaluation", "core", "study/people", "scoring/evaluate")  # What scores depend on
@@ -120,14 +121,17 @@ def evaluation_folder(
 
 def evaluate_once(
     kept: Path,  # From `evaluation_folder`
+    model_folder: Path,
+    data: Path,
+    raw: Path,
     out: Path,  # Gets the predictions of tests
-    *arguments,  # Model folder, data and raw: of `evaluate_one`
-    **options,  # Run and what follows
+    run: TrainingRun,
+    **options: Any,  # Further ones of `evaluate_one`
 ) -> pd.DataFrame:  # As in scores.csv, i.e. with six digits
     "`evaluate_one`, or what it gave before"
     if not (kept / "scores.csv").is_file():
         with atomic_folder(kept, STAGE) as folder:
-            write_csv(folder / "scores.csv", evaluate_one(*arguments, folder, **options))
+            write_csv(folder / "scores.csv", evaluate_one(model_folder, data, raw, folder, run, **options))
     if (kept / "predictions").is_dir():
         shutil.copytree(kept / "predictions", Path(out) / "predictions", dirs_exist_ok=True)
     return read_csv(kept / "scores.csv").astype(dict.fromkeys(("n_lesions", "n_tp", "n_fp"), "Int64"))
@@ -148,9 +152,9 @@ def evaluate_runs(
     "Evaluate runs in a pool of processes; an interrupted evaluation goes on where it was"
     from joblib import delayed
 
-    options = dict(overlap=overlap, device=device, threads=threads, splits=splits)
+    options: dict[str, Any] = dict(overlap=overlap, device=device, threads=threads, splits=splits)
     kept = [evaluation_folder(models / run.name, data, raw, run, overlap, device, threads, splits=splits) for run in runs]
-    jobs = [delayed(evaluate_once)(folder, out, models / run.name, data, raw, run=run, **options) for folder, run in zip(kept, runs)]
+    jobs = [delayed(evaluate_once)(folder, models / run.name, data, raw, out, run, **options) for folder, run in zip(kept, runs)]
     scores = pd.concat(run_jobs(jobs, workers), ignore_index=True)[SCORE_COLUMNS]
     write_csv(Path(out) / "scores.csv", scores)
     write_json(Path(out) / "scored.json", describe_making())

@@ -93,11 +93,14 @@ def read_data(
     data: str | Path | list | tuple,  # A prepared data set, or several
     heads: str = "shared",  # Or own
 ) -> TrainingData:
-    "Prepared data for a training; ValueError for overlapping regions where classes have to exclude each other"
+    "Prepared data for a training; parts of labels get a head each. ValueError for overlapping regions where classes have to exclude each other"
     from mednext_v2.data.mixture import union_labels
     from mednext_v2.data.preprocess import Prepared
 
-    found = [Prepared(path) for path in (data if isinstance(data, (list, tuple)) else [data])]
+    wholes = [Prepared(path) for path in (data if isinstance(data, (list, tuple)) else [data])]
+    found = [one for whole in wholes for one in (whole.parts.values() or [whole])]
+    if len(found) > len(wholes):  # Parts overlap
+        heads = "own"
     datasets = [one.dataset for one in found]
     if len(found) == 1 and not found[0].partial:
         return TrainingData({datasets[0].name: found[0]})
@@ -348,7 +351,7 @@ class TrainSettings:
     seed: int = 0
     provenance: str = ""  # What the card says of the data, besides their name
     sampling: dict[str, float] | str = "sqrt"  # Weights of several data sets, by name; or a rule of `MixtureSampler`
-    heads: str = "shared"  # Or own: of several data sets, each keeps its labels and has outputs of its own
+    heads: str = "shared"  # Or own: of several data sets, each keeps its labels and has outputs of its own, as parts of labels always have
     allow: tuple[str, ...] = ()  # Differences of several data sets that are meant, of `mixture.DIFFERENCES`
 
     def __post_init__(self) -> None:

@@ -31,9 +31,10 @@ class ShippedModel:
     init: str  # `scratch`, or what it was pretrained on
     seed: int
     cases: int  # Images that it was trained on last
-    people: int | None  # Whom they show; None if the data set does not tell
-    scans: str  # synthetic (made from label maps) | deformed (real scans, deformed) | real
+    people: int  # Whom they show
+    scans: str  # synthetic (made from label maps), deformed (real scans, deformed) or real; of two kinds, joined by " and "
     licence: str  # Of the weights
+    data: dict[str, str]  # Licence and reference of each data set
     parameters: int
     bytes: int  # Of the folder
     files: dict[str, str]  # SHA-256 by name
@@ -138,7 +139,7 @@ def shipped_table() -> pd.DataFrame:  # One row a model; none without a clone
         for model in read_manifest(folder).values():
             rows.append({
                 "name": f"{profile}/{model.name}", "backbone": model.backbone, "trained on": model.dataset, "start": model.init, "images": model.cases,
-                "people": "not available" if model.people is None else str(model.people), "scans": model.scans, "licence": model.licence,
+                "people": model.people, "scans": model.scans, "licence": model.licence,
                 "MB": f"{model.bytes / 1e6:.1f}",
             })  # fmt: skip
     return pd.DataFrame(rows)
