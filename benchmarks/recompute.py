@@ -4,7 +4,7 @@
     python benchmarks/recompute.py ablations.csv --ablation scaling --plus compound --minus base
     python benchmarks/recompute.py scores.csv --column backbone --plus mednext_v2_base --minus unet --init scratch
 
-Of a folder of results, the effects of claims 3, 6 and 7 are recomputed from its ablations.csv and compared with its claims.csv; the exit code is 1
+Of a folder of results, the effects of claims 3, 6 and 7 are recomputed from its ablations.csv and compared with its claims/claims.csv; the exit code is 1
 if one differs. Of a file, three effects of two arms are printed: their difference, the same at the level of two one-sided tests, and the difference
 of pathology less that of organs, as logits. Several names on a side are averaged. A file has a row for each case and class: task, person, case,
 seed, label, group, dsc, the column of the arms (`variant` if not named), and what rows are filtered by (`ablation`, `init`, `split`, `scans`).
@@ -138,7 +138,7 @@ def compare(folder: Path) -> int:
     modality = {name: entry["modality"] for name, entry in yaml.safe_load((ROOT / "data/datasets.yaml").read_text()).items()}
     table = pd.read_csv(folder / "ablations.csv")
     found = claims(table, rules["scans"][table.profile.iloc[0] if "profile" in table else folder.name], modality, rules["level"])
-    file = folder / "claims.csv"
+    file = folder / "claims/claims.csv"
     ledger = pd.read_csv(file)[["claim", "of", "effect", "low", "high"]] if file.is_file() else pd.DataFrame(columns=["claim", "of", "effect", "low", "high"])
     both = found.merge(ledger, on=["claim", "of"], how="left", suffixes=("", " (ledger)")).rename(columns={"effect": "value (ledger)"})
     differ = [abs(both[name] - both[f"{name} (ledger)"].astype(float)) > 1e-6 for name in ("value", "low", "high")]

@@ -17,7 +17,7 @@ import pandas as pd
 from coverage import save
 from mednext_v2.report.rules import BACKBONES, RULES, VERDICTS, make_study, read_rules, verdict
 
-STUDIES = 40
+STUDIES = 200
 USUAL, CALM = (0.02, 0.015, 0.03), (0.004, 0.003, 0.006)  # Of each arm: people, seeds, the rest
 Made = Callable[[np.random.Generator], dict[str, pd.DataFrame]]
 

@@ -66,13 +66,14 @@ def one(number: int, tables: dict, profile: str = "study", rules: dict = DECLARE
 def test_pandas_and_scipy_alone_find_the_effects_of_three_claims(true, judged, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(root() / "benchmarks")
     recompute = importlib.import_module("recompute")
+    (tmp_path / "claims").mkdir()
     table, rows = true["ablations"], np.random.default_rng(0)
     true["ablations"].assign(dsc=table.dsc.mask(rows.random(len(table)) < 0.02), profile="study").to_csv(tmp_path / "ablations.csv", index=False)
-    judge(true | {"ablations": read_csv(tmp_path / "ablations.csv")}, "study").to_csv(tmp_path / "claims.csv", index=False)
+    judge(true | {"ablations": read_csv(tmp_path / "ablations.csv")}, "study").to_csv(tmp_path / "claims/claims.csv", index=False)
     assert recompute.compare(tmp_path) == 0
     shown = capsys.readouterr().out
     assert sum("False" in line for line in shown.splitlines()) == 6 and shown.count("NaN") == 3 * 3  # The ledger has one of two, for claims 3, 6 and 7
-    judged.assign(low=judged.low - 0.001).to_csv(tmp_path / "claims.csv", index=False)
+    judged.assign(low=judged.low - 0.001).to_csv(tmp_path / "claims/claims.csv", index=False)
     assert recompute.compare(tmp_path) == 1
 
 

@@ -310,6 +310,8 @@ def test_weights_in_git_are_whole_and_stay_small():
     for file in folders:
         models = shipped.read_manifest(file.parent)
         assert {path.name for path in file.parent.iterdir() if path.is_dir()} == set(models)
-        for name in models:
+        trained = read_json(file.parents[1] / "digests.json")["models"].values()
+        for name, model in models.items():
             shipped.check_shipped(file.parent / name)
+            assert model.files["model.safetensors"] in trained, f"{name} is not of the run whose scores are committed"
             from_pretrained(file.parent / name)

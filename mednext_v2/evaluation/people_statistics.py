@@ -61,7 +61,7 @@ def person_contrast(
     means = wide.groupby(keys, observed=True).mean()
     values = means.to_numpy() if epsilon is None else logit(means.to_numpy(), epsilon)
     both = means.index.to_frame(index=False).assign(value=values @ np.array([weight for weight, _ in arms], float))
-    both = both.assign(stratum=list(zip(*(both[name] for name in strata))))
+    both = both.assign(stratum=pd.Series(list(zip(*(both[name] for name in strata))), dtype=object))
     return pd.DataFrame(both.groupby(["stratum", "person", "seed"], sort=True)["value"].mean()).reset_index()
 
 # %% ../../nbs/evaluation/22_people_statistics.ipynb #estimate
@@ -365,7 +365,7 @@ def backbone_tables(
         return [], [], []
     seeds = sorted(set.intersection(*(set(part.index.get_level_values("seed")) for _, part in wide.groupby("task"))))
     unstacked = [part.droplevel("task").unstack("seed") for _, part in wide.groupby("task", sort=True)]
-    whole = [part.loc[:, [key for key in part if key[1] in seeds]].dropna() for part in unstacked]
+    whole = [part.loc[:, part.columns.get_level_values("seed").isin(seeds)].dropna() for part in unstacked]
     if not seeds or not all(map(len, whole)):
         return [], [], []
     names = {person: index for index, person in enumerate(sorted({person for part in whole for person in part.index}))}
@@ -456,13 +456,14 @@ def line_over_backbones(
 ) -> Line:
     "A coefficient over backbones with its bootstrap over backbones, people and seeds; ValueError for fewer than five, or without spread in x"
     generator, count = np.random.default_rng(seed), x[0][0].shape[0]
-    means = [np.mean([table.mean((1, 2)) for table in side[0]], axis=0) for side in (x, y)]
-    if count < 5 or len(means[1]) != count or np.ptp(means[0]) == 0:
-        raise ValueError(f"needs five backbones or more that differ in x, and the same in y, got {count} and {len(means[1])}")
+    first, second = (np.mean([table.mean((1, 2)) for table in side[0]], axis=0) for side in (x, y))
+    if count < 5 or len(second) != count or np.ptp(first) == 0:
+        raise ValueError(f"needs five backbones or more that differ in x, and the same in y, got {count} and {len(second)}")
     drawn, which = [_drawn_means(side, n, generator) for side in (x, y)], generator.integers(0, count, (n, count))
-    low, high = np.nanquantile(coefficient(*(np.take_along_axis(side, which, 1) for side in drawn)), [(1 - level) / 2, (1 + level) / 2]).tolist()
+    of_x, of_y = (np.take_along_axis(side, which, 1) for side in drawn)
+    low, high = np.nanquantile(coefficient(of_x, of_y), [(1 - level) / 2, (1 + level) / 2]).tolist()
     if coefficient is slope:
-        wider = slope_interval(*means, level)
+        wider = slope_interval(first, second, level)
         low, high = min(low, wider[0]), max(high, wider[1])
     reliable = reliability(*x), reliability(*y)
-    return Line(float(coefficient(*means)), low, high, count, leave_one_out(*means, coefficient), reliable)
+    return Line(float(coefficient(first, second)), low, high, count, leave_one_out(first, second, coefficient), reliable)

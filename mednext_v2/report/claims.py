@@ -18,7 +18,8 @@ from .analysis import effects, group_gains
 from ..core import read_csv, rows_of
 from .power import effect_noise, read_noise
 from .tables import MISSING, backbone_title, sample_counts, published
-from ..evaluation.statistics import select_method, compare, compare_all, means, scratch_predicts
+from ..evaluation.comparisons import compare, compare_all, scratch_predicts
+from ..evaluation.statistics import select_method, means
 from ..study.paths import StudyPaths
 
 # %% ../../nbs/report/30_claims.ipynb #evidence

@@ -20,7 +20,7 @@ import pandas as pd
 from ..core import read_yaml, root, short_hash, write_json
 from ..data.datasets import get_dataset
 from ..evaluation import people_statistics, statistics
-from ..evaluation.people_statistics import Effect, Line, backbone_means, backbone_tables, effects_table, equivalence, group_difference
+from ..evaluation.people_statistics import Effect, Line, Side, backbone_means, backbone_tables, effects_table, equivalence, group_difference
 from ..evaluation.people_statistics import line_over_backbones, people_effect, person_contrast, rank_correlation, slope
 from ..evaluation.statistics import holm, require_columns
 from .provenance import run_git
@@ -193,7 +193,8 @@ def _over_backbones(tables: Tables, profile: str, rules: Mapping, least: int, co
     both, tasks = sorted(set(before.backbone) & set(after.backbone)), set(before.task) & set(after.task)
     if len(both) < least:
         raise NotTestedError(f"{len(both)} backbones both from scratch and pretrained, where the rule wants {least}")
-    sides, counts = [], []
+    sides: list[Side] = []
+    counts: list[tuple[int, int, int]] = []
     for side in (before, after):
         names, found, people = backbone_tables(pd.DataFrame(side[side.backbone.isin(both) & side.task.isin(tasks)]), rules["metric"])
         if names != both:
@@ -202,10 +203,10 @@ def _over_backbones(tables: Tables, profile: str, rules: Mapping, least: int, co
         counts.append((min(map(len, people)), found[0].shape[2], len(found)))
     if np.ptp(np.mean([table.mean((1, 2)) for table in sides[0][0]], axis=0)) == 0:
         raise NotTestedError("all backbones are equally strong from scratch")
-    (validation, *first), (people, *second) = counts
-    seeds, number = map(min, first, second)
-    line = line_over_backbones(*sides, coefficient, rules["level"])
-    return line, both, dict(people=people, validation_people=validation, seeds=seeds, tasks=number, backbones=len(both))
+    validation, test = counts
+    seeds, number = (min(validation[place], test[place]) for place in (1, 2))
+    line = line_over_backbones(sides[0], sides[1], coefficient, rules["level"])
+    return line, both, dict(people=test[0], validation_people=validation[0], seeds=seeds, tasks=number, backbones=len(both))
 
 
 def _line_words(line: Line, names: Sequence[str], enough: bool) -> str:
@@ -326,7 +327,8 @@ def modality_pairs(tables: Tables, profile: str, rules: Mapping, metric: str = "
     "CT- less MR-pretrained for each person and seed, in the tasks of each modality"
     rule = rules["claims"][7]
     table = ablation_arms(tables, profile, rules, rule["ablation"], rule["arms"])
-    pairs = contrast(table, "variant", *([arm] for arm in rule["arms"]), metric)
+    first, second = rule["arms"]
+    pairs = contrast(table, "variant", [first], [second], metric)
     of = pairs.stratum.map({stratum: get_dataset(stratum[0]).modality for stratum in pairs.stratum.unique()})
     found = {modality: pd.DataFrame(pairs[of == modality]) for modality in ("CT", "MR")}
     if missing := [modality for modality, part in found.items() if part.empty]:
