@@ -41,7 +41,7 @@ from .evaluation.metrics import surface_dice as surface_dice
 from .evaluation.metrics import hausdorff as hausdorff
 from .evaluation.metrics import evaluate as evaluate
 from .evaluation.statistics import bootstrap as bootstrap
-from .evaluation.statistics import compare as compare
+from .evaluation.comparisons import compare as compare
 from .zoo.importers import import_model as import_model
 from .zoo.catalogue import fetch as fetch
 from .zoo.catalogue import zoo_table as zoo_table

@@ -635,13 +635,15 @@ def bundle(options: argparse.Namespace) -> Answer:
 
 # %% ../nbs/90_cli.ipynb #pipeline-commands
 def plan(options: argparse.Namespace) -> Answer:
-    "Forecast a profile: runs, memory, storage, and A100 hours extrapolated from a published training"
+    "Forecast a profile: runs, memory, storage of models and data, and A100 hours extrapolated from a published training"
     require_extra("pipeline", "the plan of a profile")
-    from mednext_v2.report.forecast import forecast_summary, forecast_table
+    from mednext_v2.report.forecast import forecast_summary, forecast_table, storage_table
 
     table = forecast_table(options.profile)
     shown = table.drop(columns=["flops"], errors="ignore") if options.all else forecast_summary(table)
-    return Answer(shown.to_string(index=False, float_format="{:.1f}".format, na_rep="not available"), plan=shown)
+    data = storage_table(options.profile)
+    tables = [one.to_string(index=False, float_format="{:.1f}".format, na_rep="not available") for one in (shown, data)]
+    return Answer("\n\n".join(tables), plan=shown, data=data)
 
 
 def results(options: argparse.Namespace) -> Answer:

@@ -476,13 +476,15 @@ def check_gpus(
     jobs: int,  # Stages at a time
 ) -> None:
     "ValueError if the profile's stages ask for more processes with a GPU than this machine has"
-    compute = read_yaml(root() / f"conf/profile/{profile}.yaml")["compute"]
+    values = read_yaml(root() / f"conf/profile/{profile}.yaml")
+    compute = {"workers": 1, "processes": 1, "pretrain_processes": 1} | values["compute"]
     if compute["device"] != "cuda":
         return
     import torch
 
     count = torch.cuda.device_count()
-    asked = max(compute["workers"] * compute["processes"], compute["pretrain_processes"]) * jobs
+    pretraining = min(compute["workers"], len(values.get("seeds", [0]))) * compute["pretrain_processes"]  # One run a seed
+    asked = max(compute["workers"] * compute["processes"], pretraining) * jobs
     if 0 < count < asked and os.environ.get(SHARE_VARIABLE, "0") in ("", "0"):
         where = "workers, processes and pretrain_processes in conf/profile"
         raise ValueError(f"{asked} processes of profile {profile} need a GPU each, and there are {count}: lower {where}/{profile}.yaml, or JOBS")

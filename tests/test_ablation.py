@@ -4,17 +4,19 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from mednext_v2 import cli
 from mednext_v2.core import params
 from mednext_v2.data.preprocess import Prepared, prepare_all
 from mednext_v2.models.card import read_card
 from mednext_v2.report import collect as collected
-from mednext_v2.report.forecast import forecast_table, list_trainings, profile_params, published_compute
+from mednext_v2.report.forecast import forecast_table, list_trainings, profile_params, published_compute, read_published, storage_table
 from mednext_v2.scoring.ablations import (
     MODEL_COLUMNS,
     Ablation,
@@ -230,6 +232,26 @@ def test_the_paper_profile_fits_gpus_of_80_gb_and_counts_every_run():
 
     flops = cost("mednext_v1_large", (128, 128, 128)).flops
     assert flops * 2 * 250_000 / reference_rate() == pytest.approx(row.a100_hours)
+
+
+def test_storage_of_data_is_measured_stated_or_not_available(workplace):
+    shutil.copy(ROOT / "data/published_sizes.csv", workplace / "data")
+    table = storage_table("paper").set_index("dataset")
+    values = profile_params("paper")["axes"]
+    assert list(table.index) == [*values["corpora"], *values["further"], *values["tasks"]] and table.cases.notna().all()
+    assert table.raw_gb["ctspine1k"] == 150 and table.known["ctspine1k"] == "raw published" and np.isnan(table.prepared_gb["ctspine1k"])
+    assert table.prepared_gb["panther"] == pytest.approx(92 * 320 * 260 * 80 * 3 / 1e9) and np.isnan(table.raw_gb["panther"])
+    assert table.loc["cads", ["raw_gb", "prepared_gb"]].isna().all()
+    for mark in ("data/raw/paper/Dataset550_CADS/dataset.json", "data/prepared/paper/cads/manifest.csv"):
+        (workplace / mark).parent.mkdir(parents=True)
+        (workplace / mark).write_bytes(bytes(1_500_000))
+    table = storage_table("paper").set_index("dataset")
+    assert table.raw_gb["cads"] == table.prepared_gb["cads"] == 0.0015 and table.known["cads"] == "raw measured, prepared measured"
+    answer = cli.plan(SimpleNamespace(profile="smoke", all=False))
+    assert "not available" in answer and set(answer.values["data"].dataset) >= set(profile_params("smoke")["axes"]["tasks"])
+    (workplace / "sizes.csv").write_text("dataset,source\ncads,\n")
+    with pytest.raises(ValueError, match="line 2 has no source"):
+        read_published(workplace / "sizes.csv")
 
 
 def test_model_rows_say_what_a_training_took(tmp_path, workplace, prepared):

@@ -132,18 +132,18 @@ def test_effects_are_differences_over_shared_cases_with_seeds_averaged():
     row = effects(some, "without").query("metric == 'dsc'").iloc[0]
     wide = some.pivot_table("dsc", ["task", "case"], "variant")
     assert row.difference == pytest.approx((wide["mean"] - wide["without"]).mean()) and row.low < row.difference < row.high
-    assert (row.n, row.seeds, row.tasks) == (15, 3, 3)
+    assert (row.people, row.seeds, row.tasks) == (5, 3, 3)
     assert effects(some.iloc[:0], "without").empty
 
 
 def test_gains_by_group_do_not_mix_groups():
     levels = {("base", "scratch"): 0.5, ("compound", "scratch"): {"organ": 0.51, "pathology": 0.6}}
     some = tables(None, [("scaling", levels)], noise=0.001)["ablations"]
-    found = group_gains(some, {"variant": "compound"}, {"variant": "base"}, n=100).set_index("group")
+    found = group_gains(some, {"variant": "compound"}, {"variant": "base"}).set_index("group")
     assert found.gain.round(2).to_dict() == {"organ": 0.01, "pathology": 0.1, "difference": 0.09}
-    assert found.cases.to_dict() == {"organ": 10, "pathology": 5, "difference": 15}
+    assert found.people.to_dict() == {"organ": 5, "pathology": 5, "difference": 5}
     organs = some[some.group == "organ"]
-    assert np.isnan(group_gains(organs, {"variant": "compound"}, {"variant": "base"}, n=100).set_index("group").gain["pathology"])
+    assert np.isnan(group_gains(organs, {"variant": "compound"}, {"variant": "base"}).set_index("group").gain["pathology"])
 
 
 def test_a_power_law_is_found_again_and_few_sizes_give_none():
@@ -169,7 +169,7 @@ def test_spreads_do_not_count_differences_between_tasks():
         for variant in ("x", "y")
     ]
     found = variance_components(paired_differences(pd.DataFrame(rows), {"variant": "x"}, {"variant": "y"}))
-    assert found.case < 0.015 and found.rest == pytest.approx(0.03, rel=0.2) and found.seed < 0.01
+    assert found.person < 0.015 and found.rest == pytest.approx(0.03, rel=0.2) and found.seed < 0.01
 
 
 def test_rows_are_selected_by_text_and_mistakes_are_named():

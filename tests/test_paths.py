@@ -30,6 +30,7 @@ OUTS = {
     "collect": [*(PATHS.results / name for name in TABLES), PATHS.runs("collect")],
     "paper": [PATHS.page("ITEM"), PATHS.runs("paper", "ITEM")],
     "qualitative": [PATHS.page("qualitative"), PATHS.runs("paper", "qualitative")],
+    "weights": [PATHS.results / "weights", PATHS.runs("weights")],
     "architecture": [PATHS.page("architecture"), PATHS.runs("paper", "architecture")],
 }
 

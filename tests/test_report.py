@@ -12,7 +12,7 @@ import pytest
 
 from mednext_v2.core import root
 from mednext_v2.data.datasets import Dataset
-from mednext_v2.evaluation.statistics import bootstrap_interval, declared_mean
+from mednext_v2.evaluation.statistics import declared_mean
 from mednext_v2.report import tables
 from mednext_v2.report.tables import caption, format_main_table, gains, main_table, published, save_figure, save_table, score_text, summary
 
@@ -40,6 +40,9 @@ def make_scores(seed=0, cases=4, tasks=None, backbones=("mednext_v2_tiny", "unet
             profile="mini",
             task=task,
             case=f"{task}_{case}",
+            person=f"{task}_{case}",
+            scans="deformed",
+            split="test",
             label=label,
             group="pathology" if label == "lesion" else "organ",
             backbone=backbone,
@@ -65,17 +68,16 @@ def make_scores(seed=0, cases=4, tasks=None, backbones=("mednext_v2_tiny", "unet
 
 
 def loop_mean(scores: pd.DataFrame, metric: str) -> float:
-    "The declared mean, written out: cases, then classes (and seeds), then tasks"
+    "Written out, with a case for each person: classes, then people and seeds (people that have all seeds), then tasks"
     tasks = []
     for task in scores.task.unique():
-        classes = []
-        of_task = scores[scores.task == task]
-        for label, seed in of_task[["label", "seed"]].drop_duplicates().itertuples(index=False):
-            values = of_task[(of_task.label == label) & (of_task.seed == seed)][metric].dropna().tolist()
-            if values:
-                classes.append(sum(values) / len(values))
-        if classes:
-            tasks.append(sum(classes) / len(classes))
+        people = []
+        for _, rows in scores[scores.task == task].groupby("case"):
+            seeds = [part[metric].dropna().mean() for _, part in rows.groupby("seed")]
+            if np.isfinite(seeds).all():
+                people.append(sum(seeds) / len(seeds))
+        if people:
+            tasks.append(sum(people) / len(people))
     return sum(tasks) / len(tasks)
 
 
@@ -161,63 +163,6 @@ def test_a_class_that_is_never_scored_is_left_out():
     base = summary(scores[scores.label != "rib"], ["backbone", "init"])
     scores.loc[scores.label == "rib", ["dsc", "nsd"]] = np.nan
     assert summary(scores, ["backbone", "init"]).dsc.tolist() == pytest.approx(base.dsc.tolist())
-
-
-def resampled(tables, repeats, seed):
-    "Bootstrap written out with index sampling and nanmean"
-    generator = np.random.default_rng(seed)
-    means = []
-    for _ in range(repeats):
-        tasks = []
-        for table in tables:
-            drawn = table[generator.integers(0, len(table), len(table))]
-            classes = [column[~np.isnan(column)].mean() for column in drawn.T if not np.isnan(column).all()]
-            tasks.append(np.mean(classes))
-        means.append(np.mean(tasks))
-    return np.quantile(means, [0.025, 0.975])
-
-
-def test_bootstrap_agrees_with_a_loop():
-    generator = np.random.default_rng(0)
-    tables = [generator.uniform(size=(12, 3)), generator.uniform(size=(20, 2))]
-    tables[0][2, 1] = tables[1][5, 0] = np.nan
-    low, high = bootstrap_interval(tables, repeats=20000)
-    expected = resampled(tables, 4000, 1)
-    assert [low, high] == pytest.approx(expected, abs=0.006)
-
-
-def test_bootstrap_covers_the_truth_as_often_as_it_says():
-    generator = np.random.default_rng(0)
-    hits = 0
-    for trial in range(300):
-        low, high = bootstrap_interval(generator.normal(0.5, 0.1, 40), level=0.9, seed=trial, repeats=400)
-        hits += low <= 0.5 <= high
-    assert 0.84 <= hits / 300 <= 0.94
-
-
-def test_bootstrap_properties():
-    values = np.random.default_rng(0).uniform(size=25)
-    low, high = bootstrap_interval(values)
-    assert low < values.mean() < high
-    assert bootstrap_interval(values) == bootstrap_interval(list(values)) == bootstrap_interval(values[:, None])
-    assert bootstrap_interval(values, seed=1) != (low, high)
-    inner = bootstrap_interval(values, level=0.5)
-    assert low < inner[0] < inner[1] < high
-    np.testing.assert_allclose(bootstrap_interval(values + 3), (low + 3, high + 3))
-    assert bootstrap_interval(np.full(5, 0.25)) == (0.25, 0.25)
-
-
-def test_no_interval_from_one_case():
-    assert np.isnan(bootstrap_interval([0.5])).all()
-    assert np.isnan(bootstrap_interval([0.5, np.nan])).all()
-    assert np.isnan(bootstrap_interval([np.ones((4, 2)), np.ones((1, 2))])).all()
-    assert np.isnan(bootstrap_interval([])).all()
-
-
-@pytest.mark.parametrize("arguments", [dict(level=1), dict(level=0), dict(repeats=0)])
-def test_bootstrap_refuses(arguments):
-    with pytest.raises(ValueError, match="needs 0 < level < 1"):
-        bootstrap_interval([0.1, 0.2], **arguments)
 
 
 def test_declared_mean_is_nan_without_scores_and_warns_of_nothing():
@@ -339,7 +284,7 @@ def test_captions_name_profile_and_n():
     words = caption("Scores.", "mini", scores)
     assert words == (
         "Scores. Profile mini: small networks, a minute of training, deformed real scans: too little to show an effect; not comparable "
-        "with the reported column. n = 2 tasks, 8 test cases, 5 classes, 1 seed."
+        "with the reported column. The unit is a person: n = 8 people (8 images), 2 tasks, 5 classes, 1 seed."
     )
     assert "the numbers mean nothing" in caption("Scores", "smoke", scores)
     assert "not comparable" in caption("Scores", "study", scores)
@@ -370,8 +315,8 @@ def test_a_backbone_without_a_style_gets_one(monkeypatch):
     assert tables.backbone_title("of_a_plugin") == "of_a_plugin"
     styles = [(tables.backbone_colour(name), tables.backbone_marker(name)) for name in [*BACKBONES, "of_a_plugin"]]
     assert len(set(styles)) == len(styles)
-    assert re.fullmatch("#[0-9A-F]{6}", tables.backbone_colour("new_net")) and tables.backbone_marker("new_net") != "o"
-    assert tables.backbone_marker("unet") == "o"
+    assert re.fullmatch("#[0-9A-F]{6}", tables.backbone_colour("new_net")) and tables.backbone_marker("new_net") in tables.SPARE_MARKERS
+    assert tables.backbone_marker("mednext_v2_base") == "o"
 
 
 def draw():
@@ -612,7 +557,7 @@ def test_scores_from_before_they_were_computed_on_the_scans_own_grid_are_told_ap
     table = pd.read_csv(project / "results/mini/scores.csv")
     table.to_csv(path, index=False)
     old = tables.read_table("mini", name)
-    assert set(old.grid) == {"prepared"} and "scored on the prepared grid, not on the scans' own. n =" in tables.caption("Means", "mini", old)
+    assert set(old.grid) == {"prepared"} and "scored on the prepared grid, not on the scans' own. The unit is" in tables.caption("Means", "mini", old)
     table.assign(grid="scan").to_csv(path, index=False)
     new = tables.read_table("mini", name)
     assert set(new.grid) == {"scan"} and "grid" not in tables.caption("Means", "mini", new)

@@ -14,8 +14,10 @@ import numpy as np
 import pandas as pd
 
 from ..core import rows_of
-from .tables import COLUMN, METRICS, MISSING, backbone_title, house_style
-from ..evaluation.statistics import select_method, compare, declared_mean, seed_draws, shared_draws
+from .tables import COLUMN, METRICS, MISSING, backbone_title, data_title, house_style, map_titles, start_title, variant_title
+from ..evaluation.comparisons import compare, drawn_means, person_tables, rows_by_person
+from ..evaluation.people_statistics import group_difference, people_effect, person_contrast
+from ..evaluation.statistics import holm
 from ..study.paths import StudyPaths
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% ../../nbs/report/20_analysis.ipynb #effect-columns
-EFFECT_COLUMNS = "init variant reference metric difference low high p n tasks seeds".split()
+EFFECT_COLUMNS = "init variant reference metric difference low high p p_holm people tasks seeds".split()
 
 # %% ../../nbs/report/20_analysis.ipynb #effects
 def effects(
@@ -31,7 +33,7 @@ def effects(
     reference: str,  # The variant that others are compared with
     metrics: Sequence[str] = METRICS,
 ) -> pd.DataFrame:  # One row per start (`init`: scratch or pretrained), variant and metric; empty if there is nothing to compare
-    "Paired differences of variants to a reference, as fractions, with 95 % intervals"
+    "Paired differences of variants to a reference, as fractions, with 95 % intervals; p-values are corrected within a metric"
     rows, pair = [], ["task", "case", "label", "seed"]
     starts = np.where(table.init == "scratch", "scratch", "pretrained")
     for init, part in table.groupby(starts, sort=False):
@@ -42,10 +44,11 @@ def effects(
                 if both.empty:
                     continue
                 found = compare(both, {"variant": variant}, {"variant": reference}, metric)
-                counts = dict(tasks=both.task.nunique(), seeds=both.seed.nunique())
-                found = {name: found[name] for name in ("difference", "low", "high", "p", "n")}
-                rows.append(dict(init=init, variant=variant, reference=reference, metric=metric) | found | counts)
-    return pd.DataFrame(rows, columns=EFFECT_COLUMNS)
+                found["tasks"] = both.task.nunique()
+                rows.append(dict(init=init, variant=variant, reference=reference, metric=metric) | found)
+    table = pd.DataFrame(rows, columns=EFFECT_COLUMNS)
+    family = table.groupby("metric").p.transform(lambda p: holm(p)) if len(table) else table.p
+    return table.assign(p_holm=family)
 
 # %% ../../nbs/report/20_analysis.ipynb #start-style
 STARTS = {"scratch": ("from scratch", "#0072B2"), "pretrained": ("pretrained", "#D55E00")}
@@ -79,8 +82,8 @@ def forest(
         axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=7, color=colour)
     against = ""
     if variants:
-        against = f"\nagainst “{table.reference.iloc[0].replace('_', ' ')}”"
-        axes.set(yticks=range(len(variants)), yticklabels=[name.replace("_", " ") for name in variants], ylim=(len(variants) - 0.5, -0.5))
+        against = f"\nagainst “{variant_title(table.reference.iloc[0])}”"
+        axes.set(yticks=range(len(variants)), yticklabels=[variant_title(name) for name in variants], ylim=(len(variants) - 0.5, -0.5))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(starts), fontsize=7.5, handletextpad=0.2)
     else:
         axes.text(0.5, 0.5, MISSING, transform=axes.transAxes, ha="center", va="center", backgroundcolor="white")
@@ -95,32 +98,16 @@ def group_gains(
     a: dict,  # A method, as for `statistics.select_method`: with the change
     b: dict,  # Without it
     metric: str = "dsc",
-    n: int = 2000,  # Resamples
-) -> pd.DataFrame:  # group (organ, pathology, difference), gain, low, high, cases
-    "Mean gain per group, and pathology less organs, with 95 % intervals; NaN where a group is absent"
-    key = ["task", "case", "label", "group", "seed"]
-    sides = [select_method(scores, method).groupby(key)[metric].mean() for method in (a, b)]
-    gain = (sides[0] - sides[1]).dropna().reset_index(name="gain")
-    rng, whole, drawn, cases = np.random.default_rng(0), {}, {}, {}
-    # Both groups of a task share its draws of cases and of seeds
-    parts = [part.pivot(index="case", columns=["group", "label", "seed"], values="gain") for _, part in gain.groupby("task")]
-    weights = [rng.multinomial(len(part), np.full(len(part), 1 / len(part)), n) for part in parts]
-    seeds = [seed_draws(part.columns.get_level_values("seed").to_numpy(), n, rng) for part in parts]
+) -> pd.DataFrame:  # group (organ, pathology, difference), gain, low, high, people, seeds
+    "Mean gain per group, and pathology less organs, with 95 % intervals over people and seeds; NaN where a group is absent"
+    table, arms, rows = rows_by_person(scores), [(1, a), (-1, b)], []
+    pairs = person_contrast(table, arms, metric, strata=("task", "group"))
     for name in ("organ", "pathology"):
-        of = [part.columns.get_level_values("group") == name for part in parts]
-        some = [(part.loc[:, c].to_numpy(), w, s[:, c]) for part, w, s, c in zip(parts, weights, seeds, of) if c.any()]
-        cases[name] = gain[gain.group == name].groupby("task")["case"].nunique().sum()
-        whole[name] = declared_mean([table for table, *_ in some])[0] if some else np.nan
-        drawn[name] = declared_mean(*map(list, zip(*some))) if some else np.full(n, np.nan)
-    for which in (whole, drawn):
-        which["difference"] = which["pathology"] - which["organ"]
-    cases["difference"] = sum(map(len, parts))
-    rows = []
-    for name, value in whole.items():
-        ready = np.isfinite(drawn[name]).any() and min(map(len, parts), default=0) > 1
-        low, high = np.nanquantile(drawn[name], [0.025, 0.975]) if ready else (np.nan, np.nan)
-        rows.append(dict(group=name, gain=float(value), low=float(low), high=float(high), cases=int(cases[name])))
-    return pd.DataFrame(rows)
+        part = pd.DataFrame(pairs[[stratum[1] == name for stratum in pairs.stratum]])
+        rows.append(dict(group=name) | people_effect(part)._asdict())
+    found = group_difference(table, arms, metric)
+    rows.append(dict(group="difference") | (found._asdict() if found else dict(value=np.nan, low=np.nan, high=np.nan, people=0, seeds=0)))
+    return pd.DataFrame(rows).rename(columns={"value": "gain"})[["group", "gain", "low", "high", "people", "seeds"]]
 
 # %% ../../nbs/report/20_analysis.ipynb #power-law
 def power_law(
@@ -140,17 +127,18 @@ def scaling_law(
     models: pd.DataFrame,  # Rows of models.csv
     x: str = "flops",  # Or parameters, peak_mib
     metric: str = "dsc",
-    n: int = 2000,  # Draws of cases and seeds
+    n: int = 2000,  # Draws of people and seeds
 ) -> dict:  # exponent, low, high, factor, sizes; NaN for fewer than four different costs
-    "Exponent b and factor a of error = a x^-b over variants, and the 95 % interval of b over cases and seeds"
+    "Exponent b and factor a of error = a x^-b over variants, and the 95 % interval of b over people and seeds; without ends for a task of a single person"
     cost = models[(models.role == "finetune") & models.variant.isin(table.variant)].groupby("variant")[x].mean().dropna()
     names = [name for name in dict.fromkeys(table.variant) if name in cost]
     missing = dict.fromkeys(("exponent", "low", "high", "factor"), float("nan")) | dict(sizes=len({cost[name] for name in names}))
     if missing["sizes"] < 4:
         return missing
-    whole, drawn = shared_draws([table[table.variant == name] for name in names], metric, n, 0)
-    at = [cost[name] for name in names]
-    low, high = np.nanquantile(power_law(at, 1 - drawn), [0.025, 0.975])
+    variants, tables, people = person_tables(pd.DataFrame(table[table.variant.isin(names)]), ["variant"], metric)
+    whole, drawn = drawn_means(tables, people, n)
+    at = [cost[name] for name in variants]
+    low, high = np.nanquantile(power_law(at, 1 - drawn), [0.025, 0.975]) if min(map(len, people)) > 1 else (np.nan, np.nan)
     exponent = float(power_law(at, 1 - whole))
     factor = float(np.exp(np.mean(np.log(np.maximum(1 - whole, 1e-4)) + exponent * np.log(at))))
     return missing | dict(exponent=exponent, low=float(low), high=float(high), factor=factor)
@@ -159,17 +147,17 @@ def scaling_law(
 def per_class(
     scores: pd.DataFrame,  # Rows of scores.csv
     metric: str = "dsc",
-) -> pd.DataFrame:  # task, label, group, cases, then a column per network and start
-    "Mean score of every class over cases and seeds; `cases` counts test cases in which the class is present"
+) -> pd.DataFrame:  # task, label, group, people, then a column per network and start
+    "Mean score of every class over people and seeds; `people` counts test people in whom the class is present"
     key = ["task", "label", "group"]
-    starts = ("pretrained: " + scores.init).where(scores.init != "scratch", "from scratch")
-    shown = scores.assign(method=scores.backbone.map(backbone_title) + ", " + starts)
-    wide = shown.pivot_table(metric, key, "method", "mean", sort=False, observed=True)
+    shown = scores.assign(method=map_titles(scores.backbone, backbone_title) + ", " + map_titles(scores.init, start_title))
+    means = shown.groupby([*key, "method", "person"], sort=False, observed=True)[metric].mean().reset_index()
+    wide = means.pivot_table(metric, key, "method", "mean", sort=False, observed=True)
     # A network's columns side by side, from scratch first
     order = shown.assign(place=shown.backbone.factorize()[0], later=shown.init != "scratch").sort_values(["place", "later"], kind="stable")
     wide = wide.reindex(columns=list(dict.fromkeys(order.method)))
-    present = scores[scores.n_voxels > 0].groupby(key, sort=False)["case"].nunique()
-    wide.insert(0, "cases", present.reindex(wide.index).fillna(0).astype(int))
+    present = scores[scores.n_voxels > 0].groupby(key, sort=False)["person"].nunique()
+    wide.insert(0, "people", present.reindex(wide.index).fillna(0).astype(int))
     return wide.reset_index()
 
 # %% ../../nbs/report/20_analysis.ipynb #report-effects
@@ -189,16 +177,17 @@ def format_effects(
     table: pd.DataFrame,  # From `effects`
 ) -> pd.DataFrame:
     "Effects as a reader sees them, in points"
-    columns = ["start", "variant", "against", "metric", "difference (95 % interval)", "p (Wilcoxon)", "cases", "seeds"]
+    columns = ["start", "variant", "against", "metric", "difference in points (95 % interval)", "p", "p (Holm)", "people", "tasks", "seeds"]
     rows = [
         (
             row.init,
-            row.variant.replace("_", " "),
-            row.reference.replace("_", " "),
+            variant_title(row.variant),
+            variant_title(row.reference),
             row.metric.upper(),
             points_text(row.difference, row.low, row.high),
-            f"{row.p:.3f}",
-            str(row.n),
+            *(f"{p:.3f}" if np.isfinite(p) else MISSING for p in (row.p, row.p_holm)),
+            str(row.people),
+            str(row.tasks),
             str(row.seeds),
         )
         for row in rows_of(table)
@@ -216,13 +205,14 @@ def report_effects(
     "Write the picture and the table of an ablation; without rows of it both say that nothing is available"
     from IPython.display import HTML
 
-    from mednext_v2.report.tables import caption, read_table, resampling_units, save_figure, save_table, table_html
+    from mednext_v2.report.tables import caption, interval_words, read_scores, save_figure, save_table, table_html
 
-    table = read_table(profile, "ablations")
+    table = read_scores(profile, "ablations")
     table = table[table.ablation == name]
     found, folder = effects(table, reference), Path(out or StudyPaths(profile).page(name))
-    words = f"{text}. Paired differences in points, with 95 % bootstrap intervals over {resampling_units(table)} within tasks"
-    words = caption(words, profile, table)
+    networks = ", ".join(map_titles(table.backbone, backbone_title).unique())
+    trained = f" ({networks}; {', '.join(map_titles(table.task, data_title).unique())})" if len(table) else ""
+    words = caption(f"{text}{trained}. Paired differences in points, {interval_words(table)}", profile, table)
     for metric in METRICS:
         save_figure(forest(found, metric), folder, f"{name}_{metric}")
     save_table(found, folder, "effects", words, format_effects(found))

@@ -14,7 +14,7 @@ import pandas as pd
 from ..core import read_csv, rows_of, write_json
 from ..data.preprocess import Prepared
 from .provenance import write_result
-from .tables import summary
+from .tables import headline_rows, summary
 from ..scoring.ablations import MODEL_COLUMNS, model_row, read_ablation, shared_rows
 from ..scoring.evaluate import SCORE_COLUMNS
 from ..study.paths import StudyPaths
@@ -24,15 +24,6 @@ from ..study.rates import TRIAL_COLUMNS
 from ..study.runs import finetuning_runs, pretraining_runs
 
 # %% ../../nbs/report/15_collect.ipynb #collect
-def headline_rows(
-    scores: pd.DataFrame,  # Rows of scores.csv
-) -> pd.DataFrame:
-    "Rows of test people; of a task with real scans beside others, without these"
-    tests = scores[scores.split == "test"]
-    other = tests.task.isin(tests.task[tests.scans != "real"])
-    return pd.DataFrame(tests[~other | (tests.scans != "real")])
-
-
 def collect(
     evaluated: Path,  # Folder whose subfolders hold a `scores.csv` each
     out: Path,  # Gets `scores.csv` and `metrics.json`

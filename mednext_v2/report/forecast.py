@@ -19,15 +19,21 @@ if TYPE_CHECKING:
     from mednext_v2.training.recipe import Recipe
 
 # %% ../../nbs/report/60_forecast.ipynb #published-compute
-def published_compute(
-    path: str | Path | None = None,  # Another file than the project's
-) -> pd.DataFrame:  # model, backbone, patch, batch, vram_gb, a100_hours, epochs, source
-    "Costs of trainings as others reported them; ValueError for a row without a source"
-    path = Path(path) if path else root() / "data/published_compute.csv"
+def read_published(
+    path: str | Path,  # A table with a column `source`
+) -> pd.DataFrame:
+    "Figures that others published; ValueError for a row without a source"
     table = read_csv(path)
     if table.source.isna().any():
         raise ValueError(f"{path}: line {table.index[table.source.isna()][0] + 2} has no source: name where it comes from")
     return table
+
+
+def published_compute(
+    path: str | Path | None = None,  # Another file than the project's
+) -> pd.DataFrame:  # model, backbone, patch, batch, vram_gb, a100_hours, epochs, source
+    "Costs of trainings as others reported them; ValueError for a row without a source"
+    return read_published(path or root() / "data/published_compute.csv")
 
 # %% ../../nbs/report/60_forecast.ipynb #settings
 @lru_cache(maxsize=8)
@@ -172,3 +178,35 @@ def forecast_summary(
     total["gpu_memory_gb"] = by.gpu_memory_gb.max()
     by.loc["all"] = total
     return by.reset_index().astype({"runs": int})
+
+# %% ../../nbs/report/60_forecast.ipynb #storage
+def folder_gb(
+    folder: Path,
+    mark: str,  # A file that says that it is whole
+) -> float | None:  # None without it
+    "Size of the files of a folder"
+    if not (folder / mark).is_file():
+        return None
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
+
+
+def storage_table(profile: str) -> pd.DataFrame:  # dataset, used_for, cases, raw_gb, prepared_gb, known
+    "Storage of every data set of a profile, measured, published or computed; NaN where nothing is known. ValueError for a size without a source"
+    from mednext_v2.data.datasets import get_dataset
+    from mednext_v2.study.paths import StudyPaths
+
+    axes, paths, rows = profile_params(profile)["axes"], StudyPaths(profile), []
+    stated = read_published(root() / "data/published_sizes.csv").set_index("dataset")
+    uses = {"pretraining": axes["corpora"], "ablations": axes["further"], "fine-tuning": axes["tasks"]}
+    for use, dataset in ((use, get_dataset(name)) for use, names in uses.items() for name in names):
+        size, known = stated.reindex([dataset.name]).iloc[0], []
+        if (raw := folder_gb(paths.raw / dataset.folder, "dataset.json")) is not None:
+            known.append("raw measured")
+        elif pd.notna(raw := size.raw_gb):
+            known.append("raw published")
+        if (prepared := folder_gb(paths.prepared / dataset.name, "manifest.csv")) is not None:
+            known.append("prepared measured")
+        elif pd.notna(prepared := size.cases * size.x * size.y * size.z * (2 * len(dataset.channels) + 1) / 1e9):
+            known.append("prepared at most")
+        rows.append(dict(dataset=dataset.name, used_for=use, cases=size.cases, raw_gb=raw, prepared_gb=prepared, known=", ".join(known)))
+    return pd.DataFrame(rows).astype({"cases": "Int64", "raw_gb": float, "prepared_gb": float})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import pandas as pd
 
 from ..core import Resources, atomic_folder, build, run_jobs, params, read_json, write_csv, write_json
-from .evaluate import SCORE_COLUMNS, evaluate_one
+from .evaluate import SCORE_COLUMNS, evaluate_once, evaluation_folder
 from ..study.paths import StudyPaths, scratch
 from ..study.plan import StudyPlan, read_plan
 from ..study.rates import use_chosen_rate
@@ -320,16 +320,18 @@ def score_jobs(
     compute: dict,  # `params("compute")`
     overlap: float,  # Of the windows
 ) -> pd.DataFrame:  # A column `variant`, and those of `SCORE_COLUMNS`
-    "Scores of the test scans of every model"
+    "Scores of the test scans of every model; an interrupted evaluation goes on where it was"
     from joblib import delayed
 
+    options = dict(overlap=overlap, device=compute["device"], threads=compute["threads"])
+    kept = [evaluation_folder(job.out, folders.data, folders.raw, job.run, job.variant, *options.values()) for job in jobs]
     calls = [
-        delayed(evaluate_one)(
-            job.out, folders.data, folders.raw, folders.out / "evaluate" / job.variant / job.run.init, job.run, overlap, compute["device"], compute["threads"]
-        )
-        for job in jobs
+        delayed(evaluate_once)(folder, job.out, folders.data, folders.raw, folders.out / "evaluate" / job.variant / job.run.init, job.run, **options)
+        for folder, job in zip(kept, jobs)
     ]
     scores = run_jobs(calls, compute["workers"])
+    for folder in kept:
+        shutil.rmtree(folder, ignore_errors=True)
     return pd.concat([part.assign(variant=job.variant) for job, part in zip(jobs, scores)], ignore_index=True)
 
 

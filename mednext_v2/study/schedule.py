@@ -85,8 +85,8 @@ class Schedule:
     seeds: int = 3  # Pretrainings of a backbone, each fine-tuned once on each task
     tasks: int = 4
     arms: tuple[Arm, ...] = ARMS
-    cases: int = 10  # Scans of a task that every model labels: those of eight test people, and real ones
-    checked: int = 6  # Scans of validation people, which the main runs label too
+    cases: int = 9  # Scans of a task that every model labels: those of eight test people, and real ones
+    checked: int = 3  # Scans of validation people, which the main runs label too
 
     def scaled(self, factor: float) -> "Schedule":
         "The same with more or fewer steps, in tens, at least ten"
@@ -94,7 +94,7 @@ class Schedule:
         return replace(self, **steps)
 
 # %% ../../nbs/study/40_schedule.ipynb #trainings
-TRIAL_SCANS = 4  # Scans whose labelling takes as long as the validation patches of a trial
+TRIAL_SCANS = 1  # Scans whose labelling takes as long as the validation patches of a trial
 
 
 def list_trainings(schedule: Schedule) -> pd.DataFrame:  # stage, backbone, runs, steps, factor, scored
@@ -119,7 +119,7 @@ def list_trainings(schedule: Schedule) -> pd.DataFrame:  # stage, backbone, runs
 
 # %% ../../nbs/study/40_schedule.ipynb #forecast
 OWN_SECONDS = 2.0  # Of a training, beside its steps
-SCAN_SECONDS = 0.5  # To label and score a test scan
+SCAN_SECONDS = 1.5  # To label and score a test scan
 CORES = 2  # Trainings side by side
 RESERVE = 0.2  # Share of the time that is kept back
 HOURS = 5.0
