@@ -12,7 +12,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup repro verify rehearsal smoke lint test bench bench-full params export readme clean distclean
+.PHONY: help setup repro verify rehearsal smoke lint test bench bench-full params export readme docs clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -32,7 +32,7 @@ $(PIPELINE): settings.ini setup.py pyproject.toml constraints.txt benchmarks/pee
 	@touch $(PIPELINE)
 
 $(READY): $(PIPELINE)
-	$(PIP) -e '.[train,convert,dicom,remote,cluster,pipeline,dev]'
+	$(PIP) -e '.[train,convert,dicom,remote,cluster,pipeline,docs,dev]'
 	$(PIP) --no-deps -r benchmarks/peers.txt
 	@touch $(READY)
 
@@ -51,7 +51,7 @@ rehearsal: $(READY) ## Run mini in a scratch copy, killed in each kind of stage,
 	@python tests/rehearsal.py
 
 lint: $(READY) ## Look for unused names, unsorted imports and unformatted cells with ruff (rules in pyproject.toml)
-	@ruff check mednext_v2 tests benchmarks
+	@ruff check mednext_v2 tests benchmarks nbs/site
 	@ruff format --check nbs tests benchmarks
 
 test: $(READY) ## Run every test and every chapter
@@ -73,6 +73,9 @@ export: $(READY) ## Format the notebooks, write mednext_v2/ from them, and clean
 
 readme: $(READY) ## Write README.md from nbs/index.ipynb
 	@python -m mednext_v2.stages readme > README.md
+
+docs: $(READY) ## Build the site in _docs from what is saved, offline (a minute and a half on two cores)
+	@python nbs/site/build_site.py
 
 clean: ## Remove unfinished trainings
 	rm -rf scratch

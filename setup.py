@@ -11,7 +11,7 @@ config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 extras = {
     name: cfg[f"{name}_requirements"].split()
-    for name in ("train", "convert", "dicom", "remote", "cluster", "backbones", "hub", "export", "openvino", "bundle", "nnunet", "review", "pipeline", "dev")
+    for name in ("train", "convert", "dicom", "remote", "cluster", "backbones", "hub", "export", "openvino", "bundle", "nnunet", "review", "pipeline", "docs", "dev")
 }
 
 setup(

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 PYTHON, PLATFORM = "3.11.7", "x86_64-manylinux_2_28"
 BUILD = "setuptools==81.0.0\n"  # The last release with pkg_resources, which some of the packages without a wheel need
-EXTRAS = ("train", "convert", "dicom", "remote", "cluster", "pipeline", "dev")
+EXTRAS = ("train", "convert", "dicom", "remote", "cluster", "pipeline", "docs", "dev")
 HEADER = """# Written by environment/lock.py from settings.ini, constraints.txt and benchmarks/peers.txt. For Linux on x86-64, Python 3.11.
 # {}
 """
