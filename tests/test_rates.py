@@ -167,7 +167,7 @@ def test_the_stage_chooses_and_trainings_take_its_choice(tmp_path, monkeypatch):
     assert use_chosen_rate(recipe, "smoke", "finetune", "scratch", "unet") == recipe  # Nothing was tried
 
     values = read_yaml(tmp_path / "params.yaml")
-    values["rates"] = dict(tried=[1e-3, 1e-2], pretrain_steps=3, finetune_steps=4, tasks=["brain_lesion_mr", "abdomen_ct"])
+    values["rates"] = dict(pretrain=[1e-3, 1e-2], finetune=[1e-3, 1e-2], pretrain_steps=3, finetune_steps=4, tasks=["brain_lesion_mr", "abdomen_ct"])
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
     asked = {}
 

@@ -510,9 +510,9 @@ def test_scratch_vs_pretrained_notebook(project):
     gain = pd.read_csv(folder / "gains.csv")
     assert set(zip(gain.group, gain.task)) == {("organ", "abdomen_ct"), ("pathology", "brain_lesion_mr")}
     assert gain.dsc.tolist() == pytest.approx(gains(names["scores"], ["group", "task", "backbone"]).dsc.tolist(), abs=1e-5)
-    # One hollow and one filled marker for each task and backbone, at the values of the table
+    # One hollow and one filled marker of each task and backbone, at the values of the table
     for axes, metric in zip(names["panels"], ("dsc", "nsd")):
-        drawn = sorted(float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() == "o")
+        drawn = sorted(float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() in ("o", "^"))
         assert drawn == pytest.approx(sorted(100 * names["table"][metric]))
     reported = pd.read_csv(folder / "reported.csv").set_index(["model", "metric"])
     assert reported.loc[("MedNeXt-v2 Base", "DSC"), "gain"] == pytest.approx(0.64)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import rows_of
-from .tables import COLUMN, METRICS, MISSING, backbone_title, data_title, house_style, start_title, variant_title
+from .tables import COLUMN, METRICS, MISSING, backbone_title, data_title, house_style, map_titles, start_title, variant_title
 from ..evaluation.comparisons import compare, drawn_means, person_tables, rows_by_person
 from ..evaluation.people_statistics import group_difference, people_effect, person_contrast
 from ..evaluation.statistics import holm
@@ -150,7 +150,7 @@ def per_class(
 ) -> pd.DataFrame:  # task, label, group, people, then a column per network and start
     "Mean score of every class over people and seeds; `people` counts test people in whom the class is present"
     key = ["task", "label", "group"]
-    shown = scores.assign(method=scores.backbone.map(backbone_title) + ", " + scores.init.map(start_title))
+    shown = scores.assign(method=map_titles(scores.backbone, backbone_title) + ", " + map_titles(scores.init, start_title))
     means = shown.groupby([*key, "method", "person"], sort=False, observed=True)[metric].mean().reset_index()
     wide = means.pivot_table(metric, key, "method", "mean", sort=False, observed=True)
     # A network's columns side by side, from scratch first
@@ -210,8 +210,8 @@ def report_effects(
     table = read_scores(profile, "ablations")
     table = table[table.ablation == name]
     found, folder = effects(table, reference), Path(out or StudyPaths(profile).page(name))
-    networks = ", ".join(dict.fromkeys(map(backbone_title, table.backbone)))
-    trained = f" ({networks}; {', '.join(dict.fromkeys(map(data_title, table.task)))})" if len(table) else ""
+    networks = ", ".join(map_titles(table.backbone, backbone_title).unique())
+    trained = f" ({networks}; {', '.join(map_titles(table.task, data_title).unique())})" if len(table) else ""
     words = caption(f"{text}{trained}. Paired differences in points, {interval_words(table)}", profile, table)
     for metric in METRICS:
         save_figure(forest(found, metric), folder, f"{name}_{metric}")

@@ -63,9 +63,11 @@ def list_trainings(profile: str) -> pd.DataFrame:  # stage, backbone, overrides,
 
     seeds, rates = len(plan.seeds), values["rates"]
     trials = {stage: {"steps": rates.get(f"{stage}_steps")} for stage in ("pretrain", "finetune")}
-    for backbone in axes["backbones"] if rates["tried"] else ():
-        add("rates", backbone, {}, values["recipes"]["pretrain"] | trials["pretrain"], len(rates["tried"]) * len(axes["corpora"]))
-        add("rates", backbone, {}, values["recipes"]["finetune"] | trials["finetune"], len(rates["tried"]) * len(axes["inits"]) * len(rates["tasks"]))
+    for backbone in axes["backbones"]:
+        if rates["pretrain"]:
+            add("rates", backbone, {}, values["recipes"]["pretrain"] | trials["pretrain"], len(rates["pretrain"]) * len(axes["corpora"]))
+        if rates["finetune"]:
+            add("rates", backbone, {}, values["recipes"]["finetune"] | trials["finetune"], len(rates["finetune"]) * len(axes["inits"]) * len(rates["tasks"]))
     for backbone in axes["backbones"]:
         add("pretrain", backbone, {}, values["recipes"]["pretrain"], seeds * len(axes["corpora"]))
         add("scratch", backbone, {}, values["recipes"]["finetune"], tuned)

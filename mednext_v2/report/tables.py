@@ -10,7 +10,7 @@ __all__ = ['OLDER', 'PLURALS', 'published', 'read_table', 'headline_rows', 'read
 import colorsys
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape, unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -334,7 +334,8 @@ def start_title(
 
     if init == "scratch":
         return "from scratch"
-    return f"released: {load_zoo()[init].title}" if init in load_zoo() else f"pretrained: {data_title(init)}"
+    released = load_zoo().get(init)
+    return f"released: {released.title}" if released else f"pretrained: {data_title(init)}"
 
 
 VARIANT_TITLES = {
@@ -353,6 +354,14 @@ def variant_title(
     if match := re.fullmatch(r"(people|cases)_(\d+)", variant):
         return count_words(int(match[2]), {"people": "person", "cases": "scan"}[match[1]])
     return VARIANT_TITLES.get(variant, variant.replace("_", " "))
+
+
+def map_titles(
+    names: pd.Series,
+    title: Callable[[str], str],  # `backbone_title`, `data_title`, `start_title` or `variant_title`
+) -> pd.Series:
+    "Titles of names, each looked up once; NaN stays"
+    return names.map({name: title(name) for name in names.dropna().unique()})
 
 # %% ../../nbs/report/10_tables.ipynb #house-style
 def house_style() -> None:
@@ -582,7 +591,7 @@ def format_main_table(
     "The main table as a reader sees it: DSC above NSD in percent with intervals, the best of a column bold, ≈ what equals it"
     ran, columns = table.init.notna(), {}
     models = table.backbone.map(backbone_title).where(ran, table.get("reported_model"))
-    starts = table.init.map(start_title, na_action="ignore").where(ran, table.start)
+    starts = map_titles(table.init, start_title).where(ran, table.start)
     columns["", "model"] = [escape(str(model)) for model in models]
     columns["", "start"] = [escape(str(start)) for start in starts]
     columns["", "patch"] = [f"{side:.0f}³" if side > 0 else MISSING for side in table.side]

@@ -20,7 +20,7 @@ from mednext_v2.study.runs import TrainingRun, is_made, resources_of, run_data, 
 from mednext_v2.training.recipe import Recipe
 
 # %% ../../nbs/study/35_rates.ipynb #choose
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # Peaks that are tried
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # Peaks that are tried unless others are asked for
 TIE = 0.005  # Dice: what a short run cannot tell apart
 TRIAL_COLUMNS = ("backbone", "start", "lr", "task", "dice")
 CHOICE_COLUMNS = ("backbone", "start", "lr", "dice", "tied", "diverged", "edge")
@@ -218,7 +218,7 @@ def planned_trials(
 ) -> Trials | None:  # None if the profile tries none
     "The trials that `params.yaml` asks for"
     asked = params("rates")
-    if not asked["tried"]:
+    if not asked[stage]:
         return None
     return Trials(
         profile,
@@ -228,7 +228,7 @@ def planned_trials(
         recipe=build(Recipe, params(f"recipes.{stage}"), f"params.yaml:recipes.{stage}"),
         overrides=params(f"backbones.{backbone}"),
         steps=asked[f"{stage}_steps"],
-        rates=tuple(asked["tried"]),
+        rates=tuple(asked[stage]),
         parent=None if stage == "pretrain" else StudyPaths(profile).parent(init, backbone),
     )
 
@@ -261,7 +261,7 @@ def use_chosen_rate(
     backbone: str,
 ) -> Recipe:
     "A recipe with the rate that was chosen; unchanged if the profile tries none. FileNotFoundError or ValueError if none was chosen yet"
-    if not params("rates.tried"):
+    if not params("rates")[stage]:
         return recipe
     chosen = read_csv(StudyPaths(profile).rates(stage, init, backbone) / "rates.csv")
     return with_rate(recipe, chosen, backbone, "pretrain" if stage == "pretrain" else init)

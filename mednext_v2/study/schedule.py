@@ -77,8 +77,8 @@ class Schedule:
 
     pretrain: int = 600  # Steps
     finetune: int = 200  # Steps
-    trial: int = 80  # Steps of fine-tuning with a rate that is tried
-    pretrain_trial: int = 120  # Steps of pretraining with one
+    trial: int = 100  # Steps of fine-tuning with a rate that is tried
+    pretrain_trial: int = 300  # Steps of pretraining with one
     rates: int = 4
     trial_tasks: int = 2
     backbones: tuple[str, ...] = tuple(FAMILIES)
