@@ -139,20 +139,27 @@ def write_chapters(site: Site, order: dict, api: dict[str, str]) -> None:
                 site.write(page, text, title, said)
 
 
+def told(title: str, description: str) -> str:
+    "What a list says after a title, without saying the title twice"
+    if description.lower().startswith(title.lower()):
+        description = description[len(title) :].lstrip(":,. ")
+    return f": {description}" if description else ""
+
+
 def group_index(order: dict, site: Site, page: str) -> str:
     "Lists of chapters by group, for the page that opens a section"
     parts = []
     for group, items in order.items():
         if items:
-            listed = [f"- [{title}]({site.links.relative(page, other)}.ipynb): {site.descriptions.get(other, '')}" for _, other, title in items]
+            listed = [f"- [{title}]({site.links.relative(page, other)}.ipynb)" + told(title, site.descriptions.get(other, "")) for _, other, title in items]
             parts += [f"## {group}", "", *listed, "", toctree([(title, f"/{other}") for _, other, title in items], group)]
     return "\n".join(["", *parts])
 
 
-def write_results(site: Site) -> str:
-    "Pages of results, and what the page that opens them has to list"
+def place_results(site: Site) -> None:
+    "Where pages of results are, before any page is written, so that pages can link to each other"
     profiles = [name for name in PROFILES if (site.root / "results" / name).is_dir()]
-    for profile in profiles:  # Before any page is written, so that pages can link to each other
+    for profile in profiles:
         folders = [path.name for path in sorted((site.root / "results" / profile).iterdir()) if any(path.glob("*.csv")) or any(path.glob("*.png"))]
         for name in folders:
             site.links.suffix[f"results/{profile}/{name}"] = ".md"
@@ -160,12 +167,13 @@ def write_results(site: Site) -> str:
                 site.links.pages.setdefault(f"nbs/paper/{name}.ipynb", f"results/{profile}/{name}")
         site.links.pages[f"results/{profile}"] = site.links.pages[f"results/{profile}/README.md"] = f"results/{profile}/index"
         site.links.suffix[f"results/{profile}/index"] = ".md"
-    return "\n".join(
-        ["", *(f"- [Profile {profile}]({profile}/index.md)" for profile in profiles), "", toctree([(f"Profile {one}", f"{one}/index") for one in profiles])]
-    )
 
 
-def write_profiles(site: Site) -> None:
+def write_results(site: Site) -> str:
+    "Pages of results, and what the page that opens them has to list"
+    lists, profiles = [], []
+    if not (site.root / "results/study").is_dir():
+        lists += ["Results of the profile `study` are not in this commit: they are made anew.", ""]
     order = [one if isinstance(one, str) else next(iter(one)) for one in yaml(site.root / "conf/config.yaml").get("papers", [])]
     for profile in PROFILES:
         if not (folder := site.root / "results" / profile).is_dir():
@@ -182,6 +190,10 @@ def write_profiles(site: Site) -> None:
             site.write(f"results/{profile}/data", result_pages.data_page(site.root, profile, site.links), f"Scores and costs ({profile})")
             pages.append(("data", "Scores and costs", "every score of every case, and what each training cost"))
         site.write(f"results/{profile}/index", result_pages.overview(site.root, profile, pages, site.links), f"Results of profile {profile}")
+        lists += [f"## Profile {profile}", "", f"[What it is]({profile}/index.md), and:", ""]
+        lists += [*(f"- [{title}]({profile}/{name}.md){told(title, said)}" for name, title, said in pages), ""]
+        profiles.append((f"Profile {profile}", f"{profile}/index"))
+    return "\n".join(["", *lists, toctree(profiles)])
 
 
 def write_api(site: Site, found: dict[str, Path], chapter_of: dict[str, str]) -> list[tuple[str, list[reference_pages.Member]]]:
@@ -216,13 +228,13 @@ def write_reference(site: Site, order: dict) -> None:
     everyday = {f"mednext_v2.{home}.{name}" for name, home in HOME_OF.items()}
     plain = []
     for module, names in listed:
-        summary += [f"## {module}", ""]
+        summary += [f"## {module.removeprefix('mednext_v2.')}", ""]
         plain += ["", f"## {module}", ""]
         for one in names:
             star = " (also `from mednext_v2 import`)" if f"{module}.{one.name}" in everyday else ""
             summary += [f"{{py:obj}}`{one.name} <{module}.{one.name}>`{star}", f": {reference_pages.code(one.name + one.call)}", ""]
             summary += [f"  {one.line}", ""] if one.line else []
-            plain.append(f"- `{one.name}{one.call}`{star}: {one.line}".replace("&lt;", "<").replace("\\|", "|"))
+            plain.append(f"- `{one.name}{one.call}`{star}: {reference_pages.unescape(one.line)}")
     site.write("reference/summary", "\n".join(summary))
     site.plain_api = "\n".join(plain)
     api = [(name.removeprefix("mednext_v2."), f"api/{name.removeprefix('mednext_v2.')}") for name, _ in listed]
@@ -329,14 +341,14 @@ def stage(site: Site) -> None:
             for path, page, _ in items:
                 site.links.pages[path], site.links.suffix[page] = page, ".ipynb"
     written = stage_written(site)
-    profiles = write_results(site)
+    place_results(site)
     for other in ("README.md", "nbs/index.ipynb"):
         site.links.pages[other] = "index"
     for name in modules(site):
         site.links.suffix[f"reference/api/{name.removeprefix('mednext_v2.')}"] = ".md"
     api = {name: f"reference/api/{name.removeprefix('mednext_v2.')}" for name in modules(site)}
     write_chapters(site, order, api)
-    write_profiles(site)
+    profiles = write_results(site)
     write_reference(site, order)
     also = {"results/index": profiles}
     for section in ("start", "learn", "how-to"):
@@ -367,7 +379,9 @@ def llms(site: Site, out: Path) -> None:
     lines += [f"Source: {site.settings['git_url']}. Every public name on one page: {base}/api.txt", ""]
     for section, title in SECTIONS.items():
         lines += [f"## {title}", ""]
-        pages = sorted((page for page in site.titles if page.startswith(f"{section}/")), key=lambda page: (page.count("/"), page))
+        written = set(site.links.pages[path] for path in site.links.pages if path.startswith("nbs/site/"))
+        pages = [page for page in site.titles if page.startswith(f"{section}/")]
+        pages.sort(key=lambda page: (page != f"{section}/index", page not in written))  # Else in the order of the site
         lines += [f"- [{site.titles[page]}]({base}/{page}.html)" + (f": {site.descriptions[page]}" if site.descriptions[page] else "") for page in pages] + [""]
     (out / "llms.txt").write_text("\n".join(lines), encoding="utf-8")
     (out / "api.txt").write_text(f"# {site.settings['lib_name']} {site.settings['version']}: public names\n{site.plain_api}\n", encoding="utf-8")

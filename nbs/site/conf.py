@@ -27,6 +27,7 @@ exclude_patterns = ["**.ipynb_checkpoints"]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 root_doc = "index"
 nitpicky = True
+smartquotes_action = "qe"  # Not dashes: options begin with two
 add_module_names = False
 maximum_signature_line_length = 60
 python_display_short_literal_types = True

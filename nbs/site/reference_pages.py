@@ -65,9 +65,13 @@ def fields(node: ast.ClassDef, said: dict[int, str]) -> list[tuple[str, str, str
 
 
 def prose(text: str | None) -> str:
-    "A docstring as Markdown: names between backticks stay, what Markdown would read as markup does not"
-    text = (text or "").strip()
-    return "\n\n".join(re.sub(r"\s+", " ", part) for part in re.split(r"\n\s*\n", text)).replace("|", "\\|").replace("<", "&lt;")
+    "A docstring as Markdown: names between backticks stay code, all else stands for itself"
+    return "\n\n".join(escape(re.sub(r"\s+", " ", part)) for part in re.split(r"\n\s*\n", (text or "").strip()))
+
+
+def unescape(text: str) -> str:
+    "What `escape` was given"
+    return re.sub(r"\\([\\*_<>\[\]{}|#~$])", r"\1", text)
 
 
 def code(text: str) -> str:
