@@ -1,18 +1,23 @@
-"The ledger: each rule on made-up tables where the answer is known, and the words that follow from it"
+"The ledger: what the rules say, what the paper reports, and how it is shown; and the analyses that pages rest on"
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from mednext_v2.core import root
+from mednext_v2.core import root, write_csv
+from mednext_v2.report import claims
 from mednext_v2.report.analysis import effects, group_gains, power_law, scaling_law
-from mednext_v2.report.claims import CLAIMS, MARGIN, MIN_EVIDENCE, VERDICTS, Evidence, format_ledger, ledger, verdict
+from mednext_v2.report.claims import CLAIMS, equivalence_power, format_ledger, ledger, ledger_markdown
 from mednext_v2.report.power import paired_differences, variance_components
+from mednext_v2.report.rules import LEDGER_COLUMNS, VERDICTS, judge, make_study, rules_hash
 from mednext_v2.report.tables import published, read_table, select_rows
 
+TRUE = dict(backbones=0.2, released=0.1, grn=0.08, scaling=0.08, pathology=0.08)
+CALM = (0.002, 0.001, 0.005)
 TASKS = {"abdomen_ct": ("liver", "organ"), "liver_lesion_ct": ("lesion", "pathology"), "brain_mr": ("frontal", "organ")}
 
 
@@ -35,87 +40,32 @@ def tables(scores: dict | None = None, ablations: list | None = None, **options)
     return {"scores": table(some, **options).rename(columns={"method": "backbone"}), "ablations": pd.concat(parts, ignore_index=True) if parts else empty}
 
 
-def word(number: int, *args, profile: str = "study", **options) -> str:
-    return verdict(CLAIMS[number - 1].rule(tables(*args, **options)), profile)
+def of_study(name: str = "study", **options) -> pd.DataFrame:
+    return ledger(make_study(np.random.default_rng(0), TRUE, noise=CALM, **options), name)
 
 
-FOUR = {"mednext_v2_tiny": 0.6, "resenc_l": 0.56, "stunet_base": 0.54, "unet": 0.5}
-SAME = {(name, init): level for name, level in FOUR.items() for init in ("scratch", "corpus_ct")}
-CROSSED = {(name, init): level if init == "scratch" else 1.1 - level for name, level in FOUR.items() for init in ("scratch", "corpus_ct")}
-EQUAL = {(name, init): 0.5 for name in FOUR for init in ("scratch", "corpus_ct")}
-YES, NO, NOT = VERDICTS[1:]
+@pytest.fixture(scope="module")
+def held() -> pd.DataFrame:
+    return of_study()
 
 
-@pytest.mark.parametrize(
-    ("number", "scores", "expected"),
-    [
-        (1, SAME, YES),
-        (1, EQUAL, NO),
-        (1, {("unet", "scratch"): 0.5}, NOT),
-        (2, SAME, YES),
-        (2, CROSSED, NO),
-        (2, {key: level for key, level in SAME.items() if key[0] in ("unet", "resenc_l")}, NOT),
-        (5, SAME, YES),
-        (5, CROSSED, NO),
-        (5, {("unet", "scratch"): 0.5, ("resenc_l", "scratch"): 0.6}, NOT),
-        (4, SAME, NOT),
-    ],
-)
-def test_rules_of_backbones(number, scores, expected):
-    assert word(number, scores) == expected
+def test_the_ledger_is_what_judge_says_with_what_the_paper_reports(held):
+    made = make_study(np.random.default_rng(0), TRUE, noise=CALM)
+    pd.testing.assert_frame_equal(held[LEDGER_COLUMNS], judge(made, "study"))
+    more = set(held) - set(LEDGER_COLUMNS)
+    assert more == {"reported", "profile", "rules", "notebook", "command"} and set(held.rules) == {rules_hash()}
+    assert held.verdict.tolist() == ["supported"] * 7
 
 
-GRN = ("grn", {("without", "corpus_ct"): 0.5, ("mean", "corpus_ct"): 0.55})
-STEP = ("scaling", {("base", "corpus_ct"): 0.5, ("compound", "corpus_ct"): 0.55})
+def test_one_seed_is_never_judged_as_in_mini():
+    assert set(of_study(seeds=1).verdict) == {"not tested"}
+    assert set(of_study("smoke").verdict) == {"not tested"}
+    assert set(ledger({}, "study").verdict) == {"not tested"}
 
 
-def test_representation_needs_both_parts():
-    assert word(3, None, [GRN, STEP]) == YES
-    worse = ("scaling", {("base", "corpus_ct"): 0.5, ("compound", "corpus_ct"): 0.5})
-    assert word(3, None, [GRN, worse]) == NO
-    assert word(3, None, [GRN]) == NOT
-    scratch = ("scaling", {("base", "scratch"): 0.5, ("compound", "scratch"): 0.55})
-    assert word(3, None, [GRN, scratch]) == NOT, "what was trained from scratch says nothing of a representation"
-
-
-@pytest.mark.parametrize(("organ", "sick", "expected"), [(0.5, 0.6, YES), (0.6, 0.5, NO), (0.55, 0.55, NO)])
-def test_pathology_must_gain_more_than_organs(organ, sick, expected):
-    levels = {("base", "corpus_ct"): 0.5, ("compound", "corpus_ct"): {"organ": organ, "pathology": sick}}
-    assert word(6, None, [("scaling", levels)]) == expected
-
-
-@pytest.mark.parametrize(("mr", "noise", "expected"), [(0.5, 0.002, YES), (0.53, 0.002, NO), (0.5, 0.1, NO)])
-def test_negligible_means_an_interval_within_the_margin(mr, noise, expected):
-    levels = {("ct_full", "corpus_ct"): 0.5, ("mr_full", "corpus_mr"): mr}
-    assert word(7, None, [("modality", levels)], noise=noise) == expected
-    assert MARGIN == 0.01
-
-
-def test_released_models_are_compared_by_their_names_in_the_zoo(monkeypatch):
-    from mednext_v2.zoo.catalogue import load_zoo
-
-    other = next(iter(load_zoo()))
-    scores = {("mednext_v2_tiny", "corpus_ct"): 0.6, ("mednext_v2_tiny", "scratch"): 0.5, ("resenc_l", other): 0.55}
-    assert word(4, scores) == YES
-    assert word(4, scores | {("resenc_l", other): 0.65}) == NO
-
-
-@pytest.mark.parametrize("short", MIN_EVIDENCE)
-def test_too_few_of_anything_is_not_judged(short):
-    found = Evidence(0.1, 0.05, 0.2, **(MIN_EVIDENCE | {short: MIN_EVIDENCE[short] - 1}))
-    assert verdict(found, "study") == NOT and verdict(Evidence(0.1, 0.05, 0.2, **MIN_EVIDENCE), "study") == YES
-
-
-def test_reproduced_is_kept_for_the_paper_and_smoke_is_never_judged():
-    assert word(5, SAME, profile="paper") == "reproduced"
-    for profile in ("mini", "study"):
-        assert "reproduced" not in set(ledger(tables(SAME, [GRN, STEP]), profile).verdict)
-    assert set(ledger(tables(SAME, [GRN, STEP]), "smoke").verdict) == {NOT}
-
-
-def test_reported_figures_are_those_of_the_csv_and_nothing_else():
+def test_reported_figures_are_those_of_the_csv_and_nothing_else(held):
     known = {f"{value:.2f}" for value in published().value.dropna()}
-    for text in ledger(tables(SAME), "study").reported:
+    for text in held.reported:
         figures = re.findall(r"\d+\.\d+", text)
         assert set(figures) <= known and (figures or text == "not available")
 
@@ -124,15 +74,54 @@ def test_every_claim_names_a_notebook_that_is_there():
     assert [claim.number for claim in CLAIMS] == list(range(1, 8))
     for claim in CLAIMS:
         assert (root(__file__) / "nbs/paper" / f"{claim.notebook}.ipynb").is_file()
-        assert claim.rule.__doc__.startswith(f"{claim.number}. ")
 
 
-def test_what_is_shown_says_not_available_and_no_verdict_is_typed():
-    shown = format_ledger(ledger(tables(SAME), "study"))
-    assert "not available" in set(shown["found here (95 % interval)"]) and all(cell.startswith("<b>") for cell in shown.verdict)
+def test_what_is_shown_says_not_available_why_not_tested_and_no_verdict_is_typed(held):
+    shown = format_ledger(held)
+    effects_shown = shown["found here (interval)"].tolist()
+    assert effects_shown[0] == "4 (4 to 4)" and effects_shown[1] == "1.00 (1.00 to 1.00)" and effects_shown[2].startswith("8.0 (7.")
+    empty = format_ledger(ledger({}, "study"))
+    assert set(empty["found here (interval)"]) == {"not available"} and set(empty.verdict) == {
+        "<b>not tested</b>: no scores",
+        "<b>not tested</b>: no ablations",
+    }
+    assert empty["people, seeds, tasks, backbones"][0] == "0, 0, 0, 0"
     source = json.loads((root(__file__) / "nbs/paper/claims.ipynb").read_text())
     text = "".join("".join(cell["source"]) for cell in source["cells"])
     assert not [word for word in VERDICTS if word in text]
+
+
+def test_the_ledger_in_markdown_and_that_of_other_columns(held, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "StudyPaths", lambda profile: SimpleNamespace(results=tmp_path, page=lambda name: tmp_path / name))
+    with pytest.raises(FileNotFoundError, match=r"run `make repro PROFILE=study`"):
+        ledger_markdown("study")
+    write_csv(tmp_path / "claims/claims.csv", held.assign(of="a | b"))
+    lines = ledger_markdown("study").splitlines()
+    assert len(lines) == 2 + 7 + 2 and all(line.startswith("| ") for line in lines[:9]) and "**supported**" in lines[2] and "a \\| b" in lines[2]
+    assert lines[-1].startswith(f"Rules `{rules_hash()}`") and "numbers of an unknown commit" in lines[-1]
+    write_csv(tmp_path / "claims/claims.csv", held.drop(columns="reason"))
+    assert ledger_markdown("study").startswith("The ledger that is committed for this profile was made by earlier rules")
+
+
+def test_the_line_on_rules_says_whether_they_were_first(monkeypatch):
+    made = {"commit": "a" * 40, "uncommitted": ["x"]}
+    monkeypatch.setattr(claims, "read_provenance", lambda path: made)
+    for first, words in ((True, "before the numbers were made"), (False, "not before the numbers: so"), (None, "it cannot be told whether before the numbers")):
+        known = {"rules": "r" * 16, "sealed": "b" * 40, "date": "2026-12-01", "why": "so" if first is False else ""}
+        asked = []
+        monkeypatch.setattr(claims, "made_after", lambda *words: asked.append(words) or (first, known))
+        text = claims.describe_making("study")
+        assert words in text and "committed on 2026-12-01 (`bbbbbbbbbbbb`)" in text and "commit `aaaaaaaaaaaa`" in text and asked == [("a" * 40, ("x",))]
+
+
+def test_power_of_equivalence_is_of_the_spread_that_was_found():
+    calm = equivalence_power(make_study(np.random.default_rng(0), noise=CALM), "study", 500)
+    usual = equivalence_power(make_study(np.random.default_rng(0), noise=(0.02, 0.015, 0.03)), "study", 500)
+    assert calm.tasks.tolist() == usual.tasks.tolist() == ["CT", "MR"] and (calm.people == 8).all() and (calm.seeds == 3).all()
+    assert (calm.power > 0.9).all() and (usual.power < 0.1).all()
+    assert (calm.margin_80 < 0.01).all() and (usual.margin_80 > 0.01).all()
+    np.testing.assert_allclose(usual.noise_allowed, 0.01 / usual.margin_80)
+    assert equivalence_power(make_study(np.random.default_rng(0), people=1), "study", 50).empty and equivalence_power({}, "study").empty
 
 
 # ---- what the rules rest on

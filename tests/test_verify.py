@@ -13,7 +13,7 @@ from mednext_v2.core import sha256, write_csv, write_json
 from mednext_v2.report import provenance, verify
 from mednext_v2.study import paths
 
-CLAIM = dict(claim=1, effect=0.10, low=0.05, high=0.15, of="one less other", verdict="supported at this scale")
+CLAIM = dict(claim=1, effect=0.10, low=0.05, high=0.15, of="one less other", verdict="supported")
 
 
 def score_rows(shift: float = 0.0) -> pd.DataFrame:

@@ -182,31 +182,35 @@ def claim_gaps(profile: str) -> pd.DataFrame:  # A row a claim: needs, missing (
 # %% ../../nbs/report/65_arms.ipynb #rows
 def planned_rows(
     profile: str,
-    cases: int = 4,  # Test cases of a task
+    people: int = 4,  # Of the test; a case each
+    validation: int = 3,  # People whom the main runs label too
     labels: int = 2,  # Of each group of a task, to keep the tables small
 ) -> dict[str, pd.DataFrame]:  # scores, ablations: as the pipeline writes them, `dsc` and `nsd` not there yet
     "Every row that the scored runs of a profile would have"
-    planned = read_planned(profile)
+    planned, kind = read_planned(profile), read_rules()["scans"][profile]
     plan, scores, ablations = planned.plan, [], []
+    test = {f"t{index}": "test" for index in range(people)}
+    both = {f"v{index}": "validation" for index in range(validation)} | test
 
-    def scored(task: str, seeds: tuple[int, ...], **about) -> list[dict]:
+    def scored(task: str, seeds: tuple[int, ...], whose: dict[str, str], **about) -> list[dict]:
         named = pd.Series(get_dataset(task).groups)
         kept = [label for _, some in named.groupby(named, sort=False) for label in some.index[:labels]]
         return [
-            about | dict(profile=profile, task=task, case=f"{task}_{case}", label=label, group=named[label], seed=seed)
-            for case in range(cases)
+            about
+            | dict(profile=profile, task=task, case=f"{task}_{person}", person=person, scans=kind, split=split, label=label, group=named[label], seed=seed)
+            for person, split in whose.items()
             for label in kept
             for seed in seeds
         ]
 
     for task in plan.tasks:
         for init in plan.inits:
-            scores += [row for backbone in plan.backbones for row in scored(task, plan.seeds, backbone=backbone, init=init)]
+            scores += [row for backbone in plan.backbones for row in scored(task, plan.seeds, both, backbone=backbone, init=init)]
         for name in plan.released:
-            scores += scored(task, plan.seeds, backbone=get_entry(name).backbone, init=name)
+            scores += scored(task, plan.seeds, both, backbone=get_entry(name).backbone, init=name)
     for ablation, variants in planned.variants.items():
         for name, variant in variants.items():
             for start in planned.inits[ablation]:
                 about = dict(ablation=ablation, variant=name, backbone=variant.backbone, init=planned.corpus(variant) if start == "pretrained" else start)
-                ablations += [row for task in planned.tasks[ablation] for row in scored(task, planned.seeds[ablation], **about)]
+                ablations += [row for task in planned.tasks[ablation] for row in scored(task, planned.seeds[ablation], test, **about)]
     return {"scores": pd.DataFrame(scores), "ablations": pd.DataFrame(ablations)}

@@ -6,252 +6,37 @@
 __all__ = ['ledger']
 
 # %% ../../nbs/report/30_claims.ipynb #imports
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TypedDict
 
+import numpy as np
 import pandas as pd
 
-from .analysis import effects, group_gains
 from ..core import read_csv, rows_of
-from .power import effect_noise, read_noise
-from .tables import MISSING, backbone_title, sample_counts, published
-from ..evaluation.comparisons import compare, compare_all, scratch_predicts
-from ..evaluation.statistics import select_method, means
+from ..evaluation.people_statistics import fit_spread, half_width, people_effect, power, simulate, variance_parts
+from .provenance import read_provenance
+from .rules import NotTestedError, Tables, check_corpora, judge, made_after, modality_pairs, read_rules, rules_hash
+from .tables import MISSING, published, read_table
 from ..study.paths import StudyPaths
 
-# %% ../../nbs/report/30_claims.ipynb #evidence
-MIN_EVIDENCE = {"seeds": 3, "cases": 12, "tasks": 2}
-
-# %% ../../nbs/report/30_claims.ipynb #verdicts
-VERDICTS = ("reproduced", "supported at this scale", "not supported at this scale", "not tested at this scale")
-
-
-@dataclass(frozen=True)
-class Evidence:
-    "What a rule found"
-
-    effect: float  # In the claim's unit
-    low: float  # Ends of its 95 % interval
-    high: float
-    seeds: int
-    cases: int
-    tasks: int
-    detail: str = ""  # What the effect is of, in words
-    margin: float | None = None  # The rule asks for an interval within this distance of zero; if None, for one above zero
-    besides: bool = True  # Whether the rest of the rule is fulfilled
-    in_dsc: bool = True  # Whether the effect is a difference of mean DSC
-
-    @property
-    def holds(self) -> bool:
-        "Whether the rule is fulfilled"
-        inside = self.low > 0 if self.margin is None else -self.margin < self.low and self.high < self.margin
-        return bool(inside and self.besides)
-
-    @property
-    def enough(self) -> bool:
-        "Whether it may be judged"
-        return all(getattr(self, name) >= least for name, least in MIN_EVIDENCE.items())
-
-
-def verdict(
-    evidence: Evidence | None,  # None if nothing was run that tells
-    profile: str,
-) -> str:  # One of `VERDICTS`
-    "The word for it"
-    if evidence is None or profile == "smoke" or not evidence.enough or pd.isna(evidence.low):
-        return VERDICTS[3]
-    if not evidence.holds:
-        return VERDICTS[2]
-    return VERDICTS[0] if profile == "paper" else VERDICTS[1]
-
-# %% ../../nbs/report/30_claims.ipynb #size
-MARGIN = 0.01  # Claim 7: one DSC point is what "negligible" means here
-
-
-class Counts(TypedDict):
-    "Seeds, cases and tasks behind a result"
-
-    seeds: int
-    cases: int
-    tasks: int
-
-
-def evidence_counts(table: pd.DataFrame) -> Counts:
-    "Seeds, cases and tasks behind a result"
-    found = sample_counts(table)
-    return Counts(seeds=found["seeds"], cases=found["cases"], tasks=found["tasks"])
-
-
-def scratch_scores(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    "Main scores from scratch"
-    return tables["scores"][tables["scores"].init == "scratch"]
-
-
-def pretrained_scores(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    "Main scores after the first pretraining of our own"
-    from mednext_v2.zoo.catalogue import load_zoo
-
-    scores = tables["scores"]
-    inits = [init for init in dict.fromkeys(scores.init) if init != "scratch" and init not in load_zoo()]
-    return scores[scores.init == inits[0]] if inits else scores.iloc[:0]
-
-
-def ablation_rows(
-    tables: dict[str, pd.DataFrame],
-    name: str,  # Of an ablation
-    start: str = "",  # `scratch` or `pretrained`; both if not given
-) -> pd.DataFrame:
-    "Rows of one ablation; none if it was not run"
-    table = tables["ablations"]
-    table = table[table.ablation == name]
-    return table if not start else table[(table.init == "scratch") == (start == "scratch")]
-
-# %% ../../nbs/report/30_claims.ipynb #rules-backbones
-def best_beats_unet(tables: dict[str, pd.DataFrame]) -> Evidence | None:
-    "1. From scratch, some backbone beats the plain U-Net, after Holm's correction over all that were tried"
-    scores = scratch_scores(tables)
-    if "unet" not in set(scores.backbone) or scores.backbone.nunique() < 2:
-        return None
-    found = compare_all(scores, ["backbone"], against={"backbone": "unet"})
-    best = next(rows_of(found.iloc[[int(found.difference.argmax())]]))
-    detail = f"{backbone_title(best.a)} less {backbone_title('unet')}, DSC from scratch"
-    return Evidence(best.difference, best.low, best.high, **evidence_counts(scores), detail=detail, besides=bool(best.p_holm < 0.05))
-
-
-def scratch_predicts_pretrained(tables: dict[str, pd.DataFrame]) -> Evidence | None:
-    "2. Pearson's correlation over backbones between scores from scratch and pretrained lies above zero"
-    both = pd.concat([scratch_scores(tables), pretrained_scores(tables)])
-    if both.init.nunique() < 2 or both.backbone.nunique() < 4:
-        return None
-    _, coefficients = scratch_predicts(both)
-    row = next(rows_of(coefficients[coefficients.coefficient == "Pearson"]))
-    detail = f"Pearson's correlation over {row.backbones} backbones"
-    return Evidence(row.value, row.low, row.high, **evidence_counts(both), detail=detail, in_dsc=False)
-
-
-def grn_and_scaling_help(tables: dict[str, pd.DataFrame]) -> Evidence | None:
-    "3. After pretraining, GRN (mean) beats none, and the compound of depth, width and context beats the base"
-    parts = {}
-    for name, variant, reference in (("grn", "mean", "without"), ("scaling", "compound", "base")):
-        table = ablation_rows(tables, name, "pretrained")
-        found = effects(table, reference, ["dsc"])
-        found = found[found.variant == variant]
-        if found.empty:
-            return None
-        parts[name] = next(rows_of(found)), evidence_counts(table)
-    weaker = min(parts, key=lambda name: parts[name][0].low)
-    row, _ = parts[weaker]
-    detail = "; ".join(f"{row.variant} less {row.reference} {100 * row.difference:+.1f} points" for row, _ in parts.values())
-    counts = [numbers for _, numbers in parts.values()]
-    least = Counts(seeds=min(n["seeds"] for n in counts), cases=min(n["cases"] for n in counts), tasks=min(n["tasks"] for n in counts))
-    return Evidence(row.difference, row.low, row.high, **least, detail=f"the weaker of: {detail}")
-
-# %% ../../nbs/report/30_claims.ipynb #rules-pretrained
-def beats_released_models(tables: dict[str, pd.DataFrame]) -> Evidence | None:
-    "4. Ours, pretrained, beats the best of the released models that were fine-tuned alike"
-    scores = tables["scores"]
-    from mednext_v2.zoo.catalogue import load_zoo
-
-    others = [init for init in dict.fromkeys(scores.init) if init in load_zoo()]
-    ours = pretrained_scores(tables)
-    if not others or ours.empty:
-        return None
-    ours = ours[ours.backbone.str.startswith("mednext_v2")]
-    rows = pd.concat([ours.assign(method="ours"), *(scores[scores.init == other].assign(method=other) for other in others)])
-    found = [compare(rows, {"method": "ours"}, {"method": other}) | {"other": other} for other in others]
-    worst = min(found, key=lambda one: one["difference"])
-    detail = f"ours less {worst['other']}, the best of {len(others)} released models"
-    return Evidence(worst["difference"], worst["low"], worst["high"], **evidence_counts(rows), detail=detail)
-
-
-def stronger_backbone_wins(tables: dict[str, pd.DataFrame]) -> Evidence | None:
-    "5. After the same pretraining, the backbone that was best from scratch beats the one that was worst"
-    scores, later = scratch_scores(tables), pretrained_scores(tables)
-    if later.empty or scores.backbone.nunique() < 2:
-        return None
-    order = means(scores, ["backbone"], ["dsc"]).sort_values("dsc").backbone.tolist()
-    best, worst = order[-1], order[0]
-    found = compare(later, {"backbone": best}, {"backbone": worst})
-    both = later[later.backbone.isin([best, worst])]
-    detail = f"{backbone_title(best)} less {backbone_title(worst)} after pretraining; the order is that from scratch"
-    return Evidence(found["difference"], found["low"], found["high"], **evidence_counts(both), detail=detail)
-
-# %% ../../nbs/report/30_claims.ipynb #rules-gains
-def pathology_gains_more(tables: dict[str, pd.DataFrame]) -> Evidence | None:
-    "6. Scaling (compound against base, pretrained) helps pathology more than organs"
-    table = ablation_rows(tables, "scaling", "pretrained")
-    if not {"base", "compound"} <= set(table.variant) or table.group.nunique() < 2:
-        return None
-    gained = group_gains(table, {"variant": "compound"}, {"variant": "base"})
-    row = next(rows_of(gained[gained.group == "difference"]))
-    return Evidence(row.gain, row.low, row.high, **evidence_counts(table), detail="gain of pathology less gain of organs, DSC")
-
-
-def modalities_agree(tables: dict[str, pd.DataFrame]) -> Evidence | None:
-    "7. All weights fine-tuned, CT- and MR-pretrained differ by less than one DSC point: the interval lies within the margin"
-    table = tables["ablations"]
-    table = table[table.ablation == "modality"]
-    if not {"ct_full", "mr_full"} <= set(table.variant):
-        return None
-    found = compare(table, {"variant": "ct_full"}, {"variant": "mr_full"})
-    used = select_method(table, {"variant": "ct_full"})
-    detail = "CT- less MR-pretrained, all weights fine-tuned; negligible is within 1 point"
-    return Evidence(found["difference"], found["low"], found["high"], **evidence_counts(used), detail=detail, margin=MARGIN)
-
-# %% ../../nbs/report/30_claims.ipynb #claim-class
+# %% ../../nbs/report/30_claims.ipynb #claims
 @dataclass(frozen=True)
 class Claim:
-    "A claim of the paper and what tests it"
+    "A claim of the paper: where it is shown, and what the paper reports of it"
 
     number: int
-    says: str  # In our words
     notebook: str  # In nbs/paper
-    rule: Callable[[dict[str, pd.DataFrame]], Evidence | None]
     reported: tuple[tuple[str, str, str], ...] = ()  # Model, start and patch in published.csv that speak for it
 
-    @property
-    def stated(self) -> str:
-        "The rule in words, as its function has it, without the claim's number"
-        return (self.rule.__doc__ or "").split(" ", 1)[1]
 
-# %% ../../nbs/report/30_claims.ipynb #claims
 CLAIMS = (
-    Claim(
-        1,
-        "Backbones that are routinely used for large-scale pretraining are often not the best choice.",
-        "backbones",
-        best_beats_unet,
-        (("MedNeXt-v2 Base", "scratch", "128"), ("nnU-Net", "scratch", "")),
-    ),
-    Claim(
-        2, "Benchmarks from scratch, made before scaling, predict performance after pretraining.", "scratch_predicts_pretrained", scratch_predicts_pretrained
-    ),
-    Claim(
-        3,
-        "GRN with scaling of depth, width and context gives a better representation learner.",
-        "scaling",
-        grn_and_scaling_help,
-        (("MedNeXt-v2 Base", "pretrained", "192"), ("MedNeXt-v2 Base", "pretrained", "128")),
-    ),
-    Claim(
-        4,
-        "Pretrained on 18k CT, it beats seven publicly released pretrained models on six data sets.",
-        "main_table",
-        beats_released_models,
-        (("MedNeXt-v2 Base", "pretrained", "192"), ("ResEnc-L", "pretrained", "")),
-    ),
-    Claim(
-        5,
-        "Stronger backbones give better results on similar data.",
-        "main_table",
-        stronger_backbone_wins,
-        (("MedNeXt-v2 Base", "pretrained", "128"), ("ResEnc-L", "pretrained", "")),
-    ),
-    Claim(6, "Scaling the representation helps pathology more than organs.", "pathology", pathology_gains_more),
-    Claim(7, "Pretraining on one modality is negligible once all weights are fine-tuned.", "modality", modalities_agree),
+    Claim(1, "backbones", (("MedNeXt-v2 Base", "scratch", "128"), ("nnU-Net", "scratch", ""))),
+    Claim(2, "scratch_predicts_pretrained"),
+    Claim(3, "scaling", (("MedNeXt-v2 Base", "pretrained", "192"), ("MedNeXt-v2 Base", "pretrained", "128"))),
+    Claim(4, "main_table", (("MedNeXt-v2 Base", "pretrained", "192"), ("ResEnc-L", "pretrained", ""))),
+    Claim(5, "main_table", (("MedNeXt-v2 Base", "pretrained", "128"), ("ResEnc-L", "pretrained", ""))),
+    Claim(6, "pathology"),
+    Claim(7, "modality"),
 )
 
 # %% ../../nbs/report/30_claims.ipynb #reported
@@ -271,76 +56,106 @@ def reported(
         words.append(f"{model}{f' at {patch}³' if patch else ''} ({start}{on}) {part.iloc[0].value:.2f}")
     return "; ".join(words) or MISSING
 
-# %% ../../nbs/report/30_claims.ipynb #add-noise
-def add_noise(
-    found: Evidence,
-    noise: pd.DataFrame,  # From `power.read_noise`
-) -> Evidence:
-    "Evidence whose interval holds what instructions and, with a single seed, the seed change in a difference of mean DSC"
-    if not found.in_dsc or pd.isna(found.low):
-        return found
-    sd = effect_noise(noise, found.seeds, found.tasks)
-    down, up = (math.hypot(end - found.effect, 1.96 * sd) for end in (found.low, found.high))
-    return replace(found, low=found.effect - down, high=found.effect + up)
+# %% ../../nbs/report/30_claims.ipynb #ledger-tables
+def ledger_tables(profile: str) -> dict[str, pd.DataFrame]:
+    "The tables that rules read: scores, ablations, and where it is there corpora; FileNotFoundError says how to make them"
+    tables, corpora = {name: read_table(profile, name) for name in ("scores", "ablations")}, StudyPaths(profile).results / "corpora.csv"
+    return tables | ({"corpora": read_csv(corpora)} if corpora.is_file() else {})
 
 # %% ../../nbs/report/30_claims.ipynb #ledger
 def ledger(
-    tables: dict[str, pd.DataFrame],  # scores and ablations of a profile
+    tables: dict[str, pd.DataFrame],  # scores and ablations of a profile; corpora for claim 7
     profile: str,
-    noise: pd.DataFrame | None = None,  # As from `power.read_noise`, which is read if not given
 ) -> pd.DataFrame:  # One row per claim
-    "All claims: what the paper reports, what was found here, and the verdict"
-    known, rows = published(), []
-    noise = read_noise(profile) if noise is None else noise
-    for claim in CLAIMS:
-        found = claim.rule(tables)
-        found = add_noise(found, noise) if found and profile != "paper" else found
-        numbers = (
-            dict(effect=found.effect, low=found.low, high=found.high, of=found.detail, seeds=found.seeds, cases=found.cases, tasks=found.tasks)
-            if found
-            else dict.fromkeys("effect low high".split(), float("nan")) | dict(of="", seeds=0, cases=0, tasks=0)
-        )
-        rows.append(
-            dict(claim=claim.number, says=claim.says, reported=reported(claim, known), rule=claim.stated, profile=profile)
-            | numbers
-            | dict(verdict=verdict(found, profile), notebook=f"nbs/paper/{claim.notebook}.ipynb", command=f"make repro PROFILE={profile}")
-        )
-    return pd.DataFrame(rows)
+    "All claims: what the paper reports, the rule, what was found here, and the verdict"
+    known, judged = published(), judge(tables, profile)
+    figures = [reported(claim, known) for claim in CLAIMS]
+    notebooks = [f"nbs/paper/{claim.notebook}.ipynb" for claim in CLAIMS]
+    judged.insert(2, "reported", figures)
+    return judged.assign(profile=profile, rules=rules_hash(), notebook=notebooks, command=f"make repro PROFILE={profile}")
+
+# %% ../../nbs/report/30_claims.ipynb #making
+def describe_making(profile: str) -> str:
+    "Which rules the ledger of a profile rests on, since when, and of which commit the numbers are"
+    found = {name: read_provenance(StudyPaths(profile).results / f"{name}.csv") for name in ("scores", "ablations")}
+    commits = {(one["commit"], tuple(one["uncommitted"])) for one in found.values() if one}
+    commit, changed = next(iter(commits)) if len(commits) == 1 else ("", ())
+    first, rules = made_after(commit, changed)
+    numbers = f"numbers of commit `{commit[:12]}`" if commit else "numbers of an unknown commit"
+    sealed = f"committed on {rules['date']} (`{rules['sealed'][:12]}`)" if rules["sealed"] else "not committed with their hash"
+    word = {True: "before the numbers were made", False: "not before the numbers", None: "it cannot be told whether before the numbers"}[first]
+    return f"Rules `{rules['rules']}`, {sealed}, {word}{': ' + rules['why'] if rules['why'] else ''}; {numbers}, by `make repro PROFILE={profile}`."
 
 # %% ../../nbs/report/30_claims.ipynb #ledger-shown
+COUNTS, COEFFICIENTS = (1,), (2, 5)  # Claims whose effect is no difference of scores
+
+
+def effect_text(row: SimpleNamespace) -> str:
+    "An effect with its interval: in points, a count or a coefficient"
+    if pd.isna(row.effect):
+        return MISSING
+    scale, digits = (1, 0) if row.claim in COUNTS else (1, 2) if row.claim in COEFFICIENTS else (100, 1)
+    ends = f" ({scale * row.low:.{digits}f} to {scale * row.high:.{digits}f})" if pd.notna(row.low) else ""
+    return f"{scale * row.effect:.{digits}f}{ends}".replace("-", "−")
+
+
 def format_ledger(
     table: pd.DataFrame,  # From `ledger`
 ) -> pd.DataFrame:
     "The ledger as a reader sees it"
-
-    def effect(row: SimpleNamespace) -> str:
-        if pd.isna(row.effect):
-            return MISSING
-        scale, digits = (1, 2) if "correlation" in row.of else (100, 1)
-        ends = f" ({scale * row.low:.{digits}f} to {scale * row.high:.{digits}f})" if pd.notna(row.low) else ""
-        return f"{scale * row.effect:.{digits}f}{ends}"
-
+    counts = [[getattr(row, name) for name in ("people", "seeds", "tasks", "backbones")] for row in rows_of(table)]
     return pd.DataFrame(
         {
             "claim": [f"{row.claim}. {row.says}" for row in rows_of(table)],
             "reported in the paper, DSC %": table.reported,
             "rule": table.rule,
-            "found here (95 % interval)": [effect(row) for row in rows_of(table)],
+            "found here (interval)": [effect_text(row) for row in rows_of(table)],
             "of": table.of.replace("", MISSING),
-            "seeds, cases, tasks": [f"{row.seeds}, {row.cases}, {row.tasks}" for row in rows_of(table)],
-            "verdict": [f"<b>{word}</b>" for word in table.verdict],
+            "people, seeds, tasks, backbones": [", ".join(f"{int(count)}" for count in row) for row in counts],
+            "verdict": [f"<b>{row.verdict}</b>{': ' + row.reason if row.reason else ''}" for row in rows_of(table)],
         }
     )
 
 # %% ../../nbs/report/30_claims.ipynb #ledger-markdown
 def ledger_markdown(
     profile: str,  # Whose `results/<profile>/claims/claims.csv` is read
-) -> str:  # A table
+) -> str:  # A table, and a line on the rules; a sentence alone for a ledger of other columns
     "The ledger of a profile for a page in Markdown; FileNotFoundError says how to make it"
     path = StudyPaths(profile).page("claims") / "claims.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `make repro PROFILE={profile}`")
-    table = format_ledger(read_csv(path).fillna({"of": "", "reported": MISSING}))
+    found = read_csv(path)
+    if "reason" not in found:
+        return f"The ledger that is committed for this profile was made by earlier rules and is not shown: run `make repro PROFILE={profile}`."
+    table = format_ledger(found.fillna({"of": "", "reported": MISSING, "reason": "", "detail": ""}))
     table = table.drop(columns=["reported in the paper, DSC %", "rule"])
     rows = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(str(cell).replace("<b>", "**").replace("</b>", "**").replace("|", "\\|") for cell in row) + " |" for row in rows)
+    lines = ["| " + " | ".join(str(cell).replace("<b>", "**").replace("</b>", "**").replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + f"\n\n{describe_making(profile)}"
+
+# %% ../../nbs/report/30_claims.ipynb #equivalence-power
+def equivalence_power(
+    tables: Tables, profile: str, draws: int = 2000
+) -> pd.DataFrame:  # tasks (CT, MR), people, seeds, half_width (of the 90 % interval), person, seed, residual, power, margin_80, noise_allowed
+    "What claim 7 could have shown in the tasks of each modality; empty where it is not tested"
+    rules = read_rules()
+    alpha, margin, rows = 1 - rules["level"], rules["claims"][7]["margin"], []
+    try:
+        check_corpora(tables, profile, rules)
+        pairs = modality_pairs(tables, profile, rules)
+    except NotTestedError:
+        pairs = {}
+    for modality, part in pairs.items():
+        found = people_effect(part, level=1 - 2 * alpha)
+        if found.people < 2:
+            continue
+        spread = fit_spread(part)
+        design = found.people, found.seeds, found.strata
+        simulated, who = simulate(spread, *design, draws, np.random.default_rng(0), shared=True)
+        parts = variance_parts(simulated, who, [1 / found.strata] * found.strata)
+        least = float(np.quantile(abs(parts.value) + half_width(parts, 1 - 2 * alpha), 0.8))
+        able = power(spread, margin, *design, equivalent=True, draws=draws)
+        row = dict(tasks=modality, people=found.people, seeds=found.seeds, half_width=(found.high - found.low) / 2, **spread._asdict())
+        rows.append(row | dict(power=able, margin_80=least, noise_allowed=margin / least if least else float("inf")))
+    columns = "tasks people seeds half_width person seed residual power margin_80 noise_allowed".split()
+    return pd.DataFrame(rows, columns=columns)

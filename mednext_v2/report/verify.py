@@ -139,7 +139,7 @@ def compare_means(
 # %% ../../nbs/report/70_verify.ipynb #compare-claims
 def compare_claims(ours: pd.DataFrame, committed: pd.DataFrame) -> pd.DataFrame:  # what, ours, committed, verdict
     "The ledger against the committed one: the effects against their intervals; the pair, the verdict and all else must be the same"
-    rows, words = [], [str(column) for column in committed if column not in ("claim", "effect", "low", "high")]
+    rows, words = [], [str(column) for column in committed if column not in ("claim", "effect", "low", "high", "detail")]  # `detail` holds further numbers
     before, after = ({row.claim: row for row in rows_of(table.fillna(dict.fromkeys(words, "")))} for table in (committed, ours))
     for number in sorted({*before, *after}):
         old, new = before.get(number), after.get(number)
