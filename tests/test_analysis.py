@@ -103,8 +103,9 @@ def test_network_features_look_in_front_of_the_projection_and_leave_no_hook(grn)
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     "A project that holds invented tables alone"
-    (tmp_path / "data").mkdir()
-    for name in ("dvc.yaml", "params.yaml", "data/datasets.yaml"):
+    for name in ("data", "conf"):
+        (tmp_path / name).mkdir()
+    for name in ("dvc.yaml", "params.yaml", "data/datasets.yaml", "conf/rules.yaml"):
         (tmp_path / name).write_text((HERE / name).read_text())
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -121,7 +121,7 @@ def describe_claim(
     row: SimpleNamespace,  # Of `ledger`
 ) -> str:  # Markdown
     "The rule in words, what was found, what else it looked at, and the verdict"
-    people = f"{row.people} test people" + (f", {row.validation_people:.0f} validation people" if row.validation_people == row.validation_people else "")
+    people = f"{row.people} test people" + (f", {row.validation_people:.0f} validation people" if pd.notna(row.validation_people) else "")
     found = f"{row.of}: {effect_text(row)}, of {people}, {row.seeds} pretrainings, {row.tasks} tasks and {row.backbones} backbones" if row.of else "nothing"
     verdict = f"**{row.verdict}**" + (f": {row.reason}" if row.reason else "")
     lines = {"Rule": row.rule, "Found": found, "Beside it": row.detail, "Verdict": verdict}
