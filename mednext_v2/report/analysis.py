@@ -103,7 +103,7 @@ def group_gains(
     table, arms, rows = rows_by_person(scores), [(1, a), (-1, b)], []
     pairs = person_contrast(table, arms, metric, strata=("task", "group"))
     for name in ("organ", "pathology"):
-        part = pd.DataFrame(pairs[pairs.stratum.map(lambda stratum: stratum[1] == name).astype(bool)])
+        part = pd.DataFrame(pairs[pairs.stratum.str[1] == name])
         rows.append(dict(group=name) | people_effect(part)._asdict())
     found = group_difference(table, arms, metric) if len(pairs) else None  # Nothing may be paired
     rows.append(dict(group="difference") | (found._asdict() if found else dict(value=np.nan, low=np.nan, high=np.nan, people=0, seeds=0)))
