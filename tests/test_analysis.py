@@ -149,7 +149,9 @@ def test_a_released_model_is_in_the_main_table_and_mixed_into_nothing_else(proje
     write_tables(project / "results/mini")
     run_paper(name)
     pages = "".join(path.read_text() for path in (project / "results/mini" / name).glob("*.html"))
-    assert ("cads_open_551" in pages or f"released: {load_zoo()['cads_open_551'].title}" in pages) == (name in ("main_table", "claims"))
+    assert ("cads_open_551" in pages or f"released: {load_zoo()['cads_open_551'].title}" in pages) == (
+        name == "main_table"
+    )  # The ledger has too few of them for a verdict
 
 
 def test_rows_of_shorter_trainings_are_not_in_the_main_table(project):
