@@ -115,9 +115,7 @@ def test_noise_is_inconclusive_and_seldom_supported():
     rates = pd.DataFrame(read_json(root() / "benchmarks/results/coverage.json")["verdicts"])
     assert set(rates.claim) == set(range(1, 8)) and (rates.studies >= 200).all()
     wrong = rates[rates.wrong != ""]
-    assert (wrong.rate <= 5).all() and set(zip(wrong.claim, wrong.wrong)) == {
-        (n, word) for n in range(1, 8) for word in ("supported", "contradicted")
-    }
+    assert (wrong.rate <= 5).all() and set(zip(wrong.claim, wrong.wrong)) == {(n, word) for n in range(1, 8) for word in ("supported", "contradicted")}
 
 
 @pytest.mark.parametrize(
