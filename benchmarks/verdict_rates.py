@@ -1,6 +1,6 @@
 """How often do the rules for the seven claims say a wrong word, and how often do they find what is there?
 
-    python benchmarks/verdict_rates.py            (a quarter of an hour on one core)
+    python benchmarks/verdict_rates.py            (a quarter of an hour on one core; --resume goes on with one that was ended)
 
 Studies whose truth is known are made up: eight test people, three validation people, three pretrainings, four tasks. Each truth is one under which
 some word is wrong, placed where it is likeliest: no effect, one of two effects, a difference as large as the margin, opposite ones in CT and MR
@@ -8,13 +8,15 @@ tasks, backbones that hardly differ. The key `verdicts` of results/coverage.json
 got it. Where `wrong` is empty, the claim is true, and the rate is that of support. The chapter on rules shows the table.
 """
 
+import argparse
+import json
 from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 
-from coverage import save
+from coverage import RESULTS, save
 from mednext_v2.report.rules import BACKBONES, RULES, VERDICTS, make_study, read_rules, verdict
 
 STUDIES = 200
@@ -84,15 +86,21 @@ TRUTHS: list[tuple[int, str, tuple, Made, tuple[str, ...]]] = [
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resume", action="store_true", help="keep the truths that the file has from as many studies; only if no code has changed")
     rules, rows = read_rules(), []
+    kept = json.loads(RESULTS.read_text())["verdicts"] if parser.parse_args().resume else []
     for claim, truth, noise, make, wrong in TRUTHS:
+        about = dict(claim=claim, truth=truth, spread=", ".join(f"{100 * one:g}" for one in noise), studies=STUDIES)
+        known = [row for row in kept if all(row[name] == value for name, value in about.items()) and row["wrong"] in (wrong or ("",))]
+        if len(known) == max(len(wrong), 1):
+            rows += known
+            continue
         found = Counter(verdict(RULES[claim](make(np.random.default_rng(seed)), "study", rules), "study", rules)[0] for seed in range(STUDIES))
         assert not found[VERDICTS[4]], (claim, truth, found)
-        spread = ", ".join(f"{100 * one:g}" for one in noise)
-        for word in wrong or ("",):
-            rate = 100 * found[word or "supported"] / STUDIES
-            rows.append(dict(claim=claim, truth=truth, spread=spread, wrong=word, rate=rate, studies=STUDIES))
-            print(rows[-1], flush=True)
+        rows += [about | dict(wrong=word, rate=100 * found[word or "supported"] / STUDIES) for word in wrong or ("",)]
+        print(claim, truth, dict(found), flush=True)
+        save(verdicts=[*rows, *(row for row in kept if row not in rows)] if kept else rows)
     save(verdicts=rows)
 
 

@@ -113,11 +113,9 @@ def test_noise_is_inconclusive_and_seldom_supported():
     assert (words.verdict == "supported").sum() <= 1
     assert (words[words.claim.isin([1, 3, 4, 5, 6, 7])].verdict == "inconclusive").mean() > 0.8
     rates = pd.DataFrame(read_json(root() / "benchmarks/results/coverage.json")["verdicts"])
-    assert set(rates.claim) == set(range(1, 8)) and (rates.studies >= 40).all()
+    assert set(rates.claim) == set(range(1, 8)) and (rates.studies >= 200).all()
     wrong = rates[rates.wrong != ""]
-    assert (wrong.rate <= 5 + 2 * np.sqrt(5 * 95 / wrong.studies)).all() and set(zip(wrong.claim, wrong.wrong)) == {
-        (n, word) for n in range(1, 8) for word in ("supported", "contradicted")
-    }
+    assert (wrong.rate <= 5).all() and set(zip(wrong.claim, wrong.wrong)) == {(n, word) for n in range(1, 8) for word in ("supported", "contradicted")}
 
 
 @pytest.mark.parametrize(
