@@ -100,7 +100,7 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # Safe in a shell, a path and DVC
 def check_names(values: dict) -> None:
     "ValueError for a name that `dvc.yaml` puts into a command and that a shell could read as more than a name"
     axes = {f"axes.{axis}": names for axis, names in values["axes"].items()}
-    for field, names in {"profile": values["profile"], "papers": values["papers"], **axes}.items():
+    for field, names in {"profile": values["profile"], "papers": values["papers"], "shipped": values["shipped"], **axes}.items():
         for name in names if isinstance(names, tuple) else (names,):
             if not isinstance(name, int) and not (isinstance(name, str) and re.fullmatch(NAME, name)):
                 raise ValueError(f"params.yaml: {field} holds {name!r}: a name is letters, digits, _, . and -")

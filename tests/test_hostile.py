@@ -141,7 +141,7 @@ def test_names_for_a_shell_are_names(field, name):
 def test_what_dvc_puts_into_commands_is_checked_where_it_is_composed():
     text = (root() / "dvc.yaml").read_text()
     sources = set(re.findall(r"^      \w+: (?:\[\")?\$\{([\w.]+)\}", text, re.M))
-    known = {"profile", "papers", *(f"axes.{name}" for name in read_yaml(root() / "params.yaml")["axes"])}
+    known = {"profile", "papers", "shipped", *(f"axes.{name}" for name in read_yaml(root() / "params.yaml")["axes"])}
     assert sources and sources <= known
     for command in re.findall(r"cmd: (?:>-\n)?(.*?)\n    \w", text, re.S):
         assert set(re.findall(r"\$\{(.*?)\}", command)) - {"run"} <= {f"item.{n}" for n in re.findall(r"^      (\w+): ", text, re.M)}

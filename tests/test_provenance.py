@@ -17,7 +17,7 @@ from mednext_v2.study.arithmetic import PINS
 from mednext_v2.study.paths import profile_of
 
 ROOT = Path(__file__).parents[1]
-TABLE = pd.DataFrame({"backbone": ["unet", "unet", "tiny"], "init": ["scratch", "corpus", "scratch"], "dsc": [0.5, 0.6, 0.7]})
+TABLE = pd.DataFrame({"task": "liver", "backbone": ["unet", "unet", "tiny"], "init": ["scratch", "corpus", "scratch"], "dsc": [0.5, 0.6, 0.7]})
 
 
 def run_git(*words: str, where: Path = ROOT) -> str:

@@ -455,7 +455,7 @@ def main() -> None:
         "-d",
         str(site.staged / "doctrees"),
     ]
-    environment = {**os.environ, "SITE_DESCRIPTIONS": str(site.staged / "descriptions.json")}
+    environment = {**os.environ, "SITE_STAGE": str(site.staged)}
     if subprocess.run([*command, str(site.source), str(site.staged / "html")], env=environment).returncode:
         raise SystemExit("Sphinx found something to mend")
     shutil.rmtree(options.out, ignore_errors=True)
