@@ -283,3 +283,12 @@ def test_means_are_of_test_people_and_what_was_scored_includes_the_person():
     other = [list(cells) for cells in rows]
     other[1][header.index("person")] = "q"
     assert verify.differs_in_kind(other, rows) == ("row 1, person: q", "p") and verify.differs_in_kind(rows, rows) == ("", "")
+
+
+def test_a_page_that_shows_fewer_columns_than_its_csv_hides_its_times():
+    from mednext_v2.report.verify import hide_measured
+
+    header = ["backbone", "dsc", "dsc_low", "dsc_high", "seconds"]
+    shown = [[r"\toprule"], ["backbone", "DSC", "seconds of a training"], ["U-Net", "28.4", "15"]]
+    assert hide_measured([list(row) for row in shown], "backbones/backbones", header)[-1] == ["U-Net", "28.4", "measured"]
+    assert hide_measured([list(row) for row in shown], "grn/effects", header) == shown
